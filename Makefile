@@ -1,0 +1,73 @@
+# The project's commands; `make` alone lists them. Needs Python 3.10 to 3.12, pip, make and git.
+#
+# Everything lives in .venv and comes from requirements.lock, every file checked against its hash. The lock pins uv as
+# well: pip installs that one uv, and uv the rest, several times faster than pip would. Both take their package index
+# from the environment or from pip's settings; nothing here names one.
+
+PYTHON ?=# the interpreter to build .venv with; empty: the first of PYTHONS that is 3.10 to 3.12
+PYTHONS := python3.12 python3.11 python3.10 python3 python
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+INSTALLED := $(VENV)/.installed# newer than the lock and pyproject.toml: nothing to install
+PYTEST_ARGS ?=
+GROUPS := --group nerf --group scenes --group dev
+
+# uv does not read pip's settings: hand it the index that pip has been told of, where there is one.
+pip_index = $(BIN)/python -m pip config list 2>/dev/null | sed -n "s/^global.index-url='\(.*\)'$$/\1/p"
+export_index = index="$${UV_DEFAULT_INDEX:-$${UV_INDEX_URL:-$${PIP_INDEX_URL:-$$($(pip_index))}}}"; \
+	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test demo lint format lock clean
+.DELETE_ON_ERROR:
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: $(INSTALLED) ## make .venv and install exactly requirements.lock and this project
+
+test: $(INSTALLED) ## run the tests (PYTEST_ARGS="-m slow", PYTEST_ARGS=tests/nn, ...)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+demo: $(INSTALLED) ## train shiftadd-gnt-tiny on the embedded scene, evaluate it and render a video
+	$(BIN)/shiftadd3d demo
+
+lint: $(INSTALLED) ## ruff, basedpyright and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## let ruff sort imports and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: $(UV) ## regenerate requirements.lock from pyproject.toml, keeping what still fits (LOCK_ARGS=--upgrade: newest)
+	@$(export_index); $(UV) pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate \
+	    --custom-compile-command "make lock" $(GROUPS) $(LOCK_ARGS) pyproject.toml -o requirements.lock
+
+clean: ## remove .venv, build output and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(INSTALLED): requirements.lock pyproject.toml | $(UV)
+	@$(export_index); $(UV) pip sync --python $(BIN)/python --require-hashes requirements.lock
+	@$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation --offline --editable .
+	@touch $@
+
+# A Debian without python3-venv has no ensurepip: there the machine's own pip fills the environment.
+$(UV):
+	@for python in $(or $(PYTHON),$(PYTHONS)); do \
+	    if "$$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; \
+	    then found="$$python"; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	    echo "error: shiftadd3d needs Python 3.10, 3.11 or 3.12, and none of these is one: $(or $(PYTHON),$(PYTHONS));" \
+	        "install one, or name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; \
+	fi; \
+	set -e; rm -rf $(VENV); \
+	if "$$found" -c 'import ensurepip' 2>/dev/null; \
+	then "$$found" -m venv $(VENV); pip="$(BIN)/python -m pip"; \
+	else "$$found" -m venv --without-pip $(VENV); pip="$$found -m pip --python $(BIN)/python"; fi; \
+	sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.txt; \
+	$$pip install --quiet --no-deps --require-hashes --requirement $(VENV)/uv.txt

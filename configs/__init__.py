@@ -1,0 +1,1 @@
+"""Presets: nerfstudio method specifications, recipes and training presets."""

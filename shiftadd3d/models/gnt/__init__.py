@@ -1,0 +1,10 @@
+"""GNT: a NeRF transformer that renders a ray from the nearest source views.
+
+Varma T. et al., "Is Attention All That NeRF Needs?", ICLR 2023.
+"""
+
+from shiftadd3d.models.gnt.checkpoint import load_official_checkpoint
+from shiftadd3d.models.gnt.model import GNTConfig, GNTModel, render_rays
+from shiftadd3d.models.gnt.projection import Cameras, SourceViews
+
+__all__ = ["Cameras", "GNTConfig", "GNTModel", "SourceViews", "load_official_checkpoint", "render_rays"]

@@ -1,0 +1,84 @@
+"""Reading checkpoints written by the released GNT code."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.models.gnt.model import GNTConfig, GNTModel
+
+
+def _state_dict(checkpoint: Mapping, key: str, path: Path) -> dict[str, Tensor]:
+    state = checkpoint[key]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: `{key}` is not a state dict of tensors; an official GNT checkpoint was expected")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _stage(state: Mapping[str, Tensor], stage: int) -> tuple[int, int]:
+    """Width and number of blocks of an encoder stage."""
+    blocks = {int(m[1]) for name in state if (m := re.match(rf"layer{stage}\.(\d+)\.", name))}
+    return state[f"layer{stage}.0.conv1.weight"].shape[0], len(blocks)
+
+
+def infer_config(coarse: Mapping[str, Tensor], feature_net: Mapping[str, Tensor], single_net: bool) -> GNTConfig:
+    """Sizes of the model that fits these tensors.
+
+    Raises:
+        KeyError: a tensor that every GNT has is missing.
+    """
+    width, inputs = coarse["rgbfeat_fc.0.weight"].shape
+    depth = len({name.split(".")[1] for name in coarse if name.startswith("view_crosstrans.")})
+    stages = [_stage(feature_net, i) for i in (1, 2, 3)]
+    return GNTConfig(
+        depth=depth,
+        width=width,
+        feature_dim=inputs - 3,
+        feature_widths=tuple(w for w, _ in stages),  # type: ignore[arg-type]
+        feature_blocks=tuple(b for _, b in stages),  # type: ignore[arg-type]
+        single_net=single_net,
+    )
+
+
+def load_official_checkpoint(path: str | Path) -> GNTModel:
+    """A model with the weights of a checkpoint of the released GNT code, in evaluation mode, on the CPU.
+
+    The file is what the released code saves: a `torch.save` of `net_coarse`, `feature_net` and, with two networks,
+    `net_fine`; the optimizer's and scheduler's state are ignored. Depth, width and the number of networks are read off
+    the tensors. Only tensors and plain containers are unpickled.
+
+    Raises:
+        UserError: no such file, not a torch checkpoint, one that holds more than tensors, or one of another model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint file")
+    expected = "expected a torch.save of {`net_coarse`, `feature_net`[, `net_fine`]} as the GNT code writes it"
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: not a checkpoint that can be read safely (damaged, or more than tensors in it); {expected}") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: unreadable checkpoint ({reason}); {expected}") from None
+    if not isinstance(checkpoint, Mapping) or not {"net_coarse", "feature_net"} <= checkpoint.keys():
+        found = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
+        raise UserError(f"{path}: not a GNT checkpoint (found: {found[:200]}); {expected}")
+    parts = {key: _state_dict(checkpoint, key, path) for key in ("net_coarse", "feature_net")}
+    if checkpoint.get("net_fine") is not None:
+        parts["net_fine"] = _state_dict(checkpoint, "net_fine", path)
+    try:
+        config = infer_config(parts["net_coarse"], parts["feature_net"], single_net="net_fine" not in parts)
+        model = GNTModel(config)
+        for key, state in parts.items():
+            getattr(model, key).load_state_dict(state)
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: the tensors are not those of a GNT ({reason})") from None
+    return model.eval()

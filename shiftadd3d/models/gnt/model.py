@@ -1,0 +1,205 @@
+"""The whole model: feature network and one or two GNTs, and rendering rays with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.models.gnt.feature_net import ResUNet
+from shiftadd3d.models.gnt.projection import Cameras, SourceViews, sample_sources
+from shiftadd3d.models.gnt.proposal import PlaneSweepProposal
+from shiftadd3d.models.gnt.sampling import sample_around, sample_depths, sample_importance
+from shiftadd3d.models.gnt.transformer import GNT
+
+
+@dataclass(frozen=True)
+class GNTConfig:
+    """Sizes of a `GNTModel`. The defaults are the released GNT's; its paper uses `depth=8`."""
+
+    depth: int = 4
+    """Pairs of view and ray transformers."""
+    width: int = 64
+    """Channels of the transformers."""
+    num_heads: int = 4
+    """Heads of the ray transformers."""
+    dropout: float = 0.1
+    """Dropout rate while training."""
+    feature_dim: int = 32
+    """Channels of the source feature maps."""
+    feature_widths: tuple[int, int, int] = (64, 128, 256)
+    """Channels of the feature network's encoder stages."""
+    feature_blocks: tuple[int, int, int] = (3, 4, 6)
+    """Residual blocks of the feature network's encoder stages."""
+    single_net: bool = True
+    """One network for coarse and fine samples; otherwise two."""
+    color_head: bool = False
+    """Blend source colours instead of regressing the colour alone."""
+    proposal_samples: int = 0
+    """Depths a ray at which a plane sweep looks first, to propose the samples for the transformers; 0: no proposal."""
+    proposal_features: int = 8
+    """Feature channels the plane sweep compares."""
+
+
+class GNTModel(nn.Module):
+    """`feature_net`, `net_coarse` and, unless `single_net`, `net_fine`: the parts of an official checkpoint."""
+
+    def __init__(self, config: GNTConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or GNTConfig()
+
+        def net() -> GNT:
+            return GNT(
+                config.depth, config.width, config.feature_dim, config.num_heads, config.dropout, config.color_head
+            )
+
+        self.net_coarse = net()
+        self.net_fine = None if config.single_net else net()
+        self.proposal = PlaneSweepProposal(config.proposal_features) if config.proposal_samples else None
+        self.feature_net = ResUNet(
+            coarse_dim=config.feature_dim,
+            fine_dim=0 if config.single_net else config.feature_dim,
+            widths=config.feature_widths,
+            blocks=config.feature_blocks,
+        )
+
+    def encode(self, images: Tensor, cameras: Cameras, valid: Tensor | None = None) -> SourceViews:
+        """Run the feature network over source images.
+
+        Args:
+            images: [V, H, W, 3], 0..1.
+            cameras: V of them.
+            valid: [V, H, W] bool, or None.
+        """
+        return SourceViews(images, cameras, self.feature_net(images.permute(0, 3, 1, 2)), valid)
+
+    def forward(
+        self,
+        sources: SourceViews,
+        origins: Tensor,
+        directions: Tensor,
+        near: Tensor | float,
+        far: Tensor | float,
+        num_samples: int,
+        *,
+        inverse_depth: bool = False,
+        num_importance: int = 0,
+        stratified: bool = False,
+    ) -> dict[str, Any]:
+        """Render rays.
+
+        Args:
+            sources: encoded source views.
+            origins, directions: [R, 3] each; `near`, `far` and the depths are in units of the directions' length.
+            near, far: [R] or numbers.
+            num_samples: S samples for the coarse pass.
+            inverse_depth: space them evenly in 1 / depth.
+            num_importance: N further samples for a second pass; 0 for none.
+            stratified: draw samples at random within their strata (training).
+
+        Returns:
+            `rgb` [R, 3], `depth` [R], `weights` [R, S], `sample_depths` [R, S]; with importance sampling those of the (S + N samples), and the first pass's under `coarse`.
+        """
+        near, far = (torch.as_tensor(x).to(origins).expand(origins.shape[0]) for x in (near, far))
+        rays = (sources, origins, directions)
+        proposed: dict[str, Any] = {}
+        if self.proposal is None:
+            depths = sample_depths(near, far, num_samples, inverse_depth=inverse_depth, stratified=stratified)
+        else:
+            planes = sample_depths(
+                near, far, self.config.proposal_samples, inverse_depth=inverse_depth, stratified=stratified
+            )
+            proposed = self._propose(self.proposal, *rays, planes)
+            depths = sample_around(planes, proposed["weights"], num_samples, stratified=stratified)
+        outputs = self._render(self.net_coarse, *rays, depths, sources.features[0]) | {"proposal": proposed}
+        if num_importance == 0:
+            return outputs
+        depths = sample_importance(
+            depths, outputs["weights"], num_importance, inverse_depth=inverse_depth, stratified=stratified
+        )
+        net = self.net_coarse if self.net_fine is None else self.net_fine
+        return {**self._render(net, *rays, depths, sources.features[1]), "coarse": outputs, "proposal": proposed}
+
+    @staticmethod
+    def _render(
+        net: GNT, sources: SourceViews, origins: Tensor, directions: Tensor, depths: Tensor, feature_maps: Tensor
+    ) -> dict[str, Any]:
+        points = origins[:, None] + depths[..., None] * directions[:, None]
+        rgb, weights = net(sample_sources(points, origins, sources, feature_maps), points, directions)
+        return _outputs(rgb, weights, depths)
+
+    @staticmethod
+    def _propose(
+        proposal: PlaneSweepProposal, sources: SourceViews, origins: Tensor, directions: Tensor, planes: Tensor
+    ) -> dict[str, Any]:
+        points = origins[:, None] + planes[..., None] * directions[:, None]
+        feature_maps = sources.features[0][:, : proposal.feature_dim]
+        return _outputs(*proposal(sample_sources(points, origins, sources, feature_maps)), planes)
+
+
+def _outputs(rgb: Tensor, weights: Tensor, depths: Tensor) -> dict[str, Any]:
+    return {"rgb": rgb, "depth": (weights * depths).sum(dim=-1), "weights": weights, "sample_depths": depths}
+
+
+def render_rays(
+    model: GNTModel,
+    source_images: Tensor,
+    source_cameras: Cameras | Mapping[str, Any],
+    target_camera: Cameras | Mapping[str, Any],
+    pixels: Tensor,
+    near: float,
+    far: float,
+    num_samples: int,
+    inverse_depth: bool = False,
+    num_importance: int = 0,
+) -> dict[str, Any]:
+    """Render pixels of a target camera from source images.
+
+    Cameras follow OpenCV (x right, y down, z forward; pixel centres at integers): a `Cameras`, or a mapping with
+    `intrinsics` ([..., 3, 3] or [..., 4, 4]) and `camera_to_world` ([..., 4, 4]). Dropout follows `model.training`; the
+    samples lie on a fixed grid.
+
+    Args:
+        model: from `load_official_checkpoint`, or your own.
+        source_images: [V, H, W, 3], 0..1.
+        source_cameras: V of them.
+        target_camera: one.
+        pixels: [R, 2], (x, y).
+        near, far: z depths in the target camera, in the units of the poses, 0 < near < far.
+        num_samples: samples a ray.
+        inverse_depth: space them evenly in 1 / depth.
+        num_importance: further samples a ray, drawn where the first pass put its weight; outputs are then the second
+            pass's.
+
+    Returns:
+        `rgb` [R, 3], `depth` [R] (z depth), `weights` [R, S], `sample_depths` [R, S]; with importance sampling the first
+        pass's under `coarse`.
+
+    Raises:
+        UserError: shapes that do not fit, or near and far out of order.
+    """
+    parameter = next(model.parameters())
+    images = torch.as_tensor(source_images).to(parameter)
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise UserError(f"source_images must be [V, H, W, 3], not {list(images.shape)}")
+    sources = Cameras.of(source_cameras, "source_cameras").to(parameter)
+    intrinsics = sources.intrinsics.expand(len(images), 3, 3)
+    if sources.camera_to_world.shape != (len(images), 4, 4):
+        raise UserError(
+            f"source_cameras: {len(images)} images need camera_to_world [{len(images)}, 4, 4], "
+            f"not {list(sources.camera_to_world.shape)}"
+        )
+    target = Cameras.of(target_camera, "target_camera").to(parameter)
+    target = Cameras(target.intrinsics.reshape(-1, 3, 3)[0], target.camera_to_world.reshape(-1, 4, 4)[0])
+    pixels = torch.as_tensor(pixels).to(parameter)
+    if pixels.ndim != 2 or pixels.shape[-1] != 2:
+        raise UserError(f"pixels must be [R, 2], not {list(pixels.shape)}")
+    origins, directions = target.rays(pixels)
+    views = model.encode(images, Cameras(intrinsics, sources.camera_to_world))
+    return model(
+        views, origins, directions, near, far, num_samples, inverse_depth=inverse_depth, num_importance=num_importance
+    )

@@ -1,0 +1,260 @@
+"""Rays of one target view per step, and the source views that go with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+import tyro
+from jaxtyping import Bool, Float, Int, UInt8
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.configs.dataparser_configs import AnnotatedDataParserUnion
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
+from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
+from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.data.pixel_samplers import PixelSamplerConfig
+from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIndicesEvalDataloader
+from torch import Tensor
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.nerf.dataparsers import AutoDataParser, AutoDataParserConfig, LLFFDataParser, check_outputs
+from shiftadd3d.nerf.near_far import scene_near_far
+from shiftadd3d.nerf.source_bank import SourceBank, load_image, opencv_cameras
+
+
+@dataclass
+class GNTDataManagerConfig(VanillaDataManagerConfig):
+    """One target view per step, seen from its nearest source views."""
+
+    _target: type = field(default_factory=lambda: GNTDataManager)
+    """Target class to instantiate."""
+    dataparser: AnnotatedDataParserUnion = field(default_factory=AutoDataParserConfig)
+    """Specifies the dataparser used to unpack the data."""
+    train_num_rays_per_batch: int = 512
+    """Number of rays per training step, all of one target view."""
+    eval_num_rays_per_batch: int = 512
+    """Number of rays per evaluation step, all of one held-out view."""
+    num_source_views: int = 10
+    """Number of source views that a target is rendered from."""
+    spare_source_views: int = 0
+    """In training, choose the source views at random among this many more than are needed, nearest first."""
+    near: float | None = None
+    """Nearest depth to sample, in units of the scaled scene. If not set, found from the scene."""
+    far: float | None = None
+    """Farthest depth to sample, in units of the scaled scene. If not set, found from the scene."""
+
+    # Settings of the base class that mean nothing when every step draws its rays from one view kept in memory.
+    train_num_images_to_sample_from: tyro.conf.Suppress[int] = -1
+    train_num_times_to_repeat_images: tyro.conf.Suppress[int] = -1
+    eval_num_images_to_sample_from: tyro.conf.Suppress[int] = -1
+    eval_num_times_to_repeat_images: tyro.conf.Suppress[int] = -1
+    eval_image_indices: tyro.conf.Suppress[tuple[int, ...] | None] = (0,)
+    patch_size: tyro.conf.Suppress[int] = 1
+    pixel_sampler: tyro.conf.Suppress[PixelSamplerConfig] = field(default_factory=PixelSamplerConfig)
+    masks_on_gpu: tyro.conf.Suppress[bool] = False
+    images_on_gpu: tyro.conf.Suppress[bool] = False
+
+
+class GNTDataManager(VanillaDataManager[InputDataset]):
+    """Draws the rays of one target view per step and chooses that view's sources.
+
+    `next_train` and `next_eval` return a ray bundle [rays] and a batch:
+
+    - `ray_bundle.metadata["source_ids"]`: [rays, num_source_views] long, the same row for every ray: ids into
+      `source_bank`, nearest first, without the target itself;
+    - `batch["image"]`: [rays, 3] float32 RGB in 0..1, `batch["indices"]`: [rays, 3] long (view, row, column).
+
+    Rays follow the lens of their own view; the source views are undistorted. Only pixels inside masks are drawn.
+
+    Args:
+        config: the settings.
+        device: where rays and batches go. Images stay on the CPU.
+        test_mode: "val" in training; "test" and "inference" hold the test split in `eval_dataset`. Nothing is read from
+            disk but headers before the first batch or the first use of `source_bank`.
+
+    Raises:
+        UserError: see `check_outputs`; also fewer training views than `num_source_views` + 1.
+    """
+
+    config: GNTDataManagerConfig
+
+    def __init__(
+        self,
+        config: GNTDataManagerConfig,
+        device: torch.device | str = "cpu",
+        test_mode: Literal["test", "val", "inference"] = "val",
+        world_size: int = 1,
+        local_rank: int = 0,
+        **kwargs,
+    ):
+        # In "inference" mode the base class would read images at full size, whatever they were trained at, and leave
+        # out the loaders that rendering needs. The set-up here reads no image, so there is nothing to save.
+        super().__init__(
+            config=config,
+            device=device,
+            test_mode="test" if test_mode == "inference" else test_mode,
+            world_size=world_size,
+            local_rank=local_rank,
+            **kwargs,
+        )
+        views, needed = len(self.train_dataset), config.num_source_views + 1
+        if config.num_source_views < 1:
+            raise UserError(f"num-source-views {config.num_source_views}: expected 1 or more")
+        if views < needed:
+            raise UserError(
+                f"{self.get_datapath()} has {views} training views; {config.num_source_views} source views and a "
+                f"target need {needed}: expected --pipeline.datamanager.num-source-views {max(views - 1, 1)} or fewer"
+            )
+
+    @cached_property
+    def source_bank(self) -> SourceBank:
+        """The training views as source views, read on first use."""
+        return SourceBank.from_dataset(self.train_dataset)
+
+    @cached_property
+    def near_far(self) -> tuple[float, float]:
+        """Nearest and farthest z-depth to sample; see `scene_near_far`."""
+        metadata = self.train_dataset.metadata
+        points = metadata.get("points3D_xyz")
+        if points is not None and "points3D_num_points2D" in metadata:
+            # Points that two views agree on may still be false matches; three rarely are.
+            points = points[metadata["points3D_num_points2D"] >= 3]
+        return scene_near_far(
+            self.source_bank,
+            hint=metadata.get("near_far"),
+            bounds=metadata.get("bounds"),
+            points=points,
+            near=self.config.near,
+            far=self.config.far,
+        )
+
+    def create_train_dataset(self) -> InputDataset:
+        return self._create_dataset(self.train_dataparser_outputs, "train")
+
+    def create_eval_dataset(self) -> InputDataset:
+        return self._create_dataset(self.dataparser.get_dataparser_outputs(split=self.test_split), self.test_split)
+
+    def _create_dataset(self, outputs: DataparserOutputs, split: str) -> InputDataset:
+        if not isinstance(self.dataparser, (AutoDataParser, LLFFDataParser)):  # these two have checked
+            check_outputs(outputs, split)
+        if outputs.alpha_color is None:
+            # One background for sources, targets and metrics: without it RGBA images would reach the model.
+            outputs.alpha_color = torch.ones(3)
+        dataset = InputDataset(outputs, scale_factor=self.config.camera_res_scale_factor)
+        _make_float32(dataset.cameras)
+        return dataset
+
+    def setup_train(self) -> None:
+        # The base class caches every image as float32 here. Only the sampler's number of rays is read, and ns-export
+        # sets it.
+        self.train_pixel_sampler = self._get_pixel_sampler(self.train_dataset, self.config.train_num_rays_per_batch)
+
+    def setup_eval(self) -> None:
+        self.eval_pixel_sampler = self._get_pixel_sampler(self.eval_dataset, self.config.eval_num_rays_per_batch)
+        self.fixed_indices_eval_dataloader = FixedIndicesEvalDataloader(self.eval_dataset, device=self.device)
+        self.eval_dataloader = RandIndicesEvalDataloader(self.eval_dataset, device=self.device)
+
+    def next_train(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
+        """Rays of one training view, drawn at random, with that view's nearest others as sources."""
+        self.train_count += 1
+        view, rows, columns, colours = self._train_pixels.draw(self.get_train_rays_per_batch())
+        sources = self.source_bank.nearest(
+            self.source_bank.camera_to_world[view],
+            self.config.num_source_views,
+            exclude=view,
+            spare=self.config.spare_source_views,
+        )
+        return self._batch(self.train_dataset.cameras, view, rows, columns, colours, sources)
+
+    def next_eval(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
+        """Rays of one held-out view, drawn at random, with its nearest training views as sources."""
+        self.eval_count += 1
+        view, rows, columns, colours = self._eval_pixels.draw(self.get_eval_rays_per_batch())
+        sources = self.source_bank.nearest(self._eval_poses[view], self.config.num_source_views, exclude_same_pose=True)
+        return self._batch(self.eval_dataset.cameras, view, rows, columns, colours, sources)
+
+    def _batch(
+        self,
+        cameras: Cameras,
+        view: int,
+        rows: Int[Tensor, " rays"],
+        columns: Int[Tensor, " rays"],
+        colours: UInt8[Tensor, "rays 3"],
+        sources: Int[Tensor, " views"],
+    ) -> tuple[RayBundle, dict[str, Tensor]]:
+        indices = torch.stack([torch.full_like(rows, view), rows, columns], dim=-1)
+        ray_bundle = cameras.generate_rays(camera_indices=indices[:, :1], coords=indices[:, 1:] + 0.5)
+        ray_bundle.metadata["source_ids"] = sources.expand(len(rows), -1)
+        batch = {"image": colours.float() / 255.0, "indices": indices}
+        return ray_bundle.to(self.device), {key: value.to(self.device) for key, value in batch.items()}
+
+    @cached_property
+    def _train_pixels(self) -> _TargetPixels:
+        return _TargetPixels(self.train_dataset, self.source_bank)
+
+    @cached_property
+    def _eval_pixels(self) -> _TargetPixels:
+        return _TargetPixels(self.eval_dataset)
+
+    @cached_property
+    def _eval_poses(self) -> Float[Tensor, "n 4 4"]:
+        return opencv_cameras(self.eval_dataset.cameras)[1]
+
+
+class _TargetPixels:
+    """Draws pixels of one view at a time, every view once before any comes again.
+
+    Args:
+        dataset: the target views.
+        bank: the same views as sources: where it has not changed the pixels, they are not kept twice.
+
+    Raises:
+        UserError: every mask is empty.
+    """
+
+    def __init__(self, dataset: InputDataset, bank: SourceBank | None = None) -> None:
+        self.images: list[UInt8[Tensor, "h w 3"]] = []
+        self.usable: list[Int[Tensor, " m"] | None] = []
+        """Flat indices of the pixels inside the mask, or None for all."""
+        for index in range(len(dataset)):
+            if bank is not None and bank.pristine:
+                image = bank.images[index]
+                mask = None if bank.valid is None else bank.valid[index]
+            else:
+                pixels, mask = load_image(dataset, index)
+                image = torch.from_numpy(pixels)
+                mask = None if mask is None else torch.from_numpy(mask)
+            self.images.append(image)
+            self.usable.append(None if mask is None or bool(mask.all()) else _flat_indices(mask))
+        self.views = [index for index, usable in enumerate(self.usable) if usable is None or len(usable) > 0]
+        if not self.views:
+            raise UserError(f"all {len(dataset)} masks are empty; expected white where a pixel may be used")
+        self.queue: list[int] = []
+
+    def draw(self, count: int) -> tuple[int, Int[Tensor, " count"], Int[Tensor, " count"], UInt8[Tensor, "count 3"]]:
+        """View, rows, columns and colours of `count` pixels (with replacement), from torch's global generator."""
+        if not self.queue:
+            self.queue = [self.views[i] for i in torch.randperm(len(self.views)).tolist()]
+        view = self.queue.pop()
+        image, usable = self.images[view], self.usable[view]
+        height, width = image.shape[:2]
+        if usable is None:
+            pixels = torch.randint(height * width, (count,))
+        else:
+            pixels = usable[torch.randint(len(usable), (count,))].long()
+        return view, pixels // width, pixels % width, image.view(-1, 3)[pixels]
+
+
+def _flat_indices(mask: Bool[Tensor, "h w"]) -> Int[Tensor, " m"]:
+    return mask.flatten().nonzero()[:, 0].int()
+
+
+def _make_float32(cameras: Cameras) -> None:
+    """Casts cameras in place: nerfstudio's Blender parser leaves float64 focal lengths, which ns-render trips over."""
+    for name in ("camera_to_worlds", "fx", "fy", "cx", "cy", "distortion_params"):
+        value = getattr(cameras, name)
+        if value is not None:
+            setattr(cameras, name, value.float())

@@ -1,0 +1,75 @@
+"""The layer library: shift, add and mixture-of-experts layers, and the verb that puts them into a model.
+
+It needs torch only and knows no model.
+"""
+
+from shiftadd3d.nn.add import (
+    BINARIZERS,
+    AddAttention,
+    SignBinarizer,
+    TokenConv,
+    binarize,
+    first_query_weights,
+    linear_add_attention,
+    make_binarizer,
+)
+from shiftadd3d.nn.moe import (
+    MoE,
+    MoELinear,
+    MoEMlp,
+    balance_loss,
+    collect_moe_losses,
+    dispatch,
+    latency_weights,
+    measure_latencies,
+    reset_router_statistics,
+    router_statistics,
+    shift_twin,
+    squared_coefficient_of_variation,
+)
+from shiftadd3d.nn.reparam import (
+    RECIPES,
+    Recipe,
+    ReparameterizationReport,
+    ReparameterizedLayer,
+    UntouchedLayer,
+    recipe,
+    register_attention,
+    register_mlp,
+    reparameterize_,
+)
+from shiftadd3d.nn.shift import PackedShiftLinear, ShiftLinear
+
+__all__ = [
+    "BINARIZERS",
+    "RECIPES",
+    "AddAttention",
+    "MoE",
+    "MoELinear",
+    "MoEMlp",
+    "PackedShiftLinear",
+    "Recipe",
+    "ReparameterizationReport",
+    "ReparameterizedLayer",
+    "ShiftLinear",
+    "SignBinarizer",
+    "TokenConv",
+    "UntouchedLayer",
+    "balance_loss",
+    "binarize",
+    "collect_moe_losses",
+    "dispatch",
+    "first_query_weights",
+    "latency_weights",
+    "linear_add_attention",
+    "make_binarizer",
+    "measure_latencies",
+    "recipe",
+    "register_attention",
+    "register_mlp",
+    "reparameterize_",
+    "reset_router_statistics",
+    "router_statistics",
+    "shift_twin",
+    "squared_coefficient_of_variation",
+]

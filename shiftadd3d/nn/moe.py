@@ -1,0 +1,459 @@
+"""A mixture of multiplication primitives: a router sends each token to the expert that suits it.
+
+The experts are a multiplying layer and its shift twin (or any list of modules); a token runs through exactly one of
+them. The latency-aware load-balancing loss gives the faster expert more tokens: at its minimum the shares are
+proportional to the inverse latencies, so that experts that ran side by side would end at the same time.
+
+Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.3; the noisy load estimate is that of Shazeer et al.,
+"Outrageously Large Neural Networks" (ICLR 2017), appendix A, for one expert a token.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.nn.shift import ShiftLinear
+
+Gate = Literal["unit", "probability"]
+GATES = ("unit", "probability")
+
+# Losses nobody collects hold their graphs: beyond this many forward passes the oldest are let go.
+_MAX_PENDING_LOSSES = 256
+# Enough tokens for the experts' cost to outweigh that of calling them.
+_MEASURED_TOKENS = 4096
+
+
+def measure_latencies(experts: Sequence[nn.Module], tokens: Tensor, repeats: int = 15) -> tuple[float, ...]:
+    """Seconds that each expert takes for `tokens`: the median of `repeats` runs, the experts taking turns.
+
+    Taking turns spreads whatever else the machine does over all of them. The experts run in evaluation, without
+    gradients.
+
+    Args:
+        experts: modules from [T, C] to [T, C'].
+        tokens: example tokens [T, C] on the experts' device.
+        repeats: timed runs of each expert, after two untimed ones.
+    """
+    times: list[list[float]] = [[] for _ in experts]
+    modes = [[(module, module.training) for module in expert.modules()] for expert in experts]
+    try:
+        for expert in experts:
+            expert.eval()
+        with torch.no_grad():
+            for run in range(repeats + 2):
+                for expert, measured in zip(experts, times, strict=True):
+                    _wait_for(tokens)
+                    start = time.perf_counter()
+                    expert(tokens)
+                    _wait_for(tokens)
+                    if run >= 2:
+                        measured.append(time.perf_counter() - start)
+    finally:
+        for mode in modes:
+            for module, training in mode:
+                module.training = training
+    return tuple(sorted(measured)[len(measured) // 2] for measured in times)
+
+
+def _wait_for(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def latency_weights(latencies: Sequence[float]) -> tuple[float, ...]:
+    """``alpha_i = Lat_i / sum_j Lat_j``.
+
+    Raises:
+        UserError: unless all latencies are positive and finite.
+    """
+    if not all(math.isfinite(latency) and latency > 0 for latency in latencies):
+        raise UserError(f"latencies must be positive and finite, not {tuple(latencies)}")
+    total = sum(latencies)
+    return tuple(latency / total for latency in latencies)
+
+
+def squared_coefficient_of_variation(x: Tensor) -> Tensor:
+    """Variance over squared mean of the values of `x` [E] (>= 0): 0 where all are equal, at most E - 1. A scalar."""
+    mean = x.mean()
+    return (x - mean).square().mean() / (mean.square() + torch.finfo(x.dtype).tiny)
+
+
+def balance_loss(
+    logits: Tensor,  # [T, E]
+    assignment: Tensor,  # [T]
+    alpha: Tensor,  # [E]
+    noisy_logits: Tensor | None = None,  # [T, E]
+    noise: float = 0.0,
+) -> Tensor:
+    """The latency-aware load-balancing loss of one layer, a scalar.
+
+    ``CV^2(importance) + CV^2(load)`` with ``importance_i = alpha_i sum_x p_i(x)``, p the softmax of `logits`, and
+    ``load_i = alpha_i`` times the number of tokens at expert i. That number has no gradient. With noise on the router
+    its expectation stands for it, ``sum_x P(logits_i + noise > max_j!=i noisy_logits_j)``; without, the count with
+    the gradient of p.
+
+    Both terms are zero where the shares of the experts are proportional to ``1 / alpha``.
+    """
+    probability = logits.softmax(-1)
+    importance = probability.sum(0)
+    if noisy_logits is not None and noise > 0:
+        best = noisy_logits.topk(min(2, noisy_logits.shape[-1]), dim=-1)
+        # The best among the others: the second best for the winner, the best for the rest.
+        is_winner = F.one_hot(best.indices[:, 0], noisy_logits.shape[-1]).bool()
+        rival = torch.where(is_winner, best.values[:, -1:], best.values[:, :1])
+        load = torch.special.ndtr((logits - rival) / noise).sum(0)
+    else:
+        count = torch.bincount(assignment, minlength=logits.shape[-1]).to(importance.dtype)
+        load = count + (importance - importance.detach())
+    return squared_coefficient_of_variation(alpha * importance) + squared_coefficient_of_variation(alpha * load)
+
+
+class _Permute(Function):
+    """Reorder rows; the gradient is gathered back, which is cheaper than the scatter-add of plain indexing."""
+
+    @staticmethod
+    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        return x.index_select(0, order)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _Permute.apply(grad, inverse, order), None, None
+
+
+def dispatch(tokens: Tensor, assignment: Tensor, experts: Sequence[nn.Module]) -> tuple[Tensor, list[int]]:
+    """Run each token through its expert, and through no other.
+
+    Args:
+        tokens: [T, C]; T may be 0.
+        assignment: [T] int64, the number of each token's expert.
+        experts: modules from [t, C] to [t, C'] for any t. In training every one is called, with no tokens if it has
+            none, so that all parameters have gradients (as distributed training wants).
+
+    Returns:
+        The outputs [T, C'] in the order of the tokens, and the number of tokens of each expert.
+    """
+    counts = torch.bincount(assignment, minlength=len(experts)).tolist()
+    busy = [i for i, count in enumerate(counts) if count] or [0]
+    if torch.is_grad_enabled() and any(expert.training for expert in experts):
+        busy = list(range(len(experts)))
+    if len(busy) == 1:
+        return experts[busy[0]](tokens), counts
+    order = assignment.argsort(stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    groups = _Permute.apply(tokens, order, inverse).split(counts)
+    outputs = torch.cat([experts[i](groups[i]) for i in busy])
+    return _Permute.apply(outputs, inverse, order), counts
+
+
+class MoE(nn.Module):
+    """Top-1 mixture of experts over the last dimension of its input.
+
+    Args:
+        experts: modules from [t, dim] to [t, dim'], all with the same dim'.
+        dim: token width.
+        names: one name an expert, for reports.
+        gate: "unit" leaves the expert's output as it is and gives the router the gradient of ``p / p.detach()``, so a
+            pretrained layer put in as an expert still computes what it did; "probability" multiplies by p, as the paper
+            does (and so scales the outputs down).
+        noise: standard deviation of the Gaussian noise on the router's logits in training; None for 1 / experts.
+        latencies: of the experts, in any unit; None for equal ones, "measure" to time them on the first training batch.
+
+    Shapes: x [*, dim] to [*, dim'].
+
+    Readable after a forward pass (not part of the state dict): `last_assignment` [*] int64, `last_shares` [E]; and
+    `token_counts`, the tokens of each expert since `reset_statistics`. The balance loss of each training pass waits
+    for `collect_moe_losses`.
+    """
+
+    alpha: Tensor
+
+    def __init__(
+        self,
+        experts: Sequence[nn.Module],
+        dim: int,
+        *,
+        names: Sequence[str] | None = None,
+        gate: Gate = "unit",
+        noise: float | None = None,
+        latencies: Sequence[float] | Literal["measure"] | None = None,
+    ) -> None:
+        super().__init__()
+        if not experts:
+            raise UserError("a mixture needs at least one expert")
+        if gate not in GATES:
+            raise UserError(f"gate must be one of {', '.join(GATES)}, not {gate!r}")
+        noise = 1 / len(experts) if noise is None else noise
+        if not noise >= 0:
+            raise UserError(f"the router's noise must not be negative, got {noise}")
+        names = [f"expert{i}" for i in range(len(experts))] if names is None else list(names)
+        if len(names) != len(experts):
+            raise UserError(f"{len(experts)} experts need as many names, not {len(names)}")
+        self.experts = nn.ModuleList(experts)
+        self.expert_names = tuple(names)
+        self.dim, self.gate, self.noise = dim, gate, float(noise)
+        self.router = nn.Linear(dim, len(experts))
+        nn.init.zeros_(self.router.bias)
+        # Like the first expert, so that a mixture made from a layer lives where the layer lived.
+        example = next(experts[0].parameters(), None)
+        if example is not None:
+            self.router.to(example)
+        self.register_buffer("alpha", torch.ones(len(experts), device=self.router.weight.device), persistent=False)
+        if isinstance(latencies, str) and latencies != "measure":
+            raise UserError(f"latencies must be numbers or 'measure', not {latencies!r}")
+        self.measure_pending = isinstance(latencies, str)
+        self.latencies: tuple[float, ...] = ()
+        self.set_latencies((1.0,) * len(experts) if latencies is None or isinstance(latencies, str) else latencies)
+        self._pending_losses: list[Tensor] = []
+        self.last_assignment: Tensor | None = None
+        self.last_shares: Tensor | None = None
+        self.token_counts = [0] * len(experts)
+
+    def set_latencies(self, latencies: Sequence[float]) -> None:
+        """Set what the balance loss takes the experts' latencies to be, in any unit.
+
+        Raises:
+            UserError: unless there is one positive number for each expert.
+        """
+        if len(latencies) != len(self.experts):
+            raise UserError(f"{len(self.experts)} experts need as many latencies, not {len(latencies)}")
+        self.alpha.copy_(torch.tensor(latency_weights(latencies)))
+        self.latencies = tuple(float(latency) for latency in latencies)
+
+    def reset_statistics(self) -> None:
+        """Forget which tokens went where."""
+        self.last_assignment = self.last_shares = None
+        self.token_counts = [0] * len(self.experts)
+
+    def take_losses(self, keep: bool = False) -> list[Tensor]:
+        """The balance losses of the training passes since the last call, scalars."""
+        losses = list(self._pending_losses)
+        if not keep:
+            self._pending_losses.clear()
+        return losses
+
+    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits [T, E], assignment [T] and, in training with noise, the noisy logits [T, E] that decided it."""
+        # The choice is discrete: keep it out of reduced precision.
+        with torch.autocast(tokens.device.type, enabled=False):
+            dtype = torch.promote_types(tokens.dtype, torch.float32)
+            bias = self.router.bias.to(dtype)
+            logits = F.linear(tokens.to(dtype), self.router.weight.to(dtype), bias)
+        noisy = logits + torch.randn_like(logits) * self.noise if self.training and self.noise > 0 else None
+        return logits, (logits if noisy is None else noisy).argmax(-1), noisy
+
+    def forward(self, x: Tensor) -> Tensor:  # [*, dim] -> [*, dim']
+        tokens = x.reshape(-1, x.shape[-1])
+        if self.measure_pending and self.training and len(tokens):
+            self.set_latencies(measure_latencies(list(self.experts), tokens[:_MEASURED_TOKENS].detach()))
+            self.measure_pending = False
+        logits, assignment, noisy = self.route(tokens)
+        out, counts = dispatch(tokens, assignment, list(self.experts))
+        if self.gate == "probability" or (torch.is_grad_enabled() and logits.requires_grad):
+            chosen = logits.softmax(-1).gather(1, assignment.unsqueeze(1))
+            scale = chosen if self.gate == "probability" else chosen / chosen.detach()
+            out = out * scale.to(out.dtype)
+        if self.training and torch.is_grad_enabled() and len(tokens):
+            self._record(balance_loss(logits, assignment, self.alpha.to(logits.dtype), noisy, self.noise))
+        self._count(assignment, counts, x.shape[:-1])
+        return out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out
+
+    def _record(self, loss: Tensor) -> None:
+        # A pass that activation checkpointing repeats during backward was recorded when it first ran.
+        if torch._C._current_graph_task_id() != -1:
+            return
+        if len(self._pending_losses) >= _MAX_PENDING_LOSSES:
+            warnings.warn(
+                "the mixtures' balance losses are not collected: add collect_moe_losses(model) to the training loss",
+                stacklevel=3,
+            )
+            self._pending_losses.pop(0)
+        self._pending_losses.append(loss)
+
+    def _count(self, assignment: Tensor, counts: list[int], shape: torch.Size) -> None:
+        self.last_assignment = assignment.reshape(shape)
+        self.last_shares = torch.tensor(counts, dtype=torch.float32) / max(1, sum(counts))
+        self.token_counts = [total + count for total, count in zip(self.token_counts, counts, strict=True)]
+
+    def train(self, mode: bool = True) -> MoE:
+        if not mode:
+            self._pending_losses.clear()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict:
+        # Losses are nodes of a graph: they cannot be copied, and a copy has no use for them.
+        return {**self.__dict__, "_pending_losses": []}
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, experts={self.expert_names}, gate={self.gate!r}, noise={self.noise:g}"
+
+
+class MoELinear(MoE):
+    """A linear layer as a mixture of a multiplying and a shifting one.
+
+    Args:
+        in_features: size of the last dimension of x.
+        out_features: size of the last dimension of y.
+        bias: add a float bias.
+        shift: arguments for `ShiftLinear` (bits, mode, terms, stochastic).
+        moe: arguments for `MoE` (gate, noise, latencies).
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, shift: dict | None = None, **moe
+    ) -> None:
+        linear = nn.Linear(in_features, out_features, bias=bias)
+        self._build(linear, shift, moe)
+
+    def _build(self, linear: nn.Linear, shift: dict | None, moe: dict, name: str | None = None) -> None:
+        twin = ShiftLinear.from_linear(linear, name=name, **(shift or {}))
+        super().__init__([linear, twin], linear.in_features, names=("mult", "shift"), **moe)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.training = linear.training
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, shift: dict | None = None, name: str | None = None, **moe) -> MoELinear:
+        """A mixture of `linear` itself and its shift twin.
+
+        Raises:
+            UserError: if the weights hold NaN or infinity.
+        """
+        layer = cls.__new__(cls)
+        layer._build(linear, shift, moe, name)
+        return layer
+
+
+class MoEMlp(MoE):
+    """A two-layer perceptron as a mixture of a multiplying and a shifting one.
+
+    Args:
+        dim: token width in and out.
+        hidden_dim: width between the two layers.
+        shift: arguments for `ShiftLinear` (bits, mode, terms, stochastic).
+        moe: arguments for `MoE` (gate, noise, latencies).
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, *, shift: dict | None = None, **moe) -> None:
+        mlp = _Mlp(dim, hidden_dim)
+        self._build(mlp, dim, shift, moe)
+
+    def _build(self, mlp: nn.Module, dim: int, shift: dict | None, moe: dict, name: str | None = None) -> None:
+        super().__init__([mlp, shift_twin(mlp, name=name, **(shift or {}))], dim, names=("mult", "shift"), **moe)
+        self.training = mlp.training
+
+    @classmethod
+    def from_mlp(
+        cls, mlp: nn.Module, *, dim: int | None = None, shift: dict | None = None, name: str | None = None, **moe
+    ) -> MoEMlp:
+        """A mixture of `mlp` itself and a copy of it whose linear layers are shift layers.
+
+        Args:
+            mlp: a module from [t, dim] to [t, dim'] that treats tokens one by one.
+            dim: token width; None for the inputs of its first linear layer.
+
+        Raises:
+            UserError: if it has no linear layer, or weights hold NaN or infinity.
+        """
+        if dim is None:
+            dim = next((module.in_features for module in mlp.modules() if type(module) is nn.Linear), None)
+            if dim is None:
+                raise UserError(f"{name or type(mlp).__name__} has no linear layer to make a shift expert of")
+        layer = cls.__new__(cls)
+        layer._build(mlp, dim, shift, moe, name)
+        return layer
+
+
+class _Mlp(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # [*, dim] -> [*, dim]
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def shift_twin(module: nn.Module, *, name: str | None = None, **shift) -> nn.Module:
+    """A deep copy of `module` whose `nn.Linear` layers are `ShiftLinear` layers with the same weights.
+
+    Args:
+        name: qualified name of the module, for errors.
+        shift: arguments for `ShiftLinear.from_linear`.
+    """
+    twin = copy.deepcopy(module)
+    for parent_name, parent in list(twin.named_modules()):
+        for child_name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                qualified = ".".join(part for part in (name, parent_name, child_name) if part)
+                setattr(parent, child_name, ShiftLinear.from_linear(child, name=qualified, **shift))
+    return twin
+
+
+def collect_moe_losses(model: nn.Module, reduction: Literal["mean", "sum"] = "mean", reset: bool = True) -> Tensor:
+    """The load-balancing losses of all mixtures in `model`, recorded by its training passes since the last call.
+
+    Args:
+        reduction: "mean" or "sum" over layers and passes.
+        reset: forget them afterwards, as a training step should.
+
+    Returns:
+        A scalar to add, times a small factor (the paper: 0.01), to the training loss. Zero if nothing was recorded: no
+        mixture, no training pass, or no gradients.
+
+    Raises:
+        UserError: for a reduction that does not exist.
+    """
+    if reduction not in ("mean", "sum"):
+        raise UserError(f"reduction must be mean or sum, not {reduction!r}")
+    losses = [
+        loss for module in model.modules() if isinstance(module, MoE) for loss in module.take_losses(keep=not reset)
+    ]
+    if not losses:
+        example = next(model.parameters(), None)
+        return torch.zeros((), device=None if example is None else example.device)
+    stacked = torch.stack([loss.to(losses[0]) for loss in losses])
+    return stacked.mean() if reduction == "mean" else stacked.sum()
+
+
+def reset_router_statistics(model: nn.Module) -> None:
+    """Forget, in every mixture of `model`, which tokens went where."""
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.reset_statistics()
+
+
+def router_statistics(model: nn.Module) -> dict[str, dict]:
+    """What the routers of `model` did since `reset_router_statistics`, by qualified name.
+
+    Each entry has `experts` (names), `tokens` (how many each expert got), `shares` (the same as fractions),
+    `last_shares` (of the last forward pass alone) and `latencies` (as the balance loss sees them). Which expert each
+    single token took is in the layer's `last_assignment`.
+    """
+    statistics = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            total = sum(module.token_counts)
+            statistics[name] = {
+                "experts": list(module.expert_names),
+                "tokens": list(module.token_counts),
+                "shares": [count / total if total else 0.0 for count in module.token_counts],
+                "last_shares": [] if module.last_shares is None else module.last_shares.tolist(),
+                "latencies": list(module.latencies),
+            }
+    return statistics

@@ -1,0 +1,240 @@
+"""Attention over binary codes against its definition in float64."""
+
+# Wrong arguments on purpose, and attributes of submodules, to which torch gives no types.
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportOperatorIssue=false, reportIndexIssue=false, reportOptionalOperand=false
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from shiftadd3d import UserError
+from shiftadd3d.nn import AddAttention, ShiftLinear, TokenConv, binarize, first_query_weights, linear_add_attention
+
+quick = settings(max_examples=40, deadline=None)
+
+
+def brute_force(q, k, v, mask=None):
+    """Similarity of every pair, one by one, and the map itself."""
+    q, k, v = q.double(), k.double(), v.double()
+    similarity = 0.5 + torch.einsum("bhnd,bhmd->bhnm", q, k) / (math.pi * q.shape[-1])
+    if mask is not None:
+        similarity = similarity * mask
+    total = similarity.sum(-1, keepdim=True)
+    attention = torch.where(total > 0, similarity / total, 0.0)
+    return torch.einsum("bhnm,bhme->bhne", attention, v), attention
+
+
+def random_codes(codes: str, *shape: int) -> torch.Tensor:
+    return binarize(torch.randn(shape), codes)
+
+
+@quick
+@given(
+    st.sampled_from(["pm1", "01"]),
+    st.sampled_from(["auto", "linear", "quadratic"]),
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(1, 24),
+    st.integers(1, 24),
+    st.sampled_from(["none", "keys", "keys4", "heads"]),
+    st.integers(0, 1000),
+)
+def test_both_orders_equal_brute_force(codes, order, heads, queries, keys, code, value, masking, seed) -> None:
+    torch.manual_seed(seed)
+    q, k = random_codes(codes, 2, heads, queries, code), random_codes(codes, 2, heads, keys, code)
+    v = torch.randn(2, heads, keys, value)
+    shape = {"none": None, "keys": (2, keys), "keys4": (2, 1, 1, keys), "heads": (2, heads, 1, keys)}[masking]
+    mask = None if shape is None else torch.rand(shape) < 0.6
+    full = mask[:, None, None] if masking == "keys" else mask
+    expected, attention = brute_force(q, k, v, full)
+    out = linear_add_attention(q, k, v, mask=mask, order=order)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    first = first_query_weights(q, k, mask)
+    torch.testing.assert_close(first.double(), attention[:, :, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_two_orders_have_the_same_gradients() -> None:
+    grads = []
+    for order in ("linear", "quadratic"):
+        torch.manual_seed(1)
+        q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in (7, 11, 11))
+        linear_add_attention(binarize(q), binarize(k), v, order=order).square().sum().backward()
+        grads.append((q.grad, k.grad, v.grad))
+    for linear, quadratic in zip(*grads, strict=True):
+        torch.testing.assert_close(linear, quadratic)
+
+
+def test_a_mask_per_query_takes_the_quadratic_order() -> None:
+    q, k, v = random_codes("pm1", 1, 2, 6, 8), random_codes("pm1", 1, 2, 6, 8), torch.randn(1, 2, 6, 4)
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    torch.testing.assert_close(linear_add_attention(q, k, v, mask=causal).double(), brute_force(q, k, v, causal)[0])
+    with pytest.raises(UserError, match="quadratic"):
+        linear_add_attention(q, k, v, mask=causal, order="linear")
+
+
+def test_a_query_without_keys_gives_zeros() -> None:
+    q, k, v = random_codes("pm1", 2, 1, 3, 8), random_codes("pm1", 2, 1, 5, 8), torch.randn(2, 1, 5, 4)
+    mask = torch.tensor([[True] * 5, [False] * 5])
+    for order in ("linear", "quadratic"):
+        out = linear_add_attention(q, k, v, mask=mask, order=order)
+        assert (out[1] == 0).all() and torch.isfinite(out).all()
+    assert (first_query_weights(q, k, mask)[1] == 0).all()
+
+
+@pytest.mark.parametrize("codes", ["pm1", "01"])
+def test_the_first_row_is_a_proper_distribution(codes: str) -> None:
+    q, k = random_codes(codes, 4, 2, 192, 16), random_codes(codes, 4, 2, 192, 16)
+    weights = first_query_weights(q, k)
+    assert (weights > 0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(4, 2))
+
+
+@pytest.mark.parametrize(("codes", "low"), [("pm1", -1.0), ("01", 0.0)])
+def test_codes_and_their_clipped_gradient(codes: str, low: float) -> None:
+    x = torch.tensor([-2.0, -0.5, -0.0, 0.0, 0.5, 2.0], requires_grad=True)
+    code = binarize(x, codes)
+    assert code.tolist() == [low, low, 1.0, 1.0, 1.0, 1.0]
+    code.sum().backward()
+    slope = (1 - low) / 2
+    assert x.grad.tolist() == [0.0, slope, slope, slope, slope, 0.0]
+
+
+def test_only_additions_touch_the_codes() -> None:
+    """With codes of 0 and 1, ``q (k^T v)`` is sums of values that the codes select: integers stay exact integers."""
+    q, k = random_codes("01", 1, 1, 5, 8), random_codes("01", 1, 1, 9, 8)
+    v = torch.randint(-50, 50, (1, 1, 9, 3)).float()
+    key_values = k.transpose(-2, -1) @ v
+    by_selection = torch.stack([v[0, 0][k[0, 0, :, d] == 1].sum(0) for d in range(8)])
+    assert torch.equal(key_values[0, 0], by_selection)
+    assert torch.equal((q @ key_values)[0, 0], torch.stack([by_selection[row == 1].sum(0) for row in q[0, 0]]))
+
+
+def layer_by_hand(layer: AddAttention, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def heads(t):
+        return t.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
+
+    q, k, v = heads(layer.q_fc(x)), heads(layer.k_fc(x)), heads(layer.v_fc(x))
+    out, attention = brute_force((q >= 0) * 2.0 - 1, (k >= 0) * 2.0 - 1, v)
+    if layer.dwconv is not None:
+        size = layer.dwconv.kernel_size
+        padded = torch.nn.functional.pad(v.double(), (0, 0, size // 2, size // 2))
+        for i in range(size):
+            tap = layer.dwconv.weight[:, 0, i].view(1, -1, 1, 1)
+            out = out + padded[:, :, i : i + v.shape[2]] * tap
+    return layer.out_fc(out.transpose(1, 2).flatten(-2).float()), attention.mean(1)[:, 0]
+
+
+@pytest.mark.parametrize("samples", [1, 16, 64, 192])
+@pytest.mark.parametrize("dwconv", [0, 9])
+def test_the_layer_equals_its_definition(samples: int, dwconv: int) -> None:
+    layer = AddAttention(64, 4, dwconv=dwconv).eval()
+    if dwconv:
+        nn.init.normal_(layer.dwconv.weight)
+    x = torch.randn(3, samples, 64)
+    out, weights = layer(x, return_weights=True)
+    expected, expected_weights = layer_by_hand(layer, x)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights, expected_weights.float())
+    assert torch.equal(layer(x), out)
+
+
+def test_the_layer_trains_all_its_parameters() -> None:
+    layer = AddAttention(32, 4, dwconv=3, qkv_bias=True)
+    out, weights = layer(torch.randn(2, 10, 32), return_weights=True)
+    (out.square().sum() + weights.square().sum()).backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_gradients_of_codes_do_not_depend_on_how_long_tokens_are() -> None:
+    x = torch.randn(2, 10, 32)
+    grads = []
+    for scale in (1.0, 100.0):
+        torch.manual_seed(3)
+        layer = AddAttention(32, 4)
+        with torch.no_grad():
+            layer.q_fc.weight.mul_(scale)
+        layer(x).square().sum().backward()
+        grads.append(layer.q_fc.weight.grad * scale)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-6)
+
+
+def test_masked_tokens_are_not_attended_to() -> None:
+    layer = AddAttention(32, 4).eval()
+    x = torch.randn(2, 10, 32)
+    mask = torch.ones(2, 10, dtype=torch.bool)
+    mask[:, 6:] = False
+    out, weights = layer(x, True, mask)
+    short, short_weights = layer(x[:, :6], True)
+    torch.testing.assert_close(out[:, :6], short)
+    torch.testing.assert_close(weights[:, :6], short_weights)
+    assert (weights[:, 6:] == 0).all()
+
+
+def test_from_projections_takes_over_the_modules() -> None:
+    q, k, v, out = (nn.Linear(16, 16, bias=False) for _ in range(4))
+    q.eval()
+    layer = AddAttention.from_projections(q, ShiftLinear.from_linear(k), v, out, num_heads=2, dwconv=3)
+    assert layer.q_fc is q and layer.v_fc is v and layer.out_fc is out and not layer.training
+    assert list(dict(layer.named_children())) == ["q_fc", "k_fc", "v_fc", "out_fc", "q_code", "k_code", "dwconv"]
+    assert layer.double().dwconv.weight.dtype == torch.float64
+
+
+def test_a_fresh_convolution_changes_nothing_and_any_module_can_stand_in() -> None:
+    x = torch.randn(2, 9, 16)
+    plain = AddAttention(16, 2)
+    with_conv = AddAttention(16, 2, dwconv=5)
+    with_conv.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(plain(x), with_conv(x))
+
+    class Image(nn.Module):
+        def forward(self, v):  # [B, H, N, E], N = 3 x 3
+            return (
+                torch.nn.functional.avg_pool2d(v.transpose(2, 3).unflatten(-1, (3, 3)).flatten(1, 2), 3, 1, 1)
+                .view(*v.transpose(2, 3).shape)
+                .transpose(2, 3)
+            )
+
+    assert AddAttention(16, 2, dwconv=Image())(x).shape == x.shape
+
+
+def test_deepcopy_state_dict_compile_and_autocast() -> None:
+    layer = AddAttention(32, 4, dwconv=3)
+    x = torch.randn(2, 20, 32)
+    expected = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    other = AddAttention(32, 4, dwconv=3)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), expected)
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, weights = layer(x, return_weights=True)
+        (out.float().sum() + weights.sum()).backward()
+    # A code may flip where its feature is about zero; on average nothing may move.
+    assert (out.float() - expected).norm() < 0.15 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AddAttention(30, 4), "divide"),
+        (lambda: AddAttention(32, 4, binarizer="hsh"), "sign"),
+        (lambda: AddAttention(32, 4, codes="pm"), "pm1, 01"),
+        (lambda: AddAttention(32, 4, order="cubic"), "auto, linear, quadratic"),
+        (lambda: AddAttention(32, 4, dwconv=4), "odd"),
+        (lambda: TokenConv(4, -1), "odd"),
+        (lambda: binarize(torch.ones(1), "0/1"), "pm1, 01"),
+        (lambda: AddAttention(8, 2)(torch.ones(1, 3, 8), mask=torch.ones(1, 3)), "bool"),
+    ],
+)
+def test_wrong_arguments_name_what_would_be_right(make, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()

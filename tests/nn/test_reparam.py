@@ -1,0 +1,326 @@
+"""`reparameterize_` on a small network with the parts of a transformer, and on parts it does not know."""
+
+# Wrong arguments on purpose, and attributes of submodules, to which torch gives no types.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from shiftadd3d import UserError
+from shiftadd3d.nn import (
+    RECIPES,
+    AddAttention,
+    MoELinear,
+    MoEMlp,
+    Recipe,
+    ShiftLinear,
+    collect_moe_losses,
+    power_of_two,
+    recipe,
+    register_attention,
+    register_mlp,
+    reparameterize_,
+)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.q_fc, self.k_fc, self.v_fc = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.out_fc = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = (
+            fc(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for fc in (self.q_fc, self.k_fc, self.v_fc)
+        )
+        return self.out_fc(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+
+class SubtractionAttention(nn.Module):
+    """No product of queries and keys; a small perceptron inside."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.q_fc = nn.Linear(dim, dim, bias=False)
+        self.pos_fc = nn.Sequential(nn.Linear(dim, 4), nn.ReLU(), nn.Linear(4, dim))
+
+    def forward(self, x):
+        return self.pos_fc(x - self.q_fc(x))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 2 * dim)
+        self.act = nn.ReLU()
+        self.fc2 = nn.Linear(2 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.attn = Attention(dim, 2)
+        self.sub = SubtractionAttention(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm(x))
+        x = x + self.sub(x)
+        return x + self.ff(x)
+
+
+class Net(nn.Module):
+    def __init__(self, dim: int = 8) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3, dim)
+        self.blocks = nn.ModuleList(Block(dim) for _ in range(2))
+        self.mix = nn.Conv1d(dim, dim, 1)
+        self.head = nn.Linear(dim, 3)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.mix(x.transpose(1, 2)).transpose(1, 2))
+
+
+def to_add(module: Attention, recipe: Recipe) -> AddAttention:
+    return AddAttention.from_projections(
+        module.q_fc, module.k_fc, module.v_fc, module.out_fc, module.num_heads, **recipe.add_options()
+    )
+
+
+@pytest.fixture(autouse=True)
+def known_classes(monkeypatch: pytest.MonkeyPatch):
+    from shiftadd3d.nn import reparam
+
+    monkeypatch.setattr(reparam, "_attention_converters", dict(reparam._attention_converters))
+    monkeypatch.setattr(reparam, "_mlp_classes", dict(reparam._mlp_classes))
+    register_attention(Attention, to_add)
+    register_attention(SubtractionAttention)
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    return {name: type(module).__name__ for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "attention_linear", "mlp"),
+    [
+        ("mult", "Attention", "Linear", "FeedForward"),
+        ("add", "AddAttention", "Linear", "FeedForward"),
+        ("add+shift-attn", "AddAttention", "ShiftLinear", "FeedForward"),
+        ("add+shift", "AddAttention", "ShiftLinear", "FeedForward"),
+        ("add+shift-attn+moe", "AddAttention", "ShiftLinear", "MoEMlp"),
+        ("moe", "AddAttention", "MoELinear", "MoEMlp"),
+    ],
+)
+def test_the_presets_are_the_papers_rows(name: str, attention: str, attention_linear: str, mlp: str) -> None:
+    model = Net()
+    reparameterize_(model, name, verbose=False)
+    found = kinds(model)
+    for block in ("blocks.0", "blocks.1"):
+        assert found[f"{block}.attn"] == attention
+        assert found[f"{block}.sub"] == "SubtractionAttention"
+        for linear in ("attn.q_fc", "attn.out_fc", "sub.q_fc", "sub.pos_fc.0", "sub.pos_fc.2"):
+            assert found[f"{block}.{linear}"] == attention_linear
+        assert found[f"{block}.ff"] == mlp
+        if mlp == "FeedForward":
+            assert found[f"{block}.ff.fc1"] == ("ShiftLinear" if name == "add+shift" else "Linear")
+    assert found["embed"] == found["head"] == "Linear" and found["mix"] == "Conv1d"
+    out = model(torch.randn(2, 5, 3))
+    (out.square().sum() + collect_moe_losses(model)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_doing_it_twice_changes_nothing(name: str) -> None:
+    model = Net()
+    reparameterize_(model, name, verbose=False)
+    modules = dict(model.named_modules())
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    report = reparameterize_(model, name, verbose=False)
+    assert report.layers == ()
+    again = dict(model.named_modules())
+    assert modules.keys() == again.keys() and all(modules[key] is again[key] for key in modules)
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+def test_weights_carry_over_to_the_very_parameters() -> None:
+    model = Net().eval()
+    before = dict(model.named_parameters())
+    reparameterize_(model, recipe("add+shift", dwconv=0), verbose=False)
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys() and all(before[key] is after[key] for key in before)
+    assert not any(module.training for module in model.modules())
+    fc1 = model.blocks[0].ff.fc1
+    x = torch.randn(4, 8)
+    assert torch.equal(fc1(x), F.linear(x, power_of_two.quantize(fc1.weight), fc1.bias))
+
+
+def test_options_reach_the_layers() -> None:
+    model = Net()
+    wanted = recipe(
+        "moe", bits=5, terms=2, mode="PS", codes="01", dwconv=3, order="linear", gate="probability", latencies=(3, 1)
+    )
+    reparameterize_(model, dataclasses.replace(wanted, router_noise=0.25), verbose=False)
+    shift = model.blocks[0].ff.experts[1].fc1
+    assert (shift.bits, shift.terms, shift.mode) == (5, 2, "PS")
+    attention = model.blocks[0].attn
+    assert attention.q_code.codes == "01" and attention.dwconv.kernel_size == 3 and attention.order == "linear"
+    mixture = model.blocks[1].ff
+    assert (mixture.gate, mixture.noise, mixture.latencies) == ("probability", 0.25, (3.0, 1.0))
+
+
+def test_state_dict_round_trip() -> None:
+    for name in ("add+shift", "moe"):
+        model, other = Net(), Net()
+        reparameterize_(model, name, verbose=False)
+        reparameterize_(other, name, verbose=False)
+        other.load_state_dict(model.state_dict())
+        x = torch.randn(2, 5, 3)
+        assert torch.equal(model.eval()(x), other.eval()(x))
+        assert torch.equal(copy.deepcopy(model)(x), other(x))
+
+
+def test_the_report_tells_what_became_what_and_what_was_left_alone(capsys: pytest.CaptureFixture) -> None:
+    model = Net()
+    report = reparameterize_(model, "add+shift-attn+moe")
+    rows = {layer.name: layer for layer in report.layers}
+    assert rows["blocks.0.attn.q_fc"].before == "Linear" and rows["blocks.0.attn.q_fc"].after == "ShiftLinear"
+    assert rows["blocks.0.attn.q_fc"].parameters == 64 and rows["blocks.0.attn.q_fc"].bits == "4"
+    assert rows["blocks.1.ff"].after == "MoEMlp" and rows["blocks.1.ff"].bits == "32/4"
+    untouched = {layer.name: (layer.kind, layer.reason) for layer in report.untouched}
+    assert untouched["mix"] == ("Conv1d", "no rule for it")
+    assert untouched["head"] == ("Linear", "other_linear: mult")
+    printed = capsys.readouterr().out
+    assert "blocks.0.attn.q_fc" in printed and "Conv1d" in printed
+    assert "blocks.1.ff" in str(report)
+    assert json.loads(json.dumps(report.as_dict()))["recipe"]["name"] == "add+shift-attn+moe"
+    reparameterize_(model, "add+shift-attn+moe", verbose=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_every_parameter_is_in_the_report_once() -> None:
+    model = Net()
+    report = reparameterize_(model, recipe("add+shift", dwconv=0), verbose=False)
+    linears = [layer for layer in report.layers if layer.after != "AddAttention"]
+    total = sum(layer.parameters for layer in (*linears, *report.untouched))
+    assert total == sum(p.numel() for p in model.parameters())
+
+
+def test_filter_and_exclude_leave_layers_alone() -> None:
+    model = Net()
+    report = reparameterize_(
+        model, "add+shift", filter_fn=lambda module, name: not name.endswith("q_fc"), verbose=False
+    )
+    assert type(model.blocks[0].attn.q_fc) is nn.Linear and type(model.blocks[0].attn.k_fc) is ShiftLinear
+    assert ("blocks.0.attn.q_fc", "filtered out") in {(layer.name, layer.reason) for layer in report.untouched}
+
+    model = Net()
+    reparameterize_(model, recipe("add+shift", exclude=("blocks.0", "*.ff")), verbose=False)
+    assert type(model.blocks[0].attn) is Attention and type(model.blocks[0].attn.q_fc) is nn.Linear
+    assert type(model.blocks[1].attn) is AddAttention and type(model.blocks[1].ff.fc1) is nn.Linear
+
+
+def test_other_linears_follow_when_asked() -> None:
+    model = Net()
+    reparameterize_(model, Recipe(other_linear="shift"), verbose=False)
+    assert type(model.head) is ShiftLinear and type(model.embed) is ShiftLinear
+    assert type(model.blocks[0].ff.fc1) is nn.Linear
+
+
+def test_perceptrons_that_look_around_become_mixtures_layer_by_layer() -> None:
+    class ConvMlp(FeedForward):
+        def __init__(self, dim: int) -> None:
+            super().__init__(dim)
+            self.dwconv = nn.Conv1d(2 * dim, 2 * dim, 3, padding=1, groups=2 * dim)
+
+        def forward(self, x, size):
+            return x
+
+    class Told(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    register_mlp(Told)
+    model = nn.ModuleDict({"conv": ConvMlp(4), "told": Told(), "plain": FeedForward(4)})
+    reparameterize_(model, "moe", verbose=False)
+    assert type(model["conv"]) is ConvMlp and type(model["conv"].fc1) is MoELinear
+    assert type(model["told"]) is MoEMlp and type(model["plain"]) is MoEMlp
+
+
+def test_subclasses_of_linear_are_not_touched() -> None:
+    model = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 2)})
+    report = reparameterize_(model, Recipe(other_linear="shift"), verbose=False)
+    # MultiheadAttention reads out_proj.weight past its forward pass: a shift layer there would be ignored.
+    assert type(model["mha"].out_proj) is not ShiftLinear and type(model["head"]) is ShiftLinear
+    assert "mha.out_proj" in {layer.name for layer in report.untouched}
+
+
+def test_a_module_in_two_places_stays_one_module_and_tied_weights_stay_tied() -> None:
+    shared = nn.Linear(4, 4)
+    tied = nn.Linear(4, 4)
+    tied.weight = shared.weight
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": tied})
+    reparameterize_(model, Recipe(other_linear="shift"), verbose=False)
+    assert type(model["a"]) is ShiftLinear and model["b"][0] is model["a"]
+    assert model["c"] is not model["a"] and model["c"].weight is model["a"].weight
+
+
+def test_all_that_cannot_be_done_is_listed_and_nothing_is_changed() -> None:
+    model = Net()
+    with torch.no_grad():
+        model.blocks[0].ff.fc2.weight[0, 0] = math.inf
+    model.blocks[1].ff.fc1.register_forward_hook(lambda *_: None)
+    before = kinds(model)
+    with pytest.raises(UserError) as caught:
+        reparameterize_(model, "add+shift", verbose=False)
+    assert "blocks.0.ff.fc2 (Linear)" in str(caught.value) and "1 of 128 values" in str(caught.value)
+    assert "blocks.1.ff.fc1 (Linear)" in str(caught.value) and "hooks" in str(caught.value)
+    assert kinds(model) == before
+    with pytest.raises(UserError, match="the model itself is a Linear"):
+        reparameterize_(nn.Linear(2, 2), Recipe(other_linear="shift"), verbose=False)
+
+
+def test_a_model_of_which_nothing_is_known_is_left_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
+    report = reparameterize_(model, "moe", verbose=False)
+    assert report.layers == () and [layer.name for layer in report.untouched] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: recipe("shift"), r"there is no recipe 'shift'; the recipes are mult, add, add\+shift-attn"),
+        (lambda: recipe("add", bitz=3), "a recipe has no bitz; it has name, attention"),
+        (lambda: reparameterize_(nn.ReLU(), "nope"), "the recipes are"),
+        (lambda: Recipe(attention="binary"), "attention must be one of keep, add"),
+        (lambda: Recipe(mlp="Shift"), "mlp must be one of mult, shift, moe"),
+        (lambda: Recipe(other_linear="moe"), "other_linear must be one of mult, shift"),
+        (lambda: Recipe(bits=8), "bits"),
+        (lambda: Recipe(dwconv=2), "odd"),
+        (lambda: Recipe(binarizer="xor"), "binarizer must be one of sign"),
+        (lambda: Recipe(latencies=(1.0,)), "two numbers"),
+        (lambda: Recipe(latencies=(1.0, -1.0)), "positive"),
+        (lambda: Recipe(exclude="head"), "tuple of patterns"),
+    ],
+)
+def test_wrong_recipes_name_what_would_be_right(make, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()

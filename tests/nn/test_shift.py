@@ -1,0 +1,239 @@
+"""Shift layers: values, gradients, storage, and what a module has to survive."""
+
+# Wrong arguments on purpose, and attributes of submodules, to which torch gives no types.
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from shiftadd3d import UserError
+from shiftadd3d.nn import PackedShiftLinear, ShiftLinear, power_of_two
+
+FORMATS = [(bits, terms) for bits in range(2, 7) for terms in (1, 2)]
+
+
+@pytest.mark.parametrize("mode", ["Q", "PS"])
+@pytest.mark.parametrize(("bits", "terms"), FORMATS)
+def test_from_linear_computes_with_the_nearest_powers_of_two(mode: str, bits: int, terms: int) -> None:
+    linear = nn.Linear(33, 17)
+    shift = ShiftLinear.from_linear(linear, bits=bits, mode=mode, terms=terms)
+    weight = power_of_two.quantize(linear.weight, bits, terms)
+    x = torch.randn(2, 5, 33)
+    assert torch.equal(shift(x), F.linear(x, weight, linear.bias))
+
+
+@pytest.mark.parametrize("mode", ["Q", "PS"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_from_linear_keeps_dtype_training_flag_bias_and_what_is_trainable(mode: str, dtype: torch.dtype) -> None:
+    linear = nn.Linear(8, 4, bias=False).to(dtype).eval()
+    linear.weight.requires_grad_(False)
+    before = linear.weight.clone()
+    shift = ShiftLinear.from_linear(linear, mode=mode)
+    assert shift.bias is None and not shift.training
+    assert {p.dtype for p in shift.parameters()} == {dtype}
+    assert not any(p.requires_grad for p in shift.parameters())
+    assert torch.equal(linear.weight, before)
+
+
+@pytest.mark.parametrize("mode", ["Q", "PS"])
+@pytest.mark.parametrize(("bits", "terms"), FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_reproduce_the_layer_bit_for_bit(mode: str, bits: int, terms: int, dtype: torch.dtype) -> None:
+    layer = ShiftLinear(37, 12, bits=bits, mode=mode, terms=terms).to(dtype)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(torch.randn(6, 37, dtype=dtype)).square().mean().backward()
+        optimizer.step()
+    packed = layer.eval().freeze()
+    x = torch.randn(6, 37, dtype=dtype)
+    assert torch.equal(packed(x), layer(x))
+    assert torch.equal(layer.to_linear()(x), layer(x))
+
+
+def test_a_packed_layer_stores_four_bits_a_weight() -> None:
+    packed = ShiftLinear(64, 256).freeze()
+    assert not list(packed.parameters())
+    stored = {name: buffer.numel() * buffer.element_size() for name, buffer in packed.named_buffers()}
+    assert stored == {"codes": 64 * 256 // 2, "offset": 256, "bias": 256 * 4}
+
+
+def test_a_packed_layer_goes_through_a_state_dict() -> None:
+    packed = ShiftLinear(20, 10, bits=5, terms=2).freeze()
+    other = PackedShiftLinear(20, 10, bits=5, terms=2)
+    other.load_state_dict(packed.state_dict())
+    x = torch.randn(3, 20)
+    assert torch.equal(other(x), packed(x))
+
+
+def test_the_gradient_goes_straight_through_the_rounding() -> None:
+    layer = ShiftLinear(16, 8)
+    x = torch.randn(5, 16, requires_grad=True)
+    layer(x).square().sum().backward()
+    weight = power_of_two.quantize(layer.weight).requires_grad_()
+    y = F.linear(x.detach(), weight, layer.bias)
+    y.square().sum().backward()
+    # By definition: the gradient of the quantised weight, given to the float weight as it is.
+    torch.testing.assert_close(layer.weight.grad, weight.grad)
+    torch.testing.assert_close(x.grad, 2 * y @ weight.detach())
+
+
+@pytest.mark.parametrize("terms", [1, 2])
+def test_shift_and_sign_have_deepshift_gradients(terms: int) -> None:
+    layer = ShiftLinear(6, 3, mode="PS", terms=terms)
+    with torch.no_grad():
+        layer.shift.add_(torch.rand_like(layer.shift) * 0.4)
+        layer.sign.mul_(torch.rand_like(layer.sign) * 0.9)  # some round to zero
+    upstream = torch.randn(3, 6)
+    (layer.quantized_weight() * upstream).sum().backward()
+    levels = power_of_two.num_exponents(4)
+    shift, sign = layer.shift.detach().round(), layer.sign.detach().round().sign()
+    top = shift.masked_fill(sign == 0, -math.inf).amax(-1, keepdim=True)
+    value = sign * torch.exp2(torch.clamp(shift, top - levels + 1, top))
+    value = torch.where(sign == 0, 0.0, value)
+    torch.testing.assert_close(layer.quantized_weight(), value.sum(0))
+    torch.testing.assert_close(layer.shift.grad, upstream * value * math.log(2))
+    torch.testing.assert_close(layer.sign.grad, upstream.expand_as(layer.sign))
+
+
+@pytest.mark.parametrize(("mode", "rate"), [("Q", 0.02), ("PS", 0.02)])
+def test_a_shift_layer_learns_a_shift_layer(mode: str, rate: float) -> None:
+    teacher = ShiftLinear(16, 8, bias=False).eval()
+    student = ShiftLinear(16, 8, bias=False, mode=mode)
+    optimizer = torch.optim.Adam(student.parameters(), lr=rate)
+    losses = []
+    for _ in range(300):
+        x = torch.randn(64, 16)
+        loss = F.mse_loss(student(x), teacher(x).detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.15 * sum(losses[:10])
+
+
+def test_the_kept_weight_follows_every_change_of_the_float_weight() -> None:
+    layer = ShiftLinear(8, 8, bias=False).eval()
+    x = torch.randn(2, 8)
+
+    def assert_fresh() -> None:
+        assert torch.equal(layer(x), F.linear(x, power_of_two.quantize(layer.weight)))
+
+    with torch.no_grad():
+        assert_fresh()
+        assert layer.quantized_weight() is layer.quantized_weight()
+        layer.weight.mul_(-3)
+        assert_fresh()
+        layer.load_state_dict(ShiftLinear(8, 8, bias=False).state_dict())
+        assert_fresh()
+        layer.weight = nn.Parameter(torch.randn(8, 8))
+        assert_fresh()
+        layer.double().float()
+        assert_fresh()
+    torch.optim.SGD(layer.parameters(), lr=1.0).step()
+    layer(x).sum().backward()
+    torch.optim.Adam(layer.parameters(), lr=1.0).step()
+    assert_fresh()
+    layer.weight.data.zero_()  # torch does not count this one; changing the mode does
+    layer.eval()
+    assert_fresh()
+
+
+def test_a_weight_kept_in_inference_mode_can_be_trained_later() -> None:
+    layer = ShiftLinear(8, 8).eval()
+    with torch.inference_mode():
+        layer(torch.randn(1, 8))
+    layer(torch.randn(1, 8)).sum().backward()
+    assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("mode", ["Q", "PS"])
+def test_deepcopy_and_state_dict_round_trip(mode: str) -> None:
+    layer = ShiftLinear(8, 4, mode=mode, terms=2).eval()
+    x = torch.randn(3, 8)
+    expected = layer(x)
+    copied = copy.deepcopy(layer)
+    assert torch.equal(copied(x), expected)
+    with torch.no_grad():
+        next(copied.parameters()).zero_()
+    assert torch.equal(layer(x), expected)
+    other = ShiftLinear(8, 4, mode=mode, terms=2)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.eval()(x), expected)
+
+
+def test_a_linear_checkpoint_loads_into_a_shift_layer() -> None:
+    linear = nn.Linear(8, 4)
+    layer = ShiftLinear(8, 4)
+    layer.load_state_dict(linear.state_dict())
+    assert torch.equal(layer.weight, linear.weight)
+
+
+@pytest.mark.parametrize("mode", ["Q", "PS"])
+def test_compiled_and_eager_agree(mode: str) -> None:
+    layer = ShiftLinear(16, 8, mode=mode)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 16)
+    gradients = []
+    for run in (layer, compiled):
+        layer.zero_grad()
+        out = run(x)
+        out.square().sum().backward()
+        gradients.append([out.detach(), *(p.grad.clone() for p in layer.parameters())])
+    for eager, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(eager, other)
+
+
+@pytest.mark.parametrize("mode", ["Q", "PS"])
+def test_under_bf16_autocast_weights_stay_exact(mode: str) -> None:
+    layer = ShiftLinear(16, 8, mode=mode)
+    x = torch.randn(4, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        y.float().sum().backward()
+        assert torch.equal(layer.eval().freeze()(x), y)
+    assert y.dtype == torch.bfloat16
+    assert {p.grad.dtype for p in layer.parameters()} == {torch.float32}
+    weight = layer.quantized_weight()
+    assert torch.equal(weight.bfloat16().float(), weight)
+
+
+def test_stochastic_rounding_stops_in_evaluation() -> None:
+    layer = ShiftLinear(32, 32, stochastic=True)
+    assert not torch.equal(layer.quantized_weight(), layer.quantized_weight())
+    layer.eval()
+    assert torch.equal(layer.quantized_weight(), power_of_two.quantize(layer.weight))
+
+
+def test_broken_weights_are_refused_by_name() -> None:
+    linear = nn.Linear(4, 4)
+    with torch.no_grad():
+        linear.weight[0, 0] = math.nan
+    with pytest.raises(UserError, match=r"the weight of head\.fc holds 1 of 16"):
+        ShiftLinear.from_linear(linear, name="head.fc")
+    layer = ShiftLinear(4, 4)
+    layer.load_state_dict(linear.state_dict())
+    assert torch.isnan(layer(torch.ones(1, 4))).any()
+    with pytest.raises(UserError, match="NaN or infinite"):
+        layer.freeze()
+
+
+@pytest.mark.parametrize("options", [{"bits": 7}, {"terms": 3}, {"mode": "q"}, {"mode": "PS", "stochastic": True}])
+def test_options_that_do_not_exist_are_refused(options: dict) -> None:
+    with pytest.raises(UserError):
+        ShiftLinear(4, 4, **options)
+
+
+def test_any_leading_shape() -> None:
+    layer = ShiftLinear(8, 4)
+    for shape in ((8,), (0, 8), (2, 3, 8), (2, 3, 5, 8)):
+        x = torch.randn(shape)
+        assert layer(x).shape == (*shape[:-1], 4)
+        assert layer.freeze()(x).shape == (*shape[:-1], 4)

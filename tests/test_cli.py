@@ -1,0 +1,174 @@
+"""The command line: help, errors and exit codes, and `shiftadd3d info`."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shiftadd3d import UserError, _info, cli
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "shiftadd3d.cli", *args], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_help_loads_nothing_heavy_and_so_answers_at_once():
+    code = "import sys, shiftadd3d.cli; print({'torch', 'numpy', 'nerfstudio', 'tvm', 'timm'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert "Exit codes: 0 done, 1 failed, 2 wrong arguments." in text
+    for verb in cli.VERBS:
+        assert f"• {verb} " in text
+
+
+def option_docstrings(verb: type[cli.Verb]) -> dict[str, str]:
+    """Each field of a verb's dataclass with the string below it, "" where there is none."""
+    body = next(node for node in ast.walk(ast.parse(inspect.getsource(verb))) if isinstance(node, ast.ClassDef)).body
+    found: dict[str, str] = {}
+    for node, following in itertools.zip_longest(body, body[1:]):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            below = following.value if isinstance(following, ast.Expr) else None
+            found[node.target.id] = str(below.value) if isinstance(below, ast.Constant) else ""
+    return found
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_of_a_verb_explains_the_verb_and_each_of_its_options(verb: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([verb, "--help"])
+    assert exit_.value.code == 0
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    summary = (cli.VERBS[verb].__doc__ or "").partition("\n")[0]
+    assert summary
+    assert summary in words
+    for option, docstring in option_docstrings(cli.VERBS[verb]).items():
+        assert docstring, f"{verb}: {option} is not explained"
+        assert " ".join(docstring.split()[:3]) in words
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        ([], "Expected one of"),
+        (["inform"], "Unrecognized options: inform"),
+        (["info", "--jsn", "x"], "Unrecognized options: --jsn"),
+        (["info", "--json"], "Missing value for argument '--json'"),
+    ],
+)
+def test_wrong_arguments_exit_with_2_and_one_line_naming_them(args: list[str], complaint: str):
+    result = run(*args)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert sum(complaint in line for line in result.stderr.splitlines()) == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_a_user_error_becomes_one_line_and_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fail(self: cli.Info) -> None:
+        raise UserError("no scene 'chair':\n    expected one of still_life")
+
+    monkeypatch.setattr(cli.Info, "run", fail)
+    assert cli.main(["info"]) == 1
+    assert capsys.readouterr().err == "error: no scene 'chair': expected one of still_life\n"
+
+
+def test_a_user_error_is_a_value_error_to_a_library_user():
+    assert issubclass(UserError, ValueError)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch):
+    def fail(self: cli.Info) -> None:
+        raise ValueError("a mistake of this project")
+
+    monkeypatch.setattr(cli.Info, "run", fail)
+    with pytest.raises(ValueError, match="a mistake of this project"):
+        cli.main(["info"])
+
+
+def test_an_interrupt_prints_one_line_and_exits_with_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def interrupt(self: cli.Info) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Info, "run", interrupt)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_info_prints_and_writes_the_same_facts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "new folder" / "info.json"
+    assert cli.main(["info", "--json", str(file)]) == 0
+    facts = json.loads(file.read_text())
+    text = capsys.readouterr().out
+    assert facts["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    for name, version in facts["versions"].items():
+        assert name in text
+        assert version is None or version in text
+    assert facts["cpu"]["usable_threads"] >= 1
+    assert facts["cpu"]["memory_gib"] > 0.1
+    assert set(facts["cpu"]["features"]) <= set(_info.CPU_FEATURES)
+    for scene in facts["scenes"]:
+        assert scene in text
+    for method in facts["nerfstudio_methods"]:
+        assert method in text
+
+
+def test_info_names_the_nerfstudio_methods():
+    pytest.importorskip("nerfstudio")
+    plain = {"gnt", "gnt-tiny", "gnt-big"}
+    assert set(_info.collect()["nerfstudio_methods"]) == plain | {f"shiftadd-{name}" for name in plain}
+
+
+def test_info_says_what_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(_info, "PACKAGES", ("torch", "a-package-that-is-not-there"))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    facts = _info.collect()
+    assert facts["versions"]["a-package-that-is-not-there"] is None
+    assert facts["compilers"] == {"nvcc": None, "c++": None}
+    _info.show(facts)
+    text = capsys.readouterr().out
+    assert "not installed" in text
+    assert text.count("not found") == 2
+
+
+def test_info_shows_gpus(capsys: pytest.CaptureFixture[str]):
+    facts = _info.collect()
+    facts["gpus"] = [{"device": "cuda:0", "model": "NVIDIA H100", "capability": "9.0", "memory_gib": 79.6}]
+    _info.show(facts)
+    assert "cuda:0: NVIDIA H100, compute capability 9.0, 79.6 GiB" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_info_finds_the_cuda_device():
+    import torch
+
+    assert _info.collect()["gpus"][0]["model"] == torch.cuda.get_device_name(0)
+
+
+def test_info_reports_a_file_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "occupied").write_text("a file, not a folder")
+    assert cli.main(["info", "--json", str(tmp_path / "occupied" / "info.json")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: cannot write ")
+    assert error.count("\n") == 1
