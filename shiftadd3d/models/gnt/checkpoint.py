@@ -63,7 +63,9 @@ def load_official_checkpoint(path: str | Path) -> GNTModel:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: not a checkpoint that can be read safely (damaged, or more than tensors in it); {expected}") from None
+        raise UserError(
+            f"{path}: not a checkpoint that can be read safely (damaged, or more than tensors in it); {expected}"
+        ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: unreadable checkpoint ({reason}); {expected}") from None

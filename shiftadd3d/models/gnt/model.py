@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.models.gnt.feature_net import ResUNet
-from shiftadd3d.models.gnt.projection import Cameras, SourceViews, sample_sources
+from shiftadd3d.models.gnt.projection import Cameras, PointSamples, SourceViews, sample_sources
 from shiftadd3d.models.gnt.proposal import PlaneSweepProposal
 from shiftadd3d.models.gnt.sampling import sample_around, sample_depths, sample_importance
 from shiftadd3d.models.gnt.transformer import GNT
@@ -102,7 +102,8 @@ class GNTModel(nn.Module):
             stratified: draw samples at random within their strata (training).
 
         Returns:
-            `rgb` [R, 3], `depth` [R], `weights` [R, S], `sample_depths` [R, S]; with importance sampling those of the (S + N samples), and the first pass's under `coarse`.
+            `rgb` [R, 3], `depth` [R], `accumulation` [R] (the weight on samples that some source view can see), `weights`
+            [R, S], `sample_depths` [R, S]; with importance sampling those of the (S + N samples), and the first pass's under `coarse`.
         """
         near, far = (torch.as_tensor(x).to(origins).expand(origins.shape[0]) for x in (near, far))
         rays = (sources, origins, directions)
@@ -129,8 +130,8 @@ class GNTModel(nn.Module):
         net: GNT, sources: SourceViews, origins: Tensor, directions: Tensor, depths: Tensor, feature_maps: Tensor
     ) -> dict[str, Any]:
         points = origins[:, None] + depths[..., None] * directions[:, None]
-        rgb, weights = net(sample_sources(points, origins, sources, feature_maps), points, directions)
-        return _outputs(rgb, weights, depths)
+        samples = sample_sources(points, origins, sources, feature_maps)
+        return _outputs(*net(samples, points, directions), samples, depths)
 
     @staticmethod
     def _propose(
@@ -138,11 +139,19 @@ class GNTModel(nn.Module):
     ) -> dict[str, Any]:
         points = origins[:, None] + planes[..., None] * directions[:, None]
         feature_maps = sources.features[0][:, : proposal.feature_dim]
-        return _outputs(*proposal(sample_sources(points, origins, sources, feature_maps)), planes)
+        samples = sample_sources(points, origins, sources, feature_maps)
+        return _outputs(*proposal(samples), samples, planes)
 
 
-def _outputs(rgb: Tensor, weights: Tensor, depths: Tensor) -> dict[str, Any]:
-    return {"rgb": rgb, "depth": (weights * depths).sum(dim=-1), "weights": weights, "sample_depths": depths}
+def _outputs(rgb: Tensor, weights: Tensor, samples: PointSamples, depths: Tensor) -> dict[str, Any]:
+    seen = samples.mask[..., 0].any(dim=-1)
+    return {
+        "rgb": rgb,
+        "depth": (weights * depths).sum(dim=-1),
+        "accumulation": (weights * seen).sum(dim=-1),
+        "weights": weights,
+        "sample_depths": depths,
+    }
 
 
 def render_rays(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from shiftadd3d._errors import UserError
 
-
 #: Logit of what must not be chosen: finite, so that a softmax over nothing but such ones is even instead of NaN.
 MASKED_LOGIT = -1e4
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shiftadd3d.models.gnt.color_head import ImageColorHead
 from shiftadd3d.models.gnt.projection import PointSamples
+from shiftadd3d.nn import AddAttention, Recipe, register_attention
 
 #: Octaves of the sine-cosine embedding of positions and directions, and its width: the value itself, sines, cosines.
 NUM_FREQUENCIES = 10
@@ -215,3 +216,20 @@ class GNT(nn.Module):
             assert attention is not None
             return regressed, attention
         return self.color_head(x, samples, regressed)
+
+
+def _add_attention(attention: RayAttention, recipe: Recipe) -> AddAttention:
+    return AddAttention.from_projections(
+        attention.q_fc,
+        attention.k_fc,
+        attention.v_fc,
+        attention.out_fc,
+        attention.num_heads,
+        dropout=attention.dropout,
+        **recipe.add_options(),
+    )
+
+
+# The view transformer subtracts queries from keys: there is no product to turn into additions, only linear layers.
+register_attention(ViewAttention)
+register_attention(RayAttention, _add_attention)

@@ -1,0 +1,136 @@
+"""The nerfstudio methods: `ns-train gnt`, `ns-train shiftadd-gnt`, and a -tiny and a -big one of each."""
+
+from __future__ import annotations
+
+import torch
+from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
+from nerfstudio.engine.optimizers import AdamOptimizerConfig
+from nerfstudio.plugins.types import MethodSpecification
+
+from shiftadd3d.models.gnt import GNTConfig
+from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
+from shiftadd3d.nerf.error_hook import print_user_errors_as_one_line
+from shiftadd3d.nerf.model import GNTNerfModelConfig
+from shiftadd3d.nerf.pipeline import GNTPipelineConfig
+from shiftadd3d.nerf.schedulers import WarmupCosineSchedulerConfig
+from shiftadd3d.nerf.trainer import GNTTrainerConfig
+
+# nerfstudio imports this module in every ns-* command: bad input to our methods then reads the same as in ours.
+print_user_errors_as_one_line()
+
+
+def _device_type() -> str:
+    """What this machine trains on. Not Apple's MPS: nerfstudio's rays need operations it lacks."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _trainer(
+    name: str,
+    model: GNTNerfModelConfig,
+    *,
+    num_source_views: int,
+    rays: int,
+    steps: int,
+    lr: float,
+    feature_lr: float,
+    eval_every: int,
+) -> GNTTrainerConfig:
+    def optimizer(rate: float) -> dict:
+        return {"optimizer": AdamOptimizerConfig(lr=rate, eps=1e-8), "scheduler": WarmupCosineSchedulerConfig()}
+
+    return GNTTrainerConfig(
+        method_name=name,
+        max_num_iterations=steps,
+        steps_per_save=eval_every,
+        steps_per_eval_batch=eval_every,
+        steps_per_eval_image=eval_every,
+        steps_per_eval_all_images=10 * steps,
+        mixed_precision=False,
+        machine=MachineConfig(device_type=_device_type()),  # type: ignore[arg-type]
+        pipeline=GNTPipelineConfig(
+            datamanager=GNTDataManagerConfig(
+                num_source_views=num_source_views, train_num_rays_per_batch=rays, eval_num_rays_per_batch=rays
+            ),
+            model=model,
+        ),
+        optimizers={"transformers": optimizer(lr), "feature_net": optimizer(feature_lr)},
+        viewer=ViewerConfig(num_rays_per_chunk=1 << 12),
+        vis="viewer+tensorboard",
+    )
+
+
+#: Everything a laptop CPU can learn in minutes: a small feature network, and a plane sweep that leaves the transformers
+#: only a few samples to look at.
+TINY = GNTConfig(
+    depth=2,
+    width=32,
+    dropout=0.0,
+    feature_widths=(32, 48, 64),
+    feature_blocks=(1, 1, 1),
+    color_head=True,
+    proposal_samples=48,
+)
+#: The released network's sizes, with the colour head.
+BASE = GNTConfig(depth=4, color_head=True)
+#: The paper's network: eight blocks, colours regressed.
+BIG = GNTConfig(depth=8)
+
+SHIFTADD_RECIPE = "add+shift-attn+moe"
+
+
+def _tiny(name: str, recipe: str) -> GNTTrainerConfig:
+    return _trainer(
+        name,
+        GNTNerfModelConfig(gnt=TINY, recipe=recipe, num_samples=8, eval_num_rays_per_chunk=4096),
+        num_source_views=6,
+        rays=512,
+        steps=1500,
+        lr=2e-3,
+        feature_lr=2e-3,
+        eval_every=500,
+    )
+
+
+def _base(name: str, recipe: str) -> GNTTrainerConfig:
+    return _trainer(
+        name,
+        GNTNerfModelConfig(gnt=BASE, recipe=recipe, num_samples=64),
+        num_source_views=10,
+        rays=1024,
+        steps=50_000,
+        lr=5e-4,
+        feature_lr=1e-3,
+        eval_every=1000,
+    )
+
+
+def _big(name: str, recipe: str) -> GNTTrainerConfig:
+    return _trainer(
+        name,
+        GNTNerfModelConfig(gnt=BIG, recipe=recipe, num_samples=192),
+        num_source_views=10,
+        rays=512,
+        steps=250_000,
+        lr=5e-4,
+        feature_lr=1e-3,
+        eval_every=5000,
+    )
+
+
+gnt = MethodSpecification(
+    _base("gnt", "mult"), description="GNT: a NeRF transformer over the nearest source views, with multiplications."
+)
+gnt_tiny = MethodSpecification(_tiny("gnt-tiny", "mult"), description="GNT for a laptop CPU: minutes on small images.")
+gnt_big = MethodSpecification(_big("gnt-big", "mult"), description="GNT as in its paper: 8 blocks, 192 samples a ray.")
+shiftadd_gnt = MethodSpecification(
+    _base("shiftadd-gnt", SHIFTADD_RECIPE),
+    description="GNT of shifts, adds and a mixture of experts (ShiftAddViT).",
+)
+shiftadd_gnt_tiny = MethodSpecification(
+    _tiny("shiftadd-gnt-tiny", SHIFTADD_RECIPE),
+    description="ShiftAdd GNT for a laptop CPU: minutes on small images.",
+)
+shiftadd_gnt_big = MethodSpecification(
+    _big("shiftadd-gnt-big", SHIFTADD_RECIPE),
+    description="ShiftAdd GNT with the paper's 8 blocks, 192 samples a ray.",
+)

@@ -1,0 +1,255 @@
+"""The nerfstudio model: GNT, dense or reparameterized, over the nearest source views of every target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.data.scene_box import OrientedBox
+from nerfstudio.models.base_model import Model, ModelConfig
+from nerfstudio.utils import colormaps
+from nerfstudio.utils.rich_utils import CONSOLE
+from torch import Tensor
+from torch.nn import Parameter
+from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.models.gnt import Cameras as PinholeCameras
+from shiftadd3d.models.gnt import GNTConfig, GNTModel, SourceViews
+from shiftadd3d.nerf.source_bank import SourceBank, opencv_cameras
+from shiftadd3d.nerf.warm_start import load_dense_weights
+from shiftadd3d.nn import collect_moe_losses, recipe, reparameterize_, router_statistics
+
+
+@dataclass
+class GNTNerfModelConfig(ModelConfig):
+    """GNT and what its layers become."""
+
+    _target: type = field(default_factory=lambda: GNTNerfModel)
+    """Target class to instantiate."""
+    enable_collider: bool = False
+    """Near and far belong to the scene, not to single rays."""
+    gnt: GNTConfig = field(default_factory=GNTConfig)
+    """Sizes of the network."""
+    recipe: str = "mult"
+    """What its layers become: mult (nothing), add, add+shift-attn, add+shift, add+shift-attn+moe or moe."""
+    shift_bits: int = 4
+    """Bits of a shift weight."""
+    shift_terms: int = 1
+    """Powers of two in a shift weight."""
+    expert_latencies: tuple[float, float] | None = None
+    """Latencies of the Mult and the Shift expert, in any unit, for the load-balancing loss. If not set, measured."""
+    balance_loss_mult: float = 0.01
+    """Weight of the mixture's latency-aware load-balancing loss."""
+    proposal_loss_mult: float = 0.5
+    """Weight of the colour error of the plane sweep's own blend."""
+    num_samples: int = 64
+    """Samples a ray for the transformers."""
+    num_importance: int = 0
+    """Further samples a ray, drawn where the first pass put its weight."""
+    inverse_depth: bool = True
+    """Space samples evenly in inverse depth instead of depth."""
+    eval_num_rays_per_chunk: int = 1024
+    """Rays rendered at once."""
+
+
+class GNTNerfModel(Model):
+    """Renders a camera from the nearest views of its source bank.
+
+    The pipeline hands over the bank and, in training, the near and far depths; a checkpoint brings back the latter.
+    """
+
+    config: GNTNerfModelConfig
+
+    def populate_modules(self) -> None:
+        super().populate_modules()
+        self.gnt = self._reparameterized(GNTModel(self.config.gnt))
+        # Scaled scene units, z depth. A buffer, so that a model is evaluated over the range it was trained on.
+        self.register_buffer("near_far", torch.tensor([float("nan"), float("nan")]))
+        self._bank: SourceBank | None = None
+        self._num_source_views = 0
+        self._encoded: tuple[tuple[int, ...], SourceViews] | None = None
+        self._lpips: LearnedPerceptualImagePatchSimilarity | None = None
+        self._lpips_missing = False
+
+    def _reparameterized(self, gnt: GNTModel) -> GNTModel:
+        config = self.config
+        changes: dict[str, Any] = {"bits": config.shift_bits, "terms": config.shift_terms, "dwconv": 3}
+        if config.expert_latencies is not None:
+            changes["latencies"] = config.expert_latencies
+        chosen = recipe(config.recipe, **changes)
+        if chosen.attention_linear != "mult":
+            # The networks that embed features and positions are as wide as the attention's: they follow it.
+            chosen = recipe(config.recipe, **changes, other_linear="shift")
+        reparameterize_(gnt, chosen, verbose=False)
+        return gnt
+
+    def warm_start(self, path: Path) -> None:
+        """Start from a trained dense GNT, reparameterized: of a `gnt` run, or an official checkpoint.
+
+        Raises:
+            UserError: unreadable, or of other sizes than this model.
+        """
+        gnt = GNTModel(self.config.gnt)
+        load_dense_weights(gnt, path)
+        # In place: under DDP the parameters are already being watched.
+        self.gnt.load_state_dict(self._reparameterized(gnt).state_dict())
+
+    def set_sources(self, bank: SourceBank, num_source_views: int) -> None:
+        """Hand over the source views. They are data, not weights: they stay out of the state dict."""
+        self._bank, self._num_source_views = bank, num_source_views
+        self._encoded = None
+
+    def train(self, mode: bool = True) -> GNTNerfModel:
+        self._encoded = None  # features of weights that are about to change
+        return super().train(mode)
+
+    def get_param_groups(self) -> dict[str, list[Parameter]]:
+        groups: dict[str, list[Parameter]] = {"feature_net": [], "transformers": []}
+        for name, parameter in self.gnt.named_parameters():
+            groups["feature_net" if name.startswith("feature_net.") else "transformers"].append(parameter)
+        return groups
+
+    def _sources(self, ids: Tensor) -> SourceViews:
+        if self._bank is None:
+            raise RuntimeError("the model has no source views: the pipeline hands them over by set_sources")
+        key = tuple(ids.tolist())
+        if not torch.is_grad_enabled() and self._encoded is not None and self._encoded[0] == key:
+            return self._encoded[1]
+        views = self._bank.gather(ids, self.device)
+        sources = self.gnt.encode(views.images, PinholeCameras(views.intrinsics, views.camera_to_world), views.valid)
+        if not self.training and not torch.is_grad_enabled():
+            self._encoded = (key, sources)
+        return sources
+
+    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
+        """Render rays whose metadata names their source views.
+
+        Args:
+            ray_bundle: [rays], with `metadata["source_ids"]` [rays, views], the same for every ray.
+
+        Returns:
+            `rgb` [rays, 3], `depth` [rays, 1] along the ray, `accumulation` [rays, 1], and in training what the losses
+            need.
+        """
+        sources = self._sources(ray_bundle.metadata["source_ids"][0])
+        # Rays whose length counts z depth: near and far are planes.
+        length = ray_bundle.metadata["directions_norm"]
+        near, far = self.near_far.tolist()
+        out = self.gnt(
+            sources,
+            ray_bundle.origins,
+            ray_bundle.directions * length,
+            near,
+            far,
+            self.config.num_samples,
+            inverse_depth=self.config.inverse_depth,
+            num_importance=self.config.num_importance,
+            stratified=self.training,
+        )
+        outputs = {
+            "rgb": out["rgb"] if self.training else out["rgb"].clamp(0.0, 1.0),
+            "depth": out["depth"][:, None] * length,
+            "accumulation": out["accumulation"][:, None],
+        }
+        if self.training:
+            for name in ("coarse", "proposal"):
+                if out.get(name):
+                    outputs[f"rgb_{name}"] = out[name]["rgb"]
+        return outputs
+
+    def get_loss_dict(
+        self, outputs: dict[str, Any], batch: dict[str, Any], metrics_dict: dict[str, Any] | None = None
+    ) -> dict[str, Tensor]:
+        image = batch["image"].to(self.device)
+        loss_dict = {"rgb_loss": F.mse_loss(outputs["rgb"], image)}
+        if "rgb_coarse" in outputs:
+            loss_dict["coarse_loss"] = F.mse_loss(outputs["rgb_coarse"], image)
+        if "rgb_proposal" in outputs:
+            loss_dict["proposal_loss"] = self.config.proposal_loss_mult * F.mse_loss(outputs["rgb_proposal"], image)
+        if self.training:
+            if self._has_mixtures:
+                loss_dict["balance_loss"] = self.config.balance_loss_mult * collect_moe_losses(self.gnt)
+            if not torch.isfinite(loss_dict["rgb_loss"]):
+                raise UserError(
+                    "the loss is not finite any more: lower --optimizers.transformers.optimizer.lr and "
+                    "--optimizers.feature-net.optimizer.lr, and go on from the last checkpoint with --load-dir"
+                )
+        return loss_dict
+
+    @property
+    def _has_mixtures(self) -> bool:
+        return "moe" in self.config.recipe
+
+    def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
+        metrics = {"psnr": _psnr(outputs["rgb"].detach(), batch["image"].to(self.device))}
+        if self._has_mixtures:
+            for layer, statistics in router_statistics(self.gnt).items():
+                for expert, share in zip(statistics["experts"], statistics["last_shares"], strict=False):
+                    metrics[f"router/{layer}/{expert}"] = torch.as_tensor(share)
+        return metrics
+
+    @torch.no_grad()
+    def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
+        """Render a camera from the source views nearest to it; a view at the camera's own pose is left out."""
+        if self._bank is None:
+            raise RuntimeError("the model has no source views: the pipeline hands them over by set_sources")
+        ids = self._bank.nearest(opencv_cameras(camera)[1][0], self._num_source_views, exclude_same_pose=True)
+        rays = camera.generate_rays(camera_indices=0, keep_shape=True, obb_box=obb_box)
+        rays.metadata["source_ids"] = ids.to(rays.origins.device).expand(*rays.shape, -1)
+        return self.get_outputs_for_camera_ray_bundle(rays)
+
+    def get_rgba_image(self, outputs: dict[str, Tensor], output_name: str = "rgb") -> Tensor:
+        """Colour and, as alpha, how much of the ray some source view has seen."""
+        return torch.cat([outputs[output_name], outputs[output_name.replace("rgb", "accumulation")]], dim=-1)
+
+    def get_image_metrics_and_images(
+        self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """PSNR, SSIM and (when its weights are there) LPIPS, over the mask if there is one; target, render and depth."""
+        image = batch["image"].to(outputs["rgb"])
+        rgb = outputs["rgb"]
+        depth = colormaps.apply_depth_colormap(outputs["depth"])
+        images = {
+            "img": torch.cat([image, rgb, depth], dim=1),
+            "accumulation": colormaps.apply_colormap(outputs["accumulation"]),
+            "depth": depth,
+        }
+        psnr = _psnr(rgb, image)
+        if "mask" in batch:
+            mask = batch["mask"].to(rgb.device).expand_as(rgb[..., :1])
+            psnr = _psnr(rgb[mask[..., 0]], image[mask[..., 0]])
+            rgb, image = rgb * mask, image * mask
+        rgb, image = (x.permute(2, 0, 1)[None] for x in (rgb, image))
+        metrics = {
+            "psnr": float(psnr),
+            "ssim": float(structural_similarity_index_measure(rgb, image, data_range=1.0)),  # type: ignore[arg-type]
+        }
+        lpips = self._get_lpips()
+        if lpips is not None:
+            metrics["lpips"] = float(lpips.to(rgb.device)(rgb.clamp(0, 1), image))
+        return metrics, images
+
+    def _get_lpips(self) -> LearnedPerceptualImagePatchSimilarity | None:
+        """LPIPS, built when first wanted: its network is downloaded, and a machine without it still evaluates."""
+        if self._lpips is None and not self._lpips_missing:
+            try:
+                lpips = LearnedPerceptualImagePatchSimilarity(normalize=True)
+            except (OSError, RuntimeError) as error:
+                self._lpips_missing = True
+                CONSOLE.print(f"LPIPS is left out: its network's weights could not be loaded ({error})")
+                return None
+            # Not a submodule: its weights belong in no checkpoint.
+            object.__setattr__(self, "_lpips", lpips.eval().requires_grad_(False))
+        return self._lpips
+
+
+def _psnr(prediction: Tensor, target: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, for values in 0..1."""
+    return -10.0 * torch.log10(F.mse_loss(prediction, target).clamp(min=1e-10))

@@ -1,0 +1,70 @@
+"""Where data and model meet: the model gets its source views here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
+from torch.cuda.amp.grad_scaler import GradScaler
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.nerf.datamanager import GNTDataManager, GNTDataManagerConfig
+from shiftadd3d.nerf.model import GNTNerfModel, GNTNerfModelConfig
+
+
+@dataclass
+class GNTPipelineConfig(VanillaPipelineConfig):
+    """Data, model, and what to start from."""
+
+    _target: type = field(default_factory=lambda: GNTPipeline)
+    """Target class to instantiate."""
+    datamanager: GNTDataManagerConfig = field(default_factory=GNTDataManagerConfig)
+    """Settings of the data."""
+    model: GNTNerfModelConfig = field(default_factory=GNTNerfModelConfig)
+    """Settings of the model."""
+    warm_start: Path | None = None
+    """Start from a trained dense network, reparameterized: a gnt run's nerfstudio_models folder or step-*.ckpt, or an
+    official GNT checkpoint (.pth)."""
+
+
+class GNTPipeline(VanillaPipeline):
+    """nerfstudio's pipeline, with source views."""
+
+    config: GNTPipelineConfig
+    datamanager: GNTDataManager
+    model: GNTNerfModel
+
+    def __init__(
+        self,
+        config: GNTPipelineConfig,
+        device: str,
+        test_mode: Literal["test", "val", "inference"] = "val",
+        world_size: int = 1,
+        local_rank: int = 0,
+        grad_scaler: GradScaler | None = None,
+    ) -> None:
+        super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
+        self.model.set_sources(self.datamanager.source_bank, config.datamanager.num_source_views)
+        if test_mode == "val":  # training; otherwise a checkpoint brings the range and the weights
+            self.model.near_far.copy_(torch.tensor(self.datamanager.near_far))
+            if config.warm_start is not None:
+                self.model.warm_start(config.warm_start)
+
+    def load_pipeline(self, loaded_state: Mapping[str, Any], step: int) -> None:
+        """Load a checkpoint of the same method.
+
+        Raises:
+            UserError: it holds another network.
+        """
+        try:
+            super().load_pipeline(dict(loaded_state), step)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"the checkpoint is of another network than this method's ({reason}); to start from a trained gnt run, "
+                "pass it as --pipeline.warm-start"
+            ) from None

@@ -1,0 +1,128 @@
+"""nerfstudio's trainer, made safe against being interrupted, killed or out of disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from nerfstudio.engine.optimizers import Optimizers
+from nerfstudio.engine.trainer import Trainer, TrainerConfig
+from nerfstudio.utils.decorators import check_main_thread
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.nerf.schedulers import WarmupCosineSchedulerConfig
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A nerfstudio checkpoint, on the CPU; only tensors and plain containers are unpickled.
+
+    Raises:
+        UserError: no such file, damaged, or something else than a nerfstudio checkpoint.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; expected a nerfstudio_models/step-*.ckpt of an earlier run")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path}: damaged, or not a checkpoint that can be read safely ({reason}); "
+            "expected a nerfstudio_models/step-*.ckpt of an earlier run"
+        ) from None
+    if not isinstance(state, dict) or not {"step", "pipeline"} <= state.keys():
+        raise UserError(f"{path}: not a nerfstudio checkpoint (it has no `step` and `pipeline`)")
+    return state
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    """The checkpoint of the highest step in a run's `nerfstudio_models` folder.
+
+    Raises:
+        UserError: the folder does not exist or holds none.
+    """
+    checkpoints = sorted(folder.glob("step-*.ckpt"), key=lambda path: int(path.stem.removeprefix("step-")))
+    if not checkpoints:
+        raise UserError(f"{folder}: no step-*.ckpt in there; expected the nerfstudio_models folder of an earlier run")
+    return checkpoints[-1]
+
+
+@dataclass
+class GNTTrainerConfig(TrainerConfig):
+    """Training settings."""
+
+    _target: type = field(default_factory=lambda: GNTTrainer)
+    """Target class to instantiate."""
+
+
+class GNTTrainer(Trainer):
+    """Checkpoints appear whole or not at all, Ctrl-C saves one, and schedules end where the run does."""
+
+    def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
+        # Found before minutes go into reading images.
+        if self.config.load_dir is not None:
+            step = self.config.load_step
+            folder = self.config.load_dir
+            read_checkpoint(latest_checkpoint(folder) if step is None else folder / f"step-{step:09d}.ckpt")
+        elif self.config.load_checkpoint is not None:
+            read_checkpoint(self.config.load_checkpoint)
+        super().setup(test_mode)
+
+    def setup_optimizers(self) -> Optimizers:
+        for name, optimizer in self.config.optimizers.items():
+            scheduler = optimizer["scheduler"]
+            if isinstance(scheduler, WarmupCosineSchedulerConfig) and scheduler.max_steps is None:
+                scheduler = dataclasses.replace(scheduler, max_steps=self.config.max_num_iterations)
+                self.config.optimizers[name] = {**optimizer, "scheduler": scheduler}
+        return super().setup_optimizers()
+
+    def train(self) -> None:
+        try:
+            super().train()
+        except KeyboardInterrupt:
+            # After the last step nerfstudio waits for Ctrl-C with the viewer on; all is saved then.
+            if self.step + 1 < self._start_step + self.config.max_num_iterations:
+                self.save_checkpoint(self.step)
+                CONSOLE.print(
+                    f"Interrupted at step {self.step}. Nothing is lost: go on with --load-dir {self.checkpoint_dir}"
+                )
+            raise
+
+    @check_main_thread
+    def save_checkpoint(self, step: int) -> None:
+        """Save model and optimizers to `step-*.ckpt`, which exists whole or not at all."""
+        self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        path = self.checkpoint_dir / f"step-{step:09d}.ckpt"
+        # Beside the folder, not in it: nerfstudio reads a step from every name in there.
+        unfinished = self.base_dir / f"{path.name}.unfinished"
+        pipeline = self.pipeline
+        state = {
+            "step": step,
+            "pipeline": getattr(pipeline, "module", pipeline).state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.optimizers.items()},
+            "schedulers": {name: scheduler.state_dict() for name, scheduler in self.optimizers.schedulers.items()},
+            "scalers": self.grad_scaler.state_dict(),
+        }
+        try:
+            with unfinished.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        except (OSError, RuntimeError) as error:
+            unfinished.unlink(missing_ok=True)
+            kept = sorted(self.checkpoint_dir.glob("step-*.ckpt"))
+            raise UserError(
+                f"the checkpoint of step {step} could not be written to {self.checkpoint_dir} "
+                f"({str(error).splitlines()[0]}): is the disk full? "
+                + (f"The last good one is {kept[-1]}" if kept else "There is none yet")
+            ) from None
+        if self.config.save_only_latest_checkpoint:
+            for other in self.checkpoint_dir.glob("*.ckpt"):
+                if other != path:
+                    other.unlink()
