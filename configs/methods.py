@@ -84,7 +84,7 @@ def _tiny(name: str, recipe: str) -> GNTTrainerConfig:
         GNTNerfModelConfig(gnt=TINY, recipe=recipe, num_samples=8, eval_num_rays_per_chunk=4096),
         num_source_views=6,
         rays=512,
-        steps=1500,
+        steps=800,
         lr=2e-3,
         feature_lr=2e-3,
         eval_every=500,

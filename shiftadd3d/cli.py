@@ -8,18 +8,20 @@ Exit codes: 0 done, 1 failed, 2 wrong arguments.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 import tyro
 
 from shiftadd3d._errors import UserError
 
-__all__ = ["VERBS", "Info", "Verb", "main"]
+__all__ = ["VERBS", "Demo", "Info", "Render", "Verb", "main"]
 
 JsonFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 
@@ -54,7 +56,87 @@ class Info(Verb):
             write_json(self.json, facts)
 
 
+@dataclass(frozen=True)
+class Render(Verb):
+    """Render a trained run to a video or to frames.
+
+    Open only a config.yml of your own: nerfstudio's configurations name Python objects, and reading one can run code.
+    Ctrl-C keeps the frames rendered so far.
+    """
+
+    load_config: Annotated[Path, tyro.conf.arg(metavar="CONFIG.yml")]
+    """The config.yml of a gnt or shiftadd-gnt run, in the folder that ns-train made for it."""
+    out: Annotated[Path, tyro.conf.arg(metavar="PATH")]
+    """Where to: a .mp4 or .gif file, or a folder (no suffix) for numbered PNG frames."""
+    path: Literal["interpolate", "spiral", "test", "train"] = "interpolate"
+    """From view to view, around the first view, or the test or training views themselves."""
+    views: Literal["test", "train"] = "test"
+    """Which views interpolate passes through, and spiral starts from."""
+    camera_path: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
+    """A camera path exported from nerfstudio's viewer, instead of --path."""
+    frames: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """How many frames, 2 or more. If not set, 120, or all test or training views."""
+    fps: Annotated[float | None, tyro.conf.arg(metavar="F")] = None
+    """Frames per second. If not set, 24, or what the camera path says."""
+    scale: float = 1.0
+    """Pixels on a side, as a multiple of the photographs'."""
+    outputs: tuple[str, ...] = ("rgb",)
+    """What to show, side by side: rgb, depth, accumulation."""
+
+    def run(self) -> None:
+        """Load the run, render, write."""
+        _need_nerfstudio()
+        from shiftadd3d.nerf.render import render
+
+        render(
+            self.load_config,
+            self.out,
+            path=self.path,
+            camera_path=self.camera_path,
+            views=self.views,
+            frames=self.frames,
+            fps=self.fps,
+            scale=self.scale,
+            outputs=self.outputs,
+        )
+
+
+@dataclass(frozen=True)
+class Demo(Verb):
+    """Train on the embedded scene, evaluate, compare, and make a video.
+
+    Trains shiftadd-gnt-tiny for some minutes on a laptop CPU, and leaves video.mp4, comparison.png and metrics.json in
+    the folder demo of the output folder. Needs no download.
+    """
+
+    output_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("outputs")
+    """Where to."""
+    steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Training steps. If not set, the method's own number."""
+    data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Another scene than the embedded one, in any format that ns-train reads."""
+    frames: Annotated[int, tyro.conf.arg(metavar="N")] = 60
+    """Frames of the video, 2 or more."""
+
+    def run(self) -> None:
+        """Do it all."""
+        _need_nerfstudio()
+        from shiftadd3d.configs.methods import shiftadd_gnt_tiny
+        from shiftadd3d.nerf.demo import demo
+
+        demo(shiftadd_gnt_tiny.config, self.output_dir, steps=self.steps, data=self.data, frames=self.frames)  # type: ignore[arg-type]
+
+
+def _need_nerfstudio() -> None:
+    # It meets newer libraries than it was written for, and each of them says so.
+    warnings.filterwarnings("ignore", module=r"nerfstudio|torch\.jit|torch\.functional|viser|websockets")
+    if importlib.util.find_spec("nerfstudio") is None:
+        raise UserError("this needs nerfstudio, which is not installed; `make setup` installs it (see the README)")
+
+
 VERBS: dict[str, type[Verb]] = {
+    "demo": Demo,
+    "render": Render,
     "info": Info,
 }
 

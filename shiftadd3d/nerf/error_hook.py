@@ -9,7 +9,7 @@ from shiftadd3d._errors import UserError
 
 
 def print_user_errors_as_one_line() -> None:
-    """Print an uncaught `UserError` as one line on stderr; the exit code stays 1. Everything else keeps its traceback."""
+    """Print an uncaught `UserError` as one line on stderr, exit code 1. Everything else keeps its traceback."""
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import OrientedBox
@@ -25,6 +26,9 @@ from shiftadd3d.models.gnt import GNTConfig, GNTModel, SourceViews
 from shiftadd3d.nerf.source_bank import SourceBank, opencv_cameras
 from shiftadd3d.nerf.warm_start import load_dense_weights
 from shiftadd3d.nn import collect_moe_losses, recipe, reparameterize_, router_statistics
+
+#: Layers with one or three outputs: next to no multiplications, and what they put out is a colour or a logit itself.
+_KEPT_IN_FLOAT = ("*.rgb_fc", "*_logit_fc", "proposal.score.2")
 
 
 @dataclass
@@ -57,6 +61,8 @@ class GNTNerfModelConfig(ModelConfig):
     """Space samples evenly in inverse depth instead of depth."""
     eval_num_rays_per_chunk: int = 1024
     """Rays rendered at once."""
+    lpips: bool = True
+    """Evaluate LPIPS, too; its network is downloaded when first wanted."""
 
 
 class GNTNerfModel(Model):
@@ -66,6 +72,7 @@ class GNTNerfModel(Model):
     """
 
     config: GNTNerfModelConfig
+    near_far: Tensor
 
     def populate_modules(self) -> None:
         super().populate_modules()
@@ -80,13 +87,18 @@ class GNTNerfModel(Model):
 
     def _reparameterized(self, gnt: GNTModel) -> GNTModel:
         config = self.config
-        changes: dict[str, Any] = {"bits": config.shift_bits, "terms": config.shift_terms, "dwconv": 3}
+        changes: dict[str, Any] = {
+            "bits": config.shift_bits,
+            "terms": config.shift_terms,
+            "dwconv": 3,
+            "exclude": _KEPT_IN_FLOAT,
+        }
         if config.expert_latencies is not None:
             changes["latencies"] = config.expert_latencies
-        chosen = recipe(config.recipe, **changes)
-        if chosen.attention_linear != "mult":
+        if recipe(config.recipe).attention_linear != "mult":
             # The networks that embed features and positions are as wide as the attention's: they follow it.
-            chosen = recipe(config.recipe, **changes, other_linear="shift")
+            changes["other_linear"] = "shift"
+        chosen = recipe(config.recipe, **changes)
         reparameterize_(gnt, chosen, verbose=False)
         return gnt
 
@@ -212,7 +224,7 @@ class GNTNerfModel(Model):
     def get_image_metrics_and_images(
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """PSNR, SSIM and (when its weights are there) LPIPS, over the mask if there is one; target, render and depth."""
+        """PSNR, SSIM and (when its weights are there) LPIPS, inside the mask if there is one; and pictures."""
         image = batch["image"].to(outputs["rgb"])
         rgb = outputs["rgb"]
         depth = colormaps.apply_depth_colormap(outputs["depth"])
@@ -221,18 +233,11 @@ class GNTNerfModel(Model):
             "accumulation": colormaps.apply_colormap(outputs["accumulation"]),
             "depth": depth,
         }
-        psnr = _psnr(rgb, image)
-        if "mask" in batch:
-            mask = batch["mask"].to(rgb.device).expand_as(rgb[..., :1])
-            psnr = _psnr(rgb[mask[..., 0]], image[mask[..., 0]])
-            rgb, image = rgb * mask, image * mask
-        rgb, image = (x.permute(2, 0, 1)[None] for x in (rgb, image))
-        metrics = {
-            "psnr": float(psnr),
-            "ssim": float(structural_similarity_index_measure(rgb, image, data_range=1.0)),  # type: ignore[arg-type]
-        }
-        lpips = self._get_lpips()
+        mask = batch.get("mask")
+        metrics = image_metrics(rgb, image, mask)
+        lpips = self._get_lpips() if self.config.lpips else None
         if lpips is not None:
+            rgb, image = _channels_first(rgb, mask), _channels_first(image, mask)
             metrics["lpips"] = float(lpips.to(rgb.device)(rgb.clamp(0, 1), image))
         return metrics, images
 
@@ -248,6 +253,32 @@ class GNTNerfModel(Model):
             # Not a submodule: its weights belong in no checkpoint.
             object.__setattr__(self, "_lpips", lpips.eval().requires_grad_(False))
         return self._lpips
+
+
+def image_metrics(
+    rgb: Float[Tensor, "h w 3"], image: Float[Tensor, "h w 3"], mask: Bool[Tensor, "h w 1"] | None = None
+) -> dict[str, float]:
+    """How near a picture is to the photograph: `psnr` in dB and `ssim`, the higher the better.
+
+    Args:
+        rgb: what was rendered, 0..1.
+        image: what was photographed, 0..1, on the same device.
+        mask: True where the pixel counts; the others are left out of the PSNR and black in both for the SSIM.
+    """
+    if mask is None:
+        psnr = _psnr(rgb, image)
+    else:
+        inside = mask.to(rgb.device)[..., 0].bool()
+        psnr = _psnr(rgb[inside], image[inside])
+    ssim = structural_similarity_index_measure(_channels_first(rgb, mask), _channels_first(image, mask), data_range=1.0)
+    return {"psnr": float(psnr), "ssim": float(ssim)}  # type: ignore[arg-type]
+
+
+def _channels_first(image: Tensor, mask: Tensor | None) -> Tensor:
+    """[h, w, 3] to [1, 3, h, w], black outside the mask."""
+    if mask is not None:
+        image = image * mask.to(image.device)
+    return image.permute(2, 0, 1)[None]
 
 
 def _psnr(prediction: Tensor, target: Tensor) -> Tensor:

@@ -54,6 +54,11 @@ class GNTPipeline(VanillaPipeline):
             if config.warm_start is not None:
                 self.model.warm_start(config.warm_start)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool | None = None) -> None:
+        # nerfstudio's default is to load what fits and say nothing of the rest: a dense network's checkpoint would
+        # leave most of a reparameterized one untrained.
+        super().load_state_dict(state_dict, strict=strict is None or strict)
+
     def load_pipeline(self, loaded_state: Mapping[str, Any], step: int) -> None:
         """Load a checkpoint of the same method.
 

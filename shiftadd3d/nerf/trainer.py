@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +28,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint; expected a nerfstudio_models/step-*.ckpt of an earlier run")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the unpickler meets foreign bytes with whatever its own code raises
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise UserError(
             f"{path}: damaged, or not a checkpoint that can be read safely ({reason}); "
@@ -40,13 +39,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.stem.removeprefix("step-"))
+
+
 def latest_checkpoint(folder: Path) -> Path:
     """The checkpoint of the highest step in a run's `nerfstudio_models` folder.
 
     Raises:
         UserError: the folder does not exist or holds none.
     """
-    checkpoints = sorted(folder.glob("step-*.ckpt"), key=lambda path: int(path.stem.removeprefix("step-")))
+    checkpoints = sorted((path for path in folder.glob("step-*.ckpt") if path.stem[5:].isdecimal()), key=_step_of)
     if not checkpoints:
         raise UserError(f"{folder}: no step-*.ckpt in there; expected the nerfstudio_models folder of an earlier run")
     return checkpoints[-1]
@@ -63,15 +66,31 @@ class GNTTrainerConfig(TrainerConfig):
 class GNTTrainer(Trainer):
     """Checkpoints appear whole or not at all, Ctrl-C saves one, and schedules end where the run does."""
 
+    _saved_step: int | None = None
+
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         # Found before minutes go into reading images.
         if self.config.load_dir is not None:
-            step = self.config.load_step
-            folder = self.config.load_dir
-            read_checkpoint(latest_checkpoint(folder) if step is None else folder / f"step-{step:09d}.ckpt")
+            step, folder = self.config.load_step, self.config.load_dir
+            path = latest_checkpoint(folder) if step is None else folder / f"step-{step:09d}.ckpt"
+            read_checkpoint(path)
+            # nerfstudio would read a step from the name of whatever else lies in the folder.
+            self.config.load_step = _step_of(path)
         elif self.config.load_checkpoint is not None:
             read_checkpoint(self.config.load_checkpoint)
         super().setup(test_mode)
+
+    def _load_checkpoint(self) -> None:
+        try:
+            super()._load_checkpoint()
+        except (KeyError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"{self.config.load_dir or self.config.load_checkpoint}: the optimizers' state is not this method's "
+                f"({reason}); expected a checkpoint of an earlier run of the same method"
+            ) from None
 
     def setup_optimizers(self) -> Optimizers:
         for name, optimizer in self.config.optimizers.items():
@@ -86,17 +105,17 @@ class GNTTrainer(Trainer):
             super().train()
         except KeyboardInterrupt:
             # After the last step nerfstudio waits for Ctrl-C with the viewer on; all is saved then.
-            if self.step + 1 < self._start_step + self.config.max_num_iterations:
+            if self._saved_step != self.step:
                 self.save_checkpoint(self.step)
                 CONSOLE.print(
                     f"Interrupted at step {self.step}. Nothing is lost: go on with --load-dir {self.checkpoint_dir}"
                 )
-            raise
+            if self.world_size > 1:  # the other processes must not be waited for
+                raise
 
     @check_main_thread
     def save_checkpoint(self, step: int) -> None:
         """Save model and optimizers to `step-*.ckpt`, which exists whole or not at all."""
-        self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         path = self.checkpoint_dir / f"step-{step:09d}.ckpt"
         # Beside the folder, not in it: nerfstudio reads a step from every name in there.
         unfinished = self.base_dir / f"{path.name}.unfinished"
@@ -109,19 +128,22 @@ class GNTTrainer(Trainer):
             "scalers": self.grad_scaler.state_dict(),
         }
         try:
+            self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
             with unfinished.open("wb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
             unfinished.replace(path)
         except (OSError, RuntimeError) as error:
-            unfinished.unlink(missing_ok=True)
             kept = sorted(self.checkpoint_dir.glob("step-*.ckpt"))
             raise UserError(
                 f"the checkpoint of step {step} could not be written to {self.checkpoint_dir} "
                 f"({str(error).splitlines()[0]}): is the disk full? "
                 + (f"The last good one is {kept[-1]}" if kept else "There is none yet")
             ) from None
+        finally:
+            unfinished.unlink(missing_ok=True)
+        self._saved_step = step
         if self.config.save_only_latest_checkpoint:
             for other in self.checkpoint_dir.glob("*.ckpt"):
                 if other != path:

@@ -33,7 +33,8 @@ def load_dense_weights(gnt: GNTModel, path: Path) -> None:
     else:
         path = latest_checkpoint(path) if path.is_dir() else path
         pipeline = read_checkpoint(path)["pipeline"]
-        state = {name.removeprefix(_PREFIX): value for name, value in pipeline.items() if name.startswith(_PREFIX)}
+        plain = {name.replace("_model.module.", "_model.", 1): value for name, value in pipeline.items()}  # DDP's
+        state = {name.removeprefix(_PREFIX): value for name, value in plain.items() if name.startswith(_PREFIX)}
     own = gnt.state_dict()
     fits = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
     strange = [name for name in state if name not in fits]
@@ -43,7 +44,7 @@ def load_dense_weights(gnt: GNTModel, path: Path) -> None:
     if strange or missing or not fits:
         example = (strange or missing or ["everything"])[0]
         raise UserError(
-            f"{path} does not fit this network ({len(missing)} tensors missing, {len(strange)} strange or of another size, "
-            f"such as {example}); expected a dense `gnt` checkpoint with the same --pipeline.model.gnt sizes"
+            f"{path} does not fit this network ({len(missing)} tensors missing, {len(strange)} strange or of another "
+            f"size, such as {example}); expected a dense `gnt` checkpoint with the same --pipeline.model.gnt sizes"
         )
     gnt.load_state_dict(fits, strict=False)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from nerfstudio.engine.trainer import TrainerConfig
 
 WIDTH, HEIGHT, FOCAL = 24, 16, 20.0
 
@@ -33,20 +41,29 @@ def write_image(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT), mode: str =
     Image.fromarray(pixels).save(path)
 
 
-def write_nerfstudio(folder: Path, count: int = 10, mode: str = "RGB", masks: bool = False, **extra: object) -> Path:
+def write_nerfstudio(
+    folder: Path,
+    count: int = 10,
+    mode: str = "RGB",
+    masks: bool = False,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+    **extra: object,
+) -> Path:
     """`transforms.json` and `images/`; `extra` goes into the file. Returns the folder."""
+    width, height = size
     frames = []
     for index, pose in enumerate(orbit(count)):
         frame = {"file_path": f"images/{index:03d}.png", "transform_matrix": pose.tolist()}
-        write_image(folder / frame["file_path"], mode=mode, seed=index)
+        write_image(folder / frame["file_path"], size, mode, seed=index)
         if masks:
             frame["mask_path"] = f"masks/{index:03d}.png"
-            mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+            mask = np.zeros((height, width), dtype=np.uint8)
             mask[4:9, 6:12] = 255
             (folder / "masks").mkdir(exist_ok=True)
             Image.fromarray(mask).save(folder / frame["mask_path"])
         frames.append(frame)
-    camera = {"fl_x": FOCAL, "fl_y": FOCAL, "cx": WIDTH / 2, "cy": HEIGHT / 2, "w": WIDTH, "h": HEIGHT}
+    focal = FOCAL * width / WIDTH
+    camera = {"fl_x": focal, "fl_y": focal, "cx": width / 2, "cy": height / 2, "w": width, "h": height}
     (folder / "transforms.json").write_text(json.dumps({**camera, **extra, "frames": frames}))
     return folder
 
@@ -115,3 +132,120 @@ def write_scene() -> dict[str, Callable[..., Path]]:
 def orbit_poses() -> Callable[..., np.ndarray]:
     """`orbit`."""
     return orbit
+
+
+def tiny_config(scene: Path, output: Path, method: str = "shiftadd-gnt-tiny", steps: int = 4) -> TrainerConfig:
+    """The registered method, on few rays of few views, without viewer; it saves and evaluates every second step."""
+    from nerfstudio.configs.method_configs import all_methods
+
+    config = copy.deepcopy(all_methods[method])
+    config.data, config.output_dir, config.experiment_name, config.timestamp = scene, output, "scene", "run"
+    config.machine.device_type = "cpu"
+    config.vis = "tensorboard"
+    config.max_num_iterations = steps
+    config.steps_per_save = config.steps_per_eval_batch = config.steps_per_eval_image = 2
+    config.logging.steps_per_log = 1
+    config.logging.local_writer.enable = False
+    data, model = config.pipeline.datamanager, config.pipeline.model
+    data.num_source_views = 3
+    data.train_num_rays_per_batch = data.eval_num_rays_per_batch = 32
+    model.num_samples = 6
+    if hasattr(model, "expert_latencies"):
+        model.expert_latencies = (2.0, 1.0)  # nothing to measure
+    return config
+
+
+def run_training(config: TrainerConfig) -> Path:
+    """What `ns-train` does with a config. Returns the run's folder."""
+    from nerfstudio.scripts import train
+    from nerfstudio.utils import writer
+
+    writer.EVENT_WRITERS.clear()  # of a run before, in this process
+    writer.GLOBAL_BUFFER.clear()
+    train.main(config)
+    return config.get_base_dir()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_downloads():
+    """LPIPS would fetch its network."""
+
+    def refuse(url: str, *_: object, **__: object) -> None:
+        raise OSError(f"no network in tests: {url}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.hub.download_url_to_file", refuse)
+        yield
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., TrainerConfig]:
+    """`tiny_config`."""
+    return tiny_config
+
+
+@pytest.fixture(scope="session")
+def train() -> Callable[[TrainerConfig], Path]:
+    """`run_training`."""
+    return run_training
+
+
+@pytest.fixture(scope="session")
+def tiny_scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten views of 64x48 px that say how near and far they look."""
+    folder = tmp_path_factory.mktemp("data") / "scene"
+    return write_nerfstudio(folder, size=(64, 48), shiftadd3d={"near": 2.0, "far": 6.0})
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_scene: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`config.yml` of four steps of `shiftadd-gnt-tiny`. Not to be changed: copy its folder first."""
+    pytest.importorskip("nerfstudio")
+    return run_training(tiny_config(tiny_scene, tmp_path_factory.mktemp("outputs"))) / "config.yml"
+
+
+@pytest.fixture(scope="session")
+def tiny_scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten views of 64x48 pixels, of which one is held out; the smallest that a feature network takes, and a bit."""
+    folder = tmp_path_factory.mktemp("tiny_scene")
+    camera = {"fl_x": 60.0, "fl_y": 60.0, "cx": 32.0, "cy": 24.0, "w": 64, "h": 48}
+    write_nerfstudio(folder, **camera, shiftadd3d={"near": 2.0, "far": 8.0})
+    for index in range(10):
+        write_image(folder / f"images/{index:03d}.png", size=(64, 48), seed=index)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., GNTTrainerConfig]:
+    """`shiftadd-gnt-tiny`, yet smaller; a fresh copy at each call."""
+    from shiftadd3d.configs.methods import shiftadd_gnt_tiny
+
+    default = copy.deepcopy(shiftadd_gnt_tiny.config)
+
+    def make() -> GNTTrainerConfig:
+        config = copy.deepcopy(default)
+        config.vis = "tensorboard"
+        datamanager, model = config.pipeline.datamanager, config.pipeline.model
+        datamanager.num_source_views, datamanager.train_num_rays_per_batch = 3, 64
+        model.gnt = dataclasses.replace(
+            model.gnt, depth=1, width=16, proposal_samples=8, feature_widths=(8, 8, 8), feature_dim=8
+        )
+        model.num_samples, model.lpips = 4, True
+        model.expert_latencies = (1.0, 1.0)
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_run(
+    tiny_config: Callable[..., GNTTrainerConfig], tiny_scene: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The config.yml of a run of four steps."""
+    from shiftadd3d.nerf.demo import train
+
+    config = tiny_config()
+    config.output_dir = tmp_path_factory.mktemp("tiny_run")
+    config.pipeline.datamanager.data = tiny_scene
+    config.max_num_iterations = 4
+    return train(config)

@@ -16,7 +16,9 @@ from shiftadd3d.models.gnt.model import GNTConfig, GNTModel
 
 def _state_dict(checkpoint: Mapping, key: str, path: Path) -> dict[str, Tensor]:
     state = checkpoint[key]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         raise UserError(f"{path}: `{key}` is not a state dict of tensors; an official GNT checkpoint was expected")
     return {name.removeprefix("module."): value for name, value in state.items()}
 
@@ -66,7 +68,7 @@ def load_official_checkpoint(path: str | Path) -> GNTModel:
         raise UserError(
             f"{path}: not a checkpoint that can be read safely (damaged, or more than tensors in it); {expected}"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the unpickler meets foreign bytes with whatever its own code raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: unreadable checkpoint ({reason}); {expected}") from None
     if not isinstance(checkpoint, Mapping) or not {"net_coarse", "feature_net"} <= checkpoint.keys():

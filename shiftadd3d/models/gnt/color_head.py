@@ -15,7 +15,7 @@ from shiftadd3d.models.gnt.projection import MASKED_LOGIT, PointSamples
 
 
 class ImageColorHead(nn.Module):
-    """Two softmaxes and a correction: over the views at each sample, over the samples of the ray, plus the original head.
+    """Two softmaxes and a correction: over the views at a sample, over the samples of a ray, plus the original head.
 
     Both softmaxes start from what plane sweeping knows without learning: a view counts more the closer its direction is
     to the target's, a sample counts more the better the views agree on its colour. The network learns what to add to

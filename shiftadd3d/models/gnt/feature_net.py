@@ -67,7 +67,7 @@ class UpConvBlock(nn.Module):
 
 
 def _concat_skip(x: Tensor, skip: Tensor) -> Tensor:
-    """`x` and `skip` on the channel axis, `skip` padded or cropped to the size of `x`: odd sizes do not double exactly."""
+    """`x` and `skip` on the channel axis, `skip` padded or cropped to fit: odd sizes do not double exactly."""
     dy, dx = x.shape[-2] - skip.shape[-2], x.shape[-1] - skip.shape[-1]
     return torch.cat([x, F.pad(skip, (dx // 2, dx - dx // 2, dy // 2, dy - dy // 2))], dim=1)
 

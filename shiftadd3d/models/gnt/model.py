@@ -102,8 +102,9 @@ class GNTModel(nn.Module):
             stratified: draw samples at random within their strata (training).
 
         Returns:
-            `rgb` [R, 3], `depth` [R], `accumulation` [R] (the weight on samples that some source view can see), `weights`
-            [R, S], `sample_depths` [R, S]; with importance sampling those of the (S + N samples), and the first pass's under `coarse`.
+            `rgb` [R, 3], `depth` [R], `accumulation` [R] (the weight on samples that some source view can see),
+            `weights` [R, S], `sample_depths` [R, S]; with importance sampling those of the second pass (S + N samples),
+            and the first pass's under `coarse`. Under `proposal` the plane sweep's, if there is one.
         """
         near, far = (torch.as_tensor(x).to(origins).expand(origins.shape[0]) for x in (near, far))
         rays = (sources, origins, directions)
@@ -116,9 +117,9 @@ class GNTModel(nn.Module):
             )
             proposed = self._propose(self.proposal, *rays, planes)
             depths = sample_around(planes, proposed["weights"], num_samples, stratified=stratified)
-        outputs = self._render(self.net_coarse, *rays, depths, sources.features[0]) | {"proposal": proposed}
+        outputs = self._render(self.net_coarse, *rays, depths, sources.features[0])
         if num_importance == 0:
-            return outputs
+            return {**outputs, "proposal": proposed}
         depths = sample_importance(
             depths, outputs["weights"], num_importance, inverse_depth=inverse_depth, stratified=stratified
         )
@@ -131,7 +132,8 @@ class GNTModel(nn.Module):
     ) -> dict[str, Any]:
         points = origins[:, None] + depths[..., None] * directions[:, None]
         samples = sample_sources(points, origins, sources, feature_maps)
-        return _outputs(*net(samples, points, directions), samples, depths)
+        rgb, weights = net(samples, points, directions)
+        return _outputs(rgb, weights, samples, depths)
 
     @staticmethod
     def _propose(
@@ -140,7 +142,8 @@ class GNTModel(nn.Module):
         points = origins[:, None] + planes[..., None] * directions[:, None]
         feature_maps = sources.features[0][:, : proposal.feature_dim]
         samples = sample_sources(points, origins, sources, feature_maps)
-        return _outputs(*proposal(samples), samples, planes)
+        rgb, weights = proposal(samples)
+        return _outputs(rgb, weights, samples, planes)
 
 
 def _outputs(rgb: Tensor, weights: Tensor, samples: PointSamples, depths: Tensor) -> dict[str, Any]:
@@ -185,8 +188,8 @@ def render_rays(
             pass's.
 
     Returns:
-        `rgb` [R, 3], `depth` [R] (z depth), `weights` [R, S], `sample_depths` [R, S]; with importance sampling the first
-        pass's under `coarse`.
+        `rgb` [R, 3], `depth` [R] (z depth), `weights` [R, S], `sample_depths` [R, S]; with importance sampling the
+        first pass's under `coarse`.
 
     Raises:
         UserError: shapes that do not fit, or near and far out of order.
@@ -196,6 +199,11 @@ def render_rays(
     if images.ndim != 4 or images.shape[-1] != 3:
         raise UserError(f"source_images must be [V, H, W, 3], not {list(images.shape)}")
     sources = Cameras.of(source_cameras, "source_cameras").to(parameter)
+    if sources.intrinsics.shape not in ((3, 3), (1, 3, 3), (len(images), 3, 3)):
+        raise UserError(
+            f"source_cameras: {len(images)} images need intrinsics [{len(images)}, 3, 3] or one for all, "
+            f"not {list(sources.intrinsics.shape)}"
+        )
     intrinsics = sources.intrinsics.expand(len(images), 3, 3)
     if sources.camera_to_world.shape != (len(images), 4, 4):
         raise UserError(
@@ -203,6 +211,8 @@ def render_rays(
             f"not {list(sources.camera_to_world.shape)}"
         )
     target = Cameras.of(target_camera, "target_camera").to(parameter)
+    if target.intrinsics.numel() != 9 or target.camera_to_world.numel() != 16:
+        raise UserError(f"target_camera must be one camera, not {list(target.camera_to_world.shape[:-2])}")
     target = Cameras(target.intrinsics.reshape(-1, 3, 3)[0], target.camera_to_world.reshape(-1, 4, 4)[0])
     pixels = torch.as_tensor(pixels).to(parameter)
     if pixels.ndim != 2 or pixels.shape[-1] != 2:

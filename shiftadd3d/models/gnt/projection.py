@@ -33,10 +33,10 @@ class Cameras:
 
     @classmethod
     def of(cls, camera: Cameras | Mapping[str, Any], name: str = "camera") -> Cameras:
-        """A `Cameras` from a mapping with `intrinsics` ([..., 3, 3] or [..., 4, 4]) and `camera_to_world` ([..., 4, 4]).
+        """From a mapping with `intrinsics` ([..., 3, 3] or [..., 4, 4]) and `camera_to_world` ([..., 4, 4]).
 
         Raises:
-            UserError: a missing key, a wrong shape, or a value that is not finite.
+            UserError: a missing key, a wrong shape, a value that is not finite, or a matrix that has no inverse.
         """
         if isinstance(camera, cls):
             return camera
@@ -44,14 +44,20 @@ class Cameras:
             raw = {key: camera[key] for key in ("intrinsics", "camera_to_world")}  # type: ignore[index]
         except (KeyError, TypeError, IndexError):
             raise UserError(f"{name} must be a mapping with `intrinsics` and `camera_to_world`") from None
-        intrinsics, pose = (torch.as_tensor(value, dtype=torch.float32) for value in raw.values())
+        try:
+            intrinsics, pose = (torch.as_tensor(value, dtype=torch.float32) for value in raw.values())
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{name}: intrinsics and camera_to_world must be arrays of numbers ({error})") from None
         if intrinsics.shape[-2:] not in ((3, 3), (4, 4)):
             raise UserError(f"{name}: intrinsics must be [..., 3, 3] or [..., 4, 4], not {list(intrinsics.shape)}")
         if pose.shape[-2:] != (4, 4):
             raise UserError(f"{name}: camera_to_world must be [..., 4, 4], not {list(pose.shape)}")
         if not (torch.isfinite(intrinsics).all() and torch.isfinite(pose).all()):
             raise UserError(f"{name}: intrinsics and camera_to_world must be finite")
-        return cls(intrinsics[..., :3, :3], pose)
+        intrinsics = intrinsics[..., :3, :3]
+        if not (torch.linalg.det(intrinsics).all() and torch.linalg.det(pose).all()):
+            raise UserError(f"{name}: intrinsics and camera_to_world must be invertible")
+        return cls(intrinsics, pose)
 
     def to(self, like: Tensor) -> Cameras:
         """The same cameras with the dtype and on the device of a tensor."""
@@ -79,7 +85,7 @@ class SourceViews:
         images: [V, H, W, 3], 0..1.
         cameras: V pinhole cameras.
         features: feature maps for the coarse and the fine network, each [V, C, h, w].
-        valid: [V, H, W] bool, False where a pixel says nothing (outside a mask, beyond a lens's border); None if all do.
+        valid: [V, H, W] bool, False where a pixel says nothing (masked, beyond a lens's border); None if all do.
     """
 
     images: Tensor

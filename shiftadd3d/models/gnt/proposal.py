@@ -11,9 +11,9 @@ from shiftadd3d.models.gnt.projection import MASKED_LOGIT, PointSamples
 class PlaneSweepProposal(nn.Module):
     """A cheap first pass: many depths a ray, scored by how well the source views agree there.
 
-    Transformers over every sample of a ray spend nearly all their work on empty space. A plane sweep (Collins 1996) needs
-    a few operations a sample: project, compare colours and a few feature channels across views. A small network learns
-    what to add to the plain colour deviation; it trains by the colour error of its own blend, as NeRF's coarse network
+    Transformers over every sample of a ray spend nearly all their work on empty space. A plane sweep (Collins 1996)
+    needs a few operations a sample: project, compare colours and a few feature channels across views. A small network
+    learns what to add to the plain colour deviation; it trains by the colour error of its own blend, as NeRF's coarse network
     does (Mildenhall et al. 2020, sec. 5.2).
 
     Args:
@@ -25,13 +25,12 @@ class PlaneSweepProposal(nn.Module):
         super().__init__()
         self.feature_dim = feature_dim
         # A sample is judged beside its two neighbours: agreement means little on a flat stretch, much at a dip.
-        self.score = nn.Sequential(
-            nn.Linear(3 * (3 + feature_dim + 1), hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 1)
-        )
+        last = nn.Linear(hidden_dim, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.score = nn.Sequential(nn.Linear(3 * (3 + feature_dim + 1), hidden_dim), nn.ReLU(), last)
         self.angle_scale = nn.Parameter(torch.tensor(20.0))
         self.agreement_scale = nn.Parameter(torch.tensor(20.0))
-        nn.init.zeros_(self.score[2].weight)
-        nn.init.zeros_(self.score[2].bias)
 
     def forward(self, samples: PointSamples) -> tuple[Tensor, Tensor]:
         """Colours and weights of rays.

@@ -1,0 +1,878 @@
+"""The tables of docs/results/nerf.md: quality after minutes of training, and memory.
+
+    python benchmarks/nerf.py train --scene still_life --method gnt-tiny --minutes 15
+    python benchmarks/nerf.py trivial --scene still_life
+    python benchmarks/nerf.py memory
+    python benchmarks/nerf.py report
+
+The first three write JSON files into docs/results/data/; the last one makes docs/results/nerf.md from these, and nothing
+else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import random
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:  # these take seconds to import, and `report` needs none of them
+    from nerfstudio.engine.trainer import Trainer, TrainerConfig
+    from nerfstudio.pipelines.base_pipeline import VanillaPipeline
+    from torch import Tensor
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "docs" / "results"
+DATA = RESULTS / "data"
+PICTURES = RESULTS / "pictures"
+OUTPUTS = REPOSITORY / "outputs" / "benchmarks"
+
+SCENES_VARIABLE = "SHIFTADD3D_SCENES"
+
+TrainedMethod = Literal["gnt-tiny", "shiftadd-gnt-tiny", "nerfacto"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What every result says about itself
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def machine_facts() -> dict[str, Any]:
+    """Processor, cores, versions: what a number depends on besides the code."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        model = found.group(1).strip() if found else model
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def git_commit() -> str:
+    """The commit of the source tree, with `+` behind it if files have been changed since."""
+
+    def git(*arguments: str) -> str:
+        try:
+            done = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True)
+        except OSError:
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    if not commit:
+        return "unknown"
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", "--", "shiftadd3d", "kernels", "configs", "benchmarks"
+    )
+    return commit + ("+" if changed else "")
+
+
+def write_result(path: Path, facts: dict[str, Any]) -> None:
+    from shiftadd3d._report import write_json
+
+    write_json(path, facts)
+    print(f"wrote {path}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Scenes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def find_scene_folder(scene: str) -> tuple[str, Path, bool]:
+    """(name, folder, whether it is embedded) of a scene given by name or by path.
+
+    Raises:
+        UserError: there is no such embedded scene, folder, or folder under $SHIFTADD3D_SCENES.
+    """
+    from shiftadd3d._errors import UserError
+    from shiftadd3d.scenes import scene_names, scene_path
+
+    if scene in scene_names():
+        return scene, scene_path(scene), True
+    candidates = [Path(scene)]
+    if os.environ.get(SCENES_VARIABLE):
+        candidates.append(Path(os.environ[SCENES_VARIABLE]) / scene)
+    for folder in candidates:
+        if folder.is_dir():
+            return folder.resolve().name, folder.resolve(), False
+    raise UserError(
+        f"--scene {scene}: expected one of {', '.join(scene_names())}, a folder, "
+        f"or the name of a folder under ${SCENES_VARIABLE}"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training against the clock
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _OnScene:
+    scene: str
+    """An embedded scene's name, a scene folder, or the name of a folder under $SHIFTADD3D_SCENES."""
+    threads: int = 1
+    """CPU threads to compute with."""
+    downscale_factor: int | None = None
+    """Which images_N of the scene to read. If not set, the largest images of at most 1600 px that are there."""
+    max_side: int | None = None
+    """Shrink the images by the smallest whole number that makes their longer side this many pixels or fewer."""
+    eval_interval: int | None = None
+    """Hold out every n-th view. If not set, the scene's own test views, or as ns-train does."""
+    out: Path = DATA
+    """Folder for the JSON file."""
+    name: str | None = None
+    """Name of the JSON file. If not set, made from the command's, the scene's and the method's."""
+
+    def _command(self, verb: str, scene_name: str, embedded: bool, *words: str) -> str:
+        """The command that repeats this run, without this machine's paths."""
+        parts = ["python", "benchmarks/nerf.py", verb, "--scene", scene_name if embedded else f"PATH/TO/{scene_name}"]
+        parts += [*words, "--threads", str(self.threads)]
+        for option in ("downscale_factor", "max_side", "eval_interval"):
+            value = getattr(self, option)
+            if value is not None:
+                parts += [f"--{option.replace('_', '-')}", str(value)]
+        return shlex.join(parts)
+
+    def _use_threads(self) -> None:
+        os.environ.setdefault("TVM_NUM_THREADS", str(self.threads))
+        import torch
+
+        torch.set_num_threads(self.threads)
+
+    def _config(self, method: str, folder: Path) -> TrainerConfig:
+        """A method's own settings, on this scene: the same images, split and poses whichever method it is."""
+        from nerfstudio.configs.base_config import LocalWriterConfig, LoggingConfig
+        from nerfstudio.configs.method_configs import all_methods
+
+        from shiftadd3d.nerf.dataparsers import AutoDataParserConfig, find_scene
+
+        parser = AutoDataParserConfig(data=folder, downscale_factor=self.downscale_factor)
+        if self.eval_interval is not None:
+            parser.eval_mode, parser.eval_interval = "interval", self.eval_interval
+        config: TrainerConfig = all_methods[method]
+        if method == "nerfacto":
+            suit_nerfacto(config, blender=find_scene(folder)[0] == "blender")
+        datamanager: Any = config.pipeline.datamanager
+        datamanager.data = None
+        datamanager.dataparser = parser
+        datamanager.camera_res_scale_factor = 1.0 / shrink_factor(parser, self.max_side)
+        config.data = folder
+        config.output_dir = OUTPUTS
+        config.experiment_name = folder.name
+        config.vis = "tensorboard"
+        config.logging = LoggingConfig(local_writer=LocalWriterConfig(enable=False))
+        never = sys.maxsize
+        config.max_num_iterations = never  # the clock stops it
+        config.steps_per_save = config.steps_per_eval_batch = config.steps_per_eval_image = never
+        config.steps_per_eval_all_images = never
+        return config
+
+    def _scene_facts(self, name: str, embedded: bool, pipeline: VanillaPipeline) -> dict[str, Any]:
+        datamanager: Any = pipeline.datamanager
+        cameras = datamanager.eval_dataset.cameras
+        return {
+            "scene": name,
+            "embedded": embedded,
+            "image_size": [int(cameras.width.max()), int(cameras.height.max())],
+            "train_views": len(datamanager.train_dataset),
+            "test_views": len(datamanager.eval_dataset),
+        }
+
+
+@dataclass
+class Train(_OnScene):
+    """Train one method on one scene for some minutes, and measure it on all test views."""
+
+    method: TrainedMethod = "shiftadd-gnt-tiny"
+    """What to train."""
+    minutes: float = 15.0
+    """Minutes of training. Imports, reading images and the evaluation come on top."""
+    rays: int | None = None
+    """Rays a training step. If not set, the method's own number."""
+
+    def __call__(self) -> None:
+        self._use_threads()
+        name, folder, embedded = find_scene_folder(self.scene)
+        config = self._config(self.method, folder)
+        if self.rays is not None:
+            config.pipeline.datamanager.train_num_rays_per_batch = self.rays  # type: ignore[attr-defined]
+        config.set_timestamp()
+        trainer = make_clocked_trainer(config, 60.0 * self.minutes)
+        seed_everything(config.machine.seed)
+        with without_lpips():
+            trainer.setup()
+        pipeline: VanillaPipeline = trainer.pipeline
+        use_test_split(pipeline)
+        pipeline.datamanager.next_train(0)  # reads what is read on first use, off the clock
+
+        before = time.process_time()
+        trainer.train()
+        cpu_seconds = time.process_time() - before
+        save_loadable_config(config, trainer.steps)
+
+        # The photos of other scenes are not ours to publish.
+        pictures = PICTURES if embedded and self.out == DATA else OUTPUTS / "pictures"
+        pictures = pictures / f"{name}-{self.method}.png"
+        quality = evaluate(pipeline, pictures)
+        words = ["--method", self.method, "--minutes", f"{self.minutes:g}"]
+        words += ["--rays", str(self.rays)] if self.rays is not None else []
+        facts = {
+            "kind": "train",
+            "method": self.method,
+            **self._scene_facts(name, embedded, pipeline),
+            "minutes": self.minutes,
+            "seconds_trained": round(trainer.seconds, 1),
+            "cpu_seconds": round(cpu_seconds, 1),
+            "steps": trainer.steps,
+            "rays_per_step": pipeline.datamanager.get_train_rays_per_batch(),
+            "parameters": sum(parameter.numel() for parameter in pipeline.model.parameters()),
+            "threads": self.threads,
+            **quality,
+            "machine": machine_facts(),
+            "commit": git_commit(),
+            "command": self._command("train", name, embedded, *words),
+        }
+        write_result(self.out / (self.name or f"nerf-train-{name}-{self.method}.json"), facts)
+        print(
+            f"{self.method} on {name}: {trainer.steps} steps in {trainer.seconds / 60:.1f} min, "
+            f"PSNR {facts['psnr']:.2f}, SSIM {facts['ssim']:.3f}; pictures in {pictures}"
+        )
+
+
+@dataclass
+class Trivial(_OnScene):
+    """Measure the two renderers that learn nothing: the nearest source view, and the mean of the projected colours."""
+
+    def __call__(self) -> None:
+        from shiftadd3d.nerf.trivial import trivial_metrics
+
+        self._use_threads()
+        name, folder, embedded = find_scene_folder(self.scene)
+        config = self._config("gnt-tiny", folder)
+        pipeline = config.pipeline.setup(device=config.machine.device_type, test_mode="val")
+        use_test_split(pipeline)
+        pipeline.eval()
+        facts = {
+            "kind": "trivial",
+            **self._scene_facts(name, embedded, pipeline),
+            "renderers": trivial_metrics(pipeline),
+            "machine": machine_facts(),
+            "commit": git_commit(),
+            "command": self._command("trivial", name, embedded),
+        }
+        write_result(self.out / (self.name or f"nerf-trivial-{name}.json"), facts)
+
+
+def shrink_factor(parser: Any, max_side: int | None) -> int:
+    """The smallest whole number to divide the images of a data parser by, so that they fit into `max_side` pixels.
+
+    Not images_2 and the like, which some scenes lack, but nerfstudio's `camera_res_scale_factor`, which shrinks images
+    as they are read.
+    """
+    if max_side is None:
+        return 1
+    cameras = parser.setup().get_dataparser_outputs(split="train").cameras
+    return math.ceil(max(int(cameras.width.max()), int(cameras.height.max())) / max_side)
+
+
+def suit_nerfacto(config: TrainerConfig, blender: bool) -> None:
+    """nerfacto as it does best on a CPU in minutes, and comparable: on the poses as given."""
+    import torch
+    from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
+    from nerfstudio.configs.base_config import MachineConfig
+    from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
+
+    config.machine = MachineConfig(device_type="cuda" if torch.cuda.is_available() else "cpu")
+    # Its own data manager, ParallelDataManager, reads rays in further processes: more CPU than `threads` says.
+    config.pipeline.datamanager = VanillaDataManagerConfig(
+        train_num_rays_per_batch=NERFACTO_RAYS, eval_num_rays_per_batch=NERFACTO_RAYS
+    )
+    model: Any = config.pipeline.model
+    model.implementation = "torch"
+    model.camera_optimizer = CameraOptimizerConfig(mode="off")
+    model.eval_num_rays_per_chunk = 1 << 12
+    del config.optimizers["camera_opt"]
+    if blender:  # as nerfstudio's own benchmark on Blender scenes does
+        model.background_color = "white"
+        model.proposal_initial_sampler = "uniform"
+        model.near_plane, model.far_plane = 2.0, 6.0
+        model.use_average_appearance_embedding = False
+        model.distortion_loss_mult = 0.0
+        model.disable_scene_contraction = True
+
+
+#: Rays a step for nerfacto. Its default, 4096, leaves a CPU few steps in minutes.
+NERFACTO_RAYS = 1024
+
+
+@contextmanager
+def without_lpips() -> Iterator[None]:
+    """nerfacto builds LPIPS, which downloads a network, with the model; nothing here reads it."""
+    import torch
+    import torchmetrics.image.lpip as lpip
+
+    class NoLPIPS(torch.nn.Module):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__()
+
+    real = lpip.LearnedPerceptualImagePatchSimilarity
+    lpip.LearnedPerceptualImagePatchSimilarity = NoLPIPS  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        lpip.LearnedPerceptualImagePatchSimilarity = real  # type: ignore[misc]
+
+
+def seed_everything(seed: int) -> None:
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def make_clocked_trainer(config: TrainerConfig, budget: float) -> Any:
+    """The config's own trainer, which stops after `budget` seconds, and whose learning rates end where the clock does.
+
+    The rates of our methods fall with the share of the time that has gone, not of a number of steps: how many steps a
+    budget holds is not known beforehand on a machine that also does other things. nerfacto's keep falling by steps, as
+    it has them, or, see `NERFACTO_SPANS_THE_RUN`, by time as well.
+    """
+    from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
+
+    from shiftadd3d.nerf.schedulers import WarmupCosineSchedulerConfig
+
+    base: type[Trainer] = config._target
+
+    class ClockedTrainer(base):  # type: ignore[misc, valid-type]
+        steps = 0
+        seconds = 0.0
+        _began: float | None = None
+        _shown = 0.0
+
+        def setup_optimizers(self) -> Any:
+            optimizers = super().setup_optimizers()
+            for name, scheduler in optimizers.schedulers.items():
+                settings = self.config.optimizers[name]["scheduler"]
+                if isinstance(settings, WarmupCosineSchedulerConfig):
+                    scheduler.lr_lambdas = [self._cosine(settings)]
+                elif NERFACTO_SPANS_THE_RUN and isinstance(settings, ExponentialDecaySchedulerConfig):
+                    rate = self.config.optimizers[name]["optimizer"].lr
+                    scheduler.lr_lambdas = [self._exponential((settings.lr_final or rate) / rate)]
+            return optimizers
+
+        def _cosine(self, settings: WarmupCosineSchedulerConfig) -> Callable[[int], float]:
+            def factor(step: int) -> float:
+                decay = 0.5 * (1.0 + math.cos(math.pi * min(1.0, self.seconds / budget)))
+                warmup = min(1.0, (step + 1) / max(settings.warmup_steps, 1))
+                return warmup * (settings.final_fraction + (1.0 - settings.final_fraction) * decay)
+
+            return factor
+
+        def _exponential(self, final_fraction: float) -> Callable[[int], float]:
+            return lambda step: final_fraction ** min(1.0, self.seconds / budget)
+
+        def train_iteration(self, step: int) -> Any:
+            if self._began is None:
+                self._began = time.perf_counter()
+            result = super().train_iteration(step)
+            self.steps = step + 1
+            self.seconds = time.perf_counter() - self._began
+            if self.seconds >= budget:
+                self.stop_training = True
+            if self.seconds - self._shown >= 30.0:
+                self._shown = self.seconds
+                print(f"{self.seconds / 60:.1f} min, step {self.steps}, loss {float(result[0]):.5f}", flush=True)
+            return result
+
+    return ClockedTrainer(config, local_rank=0, world_size=1)
+
+
+#: Whether nerfacto's learning rate falls over the run's minutes instead of its 200,000 steps.
+NERFACTO_SPANS_THE_RUN = False
+
+
+def use_test_split(pipeline: VanillaPipeline) -> None:
+    """Measure on the test views: training pipelines hold the validation views."""
+    datamanager: Any = pipeline.datamanager
+    datamanager.test_split = "test"
+    datamanager.eval_dataset = datamanager.create_eval_dataset()
+    datamanager.setup_eval()
+
+
+def save_loadable_config(config: TrainerConfig, steps: int) -> None:
+    """The run's config.yml, for ns-render and ns-eval."""
+    config.max_num_iterations = steps
+    for name, optimizer in config.optimizers.items():
+        scheduler = optimizer["scheduler"]
+        if hasattr(scheduler, "warmup_steps"):
+            config.optimizers[name] = {**optimizer, "scheduler": dataclasses.replace(scheduler, max_steps=steps)}
+    config.save_config()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(pipeline: VanillaPipeline, pictures: Path, shown: int = 2) -> dict[str, Any]:
+    """Render every test view; also draw some of them, evenly spread: target, render and depth beside each other."""
+    import torch
+    from nerfstudio.utils import colormaps
+
+    from shiftadd3d.nerf.model import image_metrics
+
+    pipeline.eval()
+    datamanager: Any = pipeline.datamanager
+    count = len(datamanager.eval_dataset)
+    drawn = {round((index + 0.5) * count / min(shown, count) - 0.5) for index in range(min(shown, count))}
+    psnrs, ssims, seconds, rows = [], [], [], []
+    with torch.no_grad():
+        for index, (camera, batch) in enumerate(datamanager.fixed_indices_eval_dataloader):
+            began = time.perf_counter()
+            outputs = pipeline.model.get_outputs_for_camera(camera=camera)
+            seconds.append(time.perf_counter() - began)
+            target = batch["image"][..., :3].cpu()
+            rgb = outputs["rgb"].cpu().clamp(0.0, 1.0)
+            assert rgb.shape == target.shape, f"render {tuple(rgb.shape)}, target {tuple(target.shape)}"
+            metrics = image_metrics(rgb, target, batch["mask"].cpu().bool() if "mask" in batch else None)
+            psnrs.append(metrics["psnr"])
+            ssims.append(metrics["ssim"])
+            if index in drawn:
+                depth = colormaps.apply_depth_colormap(outputs["depth"].cpu())
+                rows.append(torch.cat([target, rgb, depth], dim=1))
+    save_picture(torch.cat(rows), pictures)
+    return {
+        "psnr": round(statistics.fmean(psnrs), 3),
+        "ssim": round(statistics.fmean(ssims), 4),
+        "psnr_per_view": [round(value, 3) for value in psnrs],
+        "ssim_per_view": [round(value, 4) for value in ssims],
+        "seconds_per_frame": round(statistics.median(seconds), 3),
+    }
+
+
+def save_picture(image: Tensor, path: Path, limit: int = 150_000) -> None:
+    """Write [h, w, 3] in 0..1 as PNG of at most `limit` bytes, with fewer colours and then pixels where it must be."""
+    import torch
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray((image * 255.0).round().to(torch.uint8).numpy())
+    picture.save(path, optimize=True)
+    while path.stat().st_size > limit:
+        picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+        picture = picture.resize((picture.width * 3 // 4, picture.height * 3 // 4), Image.Resampling.LANCZOS)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Memory
+# --------------------------------------------------------------------------------------------------------------------
+
+FRAME = (504, 378)
+"""Width and height of the frame whose memory is measured, and of its source views."""
+
+MEMORY_METHODS = ("gnt-tiny", "shiftadd-gnt-tiny", "shiftadd-gnt")
+TRAIN_RAYS = (128, 256, 512, 1024, 2048)
+RENDER_RAYS = (512, 1024, 2048, 4096, 8192, 16384)
+
+
+@dataclass
+class Memory:
+    """Measure the peak memory of training steps and of rendering a frame, each in a process of its own."""
+
+    methods: tuple[str, ...] = MEMORY_METHODS
+    """Methods to measure."""
+    train_rays: tuple[int, ...] = TRAIN_RAYS
+    """Rays a training step."""
+    render_rays: tuple[int, ...] = RENDER_RAYS
+    """Rays rendered at once."""
+    whole_frames: tuple[str, ...] = ("gnt-tiny", "shiftadd-gnt-tiny")
+    """Methods that render a whole frame at their own number of rays a chunk. Else the first chunks stand for it."""
+    chunks: int = 3
+    """How many chunks stand for a whole frame."""
+    threads: int = 1
+    """CPU threads to compute with."""
+    out: Path = DATA
+    """Folder for nerf-memory.json."""
+
+    def __call__(self) -> None:
+        points = []
+        for method in self.methods:
+            jobs = [("train", rays, 0) for rays in self.train_rays]
+            jobs += [("render", rays, self.chunks) for rays in self.render_rays]
+            if method in self.whole_frames:
+                jobs.append(("render", 0, 0))
+            for what, rays, chunks in jobs:
+                words = ["memory-point", "--method", method, "--what", what, "--rays", str(rays)]
+                words += ["--chunks", str(chunks), "--threads", str(self.threads)]
+                done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True)
+                if done.returncode != 0:
+                    sys.exit(f"{shlex.join(words)} ended with {done.returncode}")
+                points.append(json.loads(done.stdout.splitlines()[-1]))
+                print(points[-1], flush=True)
+        facts = {
+            "kind": "memory",
+            "frame": list(FRAME),
+            "threads": self.threads,
+            "points": points,
+            "machine": machine_facts(),
+            "commit": git_commit(),
+            "command": f"python benchmarks/nerf.py memory --threads {self.threads}",
+        }
+        write_result(self.out / "nerf-memory.json", facts)
+
+
+@dataclass
+class MemoryPoint:
+    """One measurement of `memory`, in this process; prints one line of JSON."""
+
+    method: str
+    """The method."""
+    what: Literal["train", "render"]
+    """Training steps, or rendering."""
+    rays: int
+    """Rays at once; 0 for the method's own number."""
+    chunks: int = 0
+    """Render this many chunks only; 0 for the whole frame."""
+    threads: int = 1
+    """CPU threads to compute with."""
+
+    def __call__(self) -> None:
+        os.environ.setdefault("TVM_NUM_THREADS", str(self.threads))
+        import torch
+        from nerfstudio.configs.method_configs import all_methods
+
+        torch.set_num_threads(self.threads)
+        seed_everything(0)
+        config = all_methods[self.method]
+        width, height = FRAME
+        model, bank, cameras = memory_scene(config, width, height)
+        imported = peak_memory()
+        rays = self.rays
+        if self.what == "train":
+            rays = rays or config.pipeline.datamanager.train_num_rays_per_batch  # type: ignore[attr-defined]
+        else:
+            rays = rays or model.config.eval_num_rays_per_chunk
+        began = time.perf_counter()
+        whole = False
+        if self.what == "train":
+            model.train()
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+            views = config.pipeline.datamanager.num_source_views  # type: ignore[attr-defined]
+            for _ in range(2):  # Adam makes its state in the first
+                pixels = torch.stack([torch.randint(height, (rays,)), torch.randint(width, (rays,))], dim=-1)
+                bundle = cameras.generate_rays(torch.zeros(rays, 1, dtype=torch.long), coords=pixels + 0.5)
+                bundle.metadata["source_ids"] = torch.arange(1, views + 1).expand(rays, -1)
+                outputs = model.get_outputs(bundle)
+                loss = sum(model.get_loss_dict(outputs, {"image": torch.rand(rays, 3)}).values())
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        else:
+            model.eval()
+            model.config.eval_num_rays_per_chunk = rays
+            rows = height if self.chunks == 0 else min(height, math.ceil(self.chunks * rays / width))
+            whole = rows == height
+            with torch.no_grad():
+                bundle = cameras.generate_rays(camera_indices=0, keep_shape=True)[:rows]
+                views = config.pipeline.datamanager.num_source_views  # type: ignore[attr-defined]
+                bundle.metadata["source_ids"] = torch.arange(1, views + 1).expand(*bundle.shape, -1)
+                model.get_outputs_for_camera_ray_bundle(bundle)
+        facts = {
+            "method": self.method,
+            "what": self.what,
+            "rays": rays,
+            "own_setting": self.rays == 0,
+            "whole_frame": whole,
+            "peak_bytes": peak_memory(),
+            "peak_bytes_before": imported,
+            "seconds": round(time.perf_counter() - began, 2),
+        }
+        print(json.dumps(facts))
+
+
+def memory_scene(config: TrainerConfig, width: int, height: int) -> Any:
+    """(model, source bank, cameras): cameras on an arc with pictures of noise, since memory does not mind."""
+    import torch
+    from nerfstudio.cameras.cameras import Cameras
+    from nerfstudio.data.scene_box import SceneBox
+
+    from shiftadd3d.nerf.source_bank import SourceBank, opencv_cameras
+
+    count = config.pipeline.datamanager.num_source_views + 2  # type: ignore[attr-defined]
+    angles = torch.linspace(-0.4, 0.4, count)
+    poses = torch.zeros(count, 3, 4)
+    poses[:, 0, 0] = poses[:, 2, 2] = angles.cos()
+    poses[:, 0, 2], poses[:, 2, 0] = angles.sin(), -angles.sin()
+    poses[:, 1, 1] = 1.0
+    poses[:, :, 3] = poses[:, :, 2]  # one unit behind the origin, looking at it
+    cameras = Cameras(poses, fx=float(width), fy=float(width), cx=width / 2, cy=height / 2, width=width, height=height)
+    intrinsics, camera_to_world = opencv_cameras(cameras)
+    images = torch.randint(256, (count, height, width, 3), dtype=torch.uint8)
+    bank = SourceBank(images, None, intrinsics, camera_to_world)
+    box = SceneBox(torch.tensor([[-1.0] * 3, [1.0] * 3]))
+    model: Any = config.pipeline.model.setup(scene_box=box, num_train_data=count)
+    model.set_sources(bank, config.pipeline.datamanager.num_source_views)  # type: ignore[attr-defined]
+    model.near_far.copy_(torch.tensor([0.5, 2.0]))
+    return model, bank, cameras
+
+
+def peak_memory() -> int:
+    """The most resident memory this process has had, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count what the parent had when it started us
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
+        if found:
+            return int(found.group(1)) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Report
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """Make docs/results/nerf.md, and the plot in it, from the JSON files."""
+
+    data: Path = DATA
+    """Folder of the JSON files."""
+    template: Path = RESULTS / "nerf.template.md"
+    """The text around the tables."""
+    out: Path = RESULTS / "nerf.md"
+    """The file to write. The plot goes into pictures/ beside it."""
+
+    def __call__(self) -> None:
+        results = read_results(self.data)
+        if results["memory"]:
+            plot_memory(results["memory"][0], self.out.parent / "pictures" / "nerf-memory.png")
+        self.out.write_text(render_report(results, self.template.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"wrote {self.out}")
+
+
+def read_results(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The results in a folder by kind, each sorted by file name."""
+    results: dict[str, list[dict[str, Any]]] = {"train": [], "trivial": [], "memory": []}
+    for path in sorted(folder.glob("nerf-*.json")):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        results[facts["kind"]].append(facts)
+    return results
+
+
+def render_report(results: dict[str, list[dict[str, Any]]], template: str) -> str:
+    """Fill a template's `{{name}}` fields in from the results.
+
+    Raises:
+        KeyError: the template has a field that there is no table for.
+    """
+    trained, trivial = results["train"], results["trivial"]
+    memory = results["memory"][0] if results["memory"] else None
+    fields = {
+        "embedded": quality_table([f for f in trained if f["embedded"]], [f for f in trivial if f["embedded"]]),
+        "photos": quality_table([f for f in trained if not f["embedded"]], [f for f in trivial if not f["embedded"]]),
+        "embedded_pictures": picture_list([f for f in trained if f["embedded"]]),
+        "scenes": scene_table(trained),
+        "runs": run_table(trained),
+        "memory_train": memory_table(memory, "train"),
+        "memory_render": memory_table(memory, "render"),
+        "memory_verdict": memory_verdict(memory),
+        "commands": command_block([*trained, *trivial, *results["memory"]]),
+        "machines": machine_list([*trained, *trivial, *results["memory"]]),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match.group(1)], template)
+
+
+NOT_MEASURED = "*Not measured yet.*"
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return NOT_MEASURED
+    alignment = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, alignment, *rows])
+
+
+METHOD_ORDER = ("gnt-tiny", "shiftadd-gnt-tiny", "nerfacto")
+
+
+def quality_table(trained: list[dict[str, Any]], trivial: list[dict[str, Any]]) -> str:
+    """Rows: methods; columns: PSNR / SSIM per scene."""
+    scenes = list(dict.fromkeys(facts["scene"] for facts in [*trained, *trivial]))
+    methods = [m for m in METHOD_ORDER if any(facts["method"] == m for facts in trained)]
+    size = {facts["scene"]: facts["image_size"] for facts in trained}
+
+    def cell(quality: dict[str, Any] | None) -> str:
+        return "" if quality is None else f"{quality['psnr']:.2f} / {quality['ssim']:.3f}"
+
+    rows = []
+    for method in methods:
+        runs = {facts["scene"]: facts for facts in trained if facts["method"] == method}
+        rows.append([f"`{method}`", *(cell(runs.get(scene)) for scene in scenes)])
+    for key, label in (("nearest", "nearest source view"), ("mean", "mean of projected colours")):
+        values = {}
+        for facts in trivial:
+            if facts["image_size"] != size.get(facts["scene"], facts["image_size"]):
+                raise ValueError(f"{facts['scene']}: the trivial renderers were measured at another image size")
+            values[facts["scene"]] = facts["renderers"][key]
+        if values:
+            rows.append([label, *(cell(values.get(scene)) for scene in scenes)])
+    return markdown_table(["PSNR in dB / SSIM", *scenes], rows)
+
+
+def scene_table(trained: list[dict[str, Any]]) -> str:
+    rows = {}
+    for facts in trained:
+        width, height = facts["image_size"]
+        rows[facts["scene"]] = [
+            facts["scene"],
+            f"{width} x {height}",
+            str(facts["train_views"]),
+            str(facts["test_views"]),
+        ]
+    return markdown_table(["scene", "pixels", "training views", "test views"], list(rows.values()))
+
+
+def run_table(trained: list[dict[str, Any]]) -> str:
+    """What each run did with its time."""
+    rows = [
+        [
+            f"{facts['scene']}, `{facts['method']}`",
+            f"{facts['seconds_trained'] / 60:.1f}",
+            f"{facts['cpu_seconds'] / 60:.1f}",
+            str(facts["threads"]),
+            f"{facts['steps']:,}",
+            f"{facts['rays_per_step']:,}",
+            f"{facts['parameters']:,}",
+            f"{facts['seconds_per_frame']:.1f}",
+        ]
+        for facts in sorted(trained, key=lambda f: (f["scene"], METHOD_ORDER.index(f["method"])))
+    ]
+    header = ["run", "minutes", "CPU minutes", "threads", "steps", "rays a step", "parameters", "seconds a frame"]
+    return markdown_table(header, rows)
+
+
+def picture_list(trained: list[dict[str, Any]]) -> str:
+    lines = [
+        f"`{facts['method']}`:\n\n![{facts['scene']} by {facts['method']}](pictures/{facts['scene']}-{facts['method']}.png)"
+        for facts in sorted(trained, key=lambda f: METHOD_ORDER.index(f["method"]))
+    ]
+    return "\n\n".join(lines) or NOT_MEASURED
+
+
+def memory_table(memory: dict[str, Any] | None, what: str) -> str:
+    """Rows: methods; columns: rays at once; in GB."""
+    points = [p for p in memory["points"] if p["what"] == what and not p["own_setting"]] if memory else []
+    rays = sorted({point["rays"] for point in points})
+    rows = []
+    for method in dict.fromkeys(point["method"] for point in points):
+        peaks = {point["rays"]: point["peak_bytes"] for point in points if point["method"] == method}
+        rows.append([f"`{method}`", *(f"{peaks[n] / 1e9:.2f}" if n in peaks else "" for n in rays)])
+    return markdown_table(
+        [f"peak GB, rays a {'step' if what == 'train' else 'chunk'}:", *(f"{n:,}" for n in rays)], rows
+    )
+
+
+def memory_verdict(memory: dict[str, Any] | None) -> str:
+    """Which frames were rendered whole, and the most memory that took."""
+    whole = (
+        [point for point in memory["points"] if point["what"] == "render" and point["whole_frame"]] if memory else []
+    )
+    rows = [
+        [f"`{p['method']}`", f"{p['rays']:,}", f"{p['peak_bytes'] / 1e9:.2f}", f"{p['seconds']:.0f}"]
+        for p in whole
+        if p["own_setting"]
+    ]
+    return markdown_table(["whole frame", "rays a chunk", "peak GB", "seconds"], rows)
+
+
+def command_block(results: list[dict[str, Any]]) -> str:
+    commands = dict.fromkeys(facts["command"] for facts in results)
+    return "\n".join(["```", *commands, "python benchmarks/nerf.py report", "```"])
+
+
+def machine_list(results: list[dict[str, Any]]) -> str:
+    """Machines and versions that the results come from, one a line."""
+    lines = {}
+    for facts in results:
+        m = facts["machine"]
+        device = "no GPU used" if m["device"] == "cpu" else m["device"]
+        line = f"{m['cpu']}, {m['cores']} cores, {device}; Python {m['python']}, torch {m['torch']}"
+        lines.setdefault(line, set()).add(facts["commit"])
+    texts = [f"- {line}; commit {', '.join(sorted(commits))}" for line, commits in lines.items()]
+    return "\n".join(texts) or NOT_MEASURED
+
+
+def plot_memory(memory: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    titles = {"train": "training step", "render": f"rendering {memory['frame'][0]} x {memory['frame'][1]}"}
+    for axis, (what, title) in zip(axes, titles.items(), strict=True):
+        points = [p for p in memory["points"] if p["what"] == what and not p["own_setting"]]
+        for method in dict.fromkeys(p["method"] for p in points):
+            line = sorted((p["rays"], p["peak_bytes"] / 1e9) for p in points if p["method"] == method)
+            axis.plot(*zip(*line, strict=True), marker="o", label=method)
+        axis.set(title=title, xlabel="rays at once", xscale="log", yscale="log")
+        axis.set_xticks(sorted({p["rays"] for p in points}), [f"{n:,}" for n in sorted({p["rays"] for p in points})])
+        axis.minorticks_off()
+        axis.axhline(4.0, color="grey", linestyle=":")
+        axis.grid(alpha=0.3)
+    ticks = (0.5, 1, 2, 4, 8, 16)
+    axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[0].set_ylabel("peak memory, GB")
+    axes[1].legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def main() -> None:
+    from shiftadd3d._errors import UserError
+
+    commands = {
+        "train": Train,
+        "trivial": Trivial,
+        "memory": Memory,
+        "memory-point": MemoryPoint,
+        "report": Report,
+    }
+    command = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    try:
+        command()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""The whole way on one page: train on the embedded scene, evaluate, compare with trivial renderers, make a video."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from nerfstudio.scripts.train import train_loop
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich.progress import track
+from rich.table import Table
+
+from shiftadd3d._errors import UserError
+from shiftadd3d._report import write_json
+from shiftadd3d.nerf.model import image_metrics
+from shiftadd3d.nerf.pictures import grid, save_picture
+from shiftadd3d.nerf.pipeline import GNTPipeline
+from shiftadd3d.nerf.render import make_path, picture, to_bytes, write_path
+from shiftadd3d.nerf.runs import Run, load_run
+from shiftadd3d.nerf.trainer import GNTTrainerConfig
+from shiftadd3d.nerf.trivial import average_metrics, nearest_image, trivial_metrics
+from shiftadd3d.scenes import scene_path
+
+_COMPARED_VIEWS = 4
+
+
+def train(config: GNTTrainerConfig) -> Path:
+    """What ns-train does with a method's configuration, in this process; returns the run's `config.yml`.
+
+    Raises:
+        UserError: the run's folder cannot be written.
+    """
+    config.set_timestamp()
+    try:
+        config.save_config()
+    except OSError as error:
+        raise UserError(
+            f"cannot write {config.get_base_dir()}: {error.strerror or error}; name a writable --output-dir"
+        ) from None
+    # After saving: the run stays one whose evaluation reports LPIPS. Here it would be a download in a first try.
+    config.pipeline.model.lpips = False
+    # Not nerfstudio's `launch`: that one takes Ctrl-C for the regular end of a training.
+    train_loop(local_rank=0, world_size=1, config=config)
+    return config.get_base_dir() / "config.yml"
+
+
+@torch.no_grad()
+def evaluate(pipeline: GNTPipeline) -> tuple[list[dict[str, float]], list[list[UInt8[np.ndarray, "h w 3"]]]]:
+    """Render every evaluation view.
+
+    Returns:
+        For each view `psnr`, `ssim` and `seconds` (of rendering), and for each four pictures: target, render, depth and
+        nearest source.
+    """
+    near, far = pipeline.model.near_far.tolist()
+    metrics, pictures = [], []
+    views = track(
+        pipeline.datamanager.fixed_indices_eval_dataloader,
+        description="Test views",
+        total=len(pipeline.datamanager.eval_dataset),
+        console=CONSOLE,
+        transient=True,
+    )
+    for camera, batch in views:
+        start = time.perf_counter()
+        outputs = pipeline.model.get_outputs_for_camera(camera)
+        seconds = time.perf_counter() - start
+        image = batch["image"].to(outputs["rgb"])
+        metrics.append({**image_metrics(outputs["rgb"], image, batch.get("mask")), "seconds": seconds})
+        pictures.append(
+            [
+                to_bytes(image),
+                picture(outputs, ["rgb"], (near, far)),
+                picture(outputs, ["depth"], (near, far)),
+                to_bytes(nearest_image(pipeline.datamanager, camera)),
+            ]
+        )
+    return metrics, pictures
+
+
+def demo(
+    config: GNTTrainerConfig,
+    output_dir: Path = Path("outputs"),
+    *,
+    steps: int | None = None,
+    data: Path | None = None,
+    frames: int = 60,
+) -> dict[str, Any]:
+    """Train, evaluate, render; the files go to `output_dir`/demo, the run below it.
+
+    Args:
+        config: the method to train.
+        output_dir: as of ns-train.
+        steps: training steps, or the method's own number.
+        data: another scene than the embedded one.
+        frames: of the video, at least 2.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        UserError: whatever is wrong with the arguments, the scene or the folder.
+    """
+    if steps is not None and steps < 1:
+        raise UserError(f"--steps {steps}: expected 1 or more")
+    if frames < 2:
+        raise UserError(f"--frames {frames}: expected 2 or more")
+    config = copy.deepcopy(config)
+    config.output_dir, config.experiment_name, config.vis = output_dir, "demo", "tensorboard"
+    config.pipeline.datamanager.data = scene_path() if data is None else data
+    if steps is not None:
+        config.max_num_iterations = steps
+    start = time.perf_counter()
+    config_file = train(config)
+    training_seconds = time.perf_counter() - start
+
+    run = load_run(config_file)
+    run.pipeline.model.config.lpips = False
+    views, pictures = evaluate(run.pipeline)
+    facts: dict[str, Any] = {
+        "method": config.method_name,
+        "scene": str(config.pipeline.datamanager.data),
+        "steps": run.step + 1,
+        "training_seconds": round(training_seconds, 1),
+        "test_views": views,
+        "model": average_metrics(views),
+        **trivial_metrics(run.pipeline),
+    }
+    folder = output_dir / "demo"
+    _save_comparison(folder / "comparison.png", views, pictures)
+    write_path(run.pipeline, make_path(run.pipeline, frames=frames), folder / "video.mp4", names=["rgb", "depth"])
+    facts["files"] = {
+        "video": str(folder / "video.mp4"),
+        "comparison": str(folder / "comparison.png"),
+        "config": str(config_file),
+        "checkpoint": str(run.checkpoint),
+        "tensorboard": str(config_file.parent),
+    }
+    write_json(folder / "metrics.json", facts)
+    _show(facts, run, folder / "metrics.json")
+    return facts
+
+
+def _save_comparison(
+    path: Path, views: list[dict[str, float]], pictures: list[list[UInt8[np.ndarray, "h w 3"]]]
+) -> None:
+    count = min(_COMPARED_VIEWS, len(views))
+    chosen = np.linspace(0, len(views) - 1, count).round().astype(int)
+    captions = [[f"test view {i}", f"{views[i]['psnr']:.2f} dB, SSIM {views[i]['ssim']:.3f}", "", ""] for i in chosen]
+    sheet = grid([pictures[i] for i in chosen], ["target", "render", "depth", "nearest source view"], captions)
+    save_picture(sheet, path)
+
+
+def _show(facts: dict[str, Any], run: Run, metrics_file: Path) -> None:
+    table = Table(title=f"{facts['method']}, {facts['steps']} steps, {len(facts['test_views'])} test views")
+    for heading in ("", "PSNR (dB)", "SSIM"):
+        table.add_column(heading, justify="right" if heading else "left")
+    rows = (
+        ("model", facts["method"]),
+        ("nearest", "copy of the nearest source view"),
+        ("mean", "mean of the projected source views"),
+    )
+    for key, name in rows:
+        table.add_row(name, f"{facts[key]['psnr']:.2f}", f"{facts[key]['ssim']:.3f}")
+    CONSOLE.print(table)
+    files = {
+        "Video": facts["files"]["video"],
+        "Pictures": facts["files"]["comparison"],
+        "Numbers": metrics_file,
+        "Checkpoint": facts["files"]["checkpoint"],
+        "Curves": f"tensorboard --logdir {facts['files']['tensorboard']}",
+    }
+    for name, value in files.items():
+        CONSOLE.print(f"{name + ':':<12}{value}", soft_wrap=True, highlight=False)
+    config = facts["files"]["config"]
+    CONSOLE.print(f"Trained in {facts['training_seconds']:.0f} s. Go on with:", highlight=False)
+    for command in (
+        f"ns-viewer --load-config {config}",
+        f"ns-eval --load-config {config} --output-path {metrics_file.parent / 'eval.json'}",
+        f"shiftadd3d render --load-config {config} --path spiral --out {metrics_file.parent / 'spiral.mp4'}",
+        f"ns-train {facts['method']} --load-dir {run.checkpoint.parent} --data {facts['scene']}",
+    ):
+        CONSOLE.print(f"  {command}", soft_wrap=True, highlight=False)

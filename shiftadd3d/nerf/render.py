@@ -1,0 +1,478 @@
+"""Videos and frames from a trained run: camera paths, what a frame shows, and files that appear whole."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from nerfstudio.cameras.camera_paths import get_path_from_json
+from nerfstudio.cameras.camera_utils import get_interpolated_poses_many
+from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.utils import colormaps
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.nerf.pipeline import GNTPipeline
+from shiftadd3d.nerf.runs import load_run
+
+PathName = Literal["interpolate", "spiral", "test", "train"]
+SplitName = Literal["test", "train"]
+
+VIDEO_SUFFIXES = (".mp4", ".gif")
+
+_DEFAULT_FRAMES = 120
+_SPIRAL_TURNS = 2
+_SPIRAL_RADIUS = 0.1
+"""In units of the distance looked at: a swing of about six degrees to each side."""
+
+# --------------------------------------------------------------------------------------------------------------------
+# Camera paths
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def interpolated_path(cameras: Cameras, frames: int) -> Cameras:
+    """From view to view, each time to the nearest one not yet visited, at an even speed.
+
+    Args:
+        cameras: the views to pass through, at least two. The first one's lens (without its distortion) and size are
+            used throughout.
+        frames: N, at least 2.
+
+    Returns:
+        [N] cameras; first and last stand at views.
+
+    Raises:
+        UserError: fewer than two views.
+    """
+    if len(cameras) < 2:
+        raise UserError(
+            f"{len(cameras)} view cannot be interpolated; expected at least 2: choose --views train, or --path spiral"
+        )
+    per_transition = max(16, 4 * frames // (len(cameras) - 1))
+    poses, _ = get_interpolated_poses_many(
+        cameras.camera_to_worlds.cpu(),
+        cameras.get_intrinsics_matrices().cpu(),
+        steps_per_transition=per_transition,
+        order_poses=True,
+    )
+    # nerfstudio gives every transition as many steps, and a view where two meet twice: the camera would rush through
+    # long ones and stand still at views.
+    distance = torch.cat([torch.zeros(1), (poses[1:, :, 3] - poses[:-1, :, 3]).norm(dim=-1)]).cumsum(0).double()
+    if distance[-1] == 0:  # cameras that turn on the spot
+        distance = torch.arange(len(poses), dtype=torch.float64)
+    wanted = torch.linspace(0.0, 1.0, frames, dtype=torch.float64) * distance[-1]
+    chosen = torch.searchsorted(distance, wanted).clamp(max=len(poses) - 1)
+    return _pinhole_path(cameras, poses[chosen].float())
+
+
+def spiral_path(camera: Cameras, focus: float, frames: int) -> Cameras:
+    """Around a view, always looking at the point it looks at.
+
+    nerfstudio's own spiral takes the focal length in pixels for the distance of that point, and the camera's backward
+    axis for up, which makes it roll.
+
+    Args:
+        camera: [1], where the spiral is centred.
+        focus: distance of the point looked at, in units of the scaled scene.
+        frames: N, at least 2.
+
+    Returns:
+        [N] cameras, a closed loop.
+    """
+    theta = 2 * torch.pi * torch.arange(frames, dtype=torch.float32) / frames
+    radius = _SPIRAL_RADIUS * focus
+    turns = _SPIRAL_TURNS * theta
+    centres = radius * torch.stack([turns.cos(), -turns.sin(), -theta.sin()], dim=-1)
+    back = F.normalize(centres - torch.tensor([0.0, 0.0, -focus]), dim=-1)
+    right = F.normalize(torch.linalg.cross(torch.tensor([[0.0, 1.0, 0.0]]).expand_as(back), back), dim=-1)
+    local = torch.stack([right, torch.linalg.cross(back, right), back, centres], dim=-1)
+    pose = camera.camera_to_worlds[0].cpu().float()
+    poses = pose[:, :3] @ local
+    poses[..., 3] += pose[:, 3]
+    return _pinhole_path(camera, poses)
+
+
+def _pinhole_path(like: Cameras, poses: Float[Tensor, "n 3 4"]) -> Cameras:
+    first = like.flatten()[0:1].to("cpu")
+    return Cameras(
+        camera_to_worlds=poses,
+        fx=first.fx[0].float(),
+        fy=first.fy[0].float(),
+        cx=first.cx[0].float(),
+        cy=first.cy[0].float(),
+        # Given, because nerfstudio would take them for twice the principal point.
+        width=int(first.width),
+        height=int(first.height),
+        camera_type=CameraType.PERSPECTIVE,
+    )
+
+
+def read_camera_path(path: Path) -> tuple[Cameras, float | None]:
+    """A camera path as nerfstudio's viewer exports it (`camera_paths/*.json`).
+
+    Returns:
+        The cameras, and the frames a second that the file asks for, if it does.
+
+    Raises:
+        UserError: no such file, not such a path, or cameras that are neither perspective nor fisheye.
+    """
+    expected = "expected a camera path exported from nerfstudio's viewer"
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {expected}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {expected}") from None
+    try:
+        cameras = get_path_from_json(content)
+        seconds, fps = content.get("seconds"), content.get("fps")
+        rate = len(cameras) / float(seconds) if seconds else float(fps) if fps else None
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: not a camera path ({type(error).__name__}: {error}); {expected}") from None
+    kinds = set(cameras.camera_type.flatten().tolist())
+    if not kinds <= {CameraType.PERSPECTIVE.value, CameraType.FISHEYE.value}:
+        raise UserError(f"{path}: cameras of type {content['camera_type']}; expected perspective or fisheye")
+    cameras.camera_to_worlds = cameras.camera_to_worlds.float()
+    return cameras, rate
+
+
+def make_path(
+    pipeline: GNTPipeline, path: PathName = "interpolate", frames: int | None = None, views: SplitName = "test"
+) -> Cameras:
+    """The cameras of a path, on the CPU.
+
+    Args:
+        pipeline: its datamanager holds the views.
+        path: `interpolate` passes through views, `spiral` circles around the first of them, `test` and `train` are the
+            views themselves.
+        frames: how many; 120 by default, or all `test` or `train` views.
+        views: which ones `interpolate` and `spiral` start from.
+
+    Raises:
+        UserError: fewer than two frames, or too few views.
+    """
+    if frames is not None and frames < 2:
+        raise UserError(f"--frames {frames}: expected 2 or more")
+    datamanager = pipeline.datamanager
+    split = path if path in ("test", "train") else views
+    dataset = datamanager.train_dataset if split == "train" else datamanager.eval_dataset
+    cameras = dataset.cameras.to("cpu")
+    if path == "interpolate":
+        return interpolated_path(cameras, frames or _DEFAULT_FRAMES)
+    if path == "spiral":
+        near, far = pipeline.model.near_far.tolist()
+        # The middle of the range in inverse depth: where half of the parallax lies before and half behind.
+        return spiral_path(cameras[0:1], 2.0 / (1.0 / near + 1.0 / far), frames or _DEFAULT_FRAMES)
+    if frames is None or frames >= len(cameras):
+        return cameras
+    return cameras[torch.linspace(0, len(cameras) - 1, frames).round().long()]
+
+
+def scale_cameras(cameras: Cameras, scale: float) -> Cameras:
+    """The same cameras with this many times the pixels on each side.
+
+    Raises:
+        UserError: nothing would be left, or a scale that is not a positive number.
+    """
+    if not 0.0 < scale < float("inf"):
+        raise UserError(f"--scale {scale:g}: expected a positive number")
+    if scale == 1.0:
+        return cameras
+    scaled = copy.deepcopy(cameras)
+    scaled.rescale_output_resolution(scale)
+    if int(torch.minimum(scaled.width, scaled.height).min()) < 1:
+        raise UserError(f"--scale {scale:g} leaves no pixel of {int(cameras.width[0])}x{int(cameras.height[0])}")
+    return scaled
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a frame shows
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def to_bytes(image: Float[Tensor, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB in 0..1 as 8-bit values."""
+    return (image.detach().clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).cpu().numpy()
+
+
+def picture(
+    outputs: dict[str, Tensor], names: Sequence[str], near_far: tuple[float, float]
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Some outputs of the model side by side.
+
+    Args:
+        outputs: of `get_outputs_for_camera`, each [h, w, 1 or 3].
+        names: which, from left to right.
+        near_far: the depths at the ends of the colour scale: the same in every frame, so that a video does not flicker.
+
+    Raises:
+        UserError: an output that the model does not have.
+    """
+    panels = []
+    for name in names:
+        if name not in outputs:
+            raise UserError(f"--outputs {name}: no such output; expected some of {', '.join(sorted(outputs))}")
+        value = outputs[name]
+        if name == "depth":
+            value = colormaps.apply_depth_colormap(value, near_plane=near_far[0], far_plane=near_far[1])
+        elif value.shape[-1] != 3:
+            value = colormaps.apply_colormap(value)
+        panels.append(to_bytes(value))
+    return np.concatenate(panels, axis=1)
+
+
+def render_frames(
+    pipeline: GNTPipeline, cameras: Cameras, names: Sequence[str] = ("rgb",)
+) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """Pictures along a path, one after the other, with a progress bar.
+
+    Raises:
+        UserError: an output that the model does not have.
+    """
+    near, far = pipeline.model.near_far.tolist()
+    progress = Progress(
+        TextColumn("Rendering"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=CONSOLE,
+    )
+    with progress:
+        for index in progress.track(range(len(cameras))):
+            outputs = pipeline.model.get_outputs_for_camera(cameras[index : index + 1].to(pipeline.device))
+            yield picture(outputs, names, (near, far))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class FrameWriter(ABC):
+    """Takes frames one by one. `close` ends well, `interrupt` keeps what there is, `discard` leaves nothing behind."""
+
+    @abstractmethod
+    def write(self, frame: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Add a frame."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """All frames are there."""
+
+    @abstractmethod
+    def interrupt(self) -> Path:
+        """No more frames will come; returns where the ones written are."""
+
+    def discard(self) -> None:
+        """Something failed: take back an unfinished file. Frames that are whole stay."""
+        return
+
+
+class VideoWriter(FrameWriter):
+    """An .mp4 (H.264) or .gif, written beside its place and renamed when it is complete."""
+
+    def __init__(self, path: Path, fps: float, size: tuple[int, int]) -> None:
+        self._path = path
+        # The suffix last: it is what tells the format.
+        self._unfinished = path.with_name(f"{path.stem}.unfinished{path.suffix}")
+        # Chroma is stored at half the resolution: both sides have to be even.
+        step = 2 if path.suffix.lower() == ".mp4" else 1
+        self._height, self._width = (-(-side // step) * step for side in size)
+        if step == 2:
+            # imageio would resize to multiples of 16 if it were left to it.
+            options: dict[str, Any] = {
+                "fps": fps,
+                "codec": "libx264",
+                "quality": 8,
+                "pixelformat": "yuv420p",
+                "macro_block_size": 1,
+            }
+        else:
+            options = {"mode": "I", "duration": 1000.0 / fps, "loop": 0}
+        with self._explained():
+            self._unfinished.touch()
+            self._writer: Any = imageio.get_writer(self._unfinished, **options)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error).splitlines()[0]
+            raise UserError(f"cannot write {self._path}: {reason}; name a file in a writable folder") from None
+
+    def write(self, frame: UInt8[np.ndarray, "h w 3"]) -> None:
+        below, right = self._height - frame.shape[0], self._width - frame.shape[1]
+        # One line to reach an even size repeats the edge; views of other sizes get a black margin.
+        how = "edge" if max(below, right) <= 1 else "constant"
+        with self._explained():
+            self._writer.append_data(np.pad(frame, ((0, below), (0, right), (0, 0)), mode=how))
+
+    def close(self) -> None:
+        with self._explained():
+            self._writer.close()
+            self._unfinished.replace(self._path)
+
+    def interrupt(self) -> Path:
+        with self._explained():
+            self._writer.close()
+        return self._unfinished
+
+    def discard(self) -> None:
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            self._writer.close()
+        self._unfinished.unlink(missing_ok=True)
+
+
+class FolderWriter(FrameWriter):
+    """`frame_00000.png` and so on, each of which exists whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".unfinished").touch()
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror or error}; name a writable folder") from None
+        (folder / ".unfinished").unlink()
+
+    def write(self, frame: UInt8[np.ndarray, "h w 3"]) -> None:
+        path = self._folder / f"frame_{self._count:05d}.png"
+        unfinished = self._folder / f".{path.name}.unfinished"
+        try:
+            imageio.imwrite(unfinished, frame, format="PNG")  # type: ignore[call-overload]
+            unfinished.replace(path)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise UserError(f"cannot write {path}: {error.strerror or error}; is the disk full?") from None
+        self._count += 1
+
+    def close(self) -> None:
+        # Frames of an earlier, longer path would play on after ours.
+        for path in self._folder.glob("frame_*.png"):
+            number = re.fullmatch(r"frame_(\d{5,})\.png", path.name)
+            if number and int(number[1]) >= self._count:
+                path.unlink()
+
+    def interrupt(self) -> Path:
+        return self._folder
+
+
+def check_out(out: Path) -> None:
+    """Refuse a place that frames cannot go to, before anything is loaded or rendered.
+
+    Raises:
+        UserError: a suffix other than .mp4, .gif or none, a file where a folder is needed or the reverse.
+    """
+    suffix = out.suffix.lower()
+    if suffix and suffix not in VIDEO_SUFFIXES and not out.is_dir():
+        raise UserError(f"--out {out}: unknown suffix {suffix}; expected .mp4, .gif, or a folder for PNG frames")
+    if suffix in VIDEO_SUFFIXES and out.is_dir():
+        raise UserError(f"--out {out}: a folder is in the way; expected a file name")
+    if not suffix and out.is_file():
+        raise UserError(f"--out {out}: a file is in the way; expected a folder, or a name that ends in .mp4 or .gif")
+    folder = out.parent if suffix in VIDEO_SUFFIXES else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror or error}; name a writable one") from None
+
+
+def open_writer(out: Path, fps: float, size: tuple[int, int]) -> FrameWriter:
+    """A writer for a video (.mp4, .gif) or a folder (no suffix).
+
+    Args:
+        out: where to.
+        fps: frames a second.
+        size: (height, width) of the largest frame in pixels.
+
+    Raises:
+        UserError: see `check_out`; also not writable.
+    """
+    check_out(out)
+    if out.suffix.lower() in VIDEO_SUFFIXES and not out.is_dir():
+        return VideoWriter(out, fps, size)
+    return FolderWriter(out)
+
+
+def write_path(
+    pipeline: GNTPipeline, cameras: Cameras, out: Path, *, fps: float = 24.0, names: Sequence[str] = ("rgb",)
+) -> None:
+    """Render a path into a video or a folder of frames.
+
+    An interrupt keeps the frames written so far: in the folder, or as a shorter `NAME.unfinished.mp4` that plays.
+
+    Args:
+        pipeline: in evaluation mode.
+        cameras: the path.
+        out: .mp4, .gif, or a folder.
+        fps: frames a second.
+        names: outputs of the model, side by side.
+
+    Raises:
+        UserError: an unknown output, or a place that cannot be written to.
+    """
+    if not 0.0 < fps < float("inf"):
+        raise UserError(f"--fps {fps:g}: expected a positive number")
+    size = (int(cameras.height.max()), int(cameras.width.max()) * len(names))
+    writer = open_writer(out, fps, size)
+    done = 0
+    try:
+        for frame in render_frames(pipeline, cameras, names):
+            writer.write(frame)
+            done += 1
+        writer.close()
+    except KeyboardInterrupt:
+        if done == 0:
+            writer.discard()
+        else:
+            where = writer.interrupt()
+            CONSOLE.print(f"Interrupted after {done} of {len(cameras)} frames. They are in {where}", soft_wrap=True)
+        raise
+    except BaseException:
+        writer.discard()
+        raise
+
+
+def render(
+    config: Path,
+    out: Path,
+    *,
+    path: PathName = "interpolate",
+    camera_path: Path | None = None,
+    views: SplitName = "test",
+    frames: int | None = None,
+    fps: float | None = None,
+    scale: float = 1.0,
+    outputs: Sequence[str] = ("rgb",),
+) -> None:
+    """Render a trained run; the arguments are those of `shiftadd3d render`.
+
+    Raises:
+        UserError: anything in the arguments or in the run that the user can mend.
+    """
+    if not outputs:
+        raise UserError("--outputs: expected at least one, such as rgb")
+    if frames is not None and frames < 2:
+        raise UserError(f"--frames {frames}: expected 2 or more")
+    check_out(out)
+    chosen, rate = (None, None) if camera_path is None else read_camera_path(camera_path)
+    if fps is None:
+        fps = 24.0 if rate is None else rate
+    run = load_run(config)
+    cameras = make_path(run.pipeline, path, frames, views) if chosen is None else chosen
+    write_path(run.pipeline, scale_cameras(cameras, scale), out, fps=fps, names=outputs)
+    CONSOLE.print(f"{len(cameras)} frames of step {run.step} in {out}", soft_wrap=True)

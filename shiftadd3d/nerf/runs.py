@@ -1,0 +1,71 @@
+"""Opening a trained run: nerfstudio's `config.yml` and the newest checkpoint beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.nerf.pipeline import GNTPipeline, GNTPipelineConfig
+from shiftadd3d.nerf.trainer import GNTTrainerConfig, latest_checkpoint, read_checkpoint
+
+
+class Run(NamedTuple):
+    """A trained model, ready to render."""
+
+    config: GNTTrainerConfig
+    pipeline: GNTPipeline
+    """In evaluation mode, with the test views as its evaluation views."""
+    checkpoint: Path
+    step: int
+
+
+def read_config(path: Path) -> GNTTrainerConfig:
+    """A run's `config.yml`.
+
+    It is YAML that names Python objects, as nerfstudio writes it: reading it can run code. Open only your own.
+
+    Raises:
+        UserError: no such file, not a configuration, or one of another project's method.
+    """
+    expected = "expected the config.yml that ns-train wrote for a gnt or shiftadd-gnt method"
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {expected}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {expected}") from None
+    except (yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a configuration ({str(error).splitlines()[0]}); {expected}") from None
+    if not isinstance(config, GNTTrainerConfig) or not isinstance(config.pipeline, GNTPipelineConfig):
+        method = getattr(config, "method_name", None)
+        raise UserError(f"{path}: {f'of method {method!r}' if method else 'not a configuration of ours'}; {expected}")
+    return config
+
+
+def load_run(path: Path) -> Run:
+    """The newest checkpoint of a run, with its scene.
+
+    What nerfstudio's `eval_setup` does, except that a run folder that has been moved, and every kind of missing or
+    damaged file, is answered for.
+
+    Args:
+        path: the run's `config.yml`; see `read_config` about trusting it.
+
+    Raises:
+        UserError: anything wrong with the configuration, the checkpoint, or the scene.
+    """
+    config = read_config(path)
+    # Beside the configuration first: paths in it are relative to where the training was started.
+    folder = path.parent / config.relative_model_dir
+    config.load_dir = folder if folder.is_dir() else config.get_checkpoint_dir()
+    checkpoint = latest_checkpoint(config.load_dir)
+    state = read_checkpoint(checkpoint)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline: GNTPipeline = config.pipeline.setup(device=device, test_mode="test")
+    pipeline.eval()
+    pipeline.load_pipeline(state["pipeline"], state["step"])
+    return Run(config, pipeline, checkpoint, state["step"])

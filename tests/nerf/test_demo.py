@@ -1,0 +1,93 @@
+"""`shiftadd3d demo`: from a scene to video, pictures and numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+from nerfstudio.engine.trainer import Trainer
+from PIL import Image
+
+from shiftadd3d import cli
+from shiftadd3d.configs import methods
+from shiftadd3d.nerf.pictures import grid, save_picture
+from shiftadd3d.nerf.runs import read_config
+from shiftadd3d.nerf.trainer import GNTTrainerConfig
+
+
+@pytest.mark.slow
+def test_demo_leaves_a_video_a_comparison_and_numbers(
+    tiny_config: Callable[..., GNTTrainerConfig],
+    tiny_scene: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr(methods.shiftadd_gnt_tiny, "config", tiny_config())
+    out = tmp_path / "out"
+    args = ["demo", "--output-dir", str(out), "--steps", "2", "--data", str(tiny_scene), "--frames", "3"]
+    assert cli.main(args) == 0
+    facts = json.loads((out / "demo/metrics.json").read_text())
+    assert facts["steps"] == 2
+    for renderer in ("model", "nearest", "mean"):
+        assert 0 < facts[renderer]["psnr"] < 40
+        assert -1 <= facts[renderer]["ssim"] <= 1
+    video = imageio.get_reader(out / "demo/video.mp4")
+    assert video.count_frames() == 3
+    assert video.get_meta_data()["size"] == (128, 48)
+    assert Image.open(out / "demo/comparison.png").width > 4 * 64
+    for file in facts["files"].values():
+        assert Path(file).exists()
+    text = capsys.readouterr().out
+    assert "copy of the nearest source view" in text
+    assert f"ns-viewer --load-config {facts['files']['config']}" in text
+    # Reading nothing from the network is the demo's choice, not the run's.
+    assert "LPIPS" not in text
+    assert read_config(Path(facts["files"]["config"])).pipeline.model.lpips
+
+
+def test_an_interrupted_demo_ends_with_130_instead_of_going_on(
+    tiny_config: Callable[..., GNTTrainerConfig], tiny_scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupt(self: Trainer, step: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(methods.shiftadd_gnt_tiny, "config", tiny_config())
+    monkeypatch.setattr(Trainer, "train_iteration", interrupt)
+    assert cli.main(["demo", "--output-dir", str(tmp_path), "--data", str(tiny_scene)]) == 130
+    assert not (tmp_path / "demo/metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "complaint"),
+    [
+        (["--steps", "0"], "--steps 0: expected 1 or more"),
+        (["--frames", "1"], "--frames 1: expected 2 or more"),
+        (["--output-dir", "{file}"], "name a writable --output-dir"),
+    ],
+)
+def test_an_impossible_argument_is_explained(
+    extra: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["demo", *(value.format(file=tmp_path / "file") for value in extra)]) == 1
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+
+
+def test_a_grid_keeps_pixels_and_enlarges_small_pictures_by_a_whole_factor(tmp_path: Path):
+    colours = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [9, 9, 9]]], dtype=np.uint8)
+    pictures = [[np.full((10, 50, 3), colour, dtype=np.uint8) for colour in row] for row in colours]
+    sheet = np.asarray(grid(pictures, ["one", "two"], [["a", "b"], ["c", "d"]]))
+    for colour in colours.reshape(-1, 3):
+        # 50 pixels are fewer than a caption needs: four times as many on each side.
+        assert (sheet == colour).all(axis=-1).sum() == pytest.approx(200 * 40, abs=30)
+    save_picture(Image.fromarray(sheet), tmp_path / "new/grid.png")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["grid.png"]
+    with pytest.raises(ValueError, match="cannot write"):
+        save_picture(Image.fromarray(sheet), tmp_path / "new/grid.png/grid.png")

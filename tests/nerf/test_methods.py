@@ -1,0 +1,476 @@
+"""The nerfstudio methods end to end: train, evaluate, render, interrupt, resume, and every kind of bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("nerfstudio")
+
+import yaml
+from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.scripts import eval as ns_eval
+from nerfstudio.scripts import render as ns_render
+from nerfstudio.utils.eval_utils import eval_setup
+
+from shiftadd3d import UserError
+from shiftadd3d.models.gnt import GNTModel
+from shiftadd3d.nerf import trainer as trainer_module
+from shiftadd3d.nerf.datamanager import GNTDataManager
+from shiftadd3d.nerf.trainer import GNTTrainer, latest_checkpoint, read_checkpoint
+
+METHODS = ["gnt", "gnt-tiny", "gnt-big", "shiftadd-gnt", "shiftadd-gnt-tiny", "shiftadd-gnt-big"]
+MODELS = "nerfstudio_models"
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+def one_line(error: BaseException) -> str:
+    """The message of a refusal as the error hook prints it; it must be one to begin with."""
+    message = str(error)
+    assert isinstance(error, UserError)
+    assert message and "\n" not in message
+    return message
+
+
+def scalars(run: Path) -> dict[str, list[float]]:
+    """What tensorboard would plot, by tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_registered_under_its_name(method):
+    config = all_methods[method]
+    assert config.method_name == method
+    assert config.machine.device_type in ("cuda", "cpu")
+    recipe = config.pipeline.model.recipe
+    assert (recipe == "mult") == (not method.startswith("shiftadd"))
+
+
+def test_training_leaves_a_config_a_checkpoint_and_curves(tiny_run):
+    run = tiny_run.parent
+    assert [path.name for path in (run / MODELS).iterdir()] == ["step-000000003.ckpt"]
+    assert not list(run.glob("*.unfinished"))
+    config = yaml.load(tiny_run.read_text(), Loader=yaml.Loader)
+    assert config.method_name == "shiftadd-gnt-tiny"
+    curves = scalars(run)
+    assert len(curves["Train Loss"]) == 4
+    assert all(math.isfinite(value) for values in curves.values() for value in values)
+    for tag in ("rgb_loss", "balance_loss", "proposal_loss"):
+        assert f"Train Loss Dict/{tag}" in curves, sorted(curves)
+    assert "Eval Images Metrics/psnr" in curves
+    routers = [tag for tag in curves if tag.startswith("Train Metrics Dict/router/")]
+    layers = {tag.rsplit("/", 1)[0] for tag in routers}
+    assert len(layers) == 4  # the perceptrons of two view and two ray transformers
+    for layer in layers:
+        shares = np.sum([curves[tag] for tag in routers if tag.startswith(layer + "/")], axis=0)
+        np.testing.assert_allclose(shares, 1.0, atol=1e-5)
+
+
+def test_the_learning_rate_warms_up(tiny_run):
+    rates = scalars(tiny_run.parent)
+    rates = next(values for tag, values in rates.items() if "learning_rate" in tag.lower() and "transformers" in tag)
+    assert all(later > earlier for earlier, later in itertools.pairwise(rates))
+
+
+def test_ns_eval_writes_finite_metrics(tiny_run, tmp_path):
+    ns_eval.ComputePSNR(tiny_run, tmp_path / "out.json", tmp_path / "pictures").main()
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert 0 < results["psnr"] < 60
+    assert -1 <= results["ssim"] <= 1
+    assert all(math.isfinite(value) for value in results.values())
+    assert list((tmp_path / "pictures").iterdir())
+
+
+@pytest.fixture
+def ffmpeg_on_path(tmp_path, monkeypatch):
+    """nerfstudio looks for it whatever it writes."""
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/ffmpeg").symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+
+
+def pictures(folder: Path) -> list[np.ndarray]:
+    return [np.asarray(Image.open(path)) for path in sorted(folder.rglob("*")) if path.suffix in (".jpg", ".png")]
+
+
+def camera_path(path: Path, count: int = 2) -> Path:
+    """What the viewer's "render" tab saves."""
+    pose = np.eye(4)
+    cameras = []
+    for x in np.linspace(-0.05, 0.05, count):
+        pose[:3, 3] = [x, 0.0, 0.5]
+        cameras.append({"camera_to_world": pose.flatten().tolist(), "fov": 50.0, "aspect": 4 / 3})
+    path.write_text(
+        json.dumps({"render_height": 24, "render_width": 32, "fps": 2, "seconds": 1, "camera_path": cameras})
+    )
+    return path
+
+
+@pytest.mark.usefixtures("ffmpeg_on_path")
+@pytest.mark.parametrize("mode", ["interpolate", "spiral", "camera-path", "dataset"])
+def test_ns_render_works_in_every_mode(tiny_run, tmp_path, mode):
+    out = tmp_path / "out"
+    images = {"output_format": "images", "image_format": "png"}
+    if mode == "interpolate":
+        command = ns_render.RenderInterpolated(
+            tiny_run, out, downscale_factor=2, pose_source="train", interpolation_steps=1, **images
+        )
+    elif mode == "spiral":
+        command = ns_render.SpiralRender(tiny_run, out, downscale_factor=2, seconds=1, frame_rate=2, **images)
+    elif mode == "camera-path":
+        path = camera_path(tmp_path / "path.json")
+        command = ns_render.RenderCameraPath(tiny_run, out, camera_path_filename=path, **images)
+    else:
+        command = ns_render.DatasetRender(tiny_run, out, image_format="png")
+    command.main()
+    frames = pictures(out)
+    assert frames
+    assert all(frame.std() > 1 for frame in frames if frame.ndim == 3)  # not blank
+    assert all(frame.shape[1] * 3 == frame.shape[0] * 4 for frame in frames)
+
+
+@pytest.mark.usefixtures("ffmpeg_on_path")
+def test_ns_render_makes_a_video(tiny_run, tmp_path):
+    ns_render.RenderCameraPath(
+        tiny_run, tmp_path / "out.mp4", camera_path_filename=camera_path(tmp_path / "path.json")
+    ).main()
+    assert (tmp_path / "out.mp4").stat().st_size > 0
+
+
+def test_a_render_does_not_depend_on_what_was_rendered_before(tiny_run):
+    _, pipeline, _, _ = eval_setup(tiny_run)
+    cameras = pipeline.datamanager.train_dataset.cameras
+    with torch.no_grad():
+        first = pipeline.model.get_outputs_for_camera(cameras[0:1])
+        pipeline.model.get_outputs_for_camera(cameras[4:5])
+        again = pipeline.model.get_outputs_for_camera(cameras[0:1])
+    assert torch.equal(first["rgb"], again["rgb"])
+    assert first["rgb"].shape == (48, 64, 3)
+    assert first["depth"].shape == first["accumulation"].shape == (48, 64, 1)
+
+
+def resumed(tiny_run: Path, make_config, tmp_path: Path, steps: int = 1, **changes):
+    """A config that goes on from a copy of the run's checkpoints."""
+    config = yaml.load(tiny_run.read_text(), Loader=yaml.Loader)
+    shutil.copytree(tiny_run.parent / MODELS, tmp_path / "models")
+    new = make_config(config.data, tmp_path / "out", steps=steps)
+    new.load_dir = tmp_path / "models"
+    for name, value in changes.items():
+        setattr(new, name, value)
+    return new
+
+
+def test_resuming_goes_on_at_the_next_step_with_optimizer_schedule_and_depth_range(
+    tiny_run, make_config, train, tmp_path, monkeypatch
+):
+    config = resumed(tiny_run, make_config, tmp_path, steps=2)
+    (config.load_dir / "notes.txt").write_text("not a checkpoint")
+    config.pipeline.datamanager.near, config.pipeline.datamanager.far = 0.1, 0.2  # the checkpoint knows better
+    before = read_checkpoint(latest_checkpoint(config.load_dir))
+    seen = []
+    iterate = GNTTrainer.train_iteration
+
+    def watch(self, step):
+        adam = next(iter(self.optimizers.optimizers["transformers"].state.values()))
+        scheduler = self.optimizers.schedulers["transformers"]
+        weight = self.pipeline.model.gnt.net_coarse.rgbfeat_fc[0].weight.detach().clone()
+        seen.append((step, int(adam["step"]), scheduler.last_epoch, self.pipeline.model.near_far.tolist(), weight))
+        return iterate(self, step)
+
+    monkeypatch.setattr(GNTTrainer, "train_iteration", watch)
+    run = train(config)
+    assert [entry[0] for entry in seen] == [4, 5]
+    _, adam_steps, schedule, near_far, weight = seen[0]
+    assert adam_steps == 4
+    assert schedule == 4
+    assert near_far == before["pipeline"]["_model.near_far"].tolist() != [0.1, 0.2]
+    assert torch.equal(weight, before["pipeline"]["_model.gnt.net_coarse.rgbfeat_fc.0.weight"])
+    assert latest_checkpoint(run / MODELS).name == "step-000000005.ckpt"
+
+
+@pytest.fixture(scope="module")
+def dense_run(tiny_scene, make_config, train, tmp_path_factory) -> Path:
+    """The folder of a run of `gnt-tiny`."""
+    return train(make_config(tiny_scene, tmp_path_factory.mktemp("dense"), "gnt-tiny", steps=1))
+
+
+def pipeline_of(config):
+    """The pipeline as training starts with it."""
+    config.pipeline.datamanager.data = config.data
+    return config.pipeline.setup(device="cpu", test_mode="val", world_size=1, local_rank=0)
+
+
+@pytest.mark.parametrize("as_folder", [True, False], ids=["folder", "file"])
+def test_a_trained_dense_network_is_a_warm_start(tiny_scene, dense_run, make_config, tmp_path, as_folder):
+    checkpoint = latest_checkpoint(dense_run / MODELS)
+    config = make_config(tiny_scene, tmp_path)
+    config.pipeline.warm_start = checkpoint.parent if as_folder else checkpoint
+    gnt = pipeline_of(config).model.gnt.state_dict()
+    dense = read_checkpoint(checkpoint)["pipeline"]
+    for name in ("feature_net.conv1.weight", "net_coarse.view_crosstrans.0.attn.q_fc.weight", "net_coarse.norm.bias"):
+        assert torch.equal(gnt[name], dense[f"_model.gnt.{name}"]), name
+
+
+def test_a_checkpoint_of_several_processes_is_a_warm_start_too(tiny_scene, dense_run, make_config, tmp_path):
+    state = read_checkpoint(latest_checkpoint(dense_run / MODELS))
+    state["pipeline"] = {name.replace("_model.", "_model.module.", 1): x for name, x in state["pipeline"].items()}
+    torch.save(state, tmp_path / "step-000000000.ckpt")
+    config = make_config(tiny_scene, tmp_path)
+    config.pipeline.warm_start = tmp_path / "step-000000000.ckpt"
+    pipeline_of(config)
+
+
+def test_an_official_checkpoint_is_a_warm_start(tiny_scene, make_config, train, tmp_path):
+    config = make_config(tiny_scene, tmp_path / "out", steps=1)
+    sizes = dataclasses.replace(config.pipeline.model.gnt, color_head=False, proposal_samples=0)
+    official = GNTModel(sizes)
+    parts = {part: getattr(official, part).state_dict() for part in ("net_coarse", "feature_net")}
+    torch.save(parts, tmp_path / "model.pth")
+    config.pipeline.warm_start = tmp_path / "model.pth"
+    weight = official.feature_net.conv1.weight
+    assert torch.equal(pipeline_of(config).model.gnt.feature_net.conv1.weight, weight)
+    state = read_checkpoint(latest_checkpoint(train(config) / MODELS))["pipeline"]
+    after = state["_model.gnt.feature_net.conv1.weight"]
+    assert 0 < float((after - weight).abs().max()) < 1e-2  # trained on from there
+
+
+def test_a_warm_start_of_another_size_is_refused(tiny_scene, make_config, tmp_path):
+    official = GNTModel(dataclasses.replace(make_config(tiny_scene, tmp_path).pipeline.model.gnt, depth=3))
+    parts = {part: getattr(official, part).state_dict() for part in ("net_coarse", "feature_net")}
+    torch.save(parts, tmp_path / "model.pth")
+    config = make_config(tiny_scene, tmp_path)
+    for path, complaint in ((tmp_path / "model.pth", "does not fit"), (tmp_path / "nothing", "no such")):
+        config.pipeline.warm_start = path
+        with pytest.raises(UserError, match=complaint) as caught:
+            pipeline_of(config)
+        assert str(path) in one_line(caught.value)
+
+
+def test_a_shiftadd_network_is_no_warm_start(tiny_run, tiny_scene, make_config, tmp_path):
+    config = make_config(tiny_scene, tmp_path)
+    config.pipeline.warm_start = tiny_run.parent / MODELS
+    with pytest.raises(UserError, match="expected a dense") as caught:
+        pipeline_of(config)
+    one_line(caught.value)
+
+
+def interrupt_at(step: int, monkeypatch) -> None:
+    """Ctrl-C in the middle of a step."""
+    draw = GNTDataManager.next_train
+
+    def next_train(self, now: int):
+        if now == step:
+            raise KeyboardInterrupt
+        return draw(self, now)
+
+    monkeypatch.setattr(GNTDataManager, "next_train", next_train)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_ctrl_c_saves_a_checkpoint_to_go_on_from(tiny_scene, make_config, train, tmp_path, monkeypatch, step):
+    config = make_config(tiny_scene, tmp_path, steps=3)  # step 2 is the last
+    config.steps_per_save = 100
+    with monkeypatch.context() as patch:
+        interrupt_at(step, patch)
+        run = train(config)
+    assert latest_checkpoint(run / MODELS).name == f"step-{step:09d}.ckpt"
+    going_on = make_config(tiny_scene, tmp_path / "more", steps=1)
+    going_on.load_dir = run / MODELS
+    assert latest_checkpoint(train(going_on) / MODELS).name == f"step-{step + 1:09d}.ckpt"
+
+
+def test_ctrl_c_after_the_end_of_training_saves_nothing_twice(tiny_scene, make_config, train, tmp_path, monkeypatch):
+    saved = []
+    save = GNTTrainer.save_checkpoint
+    monkeypatch.setattr(GNTTrainer, "save_checkpoint", lambda self, step: (saved.append(step), save(self, step)))
+
+    def wait_for_ctrl_c(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GNTTrainer, "_train_complete_viewer", wait_for_ctrl_c)
+    train(make_config(tiny_scene, tmp_path, steps=1))
+    assert saved == [0]
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(
+    tiny_scene, make_config, train, tmp_path, monkeypatch
+):
+    config = make_config(tiny_scene, tmp_path, steps=5)  # saves at 2 and 4
+    write = torch.save
+
+    def half_way(state, file, *args, **kwargs):
+        if state["step"] < 4:
+            return write(state, file, *args, **kwargs)
+        file.write(b"PK half of a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer_module.torch, "save", half_way)
+    with pytest.raises(UserError, match="No space left") as caught:
+        train(config)
+    assert "step-000000002.ckpt" in one_line(caught.value)
+    run = config.get_base_dir()
+    assert [path.name for path in (run / MODELS).iterdir()] == ["step-000000002.ckpt"]
+    assert read_checkpoint(latest_checkpoint(run / MODELS))["step"] == 2
+    assert not list(run.glob("*.unfinished"))
+
+
+def test_killed_while_saving_leaves_the_checkpoint_before(tiny_run, make_config, train, tmp_path, monkeypatch):
+    """What a SIGKILL leaves: an unfinished file beside the folder, which nothing reads."""
+    shutil.copytree(tiny_run.parent, tmp_path / "run")
+    (tmp_path / "run/step-000000009.ckpt.unfinished").write_bytes(b"PK half of a checkpoint")
+    assert read_checkpoint(latest_checkpoint(tmp_path / "run" / MODELS))["step"] == 3
+    assert [path.name for path in (tmp_path / "run" / MODELS).iterdir()] == ["step-000000003.ckpt"]
+
+
+def damage(kind: str, folder: Path) -> None:
+    """Make the run's only checkpoint one that must not be gone on from."""
+    path = latest_checkpoint(folder)
+    if kind == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "missing":
+        path.unlink()
+    else:
+        state = read_checkpoint(path)
+        if kind == "without optimizers":
+            del state["optimizers"]
+        elif kind == "of another method":
+            state["pipeline"] = {"_model.field.weight": torch.zeros(3)}
+        elif kind == "a tensor short":
+            del state["pipeline"]["_model.gnt.net_coarse.norm.bias"]
+        elif kind == "a bare state dict":
+            state = state["pipeline"]
+        torch.save(state, path)
+
+
+DAMAGES = {
+    "truncated": "damaged",
+    "empty": "damaged",
+    "missing": "no step-",
+    "without optimizers": "optimizers",
+    "of another method": "another network",
+    "a tensor short": "net_coarse.norm.bias",
+    "a bare state dict": "not a nerfstudio checkpoint",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_bad_checkpoint_is_refused_in_one_line(tiny_run, make_config, train, tmp_path, kind):
+    config = resumed(tiny_run, make_config, tmp_path)
+    damage(kind, config.load_dir)
+    with pytest.raises(UserError, match=DAMAGES[kind]) as caught:
+        train(config)
+    one_line(caught.value)
+
+
+def test_a_dense_checkpoint_is_not_gone_on_from_with_shifts(tiny_scene, dense_run, make_config, train, tmp_path):
+    config = make_config(tiny_scene, tmp_path, steps=1)
+    config.load_dir = dense_run / MODELS
+    with pytest.raises(UserError, match="warm-start") as caught:
+        train(config)
+    one_line(caught.value)
+
+
+def test_a_step_that_was_not_saved_is_refused(tiny_run, make_config, train, tmp_path):
+    with pytest.raises(UserError, match=r"step-000000099\.ckpt: no such"):
+        train(resumed(tiny_run, make_config, tmp_path, load_step=99))
+
+
+def break_config(config, kind: str) -> None:
+    """Ask for something that cannot be."""
+    data, model = config.pipeline.datamanager, config.pipeline.model
+    if kind == "recipe":
+        model.recipe = "add+shif"
+    elif kind == "bits":
+        model.shift_bits = 9
+    elif kind == "near beyond far":
+        data.near, data.far = 3.0, 2.0
+    elif kind == "near zero":
+        data.near = 0.0
+    elif kind == "too few views":
+        data.num_source_views = 20
+    elif kind == "no views":
+        data.num_source_views = 0
+    elif kind == "no scene":
+        config.data = config.data / "nowhere"
+    elif kind == "one sample":
+        model.num_samples = 1
+
+
+BROKEN = {
+    "recipe": "add",
+    "bits": "bits",
+    "near beyond far": "near 3, far 2",
+    "near zero": "near 0",
+    "too few views": "num-source-views",
+    "no views": "num-source-views",
+    "no scene": "nowhere",
+    "one sample": "num_samples",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_settings_that_cannot_be_are_refused_in_one_line(tiny_scene, make_config, train, tmp_path, kind):
+    config = make_config(tiny_scene, tmp_path, steps=1)
+    break_config(config, kind)
+    with pytest.raises(UserError) as caught:
+        train(config)
+    assert BROKEN[kind] in one_line(caught.value)
+
+
+def test_images_too_small_for_the_feature_network_are_refused(write_scene, make_config, train, tmp_path):
+    scene = write_scene["nerfstudio"](tmp_path / "scene", shiftadd3d={"near": 2.0, "far": 6.0})
+    with pytest.raises(UserError, match="24x16") as caught:
+        train(make_config(scene, tmp_path, steps=1))
+    one_line(caught.value)
+
+
+def test_a_loss_that_is_not_finite_stops_training_in_one_line(tiny_scene, make_config, train, tmp_path, monkeypatch):
+    draw = GNTDataManager.next_train
+
+    def next_train(self, step: int):
+        rays, batch = draw(self, step)
+        return rays, {**batch, "image": batch["image"] * (float("nan") if step == 1 else 1.0)}
+
+    monkeypatch.setattr(GNTDataManager, "next_train", next_train)
+    with pytest.raises(UserError, match=r"not finite.*optimizers\.transformers\.optimizer\.lr") as caught:
+        train(make_config(tiny_scene, tmp_path, steps=3))
+    one_line(caught.value)
+
+
+@pytest.mark.slow
+def test_ns_train_prints_one_line_for_bad_input_and_exits_with_1(tmp_path):
+    command = [sys.executable, "-c", "from nerfstudio.scripts.train import entrypoint; entrypoint()"]
+    arguments = ["shiftadd-gnt-tiny", "--vis", "tensorboard", "--output-dir", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*command, *arguments, "--data", str(tmp_path / "nowhere")],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert "nowhere" in lines[-1]
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,291 @@
+"""`shiftadd3d render`: paths, files, and every way in which it can be asked for the impossible."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import torch
+import yaml
+from nerfstudio.cameras.cameras import Cameras
+
+from shiftadd3d import cli
+from shiftadd3d.nerf import render as rendering
+from shiftadd3d.nerf.runs import Run, load_run
+
+SMALL = ("--scale", "0.5")
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run: Path) -> Run:
+    return load_run(tiny_run)
+
+
+def error_of(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a failing command prints."""
+    capsys.readouterr()
+    assert cli.main(args) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def centres(cameras: Cameras) -> np.ndarray:
+    return cameras.camera_to_worlds[:, :, 3].numpy()
+
+
+# Paths
+
+
+def test_interpolation_starts_and_ends_at_views_and_moves_evenly(run: Run):
+    views = run.pipeline.datamanager.train_dataset.cameras
+    path = rendering.interpolated_path(views, 40)
+    assert len(path) == 40
+    assert np.allclose(centres(path)[0], centres(views)[0], atol=1e-5)
+    assert np.abs(centres(views) - centres(path)[-1]).sum(axis=1).min() < 1e-4
+    steps = np.linalg.norm(np.diff(centres(path), axis=0), axis=1)
+    assert steps.min() > 0.5 * np.median(steps)
+    assert steps.max() < 1.6 * np.median(steps)
+    assert path.width.unique().item() == 64
+    assert path.height.unique().item() == 48
+
+
+def test_interpolation_keeps_the_size_of_a_camera_whose_centre_is_not_in_the_middle(run: Run):
+    views = run.pipeline.datamanager.train_dataset.cameras
+    moved = dataclasses.replace(views, cx=views.cx + 3, cy=views.cy - 2)
+    path = rendering.interpolated_path(moved, 5)
+    assert (int(path.width[0]), int(path.height[0])) == (64, 48)
+    assert float(path.cx[0]) == float(moved.cx[0])
+
+
+def test_spiral_keeps_looking_at_one_point_upright(run: Run):
+    view = run.pipeline.datamanager.train_dataset.cameras[0:1]
+    path = rendering.spiral_path(view, focus=2.0, frames=12)
+    rotation, centre = view.camera_to_worlds[0, :, :3], view.camera_to_worlds[0, :, 3]
+    focus = centre - 2.0 * rotation[:, 2]
+    to_focus = torch.nn.functional.normalize(focus - path.camera_to_worlds[:, :, 3], dim=-1)
+    assert torch.allclose(to_focus, -path.camera_to_worlds[:, :, 2], atol=1e-5)
+    assert (path.camera_to_worlds[:, :, 1] @ rotation[:, 1] > 0.98).all()
+    rotations = path.camera_to_worlds[:, :, :3]
+    assert torch.allclose(rotations @ rotations.mT, torch.eye(3).expand(12, 3, 3), atol=1e-5)
+    assert torch.det(rotations).min() > 0
+
+
+def test_views_of_a_split_are_rendered_as_they_are_or_thinned_out(run: Run):
+    dataset = run.pipeline.datamanager.train_dataset
+    assert torch.equal(rendering.make_path(run.pipeline, "train").camera_to_worlds, dataset.cameras.camera_to_worlds)
+    some = rendering.make_path(run.pipeline, "train", frames=3)
+    assert torch.equal(some.camera_to_worlds[[0, -1]], dataset.cameras.camera_to_worlds[[0, -1]])
+    assert len(some) == 3
+
+
+def test_scaling_leaves_the_original_cameras_alone(run: Run):
+    cameras = run.pipeline.datamanager.train_dataset.cameras
+    half = rendering.scale_cameras(cameras, 0.5)
+    assert (int(half.width[0]), int(half.height[0]), int(cameras.width[0])) == (32, 24, 64)
+    assert torch.allclose(half.fx * 2, cameras.fx)
+
+
+def write_camera_path(path: Path, view: Cameras, frames: int = 3, **extra: object) -> Path:
+    pose = torch.cat([view.camera_to_worlds[0], torch.tensor([[0.0, 0.0, 0.0, 1.0]])]).flatten().tolist()
+    frame = {"camera_to_world": pose, "fov": 50.0, "aspect": 1.5}
+    content = {"render_height": 24, "render_width": 33, "camera_path": [frame] * frames, **extra}
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_path_exported_from_the_viewer_is_followed(tiny_run: Path, run: Run, tmp_path: Path):
+    file = write_camera_path(tmp_path / "path.json", run.pipeline.datamanager.eval_dataset.cameras, seconds=0.3)
+    cameras, rate = rendering.read_camera_path(file)
+    assert (len(cameras), rate) == (3, pytest.approx(10.0))
+    out = tmp_path / "path.mp4"
+    assert cli.main(["render", "--load-config", str(tiny_run), "--out", str(out), "--camera-path", str(file)]) == 0
+    video = imageio.get_reader(out)
+    assert video.get_meta_data()["fps"] == pytest.approx(10.0)
+    # An odd width gains one column; nothing is resized.
+    assert video.get_meta_data()["size"] == (34, 24)
+    assert video.count_frames() == 3
+
+
+# Files
+
+
+def test_outputs_stand_side_by_side_in_png_frames_and_stale_ones_go(tiny_run: Path, tmp_path: Path):
+    out = tmp_path / "new" / "frames"
+    out.mkdir(parents=True)
+    (out / "frame_00007.png").write_text("of an earlier, longer path")
+    (out / "notes.txt").write_text("mine")
+    args = ["render", "--load-config", str(tiny_run), "--out", str(out), "--path", "test", "--frames", "2"]
+    assert cli.main([*args, "--outputs", "rgb", "depth", "accumulation", *SMALL]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["frame_00000.png", "frame_00001.png", "notes.txt"]
+    frame = imageio.imread(out / "frame_00001.png")
+    assert frame.shape == (24, 3 * 32, 3)
+    assert frame.dtype == np.uint8
+    assert frame[:, :32].std() > 1
+
+
+def test_a_gif_is_written_under_its_name_only_when_it_is_complete(tiny_run: Path, tmp_path: Path):
+    out = tmp_path / "a.gif"
+    args = ["render", "--load-config", str(tiny_run), "--out", str(out), "--path", "spiral", "--frames", "2"]
+    assert cli.main([*args, *SMALL]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gif"]
+    assert imageio.mimread(out)[0].shape[:2] == (24, 32)
+
+
+def frames_until(error: BaseException, count: int) -> Iterator[np.ndarray]:
+    for value in range(count):
+        yield np.full((24, 33, 3), 40 * value, dtype=np.uint8)
+    raise error
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.gif"])
+def test_an_interrupt_keeps_a_shorter_video_beside(
+    name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(rendering, "render_frames", lambda *args: frames_until(KeyboardInterrupt(), 5))
+    out = tmp_path / name
+    with pytest.raises(KeyboardInterrupt):
+        rendering.write_path(run.pipeline, rendering.make_path(run.pipeline, frames=9), out)
+    unfinished = tmp_path / name.replace(".", ".unfinished.")
+    assert [path.name for path in tmp_path.iterdir()] == [unfinished.name]
+    assert len(imageio.mimread(unfinished)) == 5
+    assert "Interrupted after 5 of 9 frames" in capsys.readouterr().out
+
+
+def test_an_interrupt_keeps_the_frames_of_a_folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rendering, "render_frames", lambda *args: frames_until(KeyboardInterrupt(), 3))
+    with pytest.raises(KeyboardInterrupt):
+        rendering.write_path(run.pipeline, rendering.make_path(run.pipeline, frames=9), tmp_path / "frames")
+    assert sorted(path.name for path in (tmp_path / "frames").iterdir()) == [f"frame_0000{i}.png" for i in range(3)]
+
+
+def test_a_failure_leaves_no_unfinished_file_and_the_old_video(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "v.mp4"
+    out.write_bytes(b"the old one")
+    monkeypatch.setattr(rendering, "render_frames", lambda *args: frames_until(RuntimeError("a bug"), 2))
+    with pytest.raises(RuntimeError, match="a bug"):
+        rendering.write_path(run.pipeline, rendering.make_path(run.pipeline, frames=9), out)
+    assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
+    assert out.read_bytes() == b"the old one"
+
+
+# Runs
+
+
+@pytest.fixture
+def moved_run(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of the run elsewhere, to be damaged."""
+    return Path(shutil.copytree(tiny_run.parent, tmp_path / "moved")) / "config.yml"
+
+
+def test_a_run_is_found_where_it_was_moved_to(moved_run: Path):
+    assert load_run(moved_run).checkpoint.is_relative_to(moved_run.parent)
+
+
+def test_a_missing_config_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    error = error_of(["render", "--load-config", str(tmp_path / "no.yml"), "--out", str(tmp_path / "a.mp4")], capsys)
+    assert "no.yml: no such file; expected the config.yml" in error
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["a: b", "{", "!!python/object:no.such.module {}", "- 1", "", yaml.dump(Path("x")), "\0\1", "a: 1\n b: 2\n"],
+)
+def test_a_file_that_is_no_config_of_ours_is_refused(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "config.yml").write_text(content)
+    args = ["render", "--load-config", str(tmp_path / "config.yml"), "--out", str(tmp_path / "a.mp4")]
+    assert "not a configuration" in error_of(args, capsys)
+
+
+def test_another_methods_config_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from nerfstudio.engine.trainer import TrainerConfig
+
+    (tmp_path / "config.yml").write_text(yaml.dump(TrainerConfig(method_name="nerfacto")))
+    args = ["render", "--load-config", str(tmp_path / "config.yml"), "--out", str(tmp_path / "a.mp4")]
+    assert "of method 'nerfacto'; expected the config.yml" in error_of(args, capsys)
+
+
+def test_a_missing_and_a_damaged_checkpoint_are_named(moved_run: Path, capsys: pytest.CaptureFixture[str]):
+    args = ["render", "--load-config", str(moved_run), "--out", str(moved_run.parent / "a.mp4")]
+    checkpoint = next(moved_run.parent.glob("nerfstudio_models/*.ckpt"))
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert f"{checkpoint.name}: damaged" in error_of(args, capsys)
+    checkpoint.unlink()
+    assert "no step-*.ckpt in there" in error_of(args, capsys)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("extra", "complaint"),
+    [
+        (["--frames", "1"], "--frames 1: expected 2 or more"),
+        (["--frames", "-3"], "--frames -3: expected 2 or more"),
+        (["--scale", "0"], "--scale 0: expected a positive number"),
+        (["--scale", "nan"], "--scale nan: expected a positive number"),
+        (["--scale", "0.001"], "--scale 0.001 leaves no pixel of 64x48"),
+        (["--fps", "0"], "--fps 0: expected a positive number"),
+        (["--outputs", "rgb", "normals", *SMALL], "no such output; expected some of accumulation, depth, rgb"),
+        (["--outputs"], "--outputs: expected at least one"),
+        (["--camera-path", "no.json"], "no.json: no such file"),
+    ],
+)
+def test_an_impossible_argument_is_explained(
+    extra: list[str], complaint: str, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "a.mp4"
+    assert complaint in error_of(["render", "--load-config", str(tiny_run), "--out", str(out), *extra], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "not a camera path"),
+        ('{"render_height": 4, "render_width": 4, "camera_path": []}', "not a camera path"),
+        ('{"render_height": 4, "render_width": 4, "camera_path": [{"fov": 3}]}', "not a camera path"),
+    ],
+)
+def test_a_file_that_is_no_camera_path_is_refused(
+    content: str, complaint: str, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "path.json").write_text(content)
+    args = ["render", "--load-config", str(tiny_run), "--out", str(tmp_path / "a.mp4")]
+    assert complaint in error_of([*args, "--camera-path", str(tmp_path / "path.json")], capsys)
+
+
+def test_a_panorama_is_refused(run: Run, tmp_path: Path):
+    view = run.pipeline.datamanager.eval_dataset.cameras
+    file = write_camera_path(tmp_path / "path.json", view, camera_type="equirectangular")
+    with pytest.raises(ValueError, match="cameras of type equirectangular; expected perspective or fisheye"):
+        rendering.read_camera_path(file)
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.mp4").mkdir()
+    args = ["render", "--load-config", str(tiny_run), "--out"]
+    assert "unknown suffix .avi; expected .mp4, .gif, or a folder" in error_of([*args, str(tmp_path / "a.avi")], capsys)
+    assert "a file is in the way" in error_of([*args, str(tmp_path / "file")], capsys)
+    assert "a folder is in the way" in error_of([*args, str(tmp_path / "folder.mp4")], capsys)
+    assert "cannot make the folder" in error_of([*args, str(tmp_path / "file" / "a.mp4")], capsys)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_named(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tmp_path.chmod(0o500)
+    args = ["render", "--load-config", str(tiny_run), "--out", str(tmp_path / "a.mp4")]
+    assert "cannot write" in error_of(args, capsys)
+    tmp_path.chmod(0o700)
