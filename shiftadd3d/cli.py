@@ -70,8 +70,9 @@ class Render(Verb):
     """Where to: a .mp4 or .gif file, or a folder (no suffix) for numbered PNG frames."""
     path: Literal["interpolate", "spiral", "test", "train"] = "interpolate"
     """From view to view, around the first view, or the test or training views themselves."""
-    views: Literal["test", "train"] = "test"
-    """Which views interpolate passes through, and spiral starts from."""
+    views: Literal["test", "train"] | None = None
+    """Which views interpolate passes through, and spiral starts from. If not set, test, or train where there is only
+    one test view."""
     camera_path: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
     """A camera path exported from nerfstudio's viewer, instead of --path."""
     frames: Annotated[int | None, tyro.conf.arg(metavar="N")] = None

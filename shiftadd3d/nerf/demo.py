@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from shiftadd3d._errors import UserError
 from shiftadd3d._report import write_json
-from shiftadd3d.nerf.model import image_metrics
+from shiftadd3d.nerf.model import GNTNerfModelConfig, image_metrics
 from shiftadd3d.nerf.pictures import grid, save_picture
 from shiftadd3d.nerf.pipeline import GNTPipeline
 from shiftadd3d.nerf.render import make_path, picture, to_bytes, write_path
@@ -43,7 +43,7 @@ def train(config: GNTTrainerConfig) -> Path:
             f"cannot write {config.get_base_dir()}: {error.strerror or error}; name a writable --output-dir"
         ) from None
     # After saving: the run stays one whose evaluation reports LPIPS. Here it would be a download in a first try.
-    config.pipeline.model.lpips = False
+    cast(GNTNerfModelConfig, config.pipeline.model).lpips = False
     # Not nerfstudio's `launch`: that one takes Ctrl-C for the regular end of a training.
     train_loop(local_rank=0, world_size=1, config=config)
     return config.get_base_dir() / "config.yml"

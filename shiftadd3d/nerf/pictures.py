@@ -31,7 +31,10 @@ def grid(
     """
     cells = [[Image.fromarray(cell) for cell in row] for row in rows]
     factor = -(-_MIN_CELL_WIDTH // max(cell.width for row in cells for cell in row))
-    cells = [[cell.resize((cell.width * factor, cell.height * factor), Image.NEAREST) for cell in row] for row in cells]
+    cells = [
+        [cell.resize((cell.width * factor, cell.height * factor), Image.Resampling.NEAREST) for cell in row]
+        for row in cells
+    ]
     widths = [max(row[column].width for row in cells) for column in range(len(columns))]
     below = 0 if captions is None else _CAPTION
     heights = [max(cell.height for cell in row) + below for row in cells]

@@ -150,7 +150,7 @@ def read_camera_path(path: Path) -> tuple[Cameras, float | None]:
 
 
 def make_path(
-    pipeline: GNTPipeline, path: PathName = "interpolate", frames: int | None = None, views: SplitName = "test"
+    pipeline: GNTPipeline, path: PathName = "interpolate", frames: int | None = None, views: SplitName | None = None
 ) -> Cameras:
     """The cameras of a path, on the CPU.
 
@@ -159,7 +159,8 @@ def make_path(
         path: `interpolate` passes through views, `spiral` circles around the first of them, `test` and `train` are the
             views themselves.
         frames: how many; 120 by default, or all `test` or `train` views.
-        views: which ones `interpolate` and `spiral` start from.
+        views: which ones `interpolate` and `spiral` start from; by default the test views, or the training views where
+            there is only one of those.
 
     Raises:
         UserError: fewer than two frames, or too few views.
@@ -167,6 +168,8 @@ def make_path(
     if frames is not None and frames < 2:
         raise UserError(f"--frames {frames}: expected 2 or more")
     datamanager = pipeline.datamanager
+    if views is None:
+        views = "test" if len(datamanager.eval_dataset) > 1 else "train"
     split = path if path in ("test", "train") else views
     dataset = datamanager.train_dataset if split == "train" else datamanager.eval_dataset
     cameras = dataset.cameras.to("cpu")
@@ -185,10 +188,8 @@ def scale_cameras(cameras: Cameras, scale: float) -> Cameras:
     """The same cameras with this many times the pixels on each side.
 
     Raises:
-        UserError: nothing would be left, or a scale that is not a positive number.
+        UserError: nothing would be left.
     """
-    if not 0.0 < scale < float("inf"):
-        raise UserError(f"--scale {scale:g}: expected a positive number")
     if scale == 1.0:
         return cameras
     scaled = copy.deepcopy(cameras)
@@ -425,8 +426,6 @@ def write_path(
     Raises:
         UserError: an unknown output, or a place that cannot be written to.
     """
-    if not 0.0 < fps < float("inf"):
-        raise UserError(f"--fps {fps:g}: expected a positive number")
     size = (int(cameras.height.max()), int(cameras.width.max()) * len(names))
     writer = open_writer(out, fps, size)
     done = 0
@@ -453,7 +452,7 @@ def render(
     *,
     path: PathName = "interpolate",
     camera_path: Path | None = None,
-    views: SplitName = "test",
+    views: SplitName | None = None,
     frames: int | None = None,
     fps: float | None = None,
     scale: float = 1.0,
@@ -468,6 +467,9 @@ def render(
         raise UserError("--outputs: expected at least one, such as rgb")
     if frames is not None and frames < 2:
         raise UserError(f"--frames {frames}: expected 2 or more")
+    for option, value in (("--scale", scale), ("--fps", fps)):
+        if value is not None and not 0.0 < value < float("inf"):
+            raise UserError(f"{option} {value:g}: expected a positive number")
     check_out(out)
     chosen, rate = (None, None) if camera_path is None else read_camera_path(camera_path)
     if fps is None:

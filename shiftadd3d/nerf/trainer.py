@@ -103,15 +103,14 @@ class GNTTrainer(Trainer):
     def train(self) -> None:
         try:
             super().train()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             # After the last step nerfstudio waits for Ctrl-C with the viewer on; all is saved then.
             if self._saved_step != self.step:
                 self.save_checkpoint(self.step)
                 CONSOLE.print(
                     f"Interrupted at step {self.step}. Nothing is lost: go on with --load-dir {self.checkpoint_dir}"
                 )
-            if self.world_size > 1:  # the other processes must not be waited for
-                raise
+            raise interrupt.with_traceback(None) from None  # nerfstudio prints it: where training stood helps nobody
 
     @check_main_thread
     def save_checkpoint(self, step: int) -> None:

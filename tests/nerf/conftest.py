@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import copy
 import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +14,7 @@ import pytest
 from PIL import Image
 
 if TYPE_CHECKING:
-    from nerfstudio.engine.trainer import TrainerConfig
+    from shiftadd3d.nerf.trainer import GNTTrainerConfig
 
 WIDTH, HEIGHT, FOCAL = 24, 16, 20.0
 
@@ -134,38 +132,6 @@ def orbit_poses() -> Callable[..., np.ndarray]:
     return orbit
 
 
-def tiny_config(scene: Path, output: Path, method: str = "shiftadd-gnt-tiny", steps: int = 4) -> TrainerConfig:
-    """The registered method, on few rays of few views, without viewer; it saves and evaluates every second step."""
-    from nerfstudio.configs.method_configs import all_methods
-
-    config = copy.deepcopy(all_methods[method])
-    config.data, config.output_dir, config.experiment_name, config.timestamp = scene, output, "scene", "run"
-    config.machine.device_type = "cpu"
-    config.vis = "tensorboard"
-    config.max_num_iterations = steps
-    config.steps_per_save = config.steps_per_eval_batch = config.steps_per_eval_image = 2
-    config.logging.steps_per_log = 1
-    config.logging.local_writer.enable = False
-    data, model = config.pipeline.datamanager, config.pipeline.model
-    data.num_source_views = 3
-    data.train_num_rays_per_batch = data.eval_num_rays_per_batch = 32
-    model.num_samples = 6
-    if hasattr(model, "expert_latencies"):
-        model.expert_latencies = (2.0, 1.0)  # nothing to measure
-    return config
-
-
-def run_training(config: TrainerConfig) -> Path:
-    """What `ns-train` does with a config. Returns the run's folder."""
-    from nerfstudio.scripts import train
-    from nerfstudio.utils import writer
-
-    writer.EVENT_WRITERS.clear()  # of a run before, in this process
-    writer.GLOBAL_BUFFER.clear()
-    train.main(config)
-    return config.get_base_dir()
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _no_downloads():
     """LPIPS would fetch its network."""
@@ -179,73 +145,64 @@ def _no_downloads():
 
 
 @pytest.fixture(scope="session")
-def make_config() -> Callable[..., TrainerConfig]:
-    """`tiny_config`."""
-    return tiny_config
-
-
-@pytest.fixture(scope="session")
-def train() -> Callable[[TrainerConfig], Path]:
-    """`run_training`."""
-    return run_training
-
-
-@pytest.fixture(scope="session")
-def tiny_scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten views of 64x48 px that say how near and far they look."""
-    folder = tmp_path_factory.mktemp("data") / "scene"
-    return write_nerfstudio(folder, size=(64, 48), shiftadd3d={"near": 2.0, "far": 6.0})
-
-
-@pytest.fixture(scope="session")
-def tiny_run(tiny_scene: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`config.yml` of four steps of `shiftadd-gnt-tiny`. Not to be changed: copy its folder first."""
-    pytest.importorskip("nerfstudio")
-    return run_training(tiny_config(tiny_scene, tmp_path_factory.mktemp("outputs"))) / "config.yml"
-
-
-@pytest.fixture(scope="session")
 def tiny_scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten views of 64x48 pixels, of which one is held out; the smallest that a feature network takes, and a bit."""
-    folder = tmp_path_factory.mktemp("tiny_scene")
-    camera = {"fl_x": 60.0, "fl_y": 60.0, "cx": 32.0, "cy": 24.0, "w": 64, "h": 48}
-    write_nerfstudio(folder, **camera, shiftadd3d={"near": 2.0, "far": 8.0})
-    for index in range(10):
-        write_image(folder / f"images/{index:03d}.png", size=(64, 48), seed=index)
-    return folder
+    folder = tmp_path_factory.mktemp("tiny") / "scene"
+    return write_nerfstudio(folder, size=(64, 48), shiftadd3d={"near": 2.0, "far": 8.0})
 
 
 @pytest.fixture(scope="session")
-def tiny_config() -> Callable[..., GNTTrainerConfig]:
-    """`shiftadd-gnt-tiny`, yet smaller; a fresh copy at each call."""
-    from shiftadd3d.configs.methods import shiftadd_gnt_tiny
+def make_config() -> Callable[..., GNTTrainerConfig]:
+    """A config of a -tiny method, yet smaller, without viewer: `make_config(scene, output, method, steps)`.
 
-    default = copy.deepcopy(shiftadd_gnt_tiny.config)
+    It saves and evaluates at every second step.
+    """
+    from shiftadd3d.configs import methods
 
-    def make() -> GNTTrainerConfig:
-        config = copy.deepcopy(default)
+    defaults = {
+        name: copy.deepcopy(getattr(methods, name.replace("-", "_")).config)
+        for name in ("gnt-tiny", "shiftadd-gnt-tiny")
+    }
+
+    def make(scene: Path, output: Path, method: str = "shiftadd-gnt-tiny", steps: int = 4) -> GNTTrainerConfig:
+        config = copy.deepcopy(defaults[method])
+        config.data = config.pipeline.datamanager.data = scene
+        config.output_dir, config.experiment_name, config.timestamp = output, "scene", "run"
+        config.machine.device_type = "cpu"
         config.vis = "tensorboard"
+        config.max_num_iterations = steps
+        config.steps_per_save = config.steps_per_eval_batch = config.steps_per_eval_image = 2
+        config.logging.steps_per_log = 1
+        config.logging.local_writer.enable = False
         datamanager, model = config.pipeline.datamanager, config.pipeline.model
-        datamanager.num_source_views, datamanager.train_num_rays_per_batch = 3, 64
+        datamanager.num_source_views = 3
+        datamanager.train_num_rays_per_batch = datamanager.eval_num_rays_per_batch = 64
         model.gnt = dataclasses.replace(
             model.gnt, depth=1, width=16, proposal_samples=8, feature_widths=(8, 8, 8), feature_dim=8
         )
         model.num_samples, model.lpips = 4, True
-        model.expert_latencies = (1.0, 1.0)
+        model.expert_latencies = (1.0, 1.0)  # nothing to measure
         return config
 
     return make
 
 
 @pytest.fixture(scope="session")
-def tiny_run(
-    tiny_config: Callable[..., GNTTrainerConfig], tiny_scene: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The config.yml of a run of four steps."""
-    from shiftadd3d.nerf.demo import train
+def ns_train() -> Callable[[GNTTrainerConfig], Path]:
+    """What `ns-train` does with a config; returns the run's folder."""
+    from nerfstudio.scripts import train
+    from nerfstudio.utils import writer
 
-    config = tiny_config()
-    config.output_dir = tmp_path_factory.mktemp("tiny_run")
-    config.pipeline.datamanager.data = tiny_scene
-    config.max_num_iterations = 4
-    return train(config)
+    def run(config: GNTTrainerConfig) -> Path:
+        writer.EVENT_WRITERS.clear()  # of a run before, in this process
+        writer.GLOBAL_BUFFER.clear()
+        train.main(config)
+        return config.get_base_dir()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_run(make_config, ns_train, tiny_scene: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config.yml of a run of four steps. Not to be changed: copy its folder first."""
+    return ns_train(make_config(tiny_scene, tmp_path_factory.mktemp("tiny_run"))) / "config.yml"

@@ -10,6 +10,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 from nerfstudio.engine.trainer import Trainer
+from nerfstudio.utils import writer
 from PIL import Image
 
 from shiftadd3d import cli
@@ -21,13 +22,14 @@ from shiftadd3d.nerf.trainer import GNTTrainerConfig
 
 @pytest.mark.slow
 def test_demo_leaves_a_video_a_comparison_and_numbers(
-    tiny_config: Callable[..., GNTTrainerConfig],
+    make_config: Callable[..., GNTTrainerConfig],
     tiny_scene: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    monkeypatch.setattr(methods.shiftadd_gnt_tiny, "config", tiny_config())
+    monkeypatch.setattr(methods.shiftadd_gnt_tiny, "config", make_config(tiny_scene, tmp_path))
+    monkeypatch.setattr(writer, "EVENT_WRITERS", [])  # not those of a run before, in this process
     out = tmp_path / "out"
     args = ["demo", "--output-dir", str(out), "--steps", "2", "--data", str(tiny_scene), "--frames", "3"]
     assert cli.main(args) == 0
@@ -51,12 +53,12 @@ def test_demo_leaves_a_video_a_comparison_and_numbers(
 
 
 def test_an_interrupted_demo_ends_with_130_instead_of_going_on(
-    tiny_config: Callable[..., GNTTrainerConfig], tiny_scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: Callable[..., GNTTrainerConfig], tiny_scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def interrupt(self: Trainer, step: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(methods.shiftadd_gnt_tiny, "config", tiny_config())
+    monkeypatch.setattr(methods.shiftadd_gnt_tiny, "config", make_config(tiny_scene, tmp_path))
     monkeypatch.setattr(Trainer, "train_iteration", interrupt)
     assert cli.main(["demo", "--output-dir", str(tmp_path), "--data", str(tiny_scene)]) == 130
     assert not (tmp_path / "demo/metrics.json").exists()

@@ -87,6 +87,13 @@ def test_views_of_a_split_are_rendered_as_they_are_or_thinned_out(run: Run):
     assert len(some) == 3
 
 
+def test_one_test_view_alone_is_not_interpolated_unless_asked_for(run: Run):
+    datamanager = run.pipeline.datamanager
+    assert len(datamanager.eval_dataset) == 1
+    path = rendering.make_path(run.pipeline, "interpolate", 4)
+    assert torch.allclose(path.camera_to_worlds[0], datamanager.train_dataset.cameras.camera_to_worlds[0], atol=1e-5)
+
+
 def test_scaling_leaves_the_original_cameras_alone(run: Run):
     cameras = run.pipeline.datamanager.train_dataset.cameras
     half = rendering.scale_cameras(cameras, 0.5)
@@ -123,7 +130,7 @@ def test_outputs_stand_side_by_side_in_png_frames_and_stale_ones_go(tiny_run: Pa
     out.mkdir(parents=True)
     (out / "frame_00007.png").write_text("of an earlier, longer path")
     (out / "notes.txt").write_text("mine")
-    args = ["render", "--load-config", str(tiny_run), "--out", str(out), "--path", "test", "--frames", "2"]
+    args = ["render", "--load-config", str(tiny_run), "--out", str(out), "--path", "train", "--frames", "2"]
     assert cli.main([*args, "--outputs", "rgb", "depth", "accumulation", *SMALL]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["frame_00000.png", "frame_00001.png", "notes.txt"]
     frame = imageio.imread(out / "frame_00001.png")
@@ -235,6 +242,7 @@ def test_a_missing_and_a_damaged_checkpoint_are_named(moved_run: Path, capsys: p
         (["--scale", "0"], "--scale 0: expected a positive number"),
         (["--scale", "nan"], "--scale nan: expected a positive number"),
         (["--scale", "0.001"], "--scale 0.001 leaves no pixel of 64x48"),
+        (["--views", "test"], "1 view cannot be interpolated; expected at least 2"),
         (["--fps", "0"], "--fps 0: expected a positive number"),
         (["--outputs", "rgb", "normals", *SMALL], "no such output; expected some of accumulation, depth, rgb"),
         (["--outputs"], "--outputs: expected at least one"),

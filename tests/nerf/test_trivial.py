@@ -47,10 +47,8 @@ def test_nearest_takes_the_size_of_the_target(run: Run):
 
 def test_mean_over_views_of_one_colour_is_that_colour_whatever_the_geometry(run: Run):
     datamanager = run.pipeline.datamanager
-    bank = painted(
-        datamanager.source_bank,
-        torch.tensor([[255, 51, 102]], dtype=torch.uint8).repeat(9, 1)[: len(datamanager.source_bank)],
-    )
+    colours = torch.tensor([[255, 51, 102]], dtype=torch.uint8).repeat(len(datamanager.source_bank), 1)
+    bank = painted(datamanager.source_bank, colours)
     rgb = mean_of_projections(
         bank, datamanager.eval_dataset.cameras[0:1], num_source_views=3, near_far=(0.1, 2.0), num_samples=5
     )
@@ -76,9 +74,10 @@ def test_mean_leaves_out_pixels_that_hold_nothing_and_does_not_depend_on_chunks(
 
     rgb = mean(10_000)
     # White where the second view is seen, and the mean of both pictures where nothing is.
-    assert set(rgb.unique().tolist()) <= {1.0, 0.5}
-    assert (rgb == 1.0).any()
-    assert torch.equal(rgb, mean(777))
+    white, grey = (rgb - 1.0).abs() < 1e-4, (rgb - 0.5).abs() < 1e-4
+    assert (white | grey).all()
+    assert white.any()
+    assert torch.allclose(rgb, mean(777), atol=1e-5)
 
 
 def test_trivial_metrics_are_averages_over_the_evaluation_views(run: Run):

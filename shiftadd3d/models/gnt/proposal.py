@@ -13,8 +13,8 @@ class PlaneSweepProposal(nn.Module):
 
     Transformers over every sample of a ray spend nearly all their work on empty space. A plane sweep (Collins 1996)
     needs a few operations a sample: project, compare colours and a few feature channels across views. A small network
-    learns what to add to the plain colour deviation; it trains by the colour error of its own blend, as NeRF's coarse network
-    does (Mildenhall et al. 2020, sec. 5.2).
+    learns what to add to the plain colour deviation; it trains by the colour error of its own blend, as NeRF's coarse
+    network does (Mildenhall et al. 2020, sec. 5.2).
 
     Args:
         feature_dim: feature channels it compares (the first ones of the feature map).

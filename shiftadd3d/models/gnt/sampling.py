@@ -8,6 +8,11 @@ from torch import Tensor
 from shiftadd3d._errors import UserError
 
 
+def _check_count(num_samples: int) -> None:
+    if num_samples < 2:
+        raise UserError(f"num_samples is {num_samples}: at least 2 samples a ray are needed")
+
+
 def sample_depths(
     near: Tensor, far: Tensor, num_samples: int, *, inverse_depth: bool = False, stratified: bool = False
 ) -> Tensor:
@@ -25,8 +30,7 @@ def sample_depths(
     Raises:
         UserError: near or far out of order, not positive or not finite, or fewer than two samples.
     """
-    if num_samples < 2:
-        raise UserError(f"num_samples is {num_samples}: at least 2 samples a ray are needed")
+    _check_count(num_samples)
     if not bool(torch.all((near > 0) & (far > near) & torch.isfinite(far))):
         raise UserError(
             f"near = {float(near.min()):g} and far = {float(far.max()):g} do not bound a ray: 0 < near < far is needed"
@@ -109,11 +113,15 @@ def sample_around(planes: Tensor, weights: Tensor, num_samples: int, *, stratifi
     Args:
         planes: [R, P], depths that were looked at, increasing.
         weights: [R, P], what was seen there; no gradient flows through them.
-        num_samples: S.
+        num_samples: S, at least 2.
 
     Returns:
         [R, S], increasing.
+
+    Raises:
+        UserError: fewer than two samples.
     """
+    _check_count(num_samples)
     middles = 0.5 * (planes[:, 1:] + planes[:, :-1])
     edges = torch.cat([planes[:, :1], middles, planes[:, -1:]], dim=-1)
     # A tenth of the mass stays even: the sweep can be wrong, and the transformers must be able to say so.

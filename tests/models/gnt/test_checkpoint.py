@@ -104,7 +104,9 @@ class Bomb:
         return open, (self.path, "w")
 
 
-@pytest.mark.parametrize("write", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x, protocol=2))], ids=["torch", "raw"])
+@pytest.mark.parametrize(
+    "write", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x, protocol=2))], ids=["torch", "raw"]
+)
 def test_code_in_a_pickle_is_refused_and_not_run(config, tmp_path, write):
     exploded = tmp_path / "exploded"
     path = tmp_path / "model.pth"

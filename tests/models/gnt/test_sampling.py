@@ -57,6 +57,9 @@ def test_near_and_far_out_of_order_are_refused(near, far):
 def test_fewer_than_two_samples_are_refused(count):
     with pytest.raises(UserError, match="at least 2"):
         sample_depths(NEAR, FAR, count)
+    planes = sample_depths(NEAR, FAR, 8)
+    with pytest.raises(UserError, match="at least 2"):
+        sample_around(planes, torch.ones_like(planes), count)
 
 
 def inverse_cdf(edges: np.ndarray, weights: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
