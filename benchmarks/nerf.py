@@ -703,6 +703,7 @@ def render_report(results: dict[str, list[dict[str, Any]]], template: str) -> st
         "memory_train": memory_table(memory, "train"),
         "memory_render": memory_table(memory, "render"),
         "memory_verdict": memory_verdict(memory),
+        "memory_plot": "![Peak memory over rays at once](pictures/nerf-memory.png)" if memory else NOT_MEASURED,
         "commands": command_block([*trained, *trivial, *results["memory"]]),
         "machines": machine_list([*trained, *trivial, *results["memory"]]),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,5 +70,6 @@ def save_picture(image: Image.Image, path: Path) -> None:
         image.save(unfinished, format="PNG")
         unfinished.replace(path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            unfinished.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror or error}; name a writable folder") from None

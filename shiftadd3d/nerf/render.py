@@ -142,6 +142,8 @@ def read_camera_path(path: Path) -> tuple[Cameras, float | None]:
         rate = len(cameras) / float(seconds) if seconds else float(fps) if fps else None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: not a camera path ({type(error).__name__}: {error}); {expected}") from None
+    if rate is not None and not 0.0 < rate < float("inf"):
+        raise UserError(f"{path}: {rate:g} frames a second; expected a positive number")
     kinds = set(cameras.camera_type.flatten().tolist())
     if not kinds <= {CameraType.PERSPECTIVE.value, CameraType.FISHEYE.value}:
         raise UserError(f"{path}: cameras of type {content['camera_type']}; expected perspective or fisheye")
@@ -335,7 +337,8 @@ class VideoWriter(FrameWriter):
     def discard(self) -> None:
         with contextlib.suppress(Exception):  # the first error is the one to tell
             self._writer.close()
-        self._unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._unfinished.unlink(missing_ok=True)
 
 
 class FolderWriter(FrameWriter):
@@ -357,7 +360,8 @@ class FolderWriter(FrameWriter):
             imageio.imwrite(unfinished, frame, format="PNG")  # type: ignore[call-overload]
             unfinished.replace(path)
         except OSError as error:
-            unfinished.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                unfinished.unlink(missing_ok=True)
             raise UserError(f"cannot write {path}: {error.strerror or error}; is the disk full?") from None
         self._count += 1
 
