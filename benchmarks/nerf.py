@@ -213,6 +213,7 @@ class Train(_OnScene):
     """Rays a training step. If not set, the method's own number."""
 
     def __call__(self) -> None:
+        commit = git_commit()  # now: it may move on while this runs
         self._use_threads()
         name, folder, embedded = find_scene_folder(self.scene)
         config = self._config(self.method, folder)
@@ -251,7 +252,7 @@ class Train(_OnScene):
             "threads": self.threads,
             **quality,
             "machine": machine_facts(),
-            "commit": git_commit(),
+            "commit": commit,
             "command": self._command("train", name, embedded, *words),
         }
         write_result(self.out / (self.name or f"nerf-train-{name}-{self.method}.json"), facts)
@@ -268,6 +269,7 @@ class Trivial(_OnScene):
     def __call__(self) -> None:
         from shiftadd3d.nerf.trivial import trivial_metrics
 
+        commit = git_commit()  # now: it may move on while this runs
         self._use_threads()
         name, folder, embedded = find_scene_folder(self.scene)
         config = self._config("gnt-tiny", folder)
@@ -279,7 +281,7 @@ class Trivial(_OnScene):
             **self._scene_facts(name, embedded, pipeline),
             "renderers": trivial_metrics(pipeline),
             "machine": machine_facts(),
-            "commit": git_commit(),
+            "commit": commit,
             "command": self._command("trivial", name, embedded),
         }
         write_result(self.out / (self.name or f"nerf-trivial-{name}.json"), facts)
@@ -518,7 +520,18 @@ class Memory:
     out: Path = DATA
     """Folder for nerf-memory.json."""
 
+    def command(self) -> str:
+        """The command that repeats this measurement."""
+        words = ["python", "benchmarks/nerf.py", "memory"]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "out" and value != field.default:
+                words += [f"--{field.name.replace('_', '-')}"]
+                words += [str(item) for item in value] if isinstance(value, tuple) else [str(value)]
+        return shlex.join(words)
+
     def __call__(self) -> None:
+        commit = git_commit()
         points = []
         for method in self.methods:
             jobs = [("train", rays, 0) for rays in self.train_rays]
@@ -539,8 +552,8 @@ class Memory:
             "threads": self.threads,
             "points": points,
             "machine": machine_facts(),
-            "commit": git_commit(),
-            "command": f"python benchmarks/nerf.py memory --threads {self.threads}",
+            "commit": commit,
+            "command": self.command(),
         }
         write_result(self.out / "nerf-memory.json", facts)
 
