@@ -1,5 +1,13 @@
-"""Kernels attach here: each as a torch op of this project with a plain-torch twin of the same signature.
+"""Kernels that make shifts and adds fast, each a torch op with a plain-torch twin of the same signature.
 
-None is there yet: the layers of `shiftadd3d.nn` run through their torch twins. This package is the only one that
-imports TVM, and does so lazily.
+TVM compiles them on first use, for the CPU at hand, and keeps them in a cache; without TVM, a compiler or a kernel for
+the case, the twin runs. This package is the only one that imports TVM, and does so lazily.
+
+`set_numerics` and the context manager `numerics` choose between ``"exact"`` (the default), ``"fast"`` and ``"twin"``.
 """
+
+from __future__ import annotations
+
+from shiftadd3d.kernels.numerics import Numerics, get_numerics, numerics, set_numerics
+
+__all__ = ["Numerics", "get_numerics", "numerics", "set_numerics"]

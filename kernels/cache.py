@@ -1,0 +1,163 @@
+"""Compiled kernels on disk, one folder per user.
+
+An entry is two files: a shared library whose name carries the SHA-256 of its content, and a record ``<key>.json`` that
+names it. The record is renamed into place last, so an entry is there whole or not at all, and processes may race. A
+library is loaded only from a folder and a file that belong to this user and that nobody else can write to, and only
+if its content has the digest that its record states; anything else counts as missing and is built again.
+
+The folder is `SHIFTADD3D_CACHE`, else ``shiftadd3d/kernels`` in the platform's cache folder (on Linux `XDG_CACHE_HOME`).
+Where it cannot be used, for instance because others can write to it, kernels live in a temporary folder that goes with
+the process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT_VARIABLE = "SHIFTADD3D_CACHE"
+
+
+def folder() -> Path:
+    """The folder of compiled kernels, made if it was not there; only its owner may look into it."""
+    return _prepare(os.environ.get(ENVIRONMENT_VARIABLE) or str(_platform_folder()))
+
+
+def key(**facts: Any) -> str:
+    """A name for what is determined by `facts`, all of which `repr` must tell apart."""
+    return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:32]
+
+
+def find(entry: str) -> Path | None:
+    """The library of the entry with this key, checked, or None where there is none that can be trusted."""
+    place = folder()
+    record = read_record(entry)
+    if record is None:
+        return None
+    library = place / f"{entry}-{record.get('sha256')}.so"
+    try:
+        if _is_private(library) and hashlib.sha256(library.read_bytes()).hexdigest() == record.get("sha256"):
+            return library
+    except OSError:
+        pass
+    return None
+
+
+def read_record(entry: str) -> dict[str, Any] | None:
+    """What was recorded with an entry, or None."""
+    file = folder() / f"{entry}.json"
+    try:
+        record = json.loads(file.read_bytes()) if _is_private(file) else None
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def store(entry: str, library: Path, facts: dict[str, Any]) -> Path:
+    """Take a library that lies in the cache's folder into the cache, with what `facts` say about it."""
+    digest = hashlib.sha256(library.read_bytes()).hexdigest()
+    final = folder() / f"{entry}-{digest}.so"
+    library.chmod(0o600)
+    library.replace(final)
+    record = folder() / f"{entry}.json"
+    with scratch_file(".json") as written:
+        written.write_text(json.dumps({**facts, "sha256": digest}, indent=1))
+        written.chmod(0o600)
+        written.replace(record)
+    for other in folder().glob(f"{entry}-*.so"):
+        if other != final:
+            other.unlink(missing_ok=True)
+    return final
+
+
+@contextlib.contextmanager
+def scratch_file(suffix: str) -> Iterator[Path]:
+    """A path in the cache's folder for a file under construction; removed at the end unless renamed."""
+    handle, name = tempfile.mkstemp(suffix=suffix, prefix="building-", dir=folder())
+    os.close(handle)
+    path = Path(name)
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def first_run(entry: str) -> Iterator[bool]:
+    """Guard the first run of new machine code, which may kill the process: yields whether to dare it.
+
+    While it lasts, a note with the number of this process lies in the cache. Whoever finds the note of a process that
+    is no more knows that the code killed it.
+    """
+    note = folder() / f"{entry}.trial"
+    if note.is_file() and not _is_running(note):
+        yield False
+        return
+    note.write_text(str(os.getpid()))
+    try:
+        yield True
+    finally:
+        note.unlink(missing_ok=True)
+
+
+def _is_running(note: Path) -> bool:
+    try:
+        os.kill(int(note.read_text()), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _platform_folder() -> Path:
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        named = os.environ.get("XDG_CACHE_HOME", "")
+        base = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
+    return base / "shiftadd3d" / "kernels"
+
+
+@lru_cache(maxsize=8)
+def _prepare(name: str) -> Path:
+    place = Path(name).absolute()
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_private(place):
+            problem = "it belongs to someone else, or others can write to it"
+        elif not os.access(place, os.W_OK | os.X_OK):
+            problem = "it cannot be written to"
+        else:
+            return place
+    except OSError as error:
+        problem = error.strerror or str(error)
+    warnings.warn(
+        f"compiled kernels cannot be kept in {place}: {problem}; they are built anew in each process "
+        f"({ENVIRONMENT_VARIABLE} names another folder)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    temporary = Path(tempfile.mkdtemp(prefix="shiftadd3d-"))
+    owner = os.getpid()
+    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(temporary, ignore_errors=True))
+    return temporary
+
+
+def _is_private(path: Path) -> bool:
+    """Whether only this user can change the file or folder: its owner, writable for nobody else, no link."""
+    status = path.lstat()
+    owned = not hasattr(os, "getuid") or status.st_uid == os.getuid()
+    return owned and not stat.S_ISLNK(status.st_mode) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

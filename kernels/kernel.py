@@ -1,0 +1,282 @@
+"""What all kernels have in common: compiling, checking, caching, falling back, and becoming torch ops.
+
+A kernel file reads in four parts: the twin (plain torch, the specification), the TIR, which takes its vector width and
+its instructions from the `CpuTarget` it is built for, the trial that compares the two on a small problem, and the op.
+`docs/kernels.md` shows one from top to bottom.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from shiftadd3d.kernels import cache, targets, threads
+from shiftadd3d.kernels.targets import CpuTarget
+
+__all__ = ["KERNELS", "Kernel", "define_op"]
+
+PACKAGE = __name__.rpartition(".")[0]
+OP_NAMESPACE = "shiftadd3d"
+
+KERNELS: dict[str, Kernel] = {}
+"""All kernels by name, those whose modules have been imported."""
+
+_LIBRARY = torch.library.Library(OP_NAMESPACE, "FRAGMENT")
+
+# Compiling and loading happen under one lock, which a fork must not leave locked in the child.
+_lock = threading.RLock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+class Kernel:
+    """One function in TIR, in as many specialisations as are asked for.
+
+    Args:
+        name: what it is called everywhere: in the cache, on the command line, in messages.
+        build: ``build(target, **spec)`` returns the function (a `tvm` PrimFunc) specialised to a target and a spec. TVM
+            is imported inside of it.
+        trial: ``trial(function, **spec)`` runs the compiled function on a small random problem, compares the outcome
+            with the twin's, and raises `AssertionError` where they differ. Only code that has passed its trial on the
+            machine at hand enters the cache or is ever used.
+        variants: the specs that `shiftadd3d kernels build` compiles ahead, for a target.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[..., Any],
+        trial: Callable[..., None],
+        variants: Callable[[CpuTarget], Iterable[Mapping[str, Any]]],
+    ) -> None:
+        self.name, self.build, self.trial, self.variants = name, build, trial, variants
+        self._functions: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
+        KERNELS[name] = self
+
+    def function(self, **spec: Any) -> Callable[..., Any] | None:
+        """The compiled function for this machine, from memory, from the cache or from the compiler.
+
+        Returns:
+            A function of contiguous torch tensors and numbers that writes into its last arguments, or None where TVM is
+            missing or the kernel failed its trial: then the twin has to do. That is said once.
+        """
+        known = (targets.current(), *spec.items())
+        try:
+            return self._functions[known]
+        except KeyError:
+            pass
+        with _lock:
+            if known not in self._functions:
+                try:
+                    self._functions[known] = _with_torch_threads(self.load(targets.current(), **spec))
+                except Exception as error:
+                    self._functions[known] = None
+                    _say_once(
+                        f"kernel {self.name}: {_first_line(error)}; plain torch stands in, correct but slower "
+                        "(`shiftadd3d kernels check` tells more)"
+                    )
+            return self._functions[known]
+
+    def load(self, target: CpuTarget, **spec: Any) -> Callable[..., Any]:
+        """The compiled function for `target`, from the cache or from the compiler, having passed its trial.
+
+        Raises:
+            Exception: whatever kept it from being compiled, or the trial's `AssertionError`.
+        """
+        entry = self.entry(target, **spec)
+        library = cache.find(entry)
+        if library is not None:
+            return _load_library(library)[self.name]
+        executable = self.compile(target, **spec)
+        with cache.first_run(entry) as may_run:
+            if not may_run:
+                raise RuntimeError(
+                    f"its code crashed an earlier process; to try again, remove {entry}.trial from {cache.folder()}"
+                )
+            if not has_linker():
+                _say_once("no C compiler found to link kernels with: they are compiled anew in each process")
+                _install_launcher(executable)
+                function = executable[self.name]
+                self.trial(function, **spec)
+                return function
+            with cache.scratch_file(".so") as library:
+                _link(executable.mod, library)
+                function = _load_library(library)[self.name]
+                self.trial(function, **spec)
+                cache.store(entry, library, {"kernel": self.name, "target": target.name, "spec": spec} | _versions())
+            return function
+
+    def compile(self, target: CpuTarget, **spec: Any) -> Any:
+        """TVM's `Executable` for any target, whether or not this machine could run it."""
+        import tvm
+
+        function = self.build(target, **spec).with_attr("global_symbol", self.name)
+        return tvm.compile(tvm.IRModule({self.name: function}), target=target.tvm_target())
+
+    def assembly(self, target: CpuTarget, **spec: Any) -> str:
+        """What `compile` makes of it, to read."""
+        return self.compile(target, **spec).mod.inspect_source("asm")
+
+    def entry(self, target: CpuTarget, **spec: Any) -> str:
+        """The key in the cache: everything that the machine code depends on."""
+        sources = _sources_digest(sys.modules[self.build.__module__])
+        return cache.key(kernel=self.name, target=target, spec=sorted(spec.items()), sources=sources, **_versions())
+
+
+def define_op(
+    schema: str,
+    *,
+    cpu: Callable[..., Any],
+    twin: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> Any:
+    """Make a torch op of a kernel.
+
+    Args:
+        schema: name and types as torch writes them, ``"matshift(Tensor x, ...) -> Tensor"``.
+        cpu: what runs on CPU tensors; it returns fresh tensors that share no memory with its arguments.
+        twin: what runs on every other device.
+        fake: the shapes and dtypes of the outcome, for `torch.compile` and `torch.export`.
+        backward, setup_context: gradients, as `torch.library.register_autograd` takes them.
+
+    Returns:
+        The op, ``torch.ops.shiftadd3d.<name>.default``.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, cpu, "CPU")
+    _LIBRARY.impl(name, twin, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{OP_NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"{OP_NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, OP_NAMESPACE), name).default
+
+
+def has_linker() -> bool:
+    """Whether there is a compiler to link with; without one, machine code cannot be put on disk."""
+    from tvm.support import cc
+
+    return cc.get_cc() is not None
+
+
+def _with_torch_threads(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> None:
+        threads.follow_torch()
+        function(*args)
+
+    return call
+
+
+@lru_cache(maxsize=1)
+def _load_runtime() -> None:
+    """Load what compiled kernels are linked against, and not the rest of TVM, which takes seconds to import."""
+    import ctypes
+
+    import tvm_ffi  # noqa: F401
+
+    package = find_spec("tvm")
+    if package is None or not package.submodule_search_locations:
+        raise RuntimeError("TVM is not installed")
+    (runtime,) = Path(package.submodule_search_locations[0]).glob("lib/libtvm_runtime.*")
+    ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
+
+
+@lru_cache(maxsize=1)
+def _install_launcher(neighbour: Any = None) -> None:
+    """Compile and install what starts parallel work (see `threads`).
+
+    Args:
+        neighbour: where there is no linker, a compiled kernel that it is to share the process with.
+    """
+    import tvm_ffi
+
+    _load_runtime()
+    entry = cache.key(launcher=threads.LAUNCHER_LLVM, machine=platform.machine(), **_versions())
+    library = cache.find(entry)
+    if library is None:
+        import tvm
+
+        with cache.scratch_file(".ll") as source, cache.scratch_file(".so") as built:
+            header = re.findall(r"^target .*$", neighbour.mod.inspect_source("ll"), re.MULTILINE) if neighbour else []
+            source.write_text("\n".join([*header, threads.LAUNCHER_LLVM]))
+            module = tvm.runtime.load_module(str(source))
+            if neighbour:
+                threads.install(module)
+                return
+            _link(module, built)
+            library = cache.store(entry, built, {"kernel": threads.LAUNCHER_NAME} | _versions())
+    threads.install(tvm_ffi.load_module(str(library)))
+
+
+def _load_library(library: Path) -> Any:
+    import tvm_ffi
+
+    _install_launcher()
+    return tvm_ffi.load_module(str(library))
+
+
+def _link(module: Any, library: Path) -> None:
+    """Put compiled code into a shared library: the linker is all that a C compiler is needed for."""
+    from tvm.support import cc
+
+    with cache.scratch_file(".o") as code:
+        module.write_to_file(str(code), "o")
+        cc.create_shared(str(library), [str(code)])
+
+
+def _sources_digest(module: ModuleType) -> str:
+    """A digest of the text of a module and of all modules of this package that it uses."""
+    found: dict[str, ModuleType] = {}
+    waiting = [module, sys.modules[__name__]]
+    while waiting:
+        one = waiting.pop()
+        if one.__name__ in found or not one.__name__.startswith(PACKAGE):
+            continue
+        found[one.__name__] = one
+        for value in vars(one).values():
+            used = value if isinstance(value, ModuleType) else sys.modules.get(getattr(value, "__module__", None) or "")
+            if used is not None:
+                waiting.append(used)
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        digest.update(Path(str(found[name].__file__)).read_bytes())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _versions() -> dict[str, str]:
+    def of(distribution: str) -> str:
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            return "none"
+
+    return {"tvm": of("apache-tvm"), "tvm_ffi": of("apache-tvm-ffi")}
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")

@@ -1,0 +1,142 @@
+"""Which instruction set the CPU kernels are compiled for.
+
+A target is chosen when the first kernel runs, from the flags of the CPU that runs it, and never from TVM's own
+detection, which leaves out what it does not know the processor's name for. `SHIFTADD3D_TARGET` names another one, for
+instance to see what a smaller CPU would do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from shiftadd3d._errors import UserError
+
+ENVIRONMENT_VARIABLE = "SHIFTADD3D_TARGET"
+
+# arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): x86-64 Linux hands out AMX's tile registers on request only.
+_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
+
+
+@dataclass(frozen=True)
+class CpuTarget:
+    """One instruction set that kernels are written for.
+
+    Attributes:
+        name: what `SHIFTADD3D_TARGET` calls it.
+        lanes: float32 lanes of one vector register.
+        mcpu: the processor that LLVM is to assume.
+        flags: what Linux calls the features that code for this target uses (`/proc/cpuinfo`).
+    """
+
+    name: str
+    lanes: int
+    mcpu: str
+    flags: frozenset[str]
+
+    @property
+    def has_fma(self) -> bool:
+        """Whether ``llvm.fma`` is an instruction here; elsewhere it is a slow library call."""
+        return "fma" in self.flags
+
+    @property
+    def has_avx512(self) -> bool:
+        """Whether 512-bit vectors of bytes and words are there (AVX-512 F, BW, DQ, VL)."""
+        return "avx512bw" in self.flags
+
+    @property
+    def has_vnni(self) -> bool:
+        """Whether 512-bit integer dot products are there (AVX-512 VNNI)."""
+        return "avx512_vnni" in self.flags
+
+    @property
+    def has_amx(self) -> bool:
+        """Whether the tile registers and their bfloat16 products are there (AMX), and AVX-512 bfloat16 with them."""
+        return "amx_bf16" in self.flags
+
+    def tvm_target(self) -> Any:
+        """The `tvm.target.Target` to compile for."""
+        import tvm
+
+        return tvm.target.Target({"kind": "llvm", "mcpu": self.mcpu})
+
+
+_AVX2 = frozenset({"avx2", "fma", "f16c", "bmi2"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"}
+_AVX512_VNNI = _AVX512 | {"avx512_vnni"}
+_AMX = _AVX512_VNNI | {"avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"}
+
+# From the most capable to the least: the first one whose flags the CPU has is taken.
+TARGETS: tuple[CpuTarget, ...] = (
+    CpuTarget("amx", 16, "sapphirerapids", _AMX),
+    CpuTarget("avx512_vnni", 16, "cascadelake", _AVX512_VNNI),
+    CpuTarget("avx512", 16, "skylake-avx512", _AVX512),
+    CpuTarget("avx2", 8, "haswell", _AVX2),
+    CpuTarget("generic", 4, "generic" if platform.machine() in ("arm64", "aarch64") else "x86-64", frozenset()),
+)
+
+
+def find(name: str) -> CpuTarget:
+    """The target called `name`.
+
+    Raises:
+        UserError: if there is none.
+    """
+    for target in TARGETS:
+        if target.name == name:
+            return target
+    raise UserError(f"no target {name!r}: expected one of {', '.join(target.name for target in TARGETS)}")
+
+
+@lru_cache(maxsize=1)
+def cpu_flags() -> frozenset[str]:
+    """The CPU's features by their names in Linux; none where the system does not tell."""
+    try:
+        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return frozenset()
+    return frozenset(found[1].split()) if found else frozenset()
+
+
+def runs_here(target: CpuTarget) -> bool:
+    """Whether this CPU, under this kernel of Linux, can run code for `target`."""
+    return target.flags <= cpu_flags() and (not target.has_amx or _amx_permitted())
+
+
+def current() -> CpuTarget:
+    """The target of this process: the best that runs here, or the one that `SHIFTADD3D_TARGET` names.
+
+    Raises:
+        UserError: if the variable names no target, or one that this CPU cannot run.
+    """
+    return _choose(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+
+
+@lru_cache(maxsize=len(TARGETS) + 1)
+def _choose(name: str) -> CpuTarget:
+    if not name:
+        return next(target for target in TARGETS if runs_here(target))
+    try:
+        target = find(name)
+    except UserError as error:
+        raise UserError(f"{ENVIRONMENT_VARIABLE}: {error}") from None
+    if not runs_here(target):
+        able = ", ".join(other.name for other in TARGETS if runs_here(other))
+        missing = ", ".join(sorted(target.flags - cpu_flags())) or "the system's permission to use AMX"
+        raise UserError(f"{ENVIRONMENT_VARIABLE}: this CPU cannot run {name!r} (it lacks {missing}), only {able}")
+    return target
+
+
+@lru_cache(maxsize=1)
+def _amx_permitted() -> bool:
+    """Ask the system for AMX's registers, once for the process: without that, the first tile instruction kills it."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    return ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0

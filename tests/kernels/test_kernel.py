@@ -1,0 +1,272 @@
+"""The life of a kernel: compiled, tried, kept, loaded again; and what happens when each of these fails."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shiftadd3d.kernels import kernel as kernel_module
+from shiftadd3d.kernels import targets
+from shiftadd3d.kernels.kernel import KERNELS, Kernel
+from shiftadd3d.kernels.targets import CpuTarget
+
+pytest.importorskip("tvm")
+
+names = (f"test_scale_{number}" for number in itertools.count())
+
+
+def build_scale(target: CpuTarget, factor: int) -> Any:
+    from tvm.script import tirx as T
+
+    lanes = target.lanes
+
+    @T.prim_func(s_tir=True)
+    def scale(x: T.handle, y: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True})
+        rows = T.int64()
+        X = T.match_buffer(x, (rows, lanes), "float32", align=4)
+        Y = T.match_buffer(y, (rows, lanes), "float32", align=4)
+        for row in T.parallel(rows):
+            Y[row, T.ramp(0, 1, lanes)] = X[row, T.ramp(0, 1, lanes)] * T.broadcast(T.float32(factor), lanes)
+
+    return scale
+
+
+def try_scale(function: Any, factor: int) -> None:
+    x = torch.randn(5, targets.current().lanes)
+    y = torch.empty_like(x)
+    function(x, y)
+    torch.testing.assert_close(y, x * factor)
+
+
+@pytest.fixture
+def new_kernel() -> Iterator[Any]:
+    made = []
+
+    def new(name: str | None = None, build=build_scale, trial=try_scale) -> Kernel:
+        made.append(Kernel(name or next(names), build, trial, variants=lambda target: [{"factor": 3}]))
+        return made[-1]
+
+    yield new
+    for one in made:
+        KERNELS.pop(one.name, None)
+
+
+def apply(function: Any, rows: int = 1000) -> None:
+    x = torch.randn(rows, targets.current().lanes)
+    y = torch.empty_like(x)
+    function(x, y)
+    assert torch.equal(y, x * 3)
+
+
+def test_a_kernel_is_compiled_once_and_then_loaded_from_the_cache(empty_cache: Path, new_kernel: Any, monkeypatch):
+    name = next(names)
+    apply(new_kernel(name).function(factor=3))
+    monkeypatch.setattr(Kernel, "compile", lambda *args, **kwargs: pytest.fail("compiled again"))
+    apply(new_kernel(name).function(factor=3))
+
+
+def test_the_cache_is_private_and_says_what_it_holds(empty_cache: Path, new_kernel: Any):
+    kernel = new_kernel()
+    apply(kernel.function(factor=3))
+    assert empty_cache.stat().st_mode & 0o777 == 0o700
+    records = [json.loads(file.read_text()) for file in empty_cache.glob("*.json")]
+    (record,) = [record for record in records if record["kernel"] == kernel.name]
+    assert record["spec"] == {"factor": 3}
+    assert record["target"] == targets.current().name
+    assert all(file.stat().st_mode & 0o077 == 0 for file in empty_cache.iterdir())
+    assert not list(empty_cache.glob("building-*"))
+    assert not list(empty_cache.glob("*.trial"))
+
+
+def test_another_specialisation_source_or_target_is_another_entry(new_kernel: Any, monkeypatch):
+    kernel = new_kernel()
+    avx2, generic = targets.find("avx2"), targets.find("generic")
+    entries = {kernel.entry(avx2, factor=3), kernel.entry(avx2, factor=4), kernel.entry(generic, factor=3)}
+    monkeypatch.setattr(kernel_module, "_sources_digest", lambda module: "other")
+    entries.add(kernel.entry(avx2, factor=3))
+    monkeypatch.setattr(kernel_module, "_versions", lambda: {"tvm": "0.0"})
+    entries.add(kernel.entry(avx2, factor=3))
+    assert len(entries) == 5
+
+
+def damage_truncate(library: Path, record: Path) -> None:
+    library.write_bytes(library.read_bytes()[:1000])
+
+
+def damage_one_bit(library: Path, record: Path) -> None:
+    content = bytearray(library.read_bytes())
+    content[len(content) // 2] ^= 1
+    library.write_bytes(content)
+
+
+def damage_remove(library: Path, record: Path) -> None:
+    library.unlink()
+
+
+def damage_record(library: Path, record: Path) -> None:
+    record.write_text('{"kernel"')
+
+
+def damage_make_writable_by_others(library: Path, record: Path) -> None:
+    library.chmod(0o666)
+
+
+def damage_link(library: Path, record: Path) -> None:
+    elsewhere = library.parent.parent / "elsewhere.so"
+    library.rename(elsewhere)
+    library.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_truncate,
+        damage_one_bit,
+        damage_remove,
+        damage_record,
+        damage_make_writable_by_others,
+        damage_link,
+    ],
+)
+def test_a_damaged_entry_is_built_again_and_never_loaded(damage: Any, empty_cache: Path, new_kernel: Any, monkeypatch):
+    name = next(names)
+    kernel = new_kernel(name)
+    kernel.function(factor=3)
+    entry = kernel.entry(targets.current(), factor=3)
+    (library,) = empty_cache.glob(f"{entry}-*.so")
+    damage(library, empty_cache / f"{entry}.json")
+    compiled = []
+    real = Kernel.compile
+    monkeypatch.setattr(Kernel, "compile", lambda *args, **spec: compiled.append(spec) or real(*args, **spec))
+    apply(new_kernel(name).function(factor=3))
+    assert compiled == [{"factor": 3}]
+    assert len(list(empty_cache.glob(f"{entry}-*.so"))) == 1
+    apply(new_kernel(name).function(factor=3))
+    assert len(compiled) == 1
+
+
+def test_a_folder_that_others_can_write_to_is_not_used(empty_cache: Path, new_kernel: Any):
+    empty_cache.mkdir()
+    empty_cache.chmod(0o777)
+    with pytest.warns(RuntimeWarning, match="others can write to it"):
+        apply(new_kernel().function(factor=3))
+    assert not list(empty_cache.iterdir())
+
+
+def test_a_cache_that_cannot_be_made_is_done_without(tmp_path: Path, new_kernel: Any, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("SHIFTADD3D_CACHE", str(tmp_path / "file" / "kernels"))
+    with pytest.warns(RuntimeWarning, match="built anew in each process"):
+        apply(new_kernel().function(factor=3))
+
+
+def test_a_kernel_that_computes_something_else_than_its_twin_is_not_used(empty_cache: Path, new_kernel: Any):
+    def trial(function: Any, factor: int) -> None:
+        try_scale(function, factor + 1)
+
+    kernel = new_kernel(trial=trial)
+    with pytest.warns(RuntimeWarning, match=f"kernel {kernel.name}: .*plain torch stands in"):
+        assert kernel.function(factor=3) is None
+    assert not list(empty_cache.glob(f"{kernel.entry(targets.current(), factor=3)}*"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernel.function(factor=3) is None
+
+
+def test_a_kernel_that_does_not_compile_is_not_used(empty_cache: Path, new_kernel: Any):
+    def build(target: CpuTarget, factor: int) -> Any:
+        raise ValueError("no such instruction")
+
+    with pytest.warns(RuntimeWarning, match="no such instruction"):
+        assert new_kernel(build=build).function(factor=3) is None
+
+
+def test_a_kernel_that_killed_a_process_is_not_run_again(empty_cache: Path, new_kernel: Any):
+    kernel = new_kernel()
+    kernel.function(factor=3)
+    entry = kernel.entry(targets.current(), factor=4)
+    child = multiprocessing.get_context("spawn").Process(target=int)
+    child.start()
+    child.join()
+    (empty_cache / f"{entry}.trial").write_text(str(child.pid))
+    with pytest.warns(RuntimeWarning, match=r"crashed an earlier process; to try again, remove .*\.trial"):
+        assert kernel.function(factor=4) is None
+    (empty_cache / f"{entry}.trial").unlink()
+    assert new_kernel(kernel.name).function(factor=4) is not None
+
+
+def test_without_a_c_compiler_kernels_work_and_are_not_kept(empty_cache: Path, new_kernel: Any, monkeypatch):
+    kernel = new_kernel()
+    kernel.function(factor=4)  # the launcher is there now
+    monkeypatch.setenv("PATH", "")
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    kernel_module._said.clear()
+    with pytest.warns(RuntimeWarning, match="no C compiler"):
+        apply(kernel.function(factor=3))
+    assert not list(empty_cache.glob(f"{kernel.entry(targets.current(), factor=3)}*"))
+
+
+def test_kernels_run_on_torchs_threads(empty_cache: Path, new_kernel: Any, torch_threads: int):
+    function = new_kernel().function(factor=3)
+    apply(function)
+    before = len(os.listdir("/proc/self/task"))
+    for _ in range(20):
+        apply(function)
+    assert len(os.listdir("/proc/self/task")) == before
+
+
+def test_kernels_run_from_eight_python_threads_at_once(empty_cache: Path, new_kernel: Any, torch_threads: int):
+    function = new_kernel().function(factor=3)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(50):
+                apply(function, rows=101)
+        except BaseException as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=work) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+def test_a_forked_child_goes_on_alone(empty_cache: Path, new_kernel: Any):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    function = new_kernel().function(factor=3)
+    apply(function)
+    child = os.fork()
+    if child == 0:
+        try:
+            x = torch.ones(1000, targets.current().lanes)
+            y = torch.zeros_like(x)
+            function(x, y)
+            os._exit(int((y.numpy() != 3).any()))
+        finally:
+            os._exit(1)
+    torch.set_num_threads(before)
+    for _ in range(200):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert status == 0
+            return
+        threading.Event().wait(0.05)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    pytest.fail("the child hangs")
