@@ -5,9 +5,9 @@ names it. The record is renamed into place last, so an entry is there whole or n
 library is loaded only from a folder and a file that belong to this user and that nobody else can write to, and only
 if its content has the digest that its record states; anything else counts as missing and is built again.
 
-The folder is `SHIFTADD3D_CACHE`, else ``shiftadd3d/kernels`` in the platform's cache folder (on Linux `XDG_CACHE_HOME`).
-Where it cannot be used, for instance because others can write to it, kernels live in a temporary folder that goes with
-the process.
+The folder is `SHIFTADD3D_CACHE`, else ``shiftadd3d/kernels`` in the platform's cache folder (`XDG_CACHE_HOME`). If it
+cannot be used, for instance because others can write to it, kernels live in a temporary folder that goes with the
+process.
 """
 
 from __future__ import annotations
