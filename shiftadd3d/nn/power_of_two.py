@@ -109,6 +109,31 @@ def quantize(weight: Tensor, bits: int = 4, terms: int = 1, *, stochastic: bool 
     return total.to(weight.dtype)
 
 
+def round_to_windows(weight: Tensor, offset: Tensor, bits: int) -> Tensor:
+    """Round to the nearest weight whose exponents lie in the windows that end at `offset`, instead of deriving these.
+
+    `quantize` leaves the result as it is, so a layer that stores it computes with it: the windows it derives hold all
+    exponents that occur (with two terms of 2 or 3 bits, where it searches, ask it).
+
+    Args:
+        weight: [*channels, inputs], float32 or float64.
+        offset: [terms, *channels] integers within `offset_range`; a second one must be below the first.
+
+    Returns:
+        Weights of the shape and dtype of `weight`.
+    """
+    levels = num_exponents(bits)
+    bottom = exact_exp2(offset.to(torch.int32) - (levels - 1), weight.dtype).unsqueeze(-1)
+    if len(bottom) > 1:
+        # From 1.5 times the window's top on, `quantize` would take the next power for the top.
+        limit = bottom[0] * (1.25 * 2 ** (levels - 1))
+        weight = torch.minimum(torch.maximum(weight, -limit), limit)
+    total = _round_within(weight, bottom[0], levels, stochastic=False)
+    for term_bottom in bottom[1:]:
+        total = total + _round_within(weight - total, term_bottom, levels, stochastic=False)
+    return total
+
+
 def encode(weight: Tensor, bits: int = 4, terms: int = 1, *, name: str | None = None) -> PowerOfTwoCodes:
     """Codes of the nearest weights; ``decode(*encode(w, b, t), w.dtype)`` equals ``quantize(w, b, t)`` bit for bit.
 

@@ -201,3 +201,30 @@ def test_empty_weights_work() -> None:
         weight = torch.empty(shape)
         assert power_of_two.quantize(weight).shape == shape
         assert power_of_two.decode(*power_of_two.encode(weight)).shape == shape
+
+
+@pytest.mark.parametrize("terms", [1, 2])
+@quick
+@given(
+    bits=st.integers(2, 6),
+    top=st.integers(-12, 12),
+    drop=st.integers(1, 6),
+    values=st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12),
+)
+def test_quantize_keeps_what_was_rounded_to_given_windows(
+    terms: int, bits: int, top: int, drop: int, values: list[float]
+) -> None:
+    if terms == 2 and bits < 4:  # it searches the first window there
+        return
+    weight = as_weight(values)
+    offset = torch.tensor([[top], [top - drop]])[:terms]
+    rounded = power_of_two.round_to_windows(weight, offset, bits)
+    assert torch.equal(power_of_two.quantize(rounded, bits, terms), rounded)
+    assert power_of_two.encode(rounded, bits, terms).offset[0].item() <= top or not rounded.any()
+
+
+@pytest.mark.parametrize("bits", range(2, 7))
+def test_rounding_to_the_windows_that_quantize_derives_is_quantize(bits: int) -> None:
+    weight = torch.randn(32, 40)
+    offset = power_of_two.encode(weight, bits).offset
+    assert torch.equal(power_of_two.round_to_windows(weight, offset, bits), power_of_two.quantize(weight, bits))
