@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.models.base_model import Model, ModelConfig
 from nerfstudio.utils import colormaps
 from nerfstudio.utils.rich_utils import CONSOLE
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -27,8 +29,13 @@ from shiftadd3d.nerf.source_bank import SourceBank, opencv_cameras
 from shiftadd3d.nerf.warm_start import load_dense_weights
 from shiftadd3d.nn import collect_moe_losses, recipe, reparameterize_, router_statistics
 
-#: Layers with one or three outputs: next to no multiplications, and what they put out is a colour or a logit itself.
-_KEPT_IN_FLOAT = ("*.rgb_fc", "*_logit_fc", "proposal.score.2")
+#: The feature network's convolutions; and layers with one or three outputs: next to no multiplications, and what they
+#: put out is a colour or a logit itself. A network may be without some of them.
+_KEPT_IN_FLOAT = ("feature_net.*", "*.rgb_fc", "*_logit_fc", "proposal.score.2")
+
+
+def _may_change(_module: nn.Module, name: str) -> bool:
+    return not any(fnmatchcase(name, pattern) for pattern in _KEPT_IN_FLOAT)
 
 
 @dataclass
@@ -91,7 +98,6 @@ class GNTNerfModel(Model):
             "bits": config.shift_bits,
             "terms": config.shift_terms,
             "dwconv": 3,
-            "exclude": _KEPT_IN_FLOAT,
         }
         if config.expert_latencies is not None:
             changes["latencies"] = config.expert_latencies
@@ -99,7 +105,7 @@ class GNTNerfModel(Model):
             # The networks that embed features and positions are as wide as the attention's: they follow it.
             changes["other_linear"] = "shift"
         chosen = recipe(config.recipe, **changes)
-        reparameterize_(gnt, chosen, verbose=False)
+        reparameterize_(gnt, chosen, filter_fn=_may_change, verbose=False)
         return gnt
 
     def warm_start(self, path: Path) -> None:
@@ -188,11 +194,7 @@ class GNTNerfModel(Model):
         if self.training:
             if self._has_mixtures:
                 loss_dict["balance_loss"] = self.config.balance_loss_mult * collect_moe_losses(self.gnt)
-            if not torch.isfinite(loss_dict["rgb_loss"]):
-                raise UserError(
-                    "the loss is not finite any more: lower --optimizers.transformers.optimizer.lr and "
-                    "--optimizers.feature-net.optimizer.lr, and go on from the last checkpoint with --load-dir"
-                )
+            _check_finite(loss_dict)
         return loss_dict
 
     @property
@@ -253,6 +255,25 @@ class GNTNerfModel(Model):
             # Not a submodule: its weights belong in no checkpoint.
             object.__setattr__(self, "_lpips", lpips.eval().requires_grad_(False))
         return self._lpips
+
+
+def _check_finite(loss_dict: dict[str, Tensor]) -> None:
+    """Stop training before a loss that is no number reaches the weights.
+
+    Raises:
+        UserError: a term, which is named, is not finite.
+    """
+    terms = torch.stack([term.detach() for term in loss_dict.values()])
+    if terms.isfinite().all():  # one look while all is well: on a GPU, each waits for it
+        return
+    bad = [
+        f"{name} is {term:g}" for name, term in zip(loss_dict, terms.tolist(), strict=True) if not math.isfinite(term)
+    ]
+    raise UserError(
+        f"the loss is not finite any more ({', '.join(bad)}): lower "
+        "--optimizers.transformers.optimizer.lr and --optimizers.feature-net.optimizer.lr, and go on from the last "
+        "checkpoint with --load-dir"
+    )
 
 
 def image_metrics(

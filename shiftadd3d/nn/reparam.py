@@ -2,6 +2,8 @@
 
 What becomes what is said by a frozen `Recipe`; which layers, by their place: linear layers inside an attention module
 follow the recipe's `attention_linear`, those inside a two-layer perceptron its `mlp`, all others its `other_linear`.
+A `Rule` overrides the place for layers called by their qualified names.
+
 This module knows no model. Attention classes are made known by `register_attention`, perceptrons are found by their
 shape (children `fc1` and `fc2` and an activation) or made known by `register_mlp`.
 
@@ -10,12 +12,14 @@ Source: You et al., ShiftAddViT (NeurIPS 2023), section 4; the presets are the r
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import inspect
+import re
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 from torch import nn
 
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 Primitive = Literal["mult", "shift", "moe"]
+_RULE_PRIMITIVES = ("keep", "mult", "shift", "moe", "add")
 _CHOICES = {
     "attention": ("keep", "add"),
     "attention_linear": ("mult", "shift", "moe"),
@@ -40,6 +45,38 @@ _CHOICES = {
     "order": ORDERS,
     "gate": GATES,
 }
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the layers of a name become, whatever their place. Raises `UserError` for a value that does not exist.
+
+    A rule that names a module names all that it contains: ``Rule("blocks.0", "shift")`` is about every linear layer of
+    the first block.
+    """
+
+    pattern: str
+    """Shell pattern over qualified names: `*` stands for anything, dots included, `?` for one character."""
+    primitive: Literal["keep", "mult", "shift", "moe", "add"]
+    """"mult", "shift" and "moe" are about linear layers, "add" about the products in attention modules; "keep" leaves
+    both as they are."""
+    bits: int | None = None
+    """Bits of the shift weights; None for the recipe's."""
+    terms: int | None = None
+    """Powers of two in the shift weights; None for the recipe's."""
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.pattern, str) and self.pattern):
+            raise UserError(f"a rule's pattern must be a qualified name or a shell pattern, not {self.pattern!r}")
+        if self.primitive not in _RULE_PRIMITIVES:
+            raise UserError(
+                f"the rule for {self.pattern!r} must say one of {', '.join(_RULE_PRIMITIVES)}, not {self.primitive!r}"
+            )
+        if self.primitive not in ("shift", "moe") and (self.bits, self.terms) != (None, None):
+            raise UserError(f"the rule for {self.pattern!r} gives bits or terms, but {self.primitive!r} has no codes")
+        power_of_two.check_format(
+            power_of_two.MIN_BITS if self.bits is None else self.bits, 1 if self.terms is None else self.terms
+        )
 
 
 @dataclass(frozen=True)
@@ -76,8 +113,10 @@ class Recipe:
     """Standard deviation of the noise on router logits in training; None for 1 / experts."""
     latencies: tuple[float, ...] | Literal["measure"] = "measure"
     """Latencies of (mult, shift) in any unit for the balance loss, or "measure" to time them on the first batch."""
-    exclude: tuple[str, ...] = field(default=())
-    """Qualified names to leave alone with all they contain, as shell patterns."""
+    rules: tuple[Rule, ...] = ()
+    """What the layers of given names become; of several rules for one layer the last one counts."""
+    exclude: tuple[str, ...] = ()
+    """Qualified names to leave alone with all they contain, as shell patterns: rules that say "keep" and come last."""
 
     def __post_init__(self) -> None:
         for option, allowed in _CHOICES.items():
@@ -96,9 +135,33 @@ class Recipe:
             latency_weights(self.latencies)
         if isinstance(self.exclude, str):
             raise UserError(f"exclude must be a tuple of patterns, not the string {self.exclude!r}")
+        if not (isinstance(self.rules, tuple) and all(isinstance(rule, Rule) for rule in self.rules)):
+            raise UserError(f"rules must be a tuple of Rule, not {self.rules!r}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe in plain types, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """The recipe that `as_dict` made `values` of, also after a round through JSON.
+
+        Raises:
+            UserError: for a field or a value that does not exist.
+        """
+        _refuse_unknown(values, cls, "recipe")
+        values = dict(values)
+        for rule in values.get("rules", ()):
+            _refuse_unknown(rule, Rule, "rule")
+        values["rules"] = tuple(Rule(**rule) for rule in values.get("rules", ()))
+        # JSON has no tuples.
+        for name, value in values.items():
+            if isinstance(value, list):
+                values[name] = tuple(value)
+        return cls(**values)
 
     def shift_options(self) -> dict:
-        """Keyword arguments for `ShiftLinear.from_linear`."""
+        """Keyword arguments for `ShiftLinear.from_linear`, where no rule says otherwise."""
         return {"bits": self.bits, "mode": self.mode, "terms": self.terms}
 
     def moe_options(self) -> dict:
@@ -131,11 +194,15 @@ def recipe(name: str, **changes) -> Recipe:
     """
     if name not in RECIPES:
         raise UserError(f"there is no recipe {name!r}; the recipes are {', '.join(RECIPES)}")
-    known = [f.name for f in fields(Recipe)]
-    unknown = [change for change in changes if change not in known]
-    if unknown:
-        raise UserError(f"a recipe has no {', '.join(unknown)}; it has {', '.join(known)}")
+    _refuse_unknown(changes, Recipe, "recipe")
     return replace(RECIPES[name], **changes)
+
+
+def _refuse_unknown(given: Iterable[str], dataclass_type: type[Recipe] | type[Rule], kind: str) -> None:
+    known = [f.name for f in fields(dataclass_type)]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise UserError(f"a {kind} has no {', '.join(unknown)}; it has {', '.join(known)}")
 
 
 _preset = recipe  # where an argument called `recipe` hides the function
@@ -248,14 +315,16 @@ def reparameterize_(
 
     Raises:
         UserError: listing every layer that cannot be replaced (NaN or infinite weights, hooks that would be lost, the
-            model itself being the layer). The model has not been changed then.
+            model itself being the layer) and every rule that matches nothing or does not fit what it matches. The model
+            has not been changed then.
     """
     if isinstance(recipe, str):
         recipe = _preset(recipe)
     surgery = _Surgery(recipe, filter_fn)
     surgery.visit(None, "", model, "", role=None)
-    if surgery.problems:
-        listed = "\n".join(f"  {problem}" for problem in surgery.problems)
+    problems = surgery.problems + surgery.rules.idle(model)
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(f"cannot reparameterize this model with recipe {recipe.name!r}:\n{listed}")
     for parent, attribute, replacement in surgery.replacements:
         setattr(parent, attribute, replacement)
@@ -267,11 +336,100 @@ def reparameterize_(
     return report
 
 
+class _Choice(NamedTuple):
+    """What a layer becomes, and on whose word."""
+
+    primitive: str
+    bits: int
+    terms: int
+    reason: str
+
+
+class _Rules:
+    """The rules of a recipe, what they say about a module, and which of them were of use."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._rules = (*recipe.rules, *(Rule(pattern, "keep") for pattern in recipe.exclude))
+        self._matches = [re.compile(fnmatch.translate(rule.pattern)).match for rule in self._rules]
+        self._used: set[int] = set()
+
+    def choose(self, name: str, place: str, fitting: tuple[str, ...], refused: tuple[str, ...] = ()) -> _Choice:
+        """What becomes of the module called `name`.
+
+        Args:
+            place: the recipe's field that speaks where no rule does.
+            fitting: primitives that are about such a module; rules that say others are passed over.
+            refused: those that are an error if the last rule for the very name says them.
+        """
+        recipe, chosen = self._recipe, None
+        for i, is_own in self._about(name):
+            rule = self._rules[i]
+            if rule.primitive in fitting:
+                self._used.add(i)
+                chosen = i if chosen is None else chosen
+            elif chosen is None and is_own and rule.primitive in refused:
+                raise UserError(f"the rule {rule.pattern!r} says {rule.primitive}, which no such layer can become")
+        if chosen is None:
+            primitive = getattr(recipe, place)
+            return _Choice(primitive, recipe.bits, recipe.terms, f"{place}: {primitive}")
+        rule = self._rules[chosen]
+        return _Choice(
+            rule.primitive,
+            recipe.bits if rule.bits is None else rule.bits,
+            recipe.terms if rule.terms is None else rule.terms,
+            self._reason(chosen),
+        )
+
+    def keeps(self, name: str) -> str | None:
+        """Why a module that nothing can become of stays: the last word about its name, if that is "keep"."""
+        last = next((i for i, _ in self._about(name)), None)
+        return self._reason(last) if last is not None and self._rules[last].primitive == "keep" else None
+
+    def mark(self, name: str, fitting: tuple[str, ...]) -> None:
+        """Rules about `name`, which an earlier surgery has replaced, were of use."""
+        self._used.update(i for i, _ in self._about(name) if self._rules[i].primitive in fitting)
+
+    def idle(self, model: nn.Module) -> list[str]:
+        """Complaints about the rules that were of no use in `model`."""
+        kinds = {name: type(module).__name__ for name, module in model.named_modules(remove_duplicate=False) if name}
+        complaints = []
+        for i, rule in enumerate(self._rules):
+            if i in self._used:
+                continue
+            matched = [f"{name} ({kind})" for name, kind in kinds.items() if self._matches[i](name)]
+            if not matched:
+                close = difflib.get_close_matches(rule.pattern, kinds, n=3) or list(kinds)[:3]
+                complaints.append(f"{rule.pattern!r} matches no module; there are {', '.join(close)}, ...")
+            elif rule.primitive != "keep":
+                listed = ", ".join(matched[:3]) + (", ..." if len(matched) > 3 else "")
+                complaints.append(f"{rule.pattern!r}: nothing of what it matches can become {rule.primitive}: {listed}")
+        return complaints
+
+    def _about(self, name: str) -> Iterator[tuple[int, bool]]:
+        """Numbers of the rules that name the module or one around it, the last first; and whether the module itself."""
+        parts = name.split(".") if name else []
+        around = [".".join(parts[: i + 1]) for i in range(len(parts) - 1)]
+        for i in reversed(range(len(self._rules))):
+            is_own = bool(parts) and self._matches[i](name) is not None
+            if is_own or any(self._matches[i](outer) for outer in around):
+                yield i, is_own
+
+    def _reason(self, number: int) -> str:
+        rule = self._rules[number]
+        return f"rule {rule.pattern}: {rule.primitive}" if number < len(self._recipe.rules) else "excluded"
+
+
+_LINEAR_PRIMITIVES = ("keep", "mult", "shift", "moe")
+_PLACES = {"attention": "attention_linear", "mlp": "mlp", None: "other_linear"}
+
+
 class _Surgery:
     """One walk over a model that plans all replacements and changes nothing."""
 
     def __init__(self, recipe: Recipe, filter_fn: Callable[[nn.Module, str], bool] | None) -> None:
         self.recipe = recipe
+        self.rules = _Rules(recipe)
         self.filter_fn = filter_fn
         self.replacements: list[tuple[nn.Module, str, nn.Module]] = []
         self.layers: list[ReparameterizedLayer] = []
@@ -289,69 +447,119 @@ class _Surgery:
             return
         self.done[id(module)] = None
         if isinstance(module, (ShiftLinear, PackedShiftLinear, MoE)):
+            self._mark_replaced(module, name)
             return
-        if name and any(fnmatch.fnmatchcase(name, pattern) for pattern in self.recipe.exclude):
-            for inner_name, inner in module.named_modules(prefix=name):
-                self._leave(inner, inner_name, "excluded")
+        if type(module) is nn.Linear:
+            self._visit_linear(parent, attribute, module, name, role)
             return
         if role is None:
             known, converter = _find(_attention_converters, module)
             if known:
                 role = "attention"
-                if self.recipe.attention == "add" and converter is not None and self._wanted(module, name):
-                    additive = self._attempt(module, name, lambda: converter(module, self.recipe))
-                    if additive is None:
-                        return
-                    self._replace(parent, attribute, module, additive, name, "codes 1")
-                    module = additive
+                additive = self._visit_attention(parent, attribute, module, name, converter)
+                if additive is None:
+                    return
+                module = additive
             elif _is_mlp(module):
                 role = "mlp"
-                if self.recipe.mlp == "moe" and _is_token_wise(module) and self._wanted(module, name):
-                    mixture = self._attempt(
-                        module,
-                        name,
-                        lambda: MoEMlp.from_mlp(
-                            module, shift=self.recipe.shift_options(), name=name, **self.recipe.moe_options()
-                        ),
-                    )
-                    if mixture is not None:
-                        self._replace(parent, attribute, module, mixture, name, f"{_float_bits(module)}/{self._bits()}")
+                if self._visit_mlp(parent, attribute, module, name):
                     return
-        if type(module) is nn.Linear:
-            self._visit_linear(parent, attribute, module, name, role)
-            return
-        self._leave(module, name, "no rule for it")
+        self._leave(module, name, self.rules.keeps(name) or "no rule for it")
         for child_name, child in module.named_children():
             self.visit(module, child_name, child, f"{name}.{child_name}" if name else child_name, role)
+
+    def _visit_attention(
+        self,
+        parent: nn.Module | None,
+        attribute: str,
+        module: nn.Module,
+        name: str,
+        converter: AttentionConverter | None,
+    ) -> nn.Module | None:
+        """What stands there from now on, whose linear layers are still to be visited; None if there is a problem."""
+        if isinstance(module, AddAttention):
+            self.rules.mark(name, ("keep", "add"))
+            return module
+        fitting = ("keep",) if converter is None else ("keep", "add")
+        choice = self._choose(module, name, "attention", fitting, refused=("add",))
+        if choice is None:
+            return None
+        if choice.primitive == "keep" or converter is None or not self._wanted(module, name):
+            return module
+        additive = self._attempt(module, name, lambda: converter(module, self.recipe))
+        if additive is not None:
+            self._replace(parent, attribute, module, additive, name, "codes 1")
+        return additive
+
+    def _visit_mlp(self, parent: nn.Module | None, attribute: str, mlp: nn.Module, name: str) -> bool:
+        """Whether the whole was dealt with; otherwise its linear layers are visited one by one."""
+        choice = self._choose(mlp, name, "mlp", _LINEAR_PRIMITIVES, refused=("add",))
+        if choice is None:
+            return True
+        if choice.primitive != "moe" or not _is_token_wise(mlp) or not self._wanted(mlp, name):
+            return False
+        for inner_name, inner in mlp.named_modules():
+            if type(inner) is nn.Linear:
+                own = self._choose(inner, f"{name}.{inner_name}", "mlp", _LINEAR_PRIMITIVES, refused=("add",))
+                if own is None or own[:3] != choice[:3]:  # a rule wants another thing of this layer
+                    return own is None
+        mixture = self._attempt(
+            mlp,
+            name,
+            lambda: MoEMlp.from_mlp(mlp, shift=self._shift_options(choice), name=name, **self.recipe.moe_options()),
+        )
+        if mixture is not None:
+            self._replace(parent, attribute, mlp, mixture, name, f"{_float_bits(mlp)}/{choice.bits * choice.terms}")
+        return True
 
     def _visit_linear(
         self, parent: nn.Module | None, attribute: str, linear: nn.Linear, name: str, role: str | None
     ) -> None:
-        recipe = self.recipe
-        place = {"attention": "attention_linear", "mlp": "mlp", None: "other_linear"}[role]
-        primitive = getattr(recipe, place)
-        if primitive == "mult":
-            self._leave(linear, name, f"{place}: mult")
+        choice = self._choose(linear, name, _PLACES[role], _LINEAR_PRIMITIVES, refused=("add",))
+        if choice is None:
+            return
+        code_bits = choice.bits * choice.terms
+        if choice.primitive in ("keep", "mult"):
+            self._leave(linear, name, choice.reason)
         elif not self._wanted(linear, name):
             self._leave(linear, name, "filtered out")
-        elif primitive == "shift":
-            shift = self._attempt(linear, name, lambda: _shift_in_place_of(linear, name, recipe))
+        elif choice.primitive == "shift":
+            shift = self._attempt(linear, name, lambda: _shift_in_place_of(linear, name, **self._shift_options(choice)))
             if shift is not None:
-                self._replace(parent, attribute, linear, shift, name, str(self._bits()))
+                self._replace(parent, attribute, linear, shift, name, str(code_bits))
         else:
             mixture = self._attempt(
                 linear,
                 name,
-                lambda: MoELinear.from_linear(linear, shift=recipe.shift_options(), name=name, **recipe.moe_options()),
+                lambda: MoELinear.from_linear(
+                    linear, shift=self._shift_options(choice), name=name, **self.recipe.moe_options()
+                ),
             )
             if mixture is not None:
-                self._replace(parent, attribute, linear, mixture, name, f"{_float_bits(linear)}/{self._bits()}")
+                self._replace(parent, attribute, linear, mixture, name, f"{_float_bits(linear)}/{code_bits}")
+
+    def _choose(
+        self, module: nn.Module, name: str, place: str, fitting: tuple[str, ...], refused: tuple[str, ...]
+    ) -> _Choice | None:
+        """What the rules say, or None and one more problem on the list."""
+        try:
+            return self.rules.choose(name, place, fitting, refused)
+        except UserError as error:
+            self.problems.append(f"{name} ({type(module).__name__}): {error}")
+            return None
+
+    def _mark_replaced(self, module: nn.Module, name: str) -> None:
+        self.rules.mark(name, _LINEAR_PRIMITIVES)
+        if isinstance(module, MoE):
+            # A rule may have named a layer of the perceptron that the mixture has as its first expert.
+            for inner_name, _ in module.experts[0].named_modules(prefix=name):
+                self.rules.mark(inner_name, _LINEAR_PRIMITIVES)
+
+    def _shift_options(self, choice: _Choice) -> dict:
+        return {**self.recipe.shift_options(), "bits": choice.bits, "terms": choice.terms}
 
     def _wanted(self, module: nn.Module, name: str) -> bool:
         return self.filter_fn is None or bool(self.filter_fn(module, name))
-
-    def _bits(self) -> int:
-        return self.recipe.bits * self.recipe.terms
 
     def _attempt(self, module: nn.Module, name: str, make: Callable[[], nn.Module]) -> nn.Module | None:
         """The replacement, or None and one more problem on the list."""
@@ -384,10 +592,10 @@ class _Surgery:
             self.untouched.append(UntouchedLayer(name or "(root)", type(module).__name__, count, reason))
 
 
-def _shift_in_place_of(linear: nn.Linear, name: str, recipe: Recipe) -> ShiftLinear:
+def _shift_in_place_of(linear: nn.Linear, name: str, **options) -> ShiftLinear:
     """A shift layer that takes over the parameters themselves: ties between weights and optimizers stay valid."""
-    shift = ShiftLinear.from_linear(linear, name=name, **recipe.shift_options())
-    if recipe.mode == "Q":
+    shift = ShiftLinear.from_linear(linear, name=name, **options)
+    if shift.mode == "Q":
         shift.weight = cast(nn.Parameter, linear.weight)
     shift.bias = linear.bias
     return shift

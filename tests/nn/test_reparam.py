@@ -22,6 +22,7 @@ from shiftadd3d.nn import (
     MoELinear,
     MoEMlp,
     Recipe,
+    Rule,
     ShiftLinear,
     collect_moe_losses,
     power_of_two,
@@ -237,6 +238,89 @@ def test_filter_and_exclude_leave_layers_alone() -> None:
     assert type(model.blocks[1].attn) is AddAttention and type(model.blocks[1].ff.fc1) is nn.Linear
 
 
+def test_rules_override_the_place_and_the_last_one_counts() -> None:
+    model = Net()
+    rules = (
+        Rule("blocks.*", "shift"),
+        Rule("blocks.0.attn", "moe"),
+        Rule("*.out_fc", "shift", bits=6),
+        Rule("blocks.1.ff", "moe", bits=5, terms=2),
+        Rule("blocks.1.sub", "keep"),
+        Rule("blocks.1.sub.q_fc", "shift"),
+        Rule("blocks.1.attn", "add"),
+        Rule("head", "moe"),
+    )
+    report = reparameterize_(model, Recipe(rules=rules, bits=3), verbose=False)
+    first, second = model.blocks
+    assert type(first.attn) is Attention and type(first.attn.q_fc) is MoELinear
+    assert type(first.attn.out_fc) is ShiftLinear and first.attn.out_fc.bits == 6
+    assert type(first.ff.fc1) is ShiftLinear and (first.ff.fc1.bits, first.ff.fc1.terms) == (3, 1)
+    assert type(first.sub.pos_fc[0]) is ShiftLinear
+    assert type(second.attn) is AddAttention and type(second.attn.q_fc) is ShiftLinear
+    assert type(second.ff) is MoEMlp and second.ff.experts[1].fc1.bits == 5 and second.ff.experts[1].fc1.terms == 2
+    assert type(second.sub.q_fc) is ShiftLinear and type(second.sub.pos_fc[0]) is nn.Linear
+    assert type(model.embed) is nn.Linear and type(model.head) is MoELinear
+    assert {layer.name: layer.bits for layer in report.layers}["blocks.1.ff"] == "32/10"
+    reasons = {layer.name: layer.reason for layer in report.untouched}
+    assert reasons["blocks.1.sub.pos_fc.0"] == "rule blocks.1.sub: keep" and reasons["embed"] == "other_linear: mult"
+    assert reparameterize_(model, report.recipe, verbose=False).layers == ()
+
+
+def test_a_rule_keeps_attention_a_softmax_or_its_layers_multiplications() -> None:
+    model = Net()
+    changes = {"rules": (Rule("blocks.0.attn", "keep"), Rule("blocks.0.attn", "shift"), Rule("blocks.1.attn", "mult"))}
+    reparameterize_(model, recipe("add+shift-attn", **changes), verbose=False)
+    assert type(model.blocks[0].attn) is Attention and type(model.blocks[0].attn.q_fc) is ShiftLinear
+    assert type(model.blocks[1].attn) is AddAttention and type(model.blocks[1].attn.q_fc) is nn.Linear
+    # What comes last in a recipe is `exclude`.
+    model = Net()
+    reparameterize_(model, Recipe(rules=(Rule("*", "shift"),), exclude=("blocks", "embed")), verbose=False)
+    assert type(model.head) is ShiftLinear and "ShiftLinear" not in kinds(model.blocks).values()
+    assert type(model.embed) is nn.Linear
+
+
+def test_a_perceptron_whose_layers_differ_becomes_mixtures_layer_by_layer() -> None:
+    model = Net()
+    rules = (Rule("blocks.0.ff.fc2", "shift", bits=5), Rule("blocks.1.ff.fc1", "moe"))
+    chosen = recipe("add+shift-attn+moe", rules=rules)
+    reparameterize_(model, chosen, verbose=False)
+    assert type(model.blocks[0].ff.fc1) is MoELinear and model.blocks[0].ff.fc2.bits == 5
+    assert type(model.blocks[1].ff) is MoEMlp  # the rule says of its layer what the recipe says of the whole
+    assert reparameterize_(model, chosen, verbose=False).layers == ()
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Rule("blocks.2.ff", "shift"), r"'blocks\.2\.ff' matches no module; there are blocks\.\d\.ff, "),
+        (Rule("*.fc3", "keep"), r"'\*\.fc3' matches no module"),
+        (Rule("blocks.0.ff.fc1", "add"), r"blocks\.0\.ff\.fc1 \(Linear\): the rule 'blocks\.0\.ff\.fc1' says add"),
+        (Rule("blocks.0.ff", "add"), r"blocks\.0\.ff \(FeedForward\): the rule 'blocks\.0\.ff' says add"),
+        (Rule("*.sub", "add"), r"blocks\.1\.sub \(SubtractionAttention\): the rule '\*\.sub' says add"),
+        (Rule("*.norm", "shift"), r"'\*\.norm': nothing .* can become shift: blocks\.0\.norm \(LayerNorm\), blocks"),
+        (Rule("mix", "moe"), r"'mix': nothing of what it matches can become moe: mix \(Conv1d\)"),
+    ],
+)
+def test_rules_that_match_nothing_or_do_not_fit_are_refused(rule: Rule, message: str) -> None:
+    model = Net()
+    before = kinds(model)
+    with pytest.raises(UserError, match=message):
+        reparameterize_(model, Recipe(rules=(rule,), mlp="shift"), verbose=False)
+    assert kinds(model) == before
+
+
+def test_exclusions_that_match_nothing_are_refused() -> None:
+    with pytest.raises(UserError, match=r"'heads' matches no module; there are head, "):
+        reparameterize_(Net(), recipe("add+shift", exclude=("heads",)), verbose=False)
+    reparameterize_(Net(), recipe("add+shift", exclude=("*.norm",)), verbose=False)
+
+
+def test_a_recipe_goes_through_json() -> None:
+    rules = (Rule("*.fc1", "shift", bits=5), Rule("head", "keep"))
+    for wanted in (Recipe(), recipe("moe", rules=rules, exclude=("embed",), latencies=(2.0, 1.0))):
+        assert Recipe.from_dict(json.loads(json.dumps(wanted.as_dict()))) == wanted
+
+
 def test_other_linears_follow_when_asked() -> None:
     model = Net()
     reparameterize_(model, Recipe(other_linear="shift"), verbose=False)
@@ -319,6 +403,14 @@ def test_a_model_of_which_nothing_is_known_is_left_alone() -> None:
         (lambda: Recipe(latencies=(1.0,)), "two numbers"),
         (lambda: Recipe(latencies=(1.0, -1.0)), "positive"),
         (lambda: Recipe(exclude="head"), "tuple of patterns"),
+        (lambda: Recipe(rules=("head",)), "tuple of Rule"),
+        (lambda: Rule("head", "linear"), "'head' must say one of keep, mult, shift, moe, add, not 'linear'"),
+        (lambda: Rule("", "shift"), "pattern"),
+        (lambda: Rule("head", "shift", bits=7), "bits"),
+        (lambda: Rule("head", "moe", terms=3), "terms"),
+        (lambda: Rule("head", "keep", bits=4), "'head' gives bits or terms, but 'keep' has no codes"),
+        (lambda: Recipe.from_dict({"bitz": 4}), "a recipe has no bitz; it has name, attention"),
+        (lambda: Recipe.from_dict({"rules": [{"name": "head"}]}), "a rule has no name; it has pattern, primitive"),
     ],
 )
 def test_wrong_recipes_name_what_would_be_right(make, message: str) -> None:
