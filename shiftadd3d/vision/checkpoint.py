@@ -1,0 +1,322 @@
+"""Saving and loading classifiers: safetensors for weights, JSON for everything else.
+
+A saved classifier is a folder with `model.safetensors` and `config.json`. The JSON says which timm model it is, what
+`reparameterize_` made of it, how it numbers its classes and what pictures it expects; nothing in either file is code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.nn import Recipe, reparameterize_
+from shiftadd3d.vision.data import InputConfig
+
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+_FORMAT = "shiftadd3d.classifier"
+_FORMAT_VERSION = 1
+_LISTED = 4  # names in an error message
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """What a classifier is, besides its weights."""
+
+    architecture: str
+    """timm's name of the model with multiplications."""
+    classes: tuple[str, ...]
+    """Names in the order of the outputs."""
+    input: InputConfig = field(default_factory=InputConfig)
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments for `timm.create_model` beyond the number of classes."""
+    recipe: Recipe | None = None
+    """What `reparameterize_` made of it; None for nothing."""
+    frozen: bool = False
+    """Whether its shift layers are packed, for inference only."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The configuration in plain types, for JSON."""
+        return {
+            "format": _FORMAT,
+            "version": _FORMAT_VERSION,
+            **asdict(self),
+            "classes": list(self.classes),
+            "recipe": None if self.recipe is None else self.recipe.as_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ClassifierConfig:
+        """The configuration that `as_dict` made `values` of, also after a round through JSON.
+
+        Raises:
+            UserError: it is none, or of a later version.
+        """
+        if not isinstance(values, Mapping) or values.get("format") != _FORMAT:
+            raise UserError(f"not the configuration of a classifier of ours (it has no format {_FORMAT!r})")
+        if values.get("version") != _FORMAT_VERSION:
+            raise UserError(f"of format version {values.get('version')}; this shiftadd3d reads {_FORMAT_VERSION}")
+        try:
+            picture = dict(values["input"])
+            return cls(
+                architecture=str(values["architecture"]),
+                classes=tuple(str(name) for name in values["classes"]),
+                input=InputConfig(**{**picture, "mean": tuple(picture["mean"]), "std": tuple(picture["std"])}),
+                model_args=dict(values["model_args"]),
+                recipe=None if values["recipe"] is None else Recipe.from_dict(values["recipe"]),
+                frozen=bool(values["frozen"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(f"not a whole configuration of a classifier ({error} is missing or wrong)") from None
+
+
+def create_dense(config: ClassifierConfig, pretrained: bool = False) -> nn.Module:
+    """The timm model that `config` names, as it is before any reparameterization.
+
+    Args:
+        config: what to make.
+        pretrained: with timm's pretrained weights (a download, where they are not in the cache); a classifier for
+            another number of classes starts anew.
+
+    Raises:
+        UserError: timm knows no such model, cannot make it so, or has no weights for it.
+    """
+    import timm
+
+    name, args = config.architecture, dict(config.model_args)
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name.split('.')[0][:8]}*")[:_LISTED]
+        raise UserError(
+            f"timm knows no model {name!r}; expected one of timm.list_models()"
+            + (f", such as {', '.join(close)}" if close else "")
+        )
+    pretrained_config = timm.get_pretrained_cfg(name)
+    if pretrained_config is not None and pretrained_config.fixed_input_size:
+        args.setdefault("img_size", config.input.size)
+    if pretrained and (pretrained_config is None or not pretrained_config.has_weights):
+        raise UserError(f"timm has no pretrained weights for {name}; leave out --pretrained")
+    try:
+        model = timm.create_model(name, pretrained=pretrained, num_classes=len(config.classes), **args)
+    except UserError:
+        raise
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        if pretrained and isinstance(error, RuntimeError):
+            raise _no_weights(name, error) from None
+        given = ", ".join(f"{key}={value}" for key, value in args.items()) or "no arguments"
+        raise UserError(f"timm cannot make {name} with {given}: {_first_line(error)}") from None
+    except OSError as error:
+        raise _no_weights(name, error) from None
+    describe_in(model, config)
+    return model
+
+
+def _no_weights(name: str, error: Exception) -> UserError:
+    return UserError(f"the pretrained weights of {name} cannot be had ({_first_line(error)}); are you online?")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def describe_in(model: nn.Module, config: ClassifierConfig) -> None:
+    """Tell the model what it is: `pretrained_cfg`, where timm's tools look, and `classifier_config`."""
+    pretrained_cfg = dict(getattr(model, "pretrained_cfg", None) or {})
+    pretrained_cfg.update(
+        input_size=(3, config.input.size, config.input.size),
+        mean=config.input.mean,
+        std=config.input.std,
+        interpolation=config.input.interpolation,
+        crop_pct=config.input.crop_pct,
+        num_classes=len(config.classes),
+        label_names=list(config.classes),
+    )
+    model.pretrained_cfg = pretrained_cfg  # type: ignore[assignment]
+    model.classifier_config = config  # type: ignore[assignment]
+
+
+def create_classifier(config: ClassifierConfig) -> nn.Module:
+    """The model that `config` describes, with random weights.
+
+    Raises:
+        UserError: timm or the recipe cannot make it.
+    """
+    model = create_dense(replace(config, recipe=None, frozen=False))
+    if config.recipe is not None:
+        reparameterize_(model, config.recipe, verbose=False)
+    if config.frozen:
+        from shiftadd3d.nn import freeze_
+
+        freeze_(model, verbose=False)
+    describe_in(model, config)
+    return model
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` write a file beside `path`, and rename it to `path`: it exists whole or not at all.
+
+    Raises:
+        UserError: it cannot be written; what was there before is still there.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(unfinished)
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        else:
+            reason = _first_line(error)
+        kept = f"; the one from before is kept in {path}" if path.exists() else ""
+        raise UserError(f"cannot write {path} ({reason}): is the disk full, or the folder not yours?{kept}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json_atomically(path: Path, facts: Any) -> None:
+    """`facts` as indented JSON, whole or not at all. Raises `UserError` when it cannot be written."""
+    text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def save_classifier(folder: Path, weights: Mapping[str, Tensor], config: ClassifierConfig) -> None:
+    """Write `model.safetensors` and `config.json` into `folder`, each whole or not at all.
+
+    Args:
+        folder: made if it is not there.
+        weights: a state dict.
+        config: what the weights are of.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
+    metadata = {"format": "pt", "shiftadd3d": _FORMAT}
+    write_json_atomically(folder / CONFIG_FILE, config.as_dict())
+    write_atomically(folder / WEIGHTS_FILE, lambda file: safetensors.torch.save_file(tensors, file, metadata))
+
+
+def read_config(folder: Path) -> ClassifierConfig:
+    """The configuration of a saved classifier.
+
+    Args:
+        folder: the folder, or either file in it.
+
+    Raises:
+        UserError: nothing there, or nothing of ours.
+    """
+    file = _folder_of(folder) / CONFIG_FILE
+    try:
+        return ClassifierConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no {CONFIG_FILE} there; {_EXPECTED}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error}); {_EXPECTED}") from None
+    except UserError as error:
+        raise UserError(f"{file}: {error}; {_EXPECTED}") from None
+    except ValueError as error:  # not JSON, not UTF-8
+        raise UserError(f"{file}: not JSON ({_first_line(error)}); {_EXPECTED}") from None
+
+
+_EXPECTED = "expected a folder that `shiftadd3d finetune` or `export` wrote"
+
+
+def _folder_of(path: Path) -> Path:
+    return path.parent if path.name in (WEIGHTS_FILE, CONFIG_FILE) else path
+
+
+def load(path: Path | str, device: torch.device | str = "cpu") -> nn.Module:
+    """A saved classifier, in evaluation mode.
+
+    Its `classifier_config` says what it is; its `pretrained_cfg` tells timm's tools (`resolve_model_data_config`) how
+    pictures become inputs.
+
+    Args:
+        path: a folder with `model.safetensors` and `config.json`, or either file.
+        device: where to.
+
+    Raises:
+        UserError: nothing there, damaged, or weights of another architecture.
+    """
+    folder = _folder_of(Path(path))
+    config = read_config(folder)
+    model = create_classifier(config)
+    load_weights(model, read_weights(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
+    return model.to(device).eval()
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a state dict that torch saved (only tensors are unpickled).
+
+    Raises:
+        UserError: no such file, damaged, or something else.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; expected weights, such as {WEIGHTS_FILE}")
+    try:
+        if file.suffix == ".safetensors":
+            return safetensors.torch.load_file(file)
+        state: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler meets foreign bytes with whatever its own code raises
+        raise UserError(
+            f"{file}: damaged, or no weights that can be read safely ({_first_line(error)[:160]}); "
+            "expected .safetensors, or a state dict saved by torch"
+        ) from None
+    # timm's and others' training scripts put the weights beside other things.
+    for key in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{file}: no state dict in there; expected .safetensors, or a state dict saved by torch")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], file: Path) -> None:
+    """Load a state dict that must fit.
+
+    Args:
+        model: where to.
+        weights: the state dict.
+        file: where it comes from, for errors.
+
+    Raises:
+        UserError: it is of another architecture, and where it differs.
+    """
+    problems = mismatches(model, weights)
+    if problems:
+        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise UserError(
+            f"{file}: weights of another model than {_name_of(model)}: {'; '.join(problems[:_LISTED])}{more}"
+        )
+    model.load_state_dict(dict(weights))
+
+
+def mismatches(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Where a state dict does not fit a model, one entry a tensor."""
+    own = model.state_dict()
+    return [
+        *(f"{name} is missing" for name in own if name not in weights),
+        *(f"{name} is too much" for name in weights if name not in own),
+        *(
+            f"{name} is {list(weights[name].shape)}, not {list(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in weights and weights[name].shape != tensor.shape
+        ),
+    ]
+
+
+def _name_of(model: nn.Module) -> str:
+    config = getattr(model, "classifier_config", None)
+    return config.architecture if isinstance(config, ClassifierConfig) else type(model).__name__

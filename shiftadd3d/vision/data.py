@@ -1,0 +1,732 @@
+"""Pictures and their classes: from folders, zip files, Hugging Face datasets, torchvision sets, or scikit-learn.
+
+Whatever the source, a picture becomes 8-bit RGB as a viewer shows it, classes are numbered by the training pictures
+alone, and what cannot be read is left out, counted and listed. What happens to a picture at random depends on the seed,
+the epoch and the picture only: not on the number of workers or processes, nor on where a training was resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+import warnings
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.vision.settings import DataSettings, TrainSettings
+
+PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""What counts as a picture in a folder; other files are not looked at."""
+
+_TRAIN_NAMES = ("train", "training")
+_VAL_NAMES = ("val", "validation", "valid")
+_TEST_NAMES = ("test", "testing")
+_SPLIT_NAMES = (*_TRAIN_NAMES, *_VAL_NAMES, *_TEST_NAMES)
+_DEFAULT_VAL_FRACTION = 0.1
+_LISTED = 5  # names in an error message
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One picture
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any kind as 8-bit RGB, upright, as a viewer would show it.
+
+    The first frame of an animation; 16-bit values over 257; transparency on white; CMYK, palettes and grey converted.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        if image.mode == "F":  # floating-point TIFFs hold 0..1 or 0..255
+            values = values * 255 if np.nanmax(values, initial=0.0) <= 1 else values
+        else:
+            values = values / 257
+        image = Image.fromarray(np.nan_to_num(values).clip(0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def decode_picture(data: bytes | Path) -> Image.Image:
+    """A picture file, or its bytes, as 8-bit RGB; see `to_rgb`.
+
+    Raises:
+        UserError: it cannot be decoded, and why.
+    """
+    try:
+        with warnings.catch_warnings():
+            # A picture of more than 89 million pixels is unusual, not wrong; one of twice that PIL refuses.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+                return to_rgb(image)
+    except Exception as error:  # decoders meet damaged bytes with whatever their own code raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "not a picture in a format that Pillow knows"
+        raise UserError(f"cannot be read as a picture ({reason})") from None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sources
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Source(Protocol):
+    """Pictures by number. `labels` are class names, one a picture; `names` say in reports which picture it is."""
+
+    names: Sequence[str]
+    labels: Sequence[str]
+
+    def read(self, index: int) -> Image.Image:
+        """A picture as 8-bit RGB. Raises `UserError` if it cannot be read."""
+        ...
+
+
+class _FolderSource:
+    def __init__(self, root: Path, files: Sequence[tuple[str, str]]) -> None:
+        self.root = root
+        self.names = [name for name, _ in files]
+        self.labels = [label for _, label in files]
+
+    def read(self, index: int) -> Image.Image:
+        return decode_picture(self.root / self.names[index])
+
+
+class _ZipSource:
+    def __init__(self, path: Path, files: Sequence[tuple[str, str]]) -> None:
+        self.path = path
+        self.names = [name for name, _ in files]
+        self.labels = [label for _, label in files]
+        self._archives: dict[int, zipfile.ZipFile] = {}
+
+    def read(self, index: int) -> Image.Image:
+        # One handle a process: a forked worker that shared ours would move our place in the file.
+        archive = self._archives.get(os.getpid())
+        if archive is None:
+            archive = self._archives[os.getpid()] = zipfile.ZipFile(self.path)
+        try:
+            data = archive.read(self.names[index])
+        except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, NotImplementedError) as error:
+            raise UserError(f"cannot be unpacked ({error})") from None
+        return decode_picture(data)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_archives": {}}
+
+
+class _ArraySource:
+    def __init__(self, images: np.ndarray, labels: Sequence[str], name: str) -> None:
+        self.images, self.labels = images, labels
+        self.names = [f"{name}/{index:05d}" for index in range(len(labels))]
+
+    def read(self, index: int) -> Image.Image:
+        return to_rgb(Image.fromarray(self.images[index]))
+
+
+class _DatasetSource:
+    """A torchvision set: something with a length that gives (PIL picture, class number)."""
+
+    def __init__(self, dataset: Any, classes: Sequence[str], targets: Sequence[int], name: str) -> None:
+        self.dataset = dataset
+        self.labels = [classes[target] for target in targets]
+        self.names = [f"{name}/{index:07d}" for index in range(len(self.labels))]
+
+    def read(self, index: int) -> Image.Image:
+        try:
+            return to_rgb(self.dataset[index][0])
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"cannot be read as a picture ({error})") from None
+
+
+class _HuggingFaceSource:
+    def __init__(self, dataset: Any, column: str, labels: Sequence[str], name: str) -> None:
+        self.dataset, self.column, self.labels = dataset, column, labels
+        self.names = [f"{name}/{index:07d}" for index in range(len(labels))]
+
+    def read(self, index: int) -> Image.Image:
+        cell = self.dataset[index][self.column]
+        if cell is None:
+            raise UserError("cannot be read as a picture (the cell is empty)")
+        return decode_picture(cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]))
+
+
+class Skipped(NamedTuple):
+    """A picture that was left out: its name, and why."""
+
+    name: str
+    reason: str
+
+
+class PictureSet:
+    """Some pictures of a source, with class numbers.
+
+    Args:
+        source: where they come from.
+        indices: which of the source's pictures.
+        classes: the classes in the order of their numbers.
+    """
+
+    def __init__(self, source: Source, indices: Sequence[int], classes: Sequence[str]) -> None:
+        number = {name: i for i, name in enumerate(classes)}
+        self.source, self.indices, self.classes = source, list(indices), tuple(classes)
+        self.targets = [number[source.labels[i]] for i in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, position: int) -> str:
+        """How reports call the picture at `position`."""
+        return self.source.names[self.indices[position]]
+
+    def read(self, position: int) -> Image.Image:
+        """The picture at `position` as 8-bit RGB. Raises `UserError`, naming it, if it cannot be read."""
+        try:
+            return self.source.read(self.indices[position])
+        except UserError as error:
+            raise UserError(f"{self.name(position)}: {error}") from None
+
+
+@dataclass(frozen=True)
+class PictureData:
+    """Training and validation pictures with one numbering of classes, and what was left out."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: PictureSet
+    val: PictureSet
+    skipped: tuple[Skipped, ...] = ()
+
+    def describe(self) -> str:
+        """One line on what there is."""
+        text = f"{self.name}: {len(self.classes)} classes, {len(self.train)} training and {len(self.val)} validation"
+        missing = [name for number, name in enumerate(self.classes) if number not in set(self.val.targets)]
+        if missing:
+            text += f" pictures; none of {_list(missing)} in validation"
+        else:
+            text += " pictures"
+        return text + (f"; {len(self.skipped)} skipped" if self.skipped else "")
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = ", ".join(str(name) for name in names[:_LISTED])
+    return shown if len(names) <= _LISTED else f"{shown} and {len(names) - _LISTED} more"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Finding them
+# --------------------------------------------------------------------------------------------------------------------
+
+_Splits = dict[str, Source]
+
+
+def open_data(settings: DataSettings, broadcast: Callable[[Any], Any] = lambda made: made()) -> PictureData:
+    """The pictures that `settings` names, split, numbered and checked.
+
+    Args:
+        settings: where they are.
+        broadcast: makes the result of a function known to all processes; see `distributed.from_first_process`.
+
+    Raises:
+        UserError: nothing there, fewer than two classes, classes that only validation has, no readable picture of a
+            class in training.
+    """
+    name, splits = _open_splits(settings)
+    train = splits.get("train")
+    if train is None:
+        raise UserError(f"{name}: no training pictures; expected a folder called train, or class folders alone")
+    classes = _check_classes(name, train)
+    own_val = splits.get("val") or splits.get("test")
+    everything = list(range(len(train.names)))
+    if settings.val_fraction is None and own_val is not None:
+        unknown = sorted(set(own_val.labels) - set(classes))
+        if unknown:
+            raise UserError(
+                f"{name}: validation has classes that training lacks: {_list(unknown)}; training has {_list(classes)}"
+            )
+        train_set = PictureSet(train, everything, classes)
+        val_set = PictureSet(own_val, range(len(own_val.names)), classes)
+    else:
+        fraction = _DEFAULT_VAL_FRACTION if settings.val_fraction is None else settings.val_fraction
+        kept, held_out = split_by_class(train.names, train.labels, fraction, settings.split_seed)
+        train_set, val_set = PictureSet(train, kept, classes), PictureSet(train, held_out, classes)
+    skipped: list[Skipped] = []
+    if settings.check:
+        train_set, skipped_in_train = leave_out(train_set, broadcast(lambda: find_unreadable(train_set)))
+        val_set, skipped_in_val = leave_out(val_set, broadcast(lambda: find_unreadable(val_set)))
+        skipped = [*skipped_in_train, *skipped_in_val]
+    empty = sorted(set(range(len(classes))) - set(train_set.targets))
+    if empty:
+        reason = f"; the first of {len(skipped)} that cannot be read: {': '.join(skipped[0])}" if skipped else ""
+        raise UserError(f"{name}: no readable training picture of {_list([classes[i] for i in empty])}{reason}")
+    if not len(val_set):
+        raise UserError(f"{name}: no validation pictures are left; hold some out with --val-fraction 0.1")
+    return PictureData(name, classes, train_set, val_set, tuple(skipped))
+
+
+def open_split(settings: DataSettings, split: str, classes: Sequence[str]) -> tuple[PictureSet, tuple[Skipped, ...]]:
+    """The pictures of one split, numbered as a trained model numbers its classes, and what was left out of them.
+
+    Args:
+        settings: where they are.
+        split: "train", "val" or "test". "val" is the held-out part where there is no such folder.
+        classes: the model's classes.
+
+    Raises:
+        UserError: no such split, or classes that the model does not know.
+    """
+    name, splits = _open_splits(settings)
+    source = splits.get(split)
+    if split == "test" and source is None:
+        raise UserError(f"{name}: no test pictures; there are {', '.join(splits)}")
+    if source is None or (settings.val_fraction is not None and split != "test"):
+        data = open_data(settings)
+        chosen = data.train if split == "train" else data.val
+        _check_known(name, [data.classes[target] for target in chosen.targets], classes)
+        return PictureSet(chosen.source, chosen.indices, classes), data.skipped
+    _check_known(name, source.labels, classes)
+    pictures = PictureSet(source, range(len(source.names)), classes)
+    pictures, skipped = leave_out(pictures, find_unreadable(pictures) if settings.check else {})
+    if not len(pictures):
+        raise UserError(f"{name}: no readable pictures in {split}")
+    return pictures, skipped
+
+
+def _check_known(name: str, labels: Sequence[str], classes: Sequence[str]) -> None:
+    unknown = sorted(set(labels) - set(classes))
+    if unknown:
+        raise UserError(f"{name}: the model does not know the classes {_list(unknown)}; it knows {_list(classes)}")
+
+
+def _open_splits(settings: DataSettings) -> tuple[str, _Splits]:
+    path = settings.data
+    if settings.dataset:
+        return settings.dataset, _open_torchvision(settings.dataset, path)
+    if path is None:
+        return "digits", {"train": _open_digits()}
+    if not path.exists():
+        raise UserError(f"--data {path}: no such file or folder; expected an ImageFolder, a .zip of one, or datasets")
+    if path.is_file():
+        return path.name, _open_zip(path)
+    if _is_hugging_face(path):
+        return path.name, _open_hugging_face(path)
+    try:
+        files = sorted(_walk(path))
+    except OSError as error:
+        raise UserError(f"--data {path}: cannot be read ({error.strerror or error})") from None
+    return path.name, {split: _FolderSource(path, found) for split, found in _arrange(files, f"--data {path}").items()}
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Pictures below `root`, as paths with slashes relative to it. Links are followed, but not in circles."""
+    seen: set[str] = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_raise):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for file in files:
+            if file.lower().endswith(PICTURE_SUFFIXES) and not file.startswith("."):
+                yield (Path(folder) / file).relative_to(root).as_posix()
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _arrange(files: Sequence[str], what: str) -> dict[str, list[tuple[str, str]]]:
+    """Which split and class each file belongs to, from its path: [train|val|test/]class/.../file.
+
+    Folders around all of that, as zip files often have, do not count.
+    """
+    if not files:
+        raise UserError(
+            f"{what}: no pictures in there; expected class folders with {', '.join(PICTURE_SUFFIXES)} files"
+        )
+    paths = [PurePosixPath(file).parts for file in files]
+    depth = 0
+    while len({parts[depth] for parts in paths}) == 1 and all(len(parts) > depth + 2 for parts in paths):
+        if paths[0][depth].lower() in _SPLIT_NAMES:
+            break
+        depth += 1
+    top = {parts[depth].lower() for parts in paths if len(parts) > depth + 1}
+    with_splits = bool(top & set(_TRAIN_NAMES)) and top <= set(_SPLIT_NAMES)
+    arranged: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    without_class = []
+    for file, parts in zip(files, paths, strict=True):
+        split = _split_of(parts[depth].lower()) if with_splits else "train"
+        rest = parts[depth + 1 :] if with_splits else parts[depth:]
+        if len(rest) < 2:
+            without_class.append(file)
+        else:
+            arranged[split].append((file, rest[0]))
+    if without_class:
+        raise UserError(
+            f"{what}: {len(without_class)} of {len(files)} pictures are in no class folder ({without_class[0]}); "
+            "expected CLASS/PICTURE, or train/CLASS/PICTURE and val/CLASS/PICTURE"
+        )
+    return dict(arranged)
+
+
+def _split_of(name: str) -> str:
+    return "train" if name in _TRAIN_NAMES else "val" if name in _VAL_NAMES else "test"
+
+
+def _open_zip(path: Path) -> _Splits:
+    what = f"--data {path}"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [info.filename for info in archive.infolist() if not info.is_dir()]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(
+            f"{what}: not a zip file that can be read ({error}); expected a .zip of an ImageFolder"
+        ) from None
+    pictures = sorted(
+        name
+        for name in entries
+        if name.lower().endswith(PICTURE_SUFFIXES)
+        and not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
+    )
+    return {split: _ZipSource(path, found) for split, found in _arrange(pictures, what).items()}
+
+
+def _open_digits() -> Source:
+    """scikit-learn's 1,797 pictures of hand-written digits, 8x8 grey: what needs no download."""
+    from sklearn.datasets import load_digits
+
+    digits: Any = load_digits()
+    images = (digits.images * (255 / 16)).round().astype(np.uint8)
+    return _ArraySource(images, [str(target) for target in digits.target], "digits")
+
+
+def _open_torchvision(name: str, root: Path | None) -> _Splits:
+    from timm.data import create_dataset
+
+    if root is None:
+        raise UserError(f"--dataset {name}: expected --data FOLDER, where the set lies")
+    splits: _Splits = {}
+    for split in ("train", "val"):
+        try:
+            dataset: Any = create_dataset(name, root=str(root), split="train" if split == "train" else "validation")
+        except (AssertionError, RuntimeError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"--dataset {name} in --data {root}: {reason}") from None
+        targets = getattr(dataset, "targets", None)
+        if targets is None:
+            targets = getattr(dataset, "labels", None)
+        if targets is None:
+            raise UserError(f"--dataset {name}: it does not list its targets; expected a set such as torch/cifar10")
+        targets = [int(target) for target in targets]
+        # Zeros in front, so that names sort as the set's own numbers do.
+        classes = getattr(dataset, "classes", None) or [f"{i:04d}" for i in range(max(targets) + 1)]
+        splits[split] = _DatasetSource(dataset, list(classes), targets, f"{name}/{split}")
+    return splits
+
+
+def _is_hugging_face(path: Path) -> bool:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return True
+    return next(path.glob("**/*.parquet"), None) is not None
+
+
+def _open_hugging_face(path: Path) -> _Splits:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"--data {path}: this folder needs the package datasets: pip install datasets") from None
+    try:
+        if next(path.glob("**/*.parquet"), None) is not None and not (path / "dataset_dict.json").is_file():
+            opened: Any = datasets.load_dataset("parquet", data_files=_parquet_files(path))
+        else:
+            opened = datasets.load_from_disk(str(path))
+    except Exception as error:  # it meets foreign files with whatever its own code raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--data {path}: datasets cannot open it ({reason})") from None
+    if not isinstance(opened, dict):
+        opened = {"train": opened}
+    splits: _Splits = {}
+    for name, dataset in opened.items():
+        if name.lower() not in _SPLIT_NAMES:
+            continue
+        image, label = _picture_and_label_columns(path, dataset.features, datasets)
+        values = dataset[label]
+        feature = dataset.features[label]
+        names = [feature.int2str(v) for v in values] if isinstance(feature, datasets.ClassLabel) else map(str, values)
+        dataset = dataset.cast_column(image, datasets.Image(decode=False))
+        split = _split_of(name.lower())
+        splits[split] = _HuggingFaceSource(dataset, image, list(names), f"{path.name}/{name}")
+    return splits
+
+
+def _parquet_files(path: Path) -> dict[str, list[str]]:
+    """Parquet files by split: the hub writes data/train-00000-of-00001.parquet."""
+    files: dict[str, list[str]] = defaultdict(list)
+    for file in sorted(path.glob("**/*.parquet")):
+        word = file.stem.split("-")[0].lower()
+        word = word if word in _SPLIT_NAMES else file.parent.name.lower()
+        files[_split_of(word) if word in _SPLIT_NAMES else "train"].append(str(file))
+    return dict(files)
+
+
+def _picture_and_label_columns(path: Path, features: Any, datasets: Any) -> tuple[str, str]:
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    labels += [name for name in ("label", "labels", "class") if name in features and name not in labels]
+    if not images or not labels:
+        raise UserError(
+            f"--data {path}: expected a column of pictures and one of labels; it has "
+            + ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
+        )
+    return images[0], labels[0]
+
+
+def _check_classes(name: str, train: Source) -> tuple[str, ...]:
+    classes = tuple(sorted(set(train.labels)))
+    if len(classes) < 2:
+        only = f"only one class, {classes[0]}" if classes else "no classes"
+        raise UserError(f"{name}: {only}; expected two or more class folders")
+    return classes
+
+
+def split_by_class(
+    names: Sequence[str], labels: Sequence[str], fraction: float, seed: int = 0
+) -> tuple[list[int], list[int]]:
+    """Hold out a share of each class.
+
+    Which pictures those are depends on their names and the seed only: neither on the order of files nor, but for the
+    pictures at the edge of the share, on what else there is.
+
+    Args:
+        names: of the pictures.
+        labels: their classes.
+        fraction: share of each class to hold out, rounded; one picture of each class always stays.
+        seed: for another choice.
+
+    Returns:
+        The indices that stay and those held out, both ascending.
+    """
+    by_class: dict[str, list[int]] = defaultdict(list)
+    for index, label in enumerate(labels):
+        by_class[label].append(index)
+    held_out: set[int] = set()
+    for members in by_class.values():
+        members.sort(key=lambda index: hashlib.sha256(f"{seed}:{names[index]}".encode()).digest())
+        held_out.update(members[: min(round(fraction * len(members)), len(members) - 1)])
+    return [index for index in range(len(names)) if index not in held_out], sorted(held_out)
+
+
+def find_unreadable(pictures: PictureSet) -> dict[int, str]:
+    """Read every picture; positions of those that cannot be read, and why."""
+    if isinstance(pictures.source, _ArraySource):
+        return {}
+
+    def why_not(position: int) -> str | None:
+        try:
+            pictures.source.read(pictures.indices[position])
+        except UserError as error:
+            return str(error)
+        return None
+
+    # Decoding lets go of Python's lock; a zip file and a datasets table are not for several threads at once.
+    parallel = isinstance(pictures.source, _FolderSource)
+    with ThreadPoolExecutor((os.cpu_count() or 1) if parallel else 1) as pool:
+        reasons = pool.map(why_not, range(len(pictures)))
+        return {position: reason for position, reason in enumerate(reasons) if reason is not None}
+
+
+def leave_out(pictures: PictureSet, unreadable: dict[int, str]) -> tuple[PictureSet, tuple[Skipped, ...]]:
+    """The pictures without those at the given positions, and the names of these with the reasons."""
+    skipped = tuple(Skipped(pictures.name(position), reason) for position, reason in unreadable.items())
+    keep = [index for position, index in enumerate(pictures.indices) if position not in unreadable]
+    return PictureSet(pictures.source, keep, pictures.classes), skipped
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Batches
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """How a picture becomes a model's input; timm's names."""
+
+    size: int = 224
+    """Pixels on a side."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.9
+    """Share of the shorter side that evaluation looks at."""
+
+
+def seed_everything(*words: int) -> None:
+    """Seed Python's, numpy's and torch's generators by a few numbers, so that what follows depends on them alone."""
+    state = np.random.SeedSequence([word & 0xFFFFFFFF for word in words]).generate_state(4)
+    random.seed(int(state[0]))
+    np.random.seed(state[1])
+    torch.manual_seed(int(state[2]) << 32 | int(state[3]))
+
+
+def eval_transform(config: InputConfig) -> Callable[[Image.Image], Tensor]:
+    """timm's transform for evaluation: resize, centre crop, normalise."""
+    from timm.data import create_transform
+
+    return create_transform(
+        config.size,
+        is_training=False,
+        interpolation=config.interpolation,
+        mean=config.mean,
+        std=config.std,
+        crop_pct=config.crop_pct,
+    )
+
+
+def train_transform(config: InputConfig, settings: TrainSettings) -> Callable[[Image.Image], Tensor]:
+    """timm's transform for training: random crop, mirror, colour, policy, erasing; normalise.
+
+    Raises:
+        UserError: a policy that timm does not understand.
+    """
+    from timm.data import create_transform
+
+    try:
+        return create_transform(
+            config.size,
+            is_training=True,
+            scale=(settings.min_scale, 1.0),
+            hflip=settings.hflip,
+            color_jitter=settings.color_jitter or None,
+            auto_augment=settings.auto_augment,
+            interpolation=config.interpolation,
+            mean=config.mean,
+            std=config.std,
+            re_prob=settings.random_erase,
+            re_mode="pixel",
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UserError(
+            f"--auto-augment {settings.auto_augment}: timm does not understand it ({error}); "
+            "expected something like rand-m9-mstd0.5-inc1, augmix-m5 or original"
+        ) from None
+
+
+class TransformedPictures(Dataset):
+    """Pictures through a transform. An index is a position, or (epoch, position) where the transform is random."""
+
+    def __init__(
+        self, pictures: PictureSet, transform: Callable[[Image.Image], Tensor], seed: int | None = None
+    ) -> None:
+        self.pictures, self.transform, self.seed = pictures, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, position = index if isinstance(index, tuple) else (0, index)
+        image = self.pictures.read(position)
+        if self.seed is not None:
+            seed_everything(self.seed, epoch, position)
+        return self.transform(image), self.pictures.targets[position]
+
+
+class TrainBatches(Sampler):
+    """Batches of one process, as (epoch, position), in an order that is the same however many processes share it.
+
+    Every epoch is a permutation cut into batches of `batch_size`; the rest is left out. Of each batch a process takes
+    its part, so that the processes together do what one alone would.
+
+    Args:
+        length: number of pictures.
+        batch_size: pictures a step of all processes together.
+        seed: of the permutations.
+        rank, world_size: which process this is, and of how many.
+
+    Raises:
+        UserError: a batch larger than the set, or one that cannot be shared evenly.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        if batch_size > length:
+            raise UserError(f"--batch-size {batch_size}: there are only {length} training pictures; expected fewer")
+        if batch_size % world_size:
+            raise UserError(f"--batch-size {batch_size}: expected a multiple of the {world_size} processes")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        share = batch_size // world_size
+        self._part = slice(rank * share, (rank + 1) * share)
+        self.epoch, self.first_batch = 0, 0
+
+    def start_at(self, epoch: int, batch: int = 0) -> None:
+        """The next iteration gives the batches of `epoch` from number `batch` on."""
+        self.epoch, self.first_batch = epoch, batch
+
+    def __len__(self) -> int:
+        return self.length // self.batch_size - self.first_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        for number in range(self.first_batch, self.length // self.batch_size):
+            batch = order[number * self.batch_size : (number + 1) * self.batch_size][self._part]
+            yield [(self.epoch, int(position)) for position in batch]
+
+
+def train_loader(
+    pictures: PictureSet, batches: TrainBatches, config: InputConfig, settings: TrainSettings, device: torch.device
+) -> DataLoader:
+    """Augmented batches in the order of `batches`: images [B, 3, size, size] float32, targets [B] int64."""
+    dataset = TransformedPictures(pictures, train_transform(config, settings), settings.seed)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=count_workers(settings.workers, device),
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_one_thread,
+    )
+
+
+def eval_loader(
+    pictures: PictureSet,
+    config: InputConfig,
+    batch_size: int,
+    workers: int | None,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader:
+    """Every `world_size`-th picture from `rank` on, in order: images [B, 3, size, size] float32, targets [B] int64."""
+    positions = list(range(rank, len(pictures), world_size))
+    return DataLoader(
+        TransformedPictures(pictures, eval_transform(config)),
+        batch_sampler=[positions[i : i + batch_size] for i in range(0, len(positions), batch_size)],
+        num_workers=count_workers(workers, device),
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_one_thread,
+    )
+
+
+def count_workers(workers: int | None, device: torch.device) -> int:
+    """As asked for; else none beside a CPU that computes, and up to 8 beside a GPU that waits."""
+    if workers is not None:
+        return workers
+    return min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,272 @@
+"""From pictures to a ShiftAdd classifier in the paper's stages.
+
+Stage 0 trains the dense model (or loads it); stage 1 turns attention's products into additions; stage 2 turns linear
+layers into shifts and mixtures of experts. Each stage starts from the best weights of the one before, in a folder of
+its own, with its own learning rate, and can be interrupted and resumed.
+
+Source: You et al., ShiftAddViT (NeurIPS 2023), section 5 and appendix: two-stage fine-tuning of pretrained models.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor, nn
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.nn import Recipe, recipe, reparameterize_
+from shiftadd3d.vision.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    ClassifierConfig,
+    create_dense,
+    describe_in,
+    load,
+    load_weights,
+    read_config,
+    read_weights,
+    write_json_atomically,
+)
+from shiftadd3d.vision.data import InputConfig, PictureData, open_data, seed_everything
+from shiftadd3d.vision.distributed import choose_device, connected, from_first_process, this_process
+from shiftadd3d.vision.engine import BEST_FOLDER, TrainResult, train
+from shiftadd3d.vision.metrics import ClassificationMetrics
+from shiftadd3d.vision.pictures import save_confusion, save_curves
+from shiftadd3d.vision.settings import (
+    SETTINGS_FILE,
+    DataSettings,
+    FinetuneSettings,
+    read_settings,
+)
+
+STAGE_FOLDERS = ("stage0-dense", "stage1-add", "stage2-shift")
+_SHIFTADD_PREFIX = "shiftadd_"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A stage that ran: the folder of its best classifier, and how that does in validation."""
+
+    name: str
+    best: Path
+    metrics: ClassificationMetrics
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """The stages that ran, and the last one's classifier in evaluation mode."""
+
+    stages: tuple[StageResult, ...]
+    model: nn.Module
+    folder: Path
+
+
+def stage_recipes(chosen: Recipe) -> tuple[Recipe | None, Recipe | None]:
+    """What stages 1 and 2 do on the way to a recipe: attention alone, then the rest; None for nothing to do."""
+    attention_rules = tuple(rule for rule in chosen.rules if rule.primitive in ("add", "keep"))
+    attention = replace(
+        chosen, attention_linear="mult", mlp="mult", other_linear="mult", rules=attention_rules, name="add"
+    )
+    adds = chosen.attention == "add" or any(rule.primitive == "add" for rule in chosen.rules)
+    linear = {chosen.attention_linear, chosen.mlp, chosen.other_linear, *(rule.primitive for rule in chosen.rules)}
+    return (attention if adds else None), (chosen if linear & {"shift", "moe"} else None)
+
+
+def finetune(settings: FinetuneSettings, *, resume: bool = False, console: Console | None = None) -> FinetuneResult:
+    """Run the stages; under `torchrun` or `accelerate launch`, each of the processes calls this.
+
+    Args:
+        settings: everything.
+        resume: go on with an unfinished run in the same folder, of which only what does not change the model may have
+            changed. Stages that are finished are not run again.
+        console: shows what happens; None is silent.
+
+    Raises:
+        UserError: anything in the settings, the pictures or the checkpoints that the user can mend.
+        KeyboardInterrupt: Ctrl-C; the state has been saved.
+    """
+    chosen = recipe(settings.recipe, **settings.parsed_recipe_args())
+    device = choose_device(settings.device)
+    with connected(device):
+        shown = console if this_process().is_first else None
+        folder = run_folder(settings)
+        from_first_process(lambda: _prepare_folder(folder, settings, resume))
+        data = open_data(_data_settings(settings), from_first_process)
+        if shown is not None:
+            shown.print(data.describe(), highlight=False)
+            for name, reason in data.skipped[:5]:
+                shown.print(f"  skipped {name}: {reason}", highlight=False, soft_wrap=True)
+        if data.skipped:
+            from_first_process(lambda: write_json_atomically(folder / "skipped.json", data.skipped))
+        return _run_stages(settings, chosen, data, folder, shown)
+
+
+def run_folder(settings: FinetuneSettings) -> Path:
+    """Where a run with these settings keeps everything."""
+    data = settings.dataset.replace("/", "-") or ("digits" if settings.data is None else settings.data.stem)
+    return settings.output_dir / (settings.name or f"{data}-{settings.model}-{settings.recipe}")
+
+
+def _data_settings(settings: FinetuneSettings) -> DataSettings:
+    return DataSettings(**{option.name: getattr(settings, option.name) for option in fields(DataSettings)})
+
+
+# What makes it another model or other data, and so another run.
+_FIXED = ("data", "dataset", "val_fraction", "split_seed", "model", "model_args", "image_size", "recipe", "recipe_args")
+
+
+def _prepare_folder(folder: Path, settings: FinetuneSettings, resume: bool) -> None:
+    if (folder / SETTINGS_FILE).exists():
+        if not resume:
+            raise UserError(
+                f"{folder} holds an earlier run: go on with it with --resume {folder}, or choose another --name"
+            )
+        before = read_settings(folder)
+        changed = [name for name in _FIXED if getattr(before, name) != getattr(settings, name)]
+        if changed:
+            options = ", ".join("--" + name.replace("_", "-") for name in changed)
+            raise UserError(f"{folder} was begun with other {options}; choose another --name for a new run")
+    elif resume:
+        raise UserError(f"{folder}: no {SETTINGS_FILE} in there; expected the folder of an earlier run")
+    write_json_atomically(folder / SETTINGS_FILE, settings.as_dict())
+
+
+def _run_stages(
+    settings: FinetuneSettings, chosen: Recipe, data: PictureData, folder: Path, console: Console | None
+) -> FinetuneResult:
+    config = ClassifierConfig(
+        architecture=settings.model.removeprefix(_SHIFTADD_PREFIX),
+        classes=data.classes,
+        input=InputConfig(size=settings.image_size),
+        model_args=settings.parsed_model_args(),
+    )
+    recipes = (None, *stage_recipes(chosen))
+    model, config, finished = _start(settings, config, recipes[1], console)
+    teacher: nn.Module | None = None
+    results: list[StageResult] = []
+    stages = zip(STAGE_FOLDERS, recipes, (settings.stage0, settings.stage1, settings.stage2), strict=True)
+    for number, (name, stage_recipe, stage) in enumerate(stages):
+        if number > 0 and stage_recipe is None:
+            continue
+        if number > finished and stage_recipe is not None:
+            if config.recipe is None and settings.distill_weight > 0:
+                teacher = copy.deepcopy(model).requires_grad_(False)
+            report = reparameterize_(model, stage_recipe, verbose=False)
+            config = replace(config, recipe=stage_recipe)
+            describe_in(model, config)
+            if console is not None:
+                console.print(f"{len(report.layers)} layers replaced by recipe {stage_recipe.name}", highlight=False)
+        if number <= finished or stage.epochs == 0:
+            continue
+        if console is not None:
+            console.rule(name)
+        trained = train(model, data, config, stage, settings, folder=folder / name, teacher=teacher, console=console)
+        model = trained.model
+        results.append(StageResult(name, folder / name / BEST_FOLDER, trained.metrics))
+        from_first_process(lambda trained=trained, name=name: _draw(folder / name, name, trained))
+    if not results:
+        raise UserError("there is nothing to train: every stage has 0 epochs, or is finished already")
+    from_first_process(lambda: write_json_atomically(folder / "summary.json", _summary(settings, data, results)))
+    if console is not None:
+        _show(console, results, folder)
+    return FinetuneResult(tuple(results), model, folder)
+
+
+def _start(
+    settings: FinetuneSettings, config: ClassifierConfig, additive: Recipe | None, console: Console | None
+) -> tuple[nn.Module, ClassifierConfig, int]:
+    """The model to begin with, what it is, and the last stage that it has behind it (-1 for none)."""
+    path = settings.start_from
+    if path is None:
+        # Weights that are drawn, not loaded, are part of what the seed decides.
+        seed_everything(settings.seed)
+        return create_dense(config, settings.pretrained), config, -1
+    if path.is_dir() or path.name in (WEIGHTS_FILE, CONFIG_FILE):
+        found = read_config(path)
+        if found.frozen:
+            raise UserError(f"--start-from {path}: frozen for inference; expected a classifier that can be trained")
+        if (found.architecture, found.model_args) != (config.architecture, config.model_args):
+            raise UserError(
+                f"--start-from {path}: a {_describe(found)}, not a {_describe(config)}; "
+                "expected the same --model and --model-args"
+            )
+        if found.classes == config.classes:
+            if found.recipe not in (None, additive):
+                raise UserError(
+                    f"--start-from {path}: made by recipe {found.recipe.name}; "
+                    "expected a dense classifier, or stage 1 of the same recipe"
+                )
+            if found.recipe is not None and settings.distill_weight > 0:
+                raise UserError("--distill-weight needs the dense teacher: expected --start-from a dense classifier")
+            model = load(path)
+            config = replace(config, recipe=found.recipe)
+            describe_in(model, config)
+            return model, config, 0 if found.recipe is None else 1
+        if found.recipe is not None:
+            raise UserError(f"--start-from {path}: of other classes; expected a dense classifier to start from then")
+        path = (
+            path if path.name == WEIGHTS_FILE else path.parent / WEIGHTS_FILE if path.is_file() else path / WEIGHTS_FILE
+        )
+    seed_everything(settings.seed)  # a head for other classes is drawn
+    model = create_dense(config)
+    weights = read_weights(path)
+    _drop_other_head(model, weights, console)
+    load_weights(model, weights, path)
+    return model, config, -1
+
+
+def _describe(config: ClassifierConfig) -> str:
+    args = " ".join(f"{key}={value}" for key, value in config.model_args.items())
+    return f"{config.architecture} {args}".strip()
+
+
+def _drop_other_head(model: nn.Module, weights: dict[str, Tensor], console: Console | None) -> None:
+    """A head for another number of classes is left as the new model has it."""
+    head = model.pretrained_cfg.get("classifier", ())  # type: ignore[union-attr]
+    own = model.state_dict()
+    for name in (head,) if isinstance(head, str) else head:
+        for key in (f"{name}.weight", f"{name}.bias"):
+            if key in weights and key in own and weights[key].shape != own[key].shape:
+                if console is not None:
+                    console.print(f"{key} is for other classes: it starts anew", highlight=False)
+                weights[key] = own[key]
+
+
+def _draw(folder: Path, name: str, trained: TrainResult) -> None:
+    save_curves(trained.history, name, folder / "curves.png")
+    save_confusion(trained.metrics, name, folder / "confusion.png")
+
+
+def _summary(settings: FinetuneSettings, data: PictureData, results: list[StageResult]) -> dict[str, Any]:
+    return {
+        "data": data.name,
+        "model": settings.model,
+        "recipe": settings.recipe,
+        "classes": list(data.classes),
+        "pictures": {"train": len(data.train), "val": len(data.val), "skipped": len(data.skipped)},
+        "stages": [{"name": stage.name, "best": str(stage.best), **stage.metrics.as_dict()} for stage in results],
+    }
+
+
+def _show(console: Console, results: list[StageResult], folder: Path) -> None:
+    from rich.table import Table
+
+    table = Table("stage", "top-1", "top-5", "loss", "best classifier")
+    for column in table.columns[1:4]:
+        column.justify = "right"
+    for stage in results:
+        metrics = stage.metrics
+        table.add_row(stage.name, f"{metrics.top1:.2%}", f"{metrics.top5:.2%}", f"{metrics.loss:.4f}", str(stage.best))
+    console.print(table)
+    best = results[-1].best
+    console.print(f"Curves:  tensorboard --logdir {folder}", soft_wrap=True, highlight=False)
+    for command in (
+        f"shiftadd3d evaluate {best}",
+        f"shiftadd3d predict {best} PICTURE --show-routing",
+        f"shiftadd3d export {best} --out {folder / 'export'}",
+    ):
+        console.print(f"  {command}", soft_wrap=True, highlight=False)

@@ -1,0 +1,149 @@
+"""What a classifier's predictions are worth: accuracy, per class, calibration. Sums that processes can add up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class ClassMetrics:
+    """One class: pictures of it, pictures taken for it, and the shares of both that are right (None of none)."""
+
+    name: str
+    count: int
+    predicted: int
+    recall: float | None
+    precision: float | None
+
+
+@dataclass(frozen=True)
+class ClassificationMetrics:
+    """All of them, as shares (0 to 1)."""
+
+    count: int
+    """Pictures."""
+    top1: float
+    """Share of pictures whose class is the likeliest one."""
+    top5: float
+    """Share of pictures whose class is among the five likeliest (all, if there are fewer)."""
+    loss: float
+    """Cross-entropy in nats."""
+    calibration_error: float
+    """Expected calibration error, over 15 bins of confidence (Guo et al., ICML 2017)."""
+    mean_recall: float
+    """Mean over the classes that have pictures of the share found."""
+    classes: tuple[ClassMetrics, ...]
+    confusion: tuple[tuple[int, ...], ...]
+    """Pictures by class (rows) and predicted class (columns)."""
+
+    def as_dict(self) -> dict:
+        """The metrics in plain types, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ClassificationMetrics:
+        """The metrics that `as_dict` made `values` of, also after a round through JSON."""
+        return cls(
+            **{
+                **values,
+                "classes": tuple(ClassMetrics(**row) for row in values["classes"]),
+                "confusion": tuple(tuple(row) for row in values["confusion"]),
+            }
+        )
+
+    def table(self, title: str) -> Table:
+        """The metrics of all pictures and of each class, to print."""
+        from rich.table import Table
+
+        table = Table("class", "pictures", "recall", "precision", title=title, title_justify="left")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in self.classes:
+            table.add_row(row.name, str(row.count), _percent(row.recall), _percent(row.precision))
+        table.add_section()
+        table.add_row("all", str(self.count), _percent(self.top1), "")
+        table.caption = (
+            f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, mean recall {self.mean_recall:.2%}, "
+            f"loss {self.loss:.4f}, calibration error {self.calibration_error:.2%}"
+        )
+        table.caption_justify = "left"
+        return table
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+class MetricSums:
+    """Counts what `ClassificationMetrics` are made of, batch by batch."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self._confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        self._in_top5 = torch.zeros(1, dtype=torch.int64)
+        self._loss = torch.zeros(1, dtype=torch.float64)
+        # Count, correct and confidence of each bin.
+        self._bins = torch.zeros(3, _CALIBRATION_BINS, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            logits: [B, classes], any device and floating dtype.
+            targets: [B] int64.
+        """
+        logits, targets = logits.detach().float().cpu(), targets.cpu()
+        confidence, predicted = logits.softmax(-1).max(-1)
+        cells = targets * self.num_classes + predicted
+        self._confusion += torch.bincount(cells, minlength=self.num_classes**2).view_as(self._confusion)
+        best = logits.topk(min(5, self.num_classes), dim=-1).indices
+        self._in_top5 += (best == targets.unsqueeze(1)).any(-1).sum()
+        self._loss += F.cross_entropy(logits, targets, reduction="sum").double()
+        bins = (confidence.double() * _CALIBRATION_BINS).ceil().long().clamp(1, _CALIBRATION_BINS) - 1
+        values = torch.stack([torch.ones_like(confidence), (predicted == targets).float(), confidence]).double()
+        self._bins.index_add_(1, bins, values)
+
+    def sums(self) -> tuple[Tensor, ...]:
+        """Tensors whose sums over processes are those of all pictures; to be added up in place."""
+        return self._confusion, self._in_top5, self._loss, self._bins
+
+    def result(self, classes: Sequence[str]) -> ClassificationMetrics:
+        """The metrics of what was counted; at least one picture."""
+        confusion = self._confusion
+        count = int(confusion.sum())
+        right, actual, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
+        rows = tuple(
+            ClassMetrics(
+                name,
+                int(actual[i]),
+                int(predicted[i]),
+                float(right[i] / actual[i]) if actual[i] else None,
+                float(right[i] / predicted[i]) if predicted[i] else None,
+            )
+            for i, name in enumerate(classes)
+        )
+        recalls = [row.recall for row in rows if row.recall is not None]
+        in_bin, correct, confidence = self._bins
+        return ClassificationMetrics(
+            count=count,
+            top1=float(right.sum() / count),
+            top5=float(self._in_top5 / count),
+            loss=float(self._loss / count),
+            # |accuracy - confidence| of a bin times the bin's share of the pictures.
+            calibration_error=float((correct - confidence).abs().sum() / in_bin.sum()),
+            mean_recall=sum(recalls) / len(recalls),
+            classes=rows,
+            confusion=tuple(tuple(row) for row in confusion.tolist()),
+        )

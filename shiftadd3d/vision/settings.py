@@ -1,0 +1,245 @@
+"""What fine-tuning does, as dataclasses: the arguments of `shiftadd3d finetune`, and of the functions behind it.
+
+Nothing heavy is imported here, so that the command line can show its help at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from shiftadd3d._errors import UserError
+
+_Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+_KeyValues = Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE")]
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which pictures."""
+
+    data: _Path = None
+    """An ImageFolder (class folders, alone or in train/ and val/), a .zip of one, or a folder of Hugging Face datasets
+    (saved to disk, or Parquet files). If not set, scikit-learn's digits."""
+    dataset: str = ""
+    """A torchvision set by timm's name, torch/cifar10 or the like, that lies in the folder --data."""
+    val_fraction: float | None = None
+    """Hold out this share of the training pictures, the same ones in every run. If not set, the data's own validation
+    split, or 0.1 where there is none."""
+    split_seed: int = 0
+    """Which pictures are held out."""
+    check: bool = True
+    """Read every picture before training, and leave out and list what cannot be read. Switch it off for millions."""
+
+    def __post_init__(self) -> None:
+        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
+            raise UserError(f"--val-fraction {self.val_fraction:g}: expected a number between 0 and 1")
+        if self.dataset and not self.dataset.startswith("torch/"):
+            raise UserError(
+                f"--dataset {self.dataset}: expected a torchvision set by timm's name, such as torch/cifar10"
+            )
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """How one stage trains."""
+
+    epochs: int = 10
+    """Passes over the training pictures; 0 leaves the stage out."""
+    lr: float = 1e-3
+    """Highest learning rate; a cosine ends at 1% of it."""
+    warmup_epochs: float = 1.0
+    """Epochs in which the learning rate climbs."""
+    layer_decay: float | None = None
+    """Learning rate of each block as a share of that of the block after it. If not set, all alike."""
+    freeze_backbone: bool = False
+    """Train the classifier (the head) alone."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise UserError(f"epochs must not be negative, not {self.epochs}")
+        if not 0 < self.lr < float("inf"):
+            raise UserError(f"the learning rate must be positive, not {self.lr:g}")
+        if self.warmup_epochs < 0:
+            raise UserError(f"warmup epochs must not be negative, not {self.warmup_epochs:g}")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise UserError(f"layer decay must be above 0 and at most 1, not {self.layer_decay:g}")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What all stages of a training have in common."""
+
+    batch_size: int = 64
+    """Pictures a step, over all processes together."""
+    opt: str = "adamw"
+    """timm's name of an optimizer."""
+    weight_decay: float = 0.05
+    """Weight decay; biases, norms, and the shifts and signs of shift layers have none."""
+    clip_grad: float | None = 1.0
+    """Largest norm of a step's gradient."""
+    label_smoothing: float = 0.1
+    """Share of the target that goes to all classes alike."""
+    mixup: float = 0.0
+    """Mix pairs of pictures, with weights from Beta(this, this); 0 for none. The paper: 0.8."""
+    cutmix: float = 0.0
+    """Paste a part of one picture into another; 0 for none. The paper: 1."""
+    hflip: float = 0.5
+    """Probability of mirroring a picture."""
+    min_scale: float = 0.08
+    """Smallest share of a picture that a random crop keeps."""
+    color_jitter: float = 0.4
+    """Strength of random brightness, contrast and saturation."""
+    auto_augment: str | None = None
+    """timm's description of an augmentation policy, such as rand-m9-mstd0.5-inc1."""
+    random_erase: float = 0.0
+    """Probability of erasing a rectangle."""
+    ema: float | None = None
+    """Evaluate and keep a moving average of the weights with this decay, 0.9998 say."""
+    amp: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What to compute in; weights stay float32."""
+    moe_weight: float = 0.01
+    """Weight of the mixtures' latency-aware balance losses."""
+    distill_weight: float = 0.0
+    """Share of the loss in stages 1 and 2 that compares with the dense teacher's predictions; 0 for none."""
+    distill_temperature: float = 2.0
+    """Temperature of that comparison."""
+    seed: int = 0
+    """Seed of everything random."""
+    workers: int | None = None
+    """Processes that read pictures. If not set, 0 on a CPU, up to 8 with a GPU."""
+    device: str | None = None
+    """Where to train: cpu, cuda, cuda:1. If not set, a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size {self.batch_size}: expected 1 or more")
+        if not 0 <= self.distill_weight <= 1:
+            raise UserError(f"--distill-weight {self.distill_weight:g}: expected a number from 0 to 1")
+        if not self.distill_temperature > 0:
+            raise UserError(f"--distill-temperature {self.distill_temperature:g}: expected a positive number")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"--label-smoothing {self.label_smoothing:g}: expected a number from 0 to less than 1")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"--ema {self.ema:g}: expected a number between 0 and 1")
+        if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
+            raise UserError(f"--batch-size {self.batch_size}: mixup and cutmix mix pairs; expected an even number")
+
+
+@dataclass(frozen=True)
+class FinetuneSettings(DataSettings, TrainSettings):
+    """The whole way from pictures to a ShiftAdd classifier."""
+
+    model: str = "deit_tiny_patch16_224"
+    """timm's name of the model."""
+    model_args: _KeyValues = ()
+    """Arguments for the model beyond timm's own: embed_dim=96 depth=6 drop_path_rate=0.1."""
+    image_size: int = 224
+    """Pixels on a side of what the model sees."""
+    pretrained: bool = False
+    """Start from timm's pretrained weights (a download)."""
+    start_from: _Path = None
+    """Start from a saved classifier: a dense one saves stage 0, an additive one stages 0 and 1. Or from weights that
+    timm's training script saved (.pth.tar, .safetensors)."""
+    recipe: str = "add+shift-attn+moe"
+    """What the model becomes: mult, add, add+shift-attn, add+shift, add+shift-attn+moe or moe."""
+    recipe_args: _KeyValues = ()
+    """Changes to the recipe: bits=5 terms=2 mode=PS binarizer=hash."""
+    stage0: StageSettings = field(default_factory=StageSettings)
+    """Stage 0 trains the dense model, the one with multiplications."""
+    stage1: StageSettings = field(default_factory=StageSettings)
+    """Stage 1 turns attention's products into additions."""
+    stage2: StageSettings = field(default_factory=StageSettings)
+    """Stage 2 turns linear layers into shifts and mixtures of experts."""
+    output_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("outputs")
+    """Where the run's folder goes."""
+    name: str | None = None
+    """Name of the run's folder. If not set, made of the data's, the model's and the recipe's."""
+
+    def __post_init__(self) -> None:
+        DataSettings.__post_init__(self)
+        TrainSettings.__post_init__(self)
+        if self.image_size < 8:
+            raise UserError(f"--image-size {self.image_size}: expected 8 or more")
+        if self.pretrained and self.start_from is not None:
+            raise UserError("--pretrained and --start-from: expected one of the two")
+        self.parsed_model_args()
+        self.parsed_recipe_args()
+
+    def parsed_model_args(self) -> dict[str, Any]:
+        """`model_args` by name, with Python's values."""
+        return parse_key_values("--model-args", self.model_args)
+
+    def parsed_recipe_args(self) -> dict[str, Any]:
+        """`recipe_args` by name, with Python's values."""
+        return parse_key_values("--recipe-args", self.recipe_args)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings in plain types, for JSON."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FinetuneSettings:
+        """The settings that `as_dict` made `values` of, also after a round through JSON.
+
+        Raises:
+            UserError: for a field or a value that does not exist.
+        """
+        known = {option.name for option in fields(FinetuneSettings)}
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            raise UserError(f"there are no settings {', '.join(unknown)}")
+        values = dict(values)
+        for key in ("data", "start_from", "output_dir"):
+            if values.get(key) is not None:
+                values[key] = Path(values[key])
+        for key in ("model_args", "recipe_args"):
+            values[key] = tuple(values.get(key, ()))
+        for key in ("stage0", "stage1", "stage2"):
+            if key in values:
+                values[key] = StageSettings(**values[key])
+        return cls(**values)
+
+
+SETTINGS_FILE = "settings.json"
+
+
+def read_settings(run: Path) -> FinetuneSettings:
+    """The settings of an earlier run, in its folder.
+
+    Raises:
+        UserError: it is no run's folder, or of another version.
+    """
+    file = run / SETTINGS_FILE
+    try:
+        return FinetuneSettings.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(
+            f"{run}: no {SETTINGS_FILE} in there ({error.strerror or error}); expected the folder of an earlier run"
+        ) from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: not the settings of a run of this version ({error})") from None
+
+
+def parse_key_values(option: str, words: tuple[str, ...]) -> dict[str, Any]:
+    """("depth=6", "act_layer=gelu") by name; values are Python literals, or else strings.
+
+    Raises:
+        UserError: a word without `=`.
+    """
+    values: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"{option} {word}: expected KEY=VALUE")
+        try:
+            values[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[key] = text
+    return values
