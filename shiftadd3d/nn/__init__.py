@@ -3,14 +3,13 @@
 It needs torch only and knows no model.
 """
 
-from shiftadd3d.nn.add import (
+from shiftadd3d.nn.add import AddAttention, TokenConv, TokenConv2d, first_query_weights, linear_add_attention
+from shiftadd3d.nn.binarize import (
     BINARIZERS,
-    AddAttention,
+    HashBinarizer,
+    RandomBinarizer,
     SignBinarizer,
-    TokenConv,
     binarize,
-    first_query_weights,
-    linear_add_attention,
     make_binarizer,
 )
 from shiftadd3d.nn.moe import (
@@ -45,10 +44,12 @@ __all__ = [
     "BINARIZERS",
     "RECIPES",
     "AddAttention",
+    "HashBinarizer",
     "MoE",
     "MoELinear",
     "MoEMlp",
     "PackedShiftLinear",
+    "RandomBinarizer",
     "Recipe",
     "ReparameterizationReport",
     "ReparameterizedLayer",
@@ -56,6 +57,7 @@ __all__ = [
     "ShiftLinear",
     "SignBinarizer",
     "TokenConv",
+    "TokenConv2d",
     "UntouchedLayer",
     "balance_loss",
     "binarize",

@@ -10,64 +10,27 @@ linear-angular similarity and the depthwise convolution on the values.
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.nn.binarize import Codes, make_binarizer
 
-Codes = Literal["pm1", "01"]
-CODES = ("pm1", "01")
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Order = Literal["auto", "linear", "quadratic"]
 ORDERS = ("auto", "linear", "quadratic")
 
-# Similarities are at least 1/2 - 1/pi = 0.18, so a row sum below this has no key at all.
+# Similarities are at least 1/2 - 1/pi = 0.18, so a row sum below this has no key at all. With a bias added to them
+# there is no such bound.
 _LEAST_ROW_SUM = 0.1
-
-
-class _Binarize(Function):
-    """Threshold at zero; the gradient is that of a line clipped at +-clip."""
-
-    @staticmethod
-    def forward(x: Tensor, codes: str, clip: float) -> Tensor:
-        bit = (x >= 0).to(x.dtype)
-        return bit if codes == "01" else bit.mul_(2).sub_(1)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, ctx.codes, ctx.clip = inputs
-        ctx.save_for_backward(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        # From -clip to clip the line climbs by 2 for +-1 codes and by 1 for 0/1 codes.
-        slope = (1.0 if ctx.codes == "pm1" else 0.5) / ctx.clip
-        return grad * (x.abs() <= ctx.clip).to(grad.dtype).mul_(slope), None, None
-
-
-def binarize(x: Tensor, codes: Codes = "pm1", clip: float = 1.0) -> Tensor:
-    """Binary codes of `x`: +1 where x >= 0 (either zero counts), else -1 ("pm1") or 0 ("01").
-
-    Differentiable by a clipped straight-through estimator: the gradient is that of ``clamp(x / clip, -1, 1)`` for
-    "pm1" and of ``clamp((x / clip + 1) / 2, 0, 1)`` for "01", so it vanishes where ``|x| > clip``.
-
-    Args:
-        x: any shape, any floating dtype.
-
-    Returns:
-        Codes of the shape and dtype of `x`.
-
-    Raises:
-        UserError: for codes that do not exist.
-    """
-    if codes not in CODES:
-        raise UserError(f"codes must be one of {', '.join(CODES)}, not {codes!r}")
-    return _Binarize.apply(x, codes, clip)
+_LEAST_BIASED_ROW_SUM = 1e-6
 
 
 def linear_add_attention(
@@ -76,7 +39,9 @@ def linear_add_attention(
     v: Tensor,  # [B, H, M, E]
     *,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
     order: Order = "auto",
+    dropout_p: float = 0.0,
 ) -> Tensor:  # [B, H, N, E]
     """Linear-angular attention of binary codes.
 
@@ -90,20 +55,23 @@ def linear_add_attention(
         v: values.
         mask: bool, True where a key counts: [B, M], or [.., .., 1 or N, M] broadcasting to [B, H, N, M]. A query that
             sees no key gives zeros. A mask that differs from query to query needs the quadratic order.
+        bias: added to the similarities, which stay at least zero: ``s_ij = max(0, 1/2 + q_i . k_j / (pi D) + b_ij)``;
+            broadcasts to [B, H, N, M] (a relative position bias; minus infinity shuts a key out). Needs the quadratic
+            order.
         order: "linear" for ``q (k^T v)``, "quadratic" for ``(q k^T) v``, "auto" for the one with fewer additions. The
             results differ by rounding only.
+        dropout_p: probability with which an entry of the attention map is dropped (the others grow to make up for it),
+            as in softmax attention. Only the quadratic order has a map.
 
     Raises:
-        UserError: for an order that does not exist, or the linear order with a mask per query.
+        UserError: for an order that does not exist, or the linear order with what needs the quadratic one.
     """
     mask = _broadcastable(mask)
-    order = _choose_order(order, q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], mask)
+    order = _choose_order(order, q, k, v, mask, bias, dropout_p)
     scale = 1 / (math.pi * q.shape[-1])
     if order == "quadratic":
-        similarity = (q @ k.transpose(-2, -1)) * scale + 0.5
-        if mask is not None:
-            similarity = similarity * mask
-        return (similarity @ v) / similarity.sum(-1, keepdim=True).clamp(min=_LEAST_ROW_SUM)
+        attention = _normalize((q @ k.transpose(-2, -1)) * scale + 0.5, mask, bias)
+        return F.dropout(attention, dropout_p) @ v
     if mask is not None:
         key_mask = mask.transpose(-2, -1)  # [.., .., M, 1]
         k, v = k * key_mask, v * key_mask
@@ -117,22 +85,32 @@ def linear_add_attention(
     return numerator / row_sum.clamp(min=_LEAST_ROW_SUM)
 
 
-def first_query_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+def first_query_weights(q: Tensor, k: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """How the first query attends, without the other rows of the attention map.
 
     Args:
         q: codes [B, H, N, D]; only the first query is read.
         k: codes [B, H, M, D].
         mask: as in `linear_add_attention`.
+        bias: as in `linear_add_attention`.
 
     Returns:
         [B, H, M], the first row of the map that `linear_add_attention` applies; sums to 1 where any key counts.
     """
+    mask, bias = _broadcastable(mask), _checked_bias(bias)
     similarity = (k @ q[..., 0, :].unsqueeze(-1)).squeeze(-1) / (math.pi * q.shape[-1]) + 0.5
-    mask = _broadcastable(mask)
+    return _normalize(similarity, None if mask is None else mask[..., 0, :], None if bias is None else bias[..., 0, :])
+
+
+def _normalize(similarity: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Rows of similarities [..., M], masked and biased, as rows of an attention map."""
+    least = _LEAST_ROW_SUM
+    if bias is not None:
+        similarity = (similarity + bias).relu()
+        least = _LEAST_BIASED_ROW_SUM
     if mask is not None:
-        similarity = similarity * mask[..., 0, :]
-    return similarity / similarity.sum(-1, keepdim=True).clamp(min=_LEAST_ROW_SUM)
+        similarity = similarity * mask
+    return similarity / similarity.sum(-1, keepdim=True).clamp(min=least)
 
 
 def _broadcastable(mask: Tensor | None) -> Tensor | None:
@@ -146,54 +124,33 @@ def _broadcastable(mask: Tensor | None) -> Tensor | None:
     return mask[:, None, None] if mask.dim() == 2 else mask
 
 
-def _choose_order(order: Order, queries: int, keys: int, code: int, value: int, mask: Tensor | None) -> Order:
+def _checked_bias(bias: Tensor | None) -> Tensor | None:
+    if bias is not None and (bias.dim() < 2 or not bias.is_floating_point()):
+        raise UserError(
+            f"the attention bias must hold floats and have at least 2 dimensions [N, M], not {bias.dtype} and "
+            f"{bias.dim()}; what shuts keys out is a mask"
+        )
+    return bias
+
+
+def _choose_order(
+    order: Order, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dropout_p: float
+) -> Order:
     if order not in ORDERS:
         raise UserError(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
-    if mask is not None and mask.shape[-2] != 1:
-        if order == "linear":
-            raise UserError("the linear order sums over keys once for all queries: a mask per query needs 'quadratic'")
-        return "quadratic"
+    for present, what in (
+        (mask is not None and mask.shape[-2] != 1, "a mask for each query"),
+        (bias is not None, "an attention bias"),
+        (dropout_p > 0, "dropout in the attention map"),
+    ):
+        if present and order == "linear":
+            raise UserError(f"the linear order sums over the keys once for all queries: {what} needs 'quadratic'")
+        if present:
+            return "quadratic"
     if order != "auto":
         return order
+    queries, keys, code, value = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
     return "linear" if (queries + keys) * code * value <= queries * keys * (code + value) else "quadratic"
-
-
-class SignBinarizer(nn.Module):
-    """Vanilla binarisation: the sign of each feature ("sign").
-
-    A code does not see how long its token is, so the estimator's clipping range should not either: for the gradient,
-    tokens are brought to a root mean square of 1 first.
-    """
-
-    def __init__(self, head_dim: int, num_heads: int, codes: Codes = "pm1") -> None:
-        super().__init__()
-        if codes not in CODES:
-            raise UserError(f"codes must be one of {', '.join(CODES)}, not {codes!r}")
-        self.codes: Codes = codes
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, H, N, D] -> [B, H, N, D]
-        if torch.is_grad_enabled() and x.requires_grad:
-            with torch.no_grad():
-                scale = x.square().mean(-1, keepdim=True).add_(torch.finfo(x.dtype).tiny).rsqrt_()
-            x = x * scale
-        return binarize(x, self.codes)
-
-    def extra_repr(self) -> str:
-        return f"codes={self.codes!r}"
-
-
-BINARIZERS: dict[str, type[nn.Module]] = {"sign": SignBinarizer}
-
-
-def make_binarizer(name: str, head_dim: int, num_heads: int, codes: Codes = "pm1") -> nn.Module:
-    """The binarizer called `name`: a module from features [B, H, N, D] to codes [B, H, N, D'].
-
-    Raises:
-        UserError: listing the names, if there is none of that name.
-    """
-    if name not in BINARIZERS:
-        raise UserError(f"binarizer must be one of {', '.join(BINARIZERS)}, not {name!r}")
-    return BINARIZERS[name](head_dim, num_heads, codes)
 
 
 class TokenConv(nn.Module):
@@ -209,11 +166,7 @@ class TokenConv(nn.Module):
 
     def __init__(self, num_heads: int, kernel_size: int) -> None:
         super().__init__()
-        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-            raise UserError(
-                f"the kernel size of the convolution on the values must be odd and positive, not {kernel_size!r}"
-            )
-        self.num_heads, self.kernel_size = num_heads, kernel_size
+        self.num_heads, self.kernel_size = num_heads, _checked_kernel_size(kernel_size)
         self.weight = nn.Parameter(torch.zeros(num_heads, 1, kernel_size, 1))
 
     def forward(self, v: Tensor) -> Tensor:  # [B, H, N, E] -> [B, H, N, E]
@@ -223,20 +176,86 @@ class TokenConv(nn.Module):
         return f"num_heads={self.num_heads}, kernel_size={self.kernel_size}"
 
 
+class TokenConv2d(nn.Module):
+    """Depthwise convolution of the values over the grid that the tokens of an image lie on, one kernel a channel.
+
+    `TokenConv` for images: it starts at zero too. Class and register tokens lie on no grid; they get zeros, and no
+    neighbour sees them.
+
+    Args:
+        channels: H * E, all heads together.
+        kernel_size: odd number of tokens along either side.
+        num_prefix_tokens: class and register tokens before the grid.
+        grid: its height and width in tokens; None for a square of whatever size.
+    """
+
+    def __init__(
+        self, channels: int, kernel_size: int, num_prefix_tokens: int = 0, grid: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__()
+        self.channels, self.kernel_size = channels, _checked_kernel_size(kernel_size)
+        self.num_prefix_tokens, self.grid = num_prefix_tokens, grid
+        self.weight = nn.Parameter(torch.zeros(channels, 1, kernel_size, kernel_size))
+
+    def forward(self, v: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Convolve.
+
+        Args:
+            v: [B, H, prefix + h * w, E], the grid row by row.
+            grid: (h, w), where it is another one than that of the constructor.
+
+        Returns:
+            The shape of `v`.
+
+        Raises:
+            UserError: if that many tokens are no such grid.
+        """
+        prefix, tokens = self.num_prefix_tokens, v.shape[-2] - self.num_prefix_tokens
+        height, width = grid or self.grid or (math.isqrt(max(tokens, 0)),) * 2
+        if height * width != tokens:
+            raise UserError(
+                f"{v.shape[-2]} tokens are not {prefix} prefix tokens and a grid of {height} x {width}; a grid that "
+                "is no square must be given to the convolution on the values"
+            )
+        image = v[:, :, prefix:].transpose(-2, -1).reshape(v.shape[0], -1, height, width)  # [B, H * E, h, w]
+        image = F.conv2d(image, self.weight, padding=self.kernel_size // 2, groups=self.channels)
+        out = image.unflatten(1, (v.shape[1], -1)).flatten(-2).transpose(-2, -1)
+        return F.pad(out, (0, 0, prefix, 0)) if prefix else out
+
+    def extra_repr(self) -> str:
+        return (
+            f"channels={self.channels}, kernel_size={self.kernel_size}, num_prefix_tokens={self.num_prefix_tokens}, "
+            f"grid={self.grid}"
+        )
+
+
+def _checked_kernel_size(kernel_size: int) -> int:
+    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise UserError(
+            f"the kernel size of the convolution on the values must be odd and positive, not {kernel_size!r}"
+        )
+    return kernel_size
+
+
 class AddAttention(nn.Module):
-    """Multi-head self-attention whose products with queries and keys are additions.
+    """Multi-head attention whose products with queries and keys are additions.
 
     Args:
         dim: token width C.
-        num_heads: must divide `dim`.
+        num_heads: must divide `dim`, unless `head_dim` is given.
         qkv_bias: biases for the query, key and value projections.
         out_bias: bias for the output projection.
         binarizer: how queries and keys become codes, a name in `BINARIZERS`.
         codes: "pm1" for codes of -1 and +1, "01" for 0 and 1.
         dwconv: kernel size of the convolution on the values along the sequence, 0 for none; or a module from values
-            [B, H, N, C / H] to the same shape, for tokens that lie otherwise (an image, say).
+            [B, H, N, D] to the same shape, for tokens that lie otherwise (`TokenConv2d`).
         order: see `linear_add_attention`.
         dropout: probability for the output.
+        attn_dropout: probability for the entries of the attention map in training, in the quadratic order.
+        head_dim: width D of a head; None for ``dim / num_heads``.
+        context_dim: token width of the context in cross attention; None for `dim`.
+        code_dim: bits of a code; None for `head_dim`.
+        share_codes: one binarizer for queries and keys; otherwise each has its own, and they start alike.
 
     Shapes: x [B, N, C] to [B, N, C]. The projections are `q_fc`, `k_fc`, `v_fc`, `out_fc`.
     """
@@ -252,21 +271,31 @@ class AddAttention(nn.Module):
         dwconv: int | nn.Module = 0,
         order: Order = "auto",
         dropout: float = 0.0,
+        attn_dropout: float = 0.0,
+        *,
+        head_dim: int | None = None,
+        context_dim: int | None = None,
+        code_dim: int | None = None,
+        share_codes: bool = False,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
+        if num_heads < 1 or (head_dim is None and dim % num_heads):
             raise UserError(f"num_heads must divide dim; {num_heads} does not divide {dim}")
         if order not in ORDERS:
             raise UserError(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
-        self.num_heads, self.dropout = num_heads, dropout
+        if attn_dropout > 0 and order == "linear":
+            raise UserError("dropout in the attention map needs the quadratic order: order 'auto' or 'quadratic'")
+        self.num_heads, self.dropout, self.attn_dropout = num_heads, dropout, attn_dropout
         self.order: Order = order
-        head_dim = dim // num_heads
-        self.q_fc = nn.Linear(dim, dim, bias=qkv_bias)
-        self.k_fc = nn.Linear(dim, dim, bias=qkv_bias)
-        self.v_fc = nn.Linear(dim, dim, bias=qkv_bias)
-        self.out_fc = nn.Linear(dim, dim, bias=out_bias)
-        self.q_code = make_binarizer(binarizer, head_dim, num_heads, codes)
-        self.k_code = make_binarizer(binarizer, head_dim, num_heads, codes)
+        head_dim = dim // num_heads if head_dim is None else head_dim
+        context_dim = dim if context_dim is None else context_dim
+        self.q_fc = nn.Linear(dim, num_heads * head_dim, bias=qkv_bias)
+        self.k_fc = nn.Linear(context_dim, num_heads * head_dim, bias=qkv_bias)
+        self.v_fc = nn.Linear(context_dim, num_heads * head_dim, bias=qkv_bias)
+        self.out_fc = nn.Linear(num_heads * head_dim, dim, bias=out_bias)
+        self.q_code = make_binarizer(binarizer, head_dim, num_heads, codes, code_dim)
+        # A copy: random functions tell how similar queries and keys are only if they are the same ones for both.
+        self.k_code = None if share_codes else copy.deepcopy(self.q_code)
         if isinstance(dwconv, nn.Module):
             self.dwconv: nn.Module | None = dwconv
         else:
@@ -281,13 +310,33 @@ class AddAttention(nn.Module):
         out_fc: nn.Module,
         num_heads: int,
         **kwargs,
-    ) -> AddAttention:
+    ) -> Self:
         """An attention layer that takes over the given projections (the very modules, not copies).
 
         The four are `nn.Linear` or anything else with `in_features` and `out_features`; device, dtype and training flag
         are those of `q_fc`. `kwargs` are those of the constructor.
+
+        Raises:
+            UserError: if the projections do not fit each other.
         """
-        layer = cls(cast(nn.Linear, q_fc).in_features, num_heads, **kwargs)
+        q, k, v, out = (cast(nn.Linear, fc) for fc in (q_fc, k_fc, v_fc, out_fc))
+        if q.out_features != k.out_features or q.out_features % num_heads or v.out_features % num_heads:
+            raise UserError(
+                f"queries and keys must be equally wide and {num_heads} heads must divide them and the values; their "
+                f"widths are {q.out_features}, {k.out_features} and {v.out_features}"
+            )
+        if k.in_features != v.in_features or out.in_features != v.out_features:
+            raise UserError(
+                f"keys and values are projected from the same tokens, not from widths {k.in_features} and "
+                f"{v.in_features}, and the output from the values: {v.out_features} wide, not {out.in_features}"
+            )
+        layer = cls(
+            q.in_features,
+            num_heads,
+            head_dim=q.out_features // num_heads,
+            context_dim=k.in_features,
+            **kwargs,
+        )
         example = next(q_fc.parameters(), None)
         if example is not None:
             layer = layer.to(example)
@@ -296,29 +345,70 @@ class AddAttention(nn.Module):
         return layer
 
     def forward(
-        self, x: Tensor, return_weights: bool = False, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        return_weights: bool = False,
+        mask: Tensor | None = None,
+        *,
+        context: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attend within each sequence.
+        """Attend within each sequence, or from it to a context.
 
         Args:
             x: [B, N, C].
-            return_weights: also return how the first token attends, [B, N]: the first row of the attention map, the
+            return_weights: also return how the first token attends, [B, M]: the first row of the attention map, the
                 mean over the heads (GNT reads the volume rendering weights of a ray off it).
-            mask: bool [B, N], True where a token may be attended to.
+            mask: bool [B, M], True where a token may be attended to; or one for each query, [.., .., N, M].
+            context: tokens [B, M, context_dim] that are attended to; None for x itself.
+            bias: added to the similarities, see `linear_add_attention`.
 
         Returns:
-            [B, N, C], or that and the weights [B, N].
+            [B, N, C], or that and the weights [B, M].
+
+        Raises:
+            UserError: for a context in a layer with a convolution, which is over the values at the queries' own places.
         """
+        if context is not None and self.dwconv is not None:
+            raise UserError("cross attention has no convolution on the values: make the layer with dwconv=0")
+        context = x if context is None else context
         q, k, v = (
-            fc(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for fc in (self.q_fc, self.k_fc, self.v_fc)
+            self.split_heads(self.q_fc(x)),
+            self.split_heads(self.k_fc(context)),
+            self.split_heads(self.v_fc(context)),
         )
-        q, k = self.q_code(q), self.k_code(k)
-        out = linear_add_attention(q, k, v, mask=mask, order=self.order)
+        out, weights = self.attend(q, k, v, mask, bias, return_weights)
+        out = F.dropout(self.out_fc(out.transpose(1, 2).flatten(-2)), self.dropout, self.training)
+        return out if weights is None else (out, weights)
+
+    def split_heads(self, x: Tensor) -> Tensor:  # [B, N, H * D] -> [B, H, N, D]
+        """The heads of a projection."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def attend(
+        self,
+        q: Tensor,  # [B, H, N, D]
+        k: Tensor,  # [B, H, M, D]
+        v: Tensor,  # [B, H, M, E]
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        return_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """From projected queries, keys and values to the heads' outputs [B, H, N, E], before the output projection.
+
+        Classes derived from this one call it where theirs would call `F.scaled_dot_product_attention`. The second
+        value is the first query's attention [B, M], None unless asked for.
+        """
+        q_code, k_code = (
+            self.q_code(q).to(v.dtype),
+            (self.q_code if self.k_code is None else self.k_code)(k).to(v.dtype),
+        )
+        dropout_p = self.attn_dropout if self.training else 0.0
+        out = linear_add_attention(q_code, k_code, v, mask=mask, bias=bias, order=self.order, dropout_p=dropout_p)
         if self.dwconv is not None:
             out = out + self.dwconv(v)
-        out = self.out_fc(out.transpose(1, 2).flatten(-2))
-        out = F.dropout(out, self.dropout, self.training)
-        return (out, first_query_weights(q, k, mask).mean(1)) if return_weights else out
+        return out, first_query_weights(q_code, k_code, mask, bias).mean(1) if return_weights else None
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, order={self.order!r}, dropout={self.dropout}"
+        text = f"num_heads={self.num_heads}, order={self.order!r}, dropout={self.dropout}"
+        return f"{text}, attn_dropout={self.attn_dropout}" if self.attn_dropout else text

@@ -25,7 +25,8 @@ from torch import nn
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.nn import power_of_two
-from shiftadd3d.nn.add import BINARIZERS, CODES, ORDERS, AddAttention
+from shiftadd3d.nn.add import ORDERS, AddAttention
+from shiftadd3d.nn.binarize import BINARIZERS, CODES
 from shiftadd3d.nn.moe import GATES, MoE, MoELinear, MoEMlp, latency_weights
 from shiftadd3d.nn.shift import SHIFT_MODES, PackedShiftLinear, ShiftLinear
 
@@ -103,8 +104,14 @@ class Recipe:
     """How queries and keys become codes."""
     codes: Literal["pm1", "01"] = "pm1"
     """Codes of -1 and +1, or of 0 and 1."""
+    code_dim: int | None = None
+    """Bits of a code for each head; None for one a feature. Only "random" and "hash" have codes of other lengths."""
+    share_codes: bool = False
+    """One binarizer for queries and keys."""
     dwconv: int = 9
     """Kernel size of the depthwise convolution on the values, odd; 0 for none. The paper's released code has 9."""
+    dwconv2d: int = 3
+    """The same where tokens lie on a known grid, that is, images: along either side of the grid."""
     order: Literal["auto", "linear", "quadratic"] = "auto"
     """Order of the products in attention; "auto" takes the cheaper."""
     gate: Literal["unit", "probability"] = "unit"
@@ -124,8 +131,12 @@ class Recipe:
             if value not in allowed:
                 raise UserError(f"{option} must be one of {', '.join(allowed)}, not {value!r}")
         power_of_two.check_format(self.bits, self.terms)
-        if self.dwconv < 0 or (self.dwconv and self.dwconv % 2 == 0):
-            raise UserError(f"dwconv must be 0 or an odd number of tokens, not {self.dwconv}")
+        if self.code_dim is not None and self.code_dim < 1:
+            raise UserError(f"code_dim must be a positive number of bits, not {self.code_dim}")
+        for option in ("dwconv", "dwconv2d"):
+            size = getattr(self, option)
+            if size < 0 or (size and size % 2 == 0):
+                raise UserError(f"{option} must be 0 or an odd number of tokens, not {size}")
         if isinstance(self.latencies, str):
             if self.latencies != "measure":
                 raise UserError(f"latencies must be two numbers or 'measure', not {self.latencies!r}")
@@ -170,7 +181,14 @@ class Recipe:
 
     def add_options(self) -> dict:
         """Keyword arguments for `AddAttention`."""
-        return {"binarizer": self.binarizer, "codes": self.codes, "dwconv": self.dwconv, "order": self.order}
+        return {
+            "binarizer": self.binarizer,
+            "codes": self.codes,
+            "code_dim": self.code_dim,
+            "share_codes": self.share_codes,
+            "dwconv": self.dwconv,
+            "order": self.order,
+        }
 
 
 RECIPES: dict[str, Recipe] = {

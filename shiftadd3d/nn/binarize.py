@@ -1,0 +1,334 @@
+"""Binary codes of queries and keys.
+
+`binarize` is the one definition of a code and of its straight-through gradient. The binarizers differ in what they
+threshold: the features themselves ("sign"), random projections of them ("random"), or hash functions that are fitted so
+that codes agree where a pretrained attention is high ("hash").
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from shiftadd3d._errors import UserError
+
+Codes = Literal["pm1", "01"]
+CODES = ("pm1", "01")
+
+#: Support tokens of a head's hash functions. EcoFormer has 25.
+NUM_SUPPORTS = 32
+
+# Fitted products of codes follow standardised logits up to here. Lower values follow the largest ones less closely but
+# use more of the codes' range, without which the linear-angular map stays flat.
+_LARGEST_TARGET = 1.0
+# Turns after which a bit hardly gets better.
+_TURNS = 10
+# Added to the diagonal of the second moments, as a share of it.
+_DAMPING = 1e-3
+
+
+class _Binarize(Function):
+    """Threshold at zero; the gradient is that of a line clipped at +-clip."""
+
+    @staticmethod
+    def forward(x: Tensor, codes: str, clip: float) -> Tensor:
+        bit = (x >= 0).to(x.dtype)
+        return bit if codes == "01" else bit.mul_(2).sub_(1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, ctx.codes, ctx.clip = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        # From -clip to clip the line climbs by 2 for +-1 codes and by 1 for 0/1 codes.
+        slope = (1.0 if ctx.codes == "pm1" else 0.5) / ctx.clip
+        return grad * (x.abs() <= ctx.clip).to(grad.dtype).mul_(slope), None, None
+
+
+def binarize(x: Tensor, codes: Codes = "pm1", clip: float = 1.0) -> Tensor:
+    """Binary codes of `x`: +1 where x >= 0 (either zero counts), else -1 ("pm1") or 0 ("01").
+
+    Differentiable by a clipped straight-through estimator: the gradient is that of ``clamp(x / clip, -1, 1)`` for
+    "pm1" and of ``clamp((x / clip + 1) / 2, 0, 1)`` for "01", so it vanishes where ``|x| > clip``.
+
+    Args:
+        x: any shape, any floating dtype.
+
+    Returns:
+        Codes of the shape and dtype of `x`.
+
+    Raises:
+        UserError: for codes that do not exist.
+    """
+    if codes not in CODES:
+        raise UserError(f"codes must be one of {', '.join(CODES)}, not {codes!r}")
+    return _Binarize.apply(x, codes, clip)
+
+
+class Binarizer(nn.Module):
+    """What all binarizers share: a projection that is thresholded at zero.
+
+    A code does not see how long its token is, so the estimator's clipping range should not either: for the gradient,
+    the projections of each token are brought to a root mean square of 1 first.
+
+    Args:
+        head_dim: features D of a head.
+        num_heads: heads H.
+        codes: "pm1" or "01".
+        code_dim: bits of a code; None for `head_dim`.
+
+    Shapes: [B, H, N, D] to [B, H, N, code_dim].
+    """
+
+    def __init__(self, head_dim: int, num_heads: int, codes: Codes = "pm1", code_dim: int | None = None) -> None:
+        super().__init__()
+        if codes not in CODES:
+            raise UserError(f"codes must be one of {', '.join(CODES)}, not {codes!r}")
+        code_dim = head_dim if code_dim is None else code_dim
+        if code_dim < 1:
+            raise UserError(f"code_dim must be a positive number of bits, not {code_dim}")
+        self.codes: Codes = codes
+        self.head_dim, self.num_heads, self.code_dim = head_dim, num_heads, code_dim
+
+    def project(self, x: Tensor) -> Tensor:  # [B, H, N, D] -> [B, H, N, code_dim]
+        """What is thresholded at zero."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, H, N, D] -> [B, H, N, code_dim]
+        z = self.project(x)
+        if torch.is_grad_enabled() and z.requires_grad:
+            with torch.no_grad():
+                scale = z.square().mean(-1, keepdim=True).add_(torch.finfo(z.dtype).tiny).rsqrt_()
+            z = z * scale
+        return binarize(z, self.codes)
+
+    def extra_repr(self) -> str:
+        return f"codes={self.codes!r}, code_dim={self.code_dim}"
+
+
+class SignBinarizer(Binarizer):
+    """Vanilla binarisation, "sign": the sign of each feature, so that a code has as many bits."""
+
+    def __init__(self, head_dim: int, num_heads: int, codes: Codes = "pm1", code_dim: int | None = None) -> None:
+        super().__init__(head_dim, num_heads, codes, code_dim)
+        if self.code_dim != head_dim:
+            raise UserError(
+                f"sign codes have one bit for each of a head's {head_dim} features, not {code_dim}; binarizers "
+                "'random' and 'hash' make codes of any length"
+            )
+
+    def project(self, x: Tensor) -> Tensor:
+        return x
+
+
+class RandomBinarizer(Binarizer):
+    """Signs of random projections, "random": the share of agreeing bits estimates ``1 - angle(q, k) / pi``.
+
+    The projections are drawn once and stay. Queries and keys need the same ones, hence a copy (or `share_codes`).
+
+    Source: Charikar, "Similarity estimation techniques from rounding algorithms" (STOC 2002); orthogonal projections
+    after Ji et al., "Super-Bit Locality-Sensitive Hashing" (NeurIPS 2012).
+    """
+
+    projection: Tensor
+
+    def __init__(self, head_dim: int, num_heads: int, codes: Codes = "pm1", code_dim: int | None = None) -> None:
+        super().__init__(head_dim, num_heads, codes, code_dim)
+        self.register_buffer("projection", random_projections(num_heads, head_dim, self.code_dim))
+
+    def project(self, x: Tensor) -> Tensor:
+        return x @ self.projection
+
+
+def random_projections(num_heads: int, head_dim: int, code_dim: int) -> Tensor:
+    """Unit vectors [H, D, code_dim] of random directions, orthogonal in groups of D: their angles spread evenly."""
+    groups = -(-code_dim // head_dim)
+    orthogonal = torch.linalg.qr(torch.randn(num_heads, groups, head_dim, head_dim)).Q  # [H, groups, D, D]
+    return orthogonal.transpose(1, 2).flatten(2)[..., :code_dim].contiguous()
+
+
+class HashBinarizer(Binarizer):
+    """Kernelised hash functions, "hash": bits are signs of ``W^T x + A^T kappa(S, x) + t``.
+
+    ``kappa(S, x)_j = exp(-gamma |x - s_j|^2)`` are radial basis functions about support tokens S. `fit` samples these
+    from the tokens of an attention and learns W, A and t so that codes agree where the attention is high; all three are
+    parameters, trained on by the straight-through estimator. Before that W are random projections as in
+    `RandomBinarizer`, and A and t are zero. (EcoFormer has the radial basis functions alone. Adding a linear kernel,
+    whose expansion over support tokens is the matrix W, makes that start possible and the codes better.)
+
+    A token costs ``D code_dim + NUM_SUPPORTS (D + code_dim)`` multiplications a head.
+
+    Source: Liu et al., EcoFormer (NeurIPS 2022), section 4; the functions and the bit-by-bit fit are those of Liu et
+    al., "Supervised Hashing with Kernels" (CVPR 2012).
+    """
+
+    support: Tensor
+    gamma: Tensor
+
+    def __init__(self, head_dim: int, num_heads: int, codes: Codes = "pm1", code_dim: int | None = None) -> None:
+        super().__init__(head_dim, num_heads, codes, code_dim)
+        weight = torch.zeros(num_heads, head_dim + NUM_SUPPORTS + 1, self.code_dim)
+        weight[:, :head_dim] = random_projections(num_heads, head_dim, self.code_dim)
+        self.weight = nn.Parameter(weight)  # W, A and t, one below the other
+        # For training from scratch: about tokens whose features have a variance of 1.
+        self.register_buffer("support", torch.randn(num_heads, NUM_SUPPORTS, head_dim))
+        self.register_buffer("gamma", torch.full((num_heads,), 0.5 / head_dim))
+
+    def project(self, x: Tensor) -> Tensor:
+        # Distances are differences of large numbers: keep them out of reduced precision.
+        with torch.autocast(x.device.type, enabled=False):
+            features = self.features(x)
+            return (features @ self.weight.to(features.dtype)).to(x.dtype)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the hash functions are linear in, ``(x, kappa(S, x), 1)``.
+
+        Args:
+            x: [B, H, N, D].
+
+        Returns:
+            [B, H, N, D + NUM_SUPPORTS + 1], at least float32.
+        """
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        kernel = torch.exp(-self.gamma.to(x.dtype)[:, None, None] * _squared_distance(x, self.support.to(x.dtype)))
+        return torch.cat([x, kernel, torch.ones_like(x[..., :1])], -1)
+
+    @torch.no_grad()
+    def fit(self, q: Tensor, k: Tensor, keys: HashBinarizer | None = None) -> float:
+        """Learn hash functions from queries and keys of a softmax attention, in place.
+
+        The inner products of the codes shall follow what the softmax exponentiates: ``q k^T``, brought to mean 0 and
+        variance 1 for each query (the map is normalised by rows, too) and clipped. One bit after the other takes what
+        those before it have left over. The two functions of a bit are fitted in turns, each by regression on what suits
+        the other one's bits best, starting from what they are.
+
+        (EcoFormer's target is 1 for the 10 largest entries of a row, -1 for the 10 smallest and 0 between. This one
+        does without a count, and the codes follow the attention more closely.)
+
+        Args:
+            q: queries of B sequences, [B, H, N, D].
+            k: their keys, [B, H, M, D].
+            keys: the binarizer of the keys, changed as well; None if this one is for both.
+
+        Returns:
+            How closely the codes follow: the mean over queries of the correlation of ``q k^T`` and the inner products
+            of the codes.
+
+        Raises:
+            UserError: for samples of other shapes, none at all, or NaN or infinity in them.
+        """
+        self._check_samples(q, k)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        logits = _standardize((q.to(dtype) @ k.to(dtype).transpose(-2, -1)).transpose(0, 1))  # [H, B, N, M]
+        if keys is None:
+            self._place_supports(torch.cat([q, k], 2))
+        else:
+            self._place_supports(q)
+            keys._place_supports(k)
+        k_binarizer = self if keys is None else keys
+        phi_q, phi_k = self.features(q).transpose(0, 1), k_binarizer.features(k).transpose(0, 1)  # [H, B, N or M, F]
+        moments_q, moments_k = _second_moments(phi_q), _second_moments(phi_k)
+        if keys is None:
+            moments_q = moments_k = moments_q + moments_k
+        inverse_q, inverse_k = _damped_inverse(moments_q), _damped_inverse(moments_k)
+
+        rest = logits.clamp(-_LARGEST_TARGET, _LARGEST_TARGET) * (self.code_dim / _LARGEST_TARGET)
+        products = torch.zeros_like(rest)
+        for bit in range(self.code_dim):
+            w_q, w_k = (
+                binarizer.weight[:, :, bit : bit + 1].to(dtype) for binarizer in (self, k_binarizer)
+            )  # [H, F, 1]
+            best_q, best_k, most = (
+                w_q,
+                w_k,
+                torch.full((self.num_heads, 1, 1), -torch.inf, dtype=dtype, device=q.device),
+            )
+            for _ in range(_TURNS):
+                bits_q, bits_k = _bits(phi_q, w_q), _bits(phi_k, w_k)
+                towards_q = rest @ bits_k
+                agreement = (bits_q * towards_q).sum((1, 2)).unsqueeze(1)
+                best_q, best_k = (torch.where(agreement > most, w, b) for w, b in ((w_q, best_q), (w_k, best_k)))
+                most = torch.maximum(most, agreement)
+                if keys is None:
+                    w_q = w_k = inverse_q @ (_pull(phi_q, towards_q) + _pull(phi_k, rest.transpose(-2, -1) @ bits_q))
+                else:
+                    w_q = inverse_q @ _pull(phi_q, towards_q)
+                    w_k = inverse_k @ _pull(phi_k, rest.transpose(-2, -1) @ _bits(phi_q, w_q))
+            product = _bits(phi_q, best_q) @ _bits(phi_k, best_k).transpose(-2, -1)
+            rest -= product
+            products += product
+            self.weight[:, :, bit : bit + 1] = best_q
+            k_binarizer.weight[:, :, bit : bit + 1] = best_k
+        return float((_standardize(products) * logits).mean())
+
+    def _check_samples(self, q: Tensor, k: Tensor) -> None:
+        for tokens, name in ((q, "queries"), (k, "keys")):
+            if tokens.dim() != 4 or tokens.shape[1::2] != (self.num_heads, self.head_dim) or not tokens.numel():
+                raise UserError(
+                    f"{name} to fit hash functions to must be [B, {self.num_heads}, tokens, {self.head_dim}], not "
+                    f"{list(tokens.shape)}"
+                )
+            if not bool(torch.isfinite(tokens).all()):
+                raise UserError(f"the {name} to fit hash functions to are not all finite")
+        if len(q) != len(k):
+            raise UserError(f"there are queries of {len(q)} sequences but keys of {len(k)}")
+
+    def _place_supports(self, tokens: Tensor) -> None:
+        """Sample the support tokens from `tokens` [B, H, N, D], and set the width of the radial basis functions."""
+        tokens = tokens.transpose(0, 1).flatten(1, 2).to(torch.promote_types(tokens.dtype, torch.float32))
+        self.support.copy_(tokens[:, torch.randint(tokens.shape[1], (NUM_SUPPORTS,), device=tokens.device)])
+        mean = _squared_distance(tokens, self.support.to(tokens.dtype)).mean((-2, -1))
+        self.gamma.copy_(1 / mean.clamp(min=torch.finfo(mean.dtype).eps))
+
+
+BINARIZERS: dict[str, type[Binarizer]] = {"sign": SignBinarizer, "random": RandomBinarizer, "hash": HashBinarizer}
+
+
+def make_binarizer(
+    name: str, head_dim: int, num_heads: int, codes: Codes = "pm1", code_dim: int | None = None
+) -> Binarizer:
+    """The binarizer called `name`: a module from features [B, H, N, D] to codes [B, H, N, code_dim].
+
+    Raises:
+        UserError: listing the names, if there is none of that name; or for a length that its codes cannot have.
+    """
+    if name not in BINARIZERS:
+        raise UserError(f"binarizer must be one of {', '.join(BINARIZERS)}, not {name!r}")
+    return BINARIZERS[name](head_dim, num_heads, codes, code_dim)
+
+
+def _squared_distance(x: Tensor, points: Tensor) -> Tensor:
+    """[B, H, N, D] and [H, S, D] to [B, H, N, S]."""
+    cross = x @ points.transpose(-2, -1)
+    return (x.square().sum(-1, keepdim=True) + points.square().sum(-1).unsqueeze(-2) - 2 * cross).clamp(min=0)
+
+
+def _standardize(rows: Tensor) -> Tensor:
+    """Rows [..., M] brought to mean 0 and variance 1; constant ones to 0."""
+    rows = rows - rows.mean(-1, keepdim=True)
+    return rows / rows.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(rows.dtype).tiny)
+
+
+def _second_moments(features: Tensor) -> Tensor:  # [H, B, N, F] -> [H, F, F]
+    rows = features.flatten(1, 2)
+    return rows.transpose(-2, -1) @ rows
+
+
+def _damped_inverse(moments: Tensor) -> Tensor:
+    diagonal = moments.diagonal(dim1=-2, dim2=-1)
+    damping = _DAMPING * diagonal + torch.finfo(moments.dtype).eps * diagonal.mean(-1, keepdim=True)
+    return torch.linalg.inv(moments + torch.diag_embed(damping))
+
+
+def _bits(features: Tensor, weight: Tensor) -> Tensor:  # [H, B, N, F] and [H, F, 1] -> [H, B, N, 1]
+    return binarize(features @ weight.unsqueeze(1))
+
+
+def _pull(features: Tensor, towards: Tensor) -> Tensor:  # [H, B, N, F] and [H, B, N, 1] -> [H, F, 1]
+    return (features.transpose(-2, -1) @ towards).sum(1)
