@@ -1,10 +1,14 @@
-"""What every command that prints a table does besides: write the same to a file."""
+"""Tables for people, and the same facts in a file: what everything that reports something has in common."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 from shiftadd3d._errors import UserError
 
@@ -21,3 +25,22 @@ def write_json(path: Path, facts: Any) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; name a file in a writable folder") from error
+
+
+class RichReport:
+    """For dataclasses of facts: `__rich__` says how they look, and this makes text and plain types of them."""
+
+    def __rich__(self) -> RenderableType:
+        raise NotImplementedError
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report in plain types, for JSON."""
+        return asdict(self)  # pyright: ignore[reportArgumentType]
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
