@@ -12,6 +12,7 @@ from shiftadd3d.nn.binarize import (
     binarize,
     make_binarizer,
 )
+from shiftadd3d.nn.calibrate import CalibratedLayer, CalibrationReport, FittedRouter, calibrate_
 from shiftadd3d.nn.moe import (
     MoE,
     MoELinear,
@@ -38,22 +39,36 @@ from shiftadd3d.nn.reparam import (
     register_mlp,
     reparameterize_,
 )
-from shiftadd3d.nn.shift import PackedShiftLinear, ShiftLinear
+from shiftadd3d.nn.shift import (
+    PackedShiftConv2d,
+    PackedShiftLayer,
+    PackedShiftLinear,
+    ShiftConv2d,
+    ShiftLayer,
+    ShiftLinear,
+)
 
 __all__ = [
     "BINARIZERS",
     "RECIPES",
     "AddAttention",
+    "CalibratedLayer",
+    "CalibrationReport",
+    "FittedRouter",
     "HashBinarizer",
     "MoE",
     "MoELinear",
     "MoEMlp",
+    "PackedShiftConv2d",
+    "PackedShiftLayer",
     "PackedShiftLinear",
     "RandomBinarizer",
     "Recipe",
     "ReparameterizationReport",
     "ReparameterizedLayer",
     "Rule",
+    "ShiftConv2d",
+    "ShiftLayer",
     "ShiftLinear",
     "SignBinarizer",
     "TokenConv",
@@ -61,6 +76,7 @@ __all__ = [
     "UntouchedLayer",
     "balance_loss",
     "binarize",
+    "calibrate_",
     "collect_moe_losses",
     "dispatch",
     "first_query_weights",

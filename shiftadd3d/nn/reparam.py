@@ -2,7 +2,8 @@
 
 What becomes what is said by a frozen `Recipe`; which layers, by their place: linear layers inside an attention module
 follow the recipe's `attention_linear`, those inside a two-layer perceptron its `mlp`, all others its `other_linear`.
-A `Rule` overrides the place for layers called by their qualified names.
+A `Rule` overrides the place for layers called by their qualified names. 1x1 convolutions are linear layers at their
+place; those that cut an image into patches are linear layers that follow `other_linear` wherever they stand.
 
 This module knows no model. Attention classes are made known by `register_attention`, perceptrons are found by their
 shape (children `fc1` and `fc2` and an activation) or made known by `register_mlp`.
@@ -19,7 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard, TypeVar, cast
 
 from torch import nn
 
@@ -28,7 +29,14 @@ from shiftadd3d.nn import power_of_two
 from shiftadd3d.nn.add import ORDERS, AddAttention
 from shiftadd3d.nn.binarize import BINARIZERS, CODES
 from shiftadd3d.nn.moe import GATES, MoE, MoELinear, MoEMlp, latency_weights
-from shiftadd3d.nn.shift import SHIFT_MODES, PackedShiftLinear, ShiftLinear
+from shiftadd3d.nn.shift import (
+    SHIFT_MODES,
+    PackedShiftLayer,
+    ShiftConv2d,
+    ShiftLayer,
+    ShiftLinear,
+    counts_as_linear,
+)
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -93,7 +101,7 @@ class Recipe:
     mlp: Primitive = "mult"
     """Two-layer perceptrons: their linear layers ("shift") or the whole as a mixture of experts ("moe")."""
     other_linear: Literal["mult", "shift"] = "mult"
-    """All other linear layers: embeddings, heads."""
+    """All other linear layers: embeddings (convolutions over patches too), heads."""
     bits: int = 4
     """Bits of a shift weight, 2 to 6."""
     terms: int = 1
@@ -225,14 +233,25 @@ def _refuse_unknown(given: Iterable[str], dataclass_type: type[Recipe] | type[Ru
 
 _preset = recipe  # where an argument called `recipe` hides the function
 
-# Any: a converter may say which class it converts.
-AttentionConverter = Callable[[Any, Recipe], nn.Module]
+AttentionConverter = Callable[..., nn.Module]
 
-_attention_converters: dict[type[nn.Module], AttentionConverter | None] = {AddAttention: None}
+
+class _AttentionClass(NamedTuple):
+    """How an attention class is converted: see `register_attention`."""
+
+    converter: AttentionConverter | None = None
+    within: type[nn.Module] | None = None
+
+
+_attention_converters: dict[type[nn.Module], _AttentionClass] = {AddAttention: _AttentionClass()}
 _mlp_classes: dict[type[nn.Module], bool] = {}
 
 
-def register_attention(module_class: type[nn.Module], converter: AttentionConverter | None = None) -> None:
+def register_attention(
+    module_class: type[nn.Module],
+    converter: AttentionConverter | None = None,
+    within: type[nn.Module] | None = None,
+) -> None:
     """Make an attention class known: its linear layers (small perceptrons inside it too) are attention linears.
 
     Args:
@@ -241,8 +260,10 @@ def register_attention(module_class: type[nn.Module], converter: AttentionConver
             recipe and returns a new module with the same weights, leaving the old one as it is (it may share submodules
             with it, as `AddAttention.from_projections` does). None if there is no product of queries and keys to
             replace.
+        within: a class of models that know more about the tokens than the attention in them does, such as the grid they
+            lie on. The converter then gets, third, the innermost module of that class around the attention, or None.
     """
-    _attention_converters[module_class] = converter
+    _attention_converters[module_class] = _AttentionClass(converter, within)
 
 
 def register_mlp(module_class: type[nn.Module], token_wise: bool = True) -> None:
@@ -338,7 +359,7 @@ def reparameterize_(
     """
     if isinstance(recipe, str):
         recipe = _preset(recipe)
-    surgery = _Surgery(recipe, filter_fn)
+    surgery = _Surgery(model, recipe, filter_fn)
     surgery.visit(None, "", model, "", role=None)
     problems = surgery.problems + surgery.rules.idle(model)
     if problems:
@@ -445,7 +466,8 @@ _PLACES = {"attention": "attention_linear", "mlp": "mlp", None: "other_linear"}
 class _Surgery:
     """One walk over a model that plans all replacements and changes nothing."""
 
-    def __init__(self, recipe: Recipe, filter_fn: Callable[[nn.Module, str], bool] | None) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, filter_fn: Callable[[nn.Module, str], bool] | None) -> None:
+        self.model = model
         self.recipe = recipe
         self.rules = _Rules(recipe)
         self.filter_fn = filter_fn
@@ -464,17 +486,17 @@ class _Surgery:
                 self.replacements.append((parent, attribute, replacement))
             return
         self.done[id(module)] = None
-        if isinstance(module, (ShiftLinear, PackedShiftLinear, MoE)):
+        if isinstance(module, (ShiftLayer, PackedShiftLayer, MoE)):
             self._mark_replaced(module, name)
             return
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear or _is_linear_conv(module):
             self._visit_linear(parent, attribute, module, name, role)
             return
         if role is None:
-            known, converter = _find(_attention_converters, module)
+            known, attention_class = _find(_attention_converters, module)
             if known:
                 role = "attention"
-                additive = self._visit_attention(parent, attribute, module, name, converter)
+                additive = self._visit_attention(parent, attribute, module, name, attention_class or _AttentionClass())
                 if additive is None:
                     return
                 module = additive
@@ -483,8 +505,9 @@ class _Surgery:
                 if self._visit_mlp(parent, attribute, module, name):
                     return
         self._leave(module, name, self.rules.keeps(name) or "no rule for it")
-        for child_name, child in module.named_children():
-            self.visit(module, child_name, child, f"{name}.{child_name}" if name else child_name, role)
+        for child_name, child in module._modules.items():  # named_children() hides a second place of one module
+            if child is not None:
+                self.visit(module, child_name, child, f"{name}.{child_name}" if name else child_name, role)
 
     def _visit_attention(
         self,
@@ -492,22 +515,33 @@ class _Surgery:
         attribute: str,
         module: nn.Module,
         name: str,
-        converter: AttentionConverter | None,
+        attention_class: _AttentionClass,
     ) -> nn.Module | None:
         """What stands there from now on, whose linear layers are still to be visited; None if there is a problem."""
         if isinstance(module, AddAttention):
             self.rules.mark(name, ("keep", "add"))
             return module
+        converter, within = attention_class
         fitting = ("keep",) if converter is None else ("keep", "add")
         choice = self._choose(module, name, "attention", fitting, refused=("add",))
         if choice is None:
             return None
         if choice.primitive == "keep" or converter is None or not self._wanted(module, name):
             return module
-        additive = self._attempt(module, name, lambda: converter(module, self.recipe))
+        surroundings = () if within is None else (self._innermost(within, name),)
+        additive = self._attempt(module, name, lambda: converter(module, self.recipe, *surroundings))
         if additive is not None:
             self._replace(parent, attribute, module, additive, name, "codes 1")
         return additive
+
+    def _innermost(self, within: type[nn.Module], name: str) -> nn.Module | None:
+        """The innermost module of class `within` around the module called `name`."""
+        while name:
+            name = name.rpartition(".")[0]
+            around = self.model.get_submodule(name)
+            if isinstance(around, within):
+                return around
+        return None
 
     def _visit_mlp(self, parent: nn.Module | None, attribute: str, mlp: nn.Module, name: str) -> bool:
         """Whether the whole was dealt with; otherwise its linear layers are visited one by one."""
@@ -531,21 +565,28 @@ class _Surgery:
         return True
 
     def _visit_linear(
-        self, parent: nn.Module | None, attribute: str, linear: nn.Linear, name: str, role: str | None
+        self, parent: nn.Module | None, attribute: str, layer: nn.Linear | nn.Conv2d, name: str, role: str | None
     ) -> None:
-        choice = self._choose(linear, name, _PLACES[role], _LINEAR_PRIMITIVES, refused=("add",))
+        fitting, refused = _LINEAR_PRIMITIVES, ("add",)
+        if isinstance(layer, nn.Conv2d):
+            fitting, refused = ("keep", "mult", "shift"), ("add", "moe")
+            role = role if layer.kernel_size == (1, 1) else None
+        choice = self._choose(layer, name, _PLACES[role], fitting, refused)
         if choice is None:
             return
         code_bits = choice.bits * choice.terms
         if choice.primitive in ("keep", "mult"):
-            self._leave(linear, name, choice.reason)
-        elif not self._wanted(linear, name):
-            self._leave(linear, name, "filtered out")
+            self._leave(layer, name, choice.reason)
+        elif choice.primitive not in fitting:
+            self._leave(layer, name, f"{choice.reason}, which no convolution becomes")
+        elif not self._wanted(layer, name):
+            self._leave(layer, name, "filtered out")
         elif choice.primitive == "shift":
-            shift = self._attempt(linear, name, lambda: _shift_in_place_of(linear, name, **self._shift_options(choice)))
+            shift = self._attempt(layer, name, lambda: _shift_in_place_of(layer, name, **self._shift_options(choice)))
             if shift is not None:
-                self._replace(parent, attribute, linear, shift, name, str(code_bits))
+                self._replace(parent, attribute, layer, shift, name, str(code_bits))
         else:
+            linear = cast(nn.Linear, layer)
             mixture = self._attempt(
                 linear,
                 name,
@@ -610,13 +651,20 @@ class _Surgery:
             self.untouched.append(UntouchedLayer(name or "(root)", type(module).__name__, count, reason))
 
 
-def _shift_in_place_of(linear: nn.Linear, name: str, **options) -> ShiftLinear:
+def _shift_in_place_of(layer: nn.Linear | nn.Conv2d, name: str, **options) -> ShiftLayer:
     """A shift layer that takes over the parameters themselves: ties between weights and optimizers stay valid."""
-    shift = ShiftLinear.from_linear(linear, name=name, **options)
+    if isinstance(layer, nn.Conv2d):
+        shift = ShiftConv2d.from_conv(layer, name=name, **options)
+    else:
+        shift = ShiftLinear.from_linear(layer, name=name, **options)
     if shift.mode == "Q":
-        shift.weight = cast(nn.Parameter, linear.weight)
-    shift.bias = linear.bias
+        shift.weight = cast(nn.Parameter, layer.weight)
+    shift.bias = cast(nn.Parameter, layer.bias)
     return shift
+
+
+def _is_linear_conv(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return type(module) is nn.Conv2d and counts_as_linear(module)
 
 
 _Entry = TypeVar("_Entry")
@@ -634,12 +682,16 @@ def _is_mlp(module: nn.Module) -> bool:
     if _find(_mlp_classes, module)[0]:
         return True
     children = dict(module.named_children())
-    linears = (nn.Linear, ShiftLinear, MoELinear)
-    if not (isinstance(children.get("fc1"), linears) and isinstance(children.get("fc2"), linears)):
-        return False
+    for child in (children.get("fc1"), children.get("fc2")):
+        if not (isinstance(child, (nn.Linear, ShiftLayer, PackedShiftLayer, MoELinear)) or _is_pointwise_conv(child)):
+            return False
     return any(
         "act" in name or type(child).__module__ == "torch.nn.modules.activation" for name, child in children.items()
     )
+
+
+def _is_pointwise_conv(module: nn.Module | None) -> bool:
+    return module is not None and _is_linear_conv(module) and module.kernel_size == (1, 1)
 
 
 def _is_token_wise(mlp: nn.Module) -> bool:

@@ -1,7 +1,8 @@
-"""Linear layers whose weights are powers of two: multiplications become bit shifts.
+"""Layers whose weights are powers of two: multiplications become bit shifts.
 
-`ShiftLinear` trains such a layer, `PackedShiftLinear` stores a trained one in 4 bits a weight. What a power-of-two
-weight is, `shiftadd3d.nn.power_of_two` defines.
+`ShiftLinear` trains such a layer, `PackedShiftLinear` stores a trained one in 4 bits a weight. `ShiftConv2d` and
+`PackedShiftConv2d` do so for convolutions whose patches do not overlap, which are linear layers over patches. What a
+power-of-two weight is, `shiftadd3d.nn.power_of_two` defines.
 
 Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.2; Elhoushi et al., DeepShift (CVPR workshops 2021).
 """
@@ -9,7 +10,8 @@ Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.2; Elhoushi et al., De
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +73,187 @@ class _ShiftAndSign(Function):
         return grad_weight * terms * math.log(2), grad_weight.expand_as(terms), None
 
 
-class ShiftLinear(nn.Module):
+def counts_as_linear(conv: nn.Conv2d) -> bool:
+    """Whether a convolution multiplies each pixel, or each patch of a grid, by one matrix.
+
+    That is so for 1x1 kernels, and for kernels that move by their own size; without padding and groups.
+    """
+    is_pointwise = conv.kernel_size == (1, 1)
+    is_patchwise = conv.kernel_size == conv.stride and conv.dilation == (1, 1)
+    unpadded = conv.padding in ("valid", (0, 0)) or (is_pointwise and conv.padding == "same")
+    return (is_pointwise or is_patchwise) and unpadded and conv.groups == 1
+
+
+class _Patches:
+    """How a convolution whose patches do not overlap reads an image: `in_channels`, `kernel_size` and `stride`."""
+
+    in_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+
+    def tokens(self, x: Tensor) -> Tensor:  # [*, C, H, W] -> [*, H', W', C * kh * kw]
+        """The patches that the weight multiplies, channels first within each. What does not fill one is left out."""
+        (kh, kw), (sh, sw) = self.kernel_size, self.stride
+        if x.dim() < 3 or x.shape[-3] != self.in_channels or x.shape[-2] < kh or x.shape[-1] < kw:
+            raise UserError(
+                f"{type(self).__name__} takes images [..., {self.in_channels}, H, W] of at least {kh} x {kw} pixels, "
+                f"not {list(x.shape)}"
+            )
+        if (kh, kw) == (1, 1):
+            return x[..., ::sh, ::sw].movedim(-3, -1)
+        rows, columns = x.shape[-2] // kh, x.shape[-1] // kw
+        x = x[..., : rows * kh, : columns * kw].unflatten(-1, (columns, kw)).unflatten(-3, (rows, kh))
+        return x.movedim((-4, -2), (-5, -4)).flatten(-3)
+
+    def _over_tokens(self, x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+        """`product` of all tokens [T, C * kh * kw] at once, as the channels of an image."""
+        tokens = self.tokens(x)
+        return product(tokens.flatten(0, -2)).unflatten(0, tokens.shape[:-1]).movedim(-1, -3)
+
+
+_Layer = TypeVar("_Layer", bound="ShiftLayer")
+_Float = TypeVar("_Float", nn.Linear, nn.Conv2d)
+
+
+class ShiftLayer(nn.Module):
+    """What `ShiftLinear` and `ShiftConv2d` share: the weight, of which each output channel is a row with one offset."""
+
+    def __init__(
+        self,
+        weight_shape: tuple[int, ...],
+        bias: bool,
+        bits: int,
+        mode: ShiftMode,
+        terms: int,
+        stochastic: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        power_of_two.check_format(bits, terms)
+        if mode not in SHIFT_MODES:
+            raise UserError(f"mode must be one of {', '.join(SHIFT_MODES)}, not {mode!r}")
+        if stochastic and mode != "Q":
+            raise UserError("stochastic rounding needs mode 'Q': in mode 'PS' no float weight is rounded")
+        self.in_features, self.out_features = math.prod(weight_shape[1:]), weight_shape[0]
+        self.bits, self.mode, self.terms, self.stochastic = bits, mode, terms, stochastic
+        factory = {"device": device, "dtype": dtype}
+        if mode == "Q":
+            self.weight = nn.Parameter(torch.empty(weight_shape, **factory))
+        else:
+            self.shift = nn.Parameter(torch.empty(terms, *weight_shape, **factory))
+            self.sign = nn.Parameter(torch.empty(terms, *weight_shape, **factory))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(self.out_features, **factory))
+        else:
+            self.register_parameter("bias", None)
+        self._cache: tuple | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters as `nn.Linear` and `nn.Conv2d` do (then split into shift and sign in mode PS)."""
+        like = self.weight if self.mode == "Q" else self.shift[0]
+        weight = torch.empty_like(like)
+        if weight.numel():
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        self._set_weight(weight)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features) if self.in_features else 0
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def quantized_weight(self) -> Tensor:
+        """The weight [out_features, in_features] that the forward pass uses: sums of `terms` powers of two.
+
+        Differentiable: straight through to `weight` (Q), DeepShift's rules to `shift` and `sign` (PS).
+        """
+        if self.mode == "PS":
+            return _ShiftAndSign.apply(self.shift.flatten(2), self.sign.flatten(2), self.bits)[0]
+        quantized = self._cached_quantized_weight()
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            return _StraightThrough.apply(self.weight.flatten(1), quantized)
+        return quantized
+
+    def _cached_quantized_weight(self) -> Tensor:
+        weight = self.weight
+        if self.training or torch.compiler.is_compiling() or weight.is_inference():
+            stochastic = self.stochastic and self.training
+            return power_of_two.quantize(weight.flatten(1), self.bits, self.terms, stochastic=stochastic)
+        state = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
+        if self._cache is None or self._cache[0] is not weight or self._cache[1] != state:
+            # Inference tensors could not take part in a later backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache = (weight, state, power_of_two.quantize(weight.flatten(1), self.bits, self.terms))
+        return self._cache[2]
+
+    @torch.no_grad()
+    def _set_weight(self, weight: Tensor) -> None:
+        if self.mode == "Q":
+            self.weight.copy_(weight)
+            return
+        if weight.is_meta:
+            return
+        # A weight of zero starts at its window's smallest power, one step away from being alive again.
+        codes, offset, _ = power_of_two.encode(weight.flatten(1), self.bits, self.terms)
+        levels = power_of_two.num_exponents(self.bits)
+        level = (codes & levels).to(torch.int32)
+        shift = level.clamp(min=1) + (offset.to(torch.int32) - levels).unsqueeze(-1)
+        self.shift.copy_(shift.view_as(self.shift))
+        self.sign.copy_(torch.where(level == 0, 0, torch.where(codes > levels, -1, 1)).view_as(self.sign))
+
+    def _take_over(self: _Layer, layer: nn.Linear | nn.Conv2d, name: str | None) -> _Layer:
+        """Itself, made without storage, with the weights, dtype, device and flags of `layer`."""
+        weight = layer.weight.detach()
+        power_of_two.check_finite(weight, f"the weight of {name}" if name else None)
+        self.to(weight.dtype).to_empty(device=weight.device)
+        self._set_weight(weight)
+        for parameter in [self.weight] if self.mode == "Q" else [self.shift, self.sign]:
+            parameter.requires_grad_(layer.weight.requires_grad)
+        if layer.bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(layer.bias)
+            self.bias.requires_grad_(layer.bias.requires_grad)
+        return self.train(layer.training)
+
+    @torch.no_grad()
+    def _hand_over(self, layer: _Float) -> _Float:
+        """`layer`, an ordinary one made without storage, with the quantised weight, dtype, device and training flag."""
+        weight = self.quantized_weight()
+        layer = layer.to(weight.dtype).to_empty(device=weight.device)
+        layer.weight.copy_(weight.view_as(layer.weight))
+        if layer.bias is not None:
+            layer.bias.copy_(self.bias)
+        return layer.train(self.training)
+
+    @torch.no_grad()
+    def _pack_into(self, packed: PackedShiftLayer, name: str | None) -> None:
+        try:
+            if self.mode == "Q":
+                codes, offset, _ = power_of_two.encode(self.weight.flatten(1), self.bits, self.terms)
+            else:
+                _, terms = _ShiftAndSign.apply(self.shift.flatten(2), self.sign.flatten(2), self.bits)
+                power_of_two.check_finite(terms)
+                terms = terms if terms.dtype in (torch.float32, torch.float64) else terms.float()
+                codes, offset = power_of_two.encode_exact(terms, self.bits)
+        except UserError as error:
+            raise UserError(f"{name}: {error}" if name else str(error)) from None
+        packed.codes = power_of_two.pack(codes, self.bits)
+        packed.offset = offset
+        packed.bias = None if self.bias is None else self.bias.detach().clone()
+        packed.eval()
+
+    def train(self: _Layer, mode: bool = True) -> _Layer:
+        self._cache = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict:
+        # A copy has parameters of its own: the kept weight would only be dead storage in it.
+        return {**self.__dict__, "_cache": None}
+
+    def _format_repr(self) -> str:
+        return f"bias={self.bias is not None}, bits={self.bits}, mode={self.mode!r}, terms={self.terms}"
+
+
+class ShiftLinear(ShiftLayer):
     """``y = x W^T + b`` with ``W`` made of powers of two.
 
     Args:
@@ -105,37 +287,7 @@ class ShiftLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        power_of_two.check_format(bits, terms)
-        if mode not in SHIFT_MODES:
-            raise UserError(f"mode must be one of {', '.join(SHIFT_MODES)}, not {mode!r}")
-        if stochastic and mode != "Q":
-            raise UserError("stochastic rounding needs mode 'Q': in mode 'PS' no float weight is rounded")
-        self.in_features, self.out_features = in_features, out_features
-        self.bits, self.mode, self.terms, self.stochastic = bits, mode, terms, stochastic
-        factory = {"device": device, "dtype": dtype}
-        if mode == "Q":
-            self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
-        else:
-            self.shift = nn.Parameter(torch.empty(terms, out_features, in_features, **factory))
-            self.sign = nn.Parameter(torch.empty(terms, out_features, in_features, **factory))
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, **factory))
-        else:
-            self.register_parameter("bias", None)
-        self._cache: tuple | None = None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the parameters as `nn.Linear` draws its own (then split into shift and sign in mode PS)."""
-        like = self.weight if self.mode == "Q" else self.shift[0]
-        weight = torch.empty_like(like)
-        if weight.numel():
-            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-        self._set_weight(weight)
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self.in_features) if self.in_features else 0
-            nn.init.uniform_(self.bias, -bound, bound)
+        super().__init__((out_features, in_features), bias, bits, mode, terms, stochastic, device, dtype)
 
     @classmethod
     def from_linear(
@@ -156,8 +308,6 @@ class ShiftLinear(nn.Module):
         Raises:
             UserError: if the weights hold NaN or infinity.
         """
-        power_of_two.check_format(bits, terms)
-        power_of_two.check_finite(linear.weight.detach(), f"the weight of {name}" if name else None)
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -168,29 +318,18 @@ class ShiftLinear(nn.Module):
             stochastic=stochastic,
             device="meta",
         )
-        layer = layer.to(linear.weight.dtype).to_empty(device=linear.weight.device)
-        layer._set_weight(linear.weight.detach())
-        for parameter in layer._weight_parameters():
-            parameter.requires_grad_(linear.weight.requires_grad)
-        if linear.bias is not None:
-            with torch.no_grad():
-                layer.bias.copy_(linear.bias)
-            layer.bias.requires_grad_(linear.bias.requires_grad)
-        return layer.train(linear.training)
+        return layer._take_over(linear, name)
 
     def to_linear(self) -> nn.Linear:
         """An ordinary linear layer that computes the same: its weight is the quantised one."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        weight = self.quantized_weight().detach()
-        linear = linear.to(weight.dtype).to_empty(device=weight.device)
-        with torch.no_grad():
-            linear.weight.copy_(weight)
-            if self.bias is not None:
-                linear.bias.copy_(self.bias)
-        return linear.train(self.training)
+        return self._hand_over(linear)
 
-    def freeze(self) -> PackedShiftLinear:
+    def freeze(self, *, name: str | None = None) -> PackedShiftLinear:
         """The same layer for inference, equal bit for bit in evaluation, with codes of `bits` bits as its only weight.
+
+        Args:
+            name: how an error calls the layer.
 
         Raises:
             UserError: if training has left NaN or infinity in the weights.
@@ -198,77 +337,170 @@ class ShiftLinear(nn.Module):
         packed = PackedShiftLinear(
             self.in_features, self.out_features, bias=self.bias is not None, bits=self.bits, terms=self.terms
         )
-        if self.mode == "Q":
-            codes, offset, _ = power_of_two.encode(self.weight, self.bits, self.terms)
-        else:
-            _, terms = _ShiftAndSign.apply(self.shift.detach(), self.sign.detach(), self.bits)
-            power_of_two.check_finite(terms)
-            terms = terms if terms.dtype in (torch.float32, torch.float64) else terms.float()
-            codes, offset = power_of_two.encode_exact(terms, self.bits)
-        packed.codes = power_of_two.pack(codes, self.bits)
-        packed.offset = offset
-        packed.bias = None if self.bias is None else self.bias.detach().clone()
-        return packed.eval()
-
-    def quantized_weight(self) -> Tensor:
-        """The weight [out, in] that the forward pass uses, every entry a sum of `terms` powers of two.
-
-        Differentiable: straight through to `weight` (Q), DeepShift's rules to `shift` and `sign` (PS).
-        """
-        if self.mode == "PS":
-            return _ShiftAndSign.apply(self.shift, self.sign, self.bits)[0]
-        quantized = self._cached_quantized_weight()
-        if torch.is_grad_enabled() and self.weight.requires_grad:
-            return _StraightThrough.apply(self.weight, quantized)
-        return quantized
+        self._pack_into(packed, name)
+        return packed
 
     def forward(self, x: Tensor) -> Tensor:  # [*, in_features] -> [*, out_features]
+        _check_width(self, x)
         return F.linear(x, self.quantized_weight(), self.bias)
 
-    def _cached_quantized_weight(self) -> Tensor:
-        weight = self.weight
-        if self.training or torch.compiler.is_compiling() or weight.is_inference():
-            return power_of_two.quantize(weight, self.bits, self.terms, stochastic=self.stochastic and self.training)
-        state = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
-        if self._cache is None or self._cache[0] is not weight or self._cache[1] != state:
-            # Inference tensors could not take part in a later backward pass.
-            with torch.inference_mode(False), torch.no_grad():
-                self._cache = (weight, state, power_of_two.quantize(weight, self.bits, self.terms))
-        return self._cache[2]
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self._format_repr()}"
 
-    def _weight_parameters(self) -> list[nn.Parameter]:
-        return [self.weight] if self.mode == "Q" else [self.shift, self.sign]
 
-    @torch.no_grad()
-    def _set_weight(self, weight: Tensor) -> None:
-        if self.mode == "Q":
-            self.weight.copy_(weight)
-            return
-        if weight.is_meta:
-            return
-        # A weight of zero starts at its window's smallest power, one step away from being alive again.
-        codes, offset, _ = power_of_two.encode(weight, self.bits, self.terms)
-        levels = power_of_two.num_exponents(self.bits)
-        level = (codes & levels).to(torch.int32)
-        self.shift.copy_(level.clamp(min=1) + (offset.to(torch.int32) - levels).unsqueeze(-1))
-        self.sign.copy_(torch.where(level == 0, 0, torch.where(codes > levels, -1, 1)))
+class ShiftConv2d(_Patches, ShiftLayer):
+    """A convolution whose patches do not overlap, with a weight made of powers of two: a shift layer over patches.
 
-    def train(self, mode: bool = True) -> ShiftLinear:
-        self._cache = None
-        return super().train(mode)
+    Args:
+        in_channels: channels of x.
+        out_channels: channels of y.
+        kernel_size: rows and columns of a patch; 1 for pointwise convolutions.
+        stride: None for the kernel's size, so that patches tile the image. Pointwise convolutions may have any.
+        bias, bits, mode, terms, stochastic: as in `ShiftLinear`.
 
-    def __getstate__(self) -> dict:
-        # A copy has parameters of its own: the kept weight would only be dead storage in it.
-        return {**self.__dict__, "_cache": None}
+    Shapes: x [*, in_channels, H, W], y [*, out_channels, H', W'] with its channels last in memory. State dict: as in
+    `ShiftLinear`, with the weight's dimensions [out, in, kh, kw] of `nn.Conv2d`.
+
+    Raises:
+        UserError: for a stride that makes patches overlap or leaves gaps between them.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] | None = None,
+        bias: bool = True,
+        bits: int = 4,
+        mode: ShiftMode = "Q",
+        terms: int = 1,
+        *,
+        stochastic: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        kernel, stride = _check_patches(kernel_size, stride)
+        super().__init__((out_channels, in_channels, *kernel), bias, bits, mode, terms, stochastic, device, dtype)
+        self.in_channels, self.out_channels, self.kernel_size, self.stride = in_channels, out_channels, kernel, stride
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        *,
+        bits: int = 4,
+        mode: ShiftMode = "Q",
+        terms: int = 1,
+        stochastic: bool = False,
+        name: str | None = None,
+    ) -> ShiftConv2d:
+        """A shift layer with the weights, bias, dtype, device and training flag of `conv`, which is left as it is.
+
+        Args:
+            name: how an error calls the layer, for instance its qualified name.
+
+        Raises:
+            UserError: if the weights hold NaN or infinity, or if patches overlap, are padded or grouped.
+        """
+        if not counts_as_linear(conv):
+            raise UserError(
+                f"{name or 'the convolution'} is no linear layer over patches: it takes a kernel of 1x1 or a stride "
+                f"equal to the kernel, no padding, dilation or groups, not {conv.extra_repr()}"
+            )
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            cast(tuple[int, int], conv.kernel_size),
+            cast(tuple[int, int], conv.stride),
+            bias=conv.bias is not None,
+            bits=bits,
+            mode=mode,
+            terms=terms,
+            stochastic=stochastic,
+            device="meta",
+        )
+        return layer._take_over(conv, name)
+
+    def to_conv(self) -> nn.Conv2d:
+        """An ordinary convolution that computes the same: its weight is the quantised one."""
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            bias=self.bias is not None,
+            device="meta",
+        )
+        return self._hand_over(conv)
+
+    def freeze(self, *, name: str | None = None) -> PackedShiftConv2d:
+        """The same layer for inference, as `ShiftLinear.freeze` makes it."""
+        packed = PackedShiftConv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            bias=self.bias is not None,
+            bits=self.bits,
+            terms=self.terms,
+        )
+        self._pack_into(packed, name)
+        return packed
+
+    def forward(self, x: Tensor) -> Tensor:  # [*, in_channels, H, W] -> [*, out_channels, H', W']
+        return self._over_tokens(x, lambda tokens: F.linear(tokens, self.quantized_weight(), self.bias))
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={self.bits}, mode={self.mode!r}, terms={self.terms}"
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"{self._format_repr()}"
         )
 
 
-class PackedShiftLinear(nn.Module):
+class PackedShiftLayer(nn.Module):
+    """What `PackedShiftLinear` and `PackedShiftConv2d` share: the packed weight, and the product with it."""
+
+    codes: Tensor
+    offset: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        bits: int,
+        terms: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        power_of_two.check_format(bits, terms)
+        self.in_features, self.out_features, self.bits, self.terms = in_features, out_features, bits, terms
+        row = (in_features * bits + 7) // 8
+        self.register_buffer("codes", torch.zeros(terms, out_features, row, dtype=torch.uint8, device=device))
+        self.register_buffer("offset", torch.zeros(terms, out_features, dtype=torch.int8, device=device))
+        self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
+
+    def weight_codes(self) -> power_of_two.PowerOfTwoCodes:
+        """The unpacked codes [terms, out_features, in_features] and offsets [terms, out_features]."""
+        codes = power_of_two.unpack(self.codes, self.bits, self.in_features)
+        return power_of_two.PowerOfTwoCodes(codes, self.offset, self.bits)
+
+    def quantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [out_features, in_features] that the codes stand for."""
+        return power_of_two.decode(*self.weight_codes(), dtype)
+
+    def product(self, x: Tensor) -> Tensor:  # [*, in_features] -> [*, out_features]
+        """``x W^T + b``, the weight decoded for this call only: a layer keeps no float copy of it."""
+        return F.linear(x, self.quantized_weight(x.dtype), self.bias)
+
+    def _format_repr(self) -> str:
+        return f"bias={self.bias is not None}, bits={self.bits}, terms={self.terms}"
+
+
+class PackedShiftLinear(PackedShiftLayer):
     """A frozen `ShiftLinear`: packed codes, one int8 offset per output channel, and the bias are all it stores.
 
     `ShiftLinear.freeze` makes one; an empty one takes a state dict. It has no parameters, and it computes in the dtype
@@ -276,10 +508,6 @@ class PackedShiftLinear(nn.Module):
 
     State dict: `codes` [terms, out, ceil(in * bits / 8)] uint8, `offset` [terms, out] int8, `bias` [out].
     """
-
-    codes: Tensor
-    offset: Tensor
-    bias: Tensor | None
 
     def __init__(
         self,
@@ -292,28 +520,56 @@ class PackedShiftLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        power_of_two.check_format(bits, terms)
-        self.in_features, self.out_features, self.bits, self.terms = in_features, out_features, bits, terms
-        row = (in_features * bits + 7) // 8
-        self.register_buffer("codes", torch.zeros(terms, out_features, row, dtype=torch.uint8, device=device))
-        self.register_buffer("offset", torch.zeros(terms, out_features, dtype=torch.int8, device=device))
-        self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
-
-    def weight_codes(self) -> power_of_two.PowerOfTwoCodes:
-        """The unpacked codes [terms, out, in] and offsets [terms, out]."""
-        codes = power_of_two.unpack(self.codes, self.bits, self.in_features)
-        return power_of_two.PowerOfTwoCodes(codes, self.offset, self.bits)
-
-    def quantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [out, in] that the codes stand for."""
-        return power_of_two.decode(*self.weight_codes(), dtype)
+        super().__init__(in_features, out_features, bias, bits, terms, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # [*, in_features] -> [*, out_features]
-        return F.linear(x, self.quantized_weight(x.dtype), self.bias)
+        _check_width(self, x)
+        return self.product(x)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self._format_repr()}"
+
+
+class PackedShiftConv2d(_Patches, PackedShiftLayer):
+    """A frozen `ShiftConv2d`, which `ShiftConv2d.freeze` makes: stored as a `PackedShiftLinear` over its patches."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] | None = None,
+        bias: bool = True,
+        bits: int = 4,
+        terms: int = 1,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        kernel, stride = _check_patches(kernel_size, stride)
+        super().__init__(in_channels * kernel[0] * kernel[1], out_channels, bias, bits, terms, device, dtype)
+        self.in_channels, self.out_channels, self.kernel_size, self.stride = in_channels, out_channels, kernel, stride
+
+    def forward(self, x: Tensor) -> Tensor:  # [*, in_channels, H, W] -> [*, out_channels, H', W']
+        return self._over_tokens(x, self.product)
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={self.bits}, terms={self.terms}"
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"{self._format_repr()}"
         )
+
+
+def _check_width(layer: ShiftLinear | PackedShiftLinear, x: Tensor) -> None:
+    if x.dim() == 0 or x.shape[-1] != layer.in_features:
+        raise UserError(f"{type(layer).__name__} takes [..., {layer.in_features}], not {list(x.shape)}")
+
+
+def _check_patches(
+    kernel_size: int | tuple[int, int], stride: int | tuple[int, int] | None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    stride = kernel if stride is None else (stride, stride) if isinstance(stride, int) else stride
+    if min(*kernel, *stride) < 1 or (kernel != (1, 1) and stride != kernel):
+        raise UserError(f"patches of {kernel} must tile the image: the stride must be the same, not {stride}")
+    return kernel, stride

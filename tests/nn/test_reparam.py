@@ -23,6 +23,7 @@ from shiftadd3d.nn import (
     MoEMlp,
     Recipe,
     Rule,
+    ShiftConv2d,
     ShiftLinear,
     collect_moe_losses,
     power_of_two,
@@ -347,6 +348,45 @@ def test_perceptrons_that_look_around_become_mixtures_layer_by_layer() -> None:
     reparameterize_(model, "moe", verbose=False)
     assert type(model["conv"]) is ConvMlp and type(model["conv"].fc1) is MoELinear
     assert type(model["told"]) is MoEMlp and type(model["plain"]) is MoEMlp
+
+
+class ConvNet(nn.Module):
+    """Convolutions over patches, of single pixels, and one that is no linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 2, 2)
+        self.attn = Attention(8, 2)
+        self.attn.reduce = nn.Conv2d(8, 8, 2, 2)
+        self.attn.point = nn.Conv2d(8, 8, 1)
+        self.mlp = nn.ModuleDict({"fc1": nn.Conv2d(8, 16, 1), "act": nn.GELU(), "fc2": nn.Conv2d(16, 8, 1)})
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+
+def test_convolutions_that_are_linear_layers_follow_their_place() -> None:
+    convs = ("patch", "attn.reduce", "attn.point", "mlp.fc1", "mlp.fc2", "conv")
+
+    def found(recipe: Recipe) -> dict[str, bool]:
+        model = ConvNet()
+        reparameterize_(model, recipe, verbose=False)
+        assert {type(model.get_submodule(name)) for name in convs} <= {ShiftConv2d, nn.Conv2d}
+        return [name for name in convs if type(model.get_submodule(name)) is ShiftConv2d]
+
+    assert found(Recipe(attention_linear="shift")) == ["attn.point"]
+    assert found(Recipe(mlp="shift")) == ["mlp.fc1", "mlp.fc2"]
+    assert found(Recipe(other_linear="shift")) == ["patch", "attn.reduce"]
+    assert found(Recipe(rules=(Rule("attn", "shift"),))) == ["attn.reduce", "attn.point"]
+    assert found(Recipe(mlp="moe", attention_linear="moe", rules=(Rule("attn.reduce", "shift"),))) == ["attn.reduce"]
+
+
+def test_convolutions_become_no_mixtures() -> None:
+    report = reparameterize_(ConvNet(), "moe", verbose=False)
+    reasons = {layer.name: layer.reason for layer in report.untouched}
+    assert reasons["mlp.fc1"] == "mlp: moe, which no convolution becomes" and reasons["patch"] == "other_linear: mult"
+    with pytest.raises(UserError, match=r"mlp\.fc1 \(Conv2d\): the rule 'mlp\.\*' says moe, which no such layer"):
+        reparameterize_(ConvNet(), Recipe(rules=(Rule("mlp.*", "moe"),)), verbose=False)
+    with pytest.raises(UserError, match=r"'conv': nothing of what it matches can become shift: conv \(Conv2d\)"):
+        reparameterize_(ConvNet(), Recipe(rules=(Rule("conv", "shift"),)), verbose=False)
 
 
 def test_subclasses_of_linear_are_not_touched() -> None:

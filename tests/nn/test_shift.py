@@ -11,12 +11,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from shiftadd3d import UserError
-from shiftadd3d.nn import PackedShiftLinear, ShiftLinear, power_of_two
+from shiftadd3d.nn import PackedShiftConv2d, PackedShiftLinear, ShiftConv2d, ShiftLinear, power_of_two
 
 FORMATS = [(bits, terms) for bits in range(2, 7) for terms in (1, 2)]
+quick = settings(max_examples=40, deadline=None)
 
 
 @pytest.mark.parametrize("mode", ["Q", "PS"])
@@ -221,14 +225,166 @@ def test_broken_weights_are_refused_by_name() -> None:
     layer = ShiftLinear(4, 4)
     layer.load_state_dict(linear.state_dict())
     assert torch.isnan(layer(torch.ones(1, 4))).any()
-    with pytest.raises(UserError, match="NaN or infinite"):
-        layer.freeze()
+    with pytest.raises(UserError, match=r"^head\.fc: .*NaN or infinite"):
+        layer.freeze(name="head.fc")
 
 
-@pytest.mark.parametrize("options", [{"bits": 7}, {"terms": 3}, {"mode": "q"}, {"mode": "PS", "stochastic": True}])
-def test_options_that_do_not_exist_are_refused(options: dict) -> None:
-    with pytest.raises(UserError):
-        ShiftLinear(4, 4, **options)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ShiftLinear(4, 4, bits=7), "bits must be an integer from 2 to 6, not 7"),
+        (lambda: ShiftLinear(4, 4, terms=3), "terms must be 1 or 2, not 3"),
+        (lambda: ShiftLinear(4, 4, mode="q"), "mode must be one of Q, PS, not 'q'"),
+        (lambda: ShiftLinear(4, 4, mode="PS", stochastic=True), "needs mode 'Q'"),
+        (lambda: ShiftConv2d(4, 4, 3, stride=1), r"\(3, 3\) must tile the image.* not \(1, 1\)"),
+        (lambda: PackedShiftConv2d(4, 4, (2, 3), stride=2), r"\(2, 3\) must tile the image"),
+        (lambda: PackedShiftLinear(4, 4, bits=1), "bits"),
+    ],
+)
+def test_options_that_do_not_exist_are_refused(make, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+@quick
+@given(
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),  # of pointwise kernels; others move by their own size
+    channels=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    size=st.tuples(st.integers(4, 11), st.integers(4, 11)),
+    batch=st.sampled_from([(), (2,), (0,)]),
+    mode=st.sampled_from(["Q", "PS"]),
+    terms=st.integers(1, 2),
+)
+def test_a_shift_convolution_is_the_convolution_with_the_nearest_powers_of_two(
+    kernel, stride, channels, size, batch, mode, terms
+) -> None:
+    conv = nn.Conv2d(*channels, kernel, stride if kernel == (1, 1) else kernel)
+    shift = ShiftConv2d.from_conv(conv, mode=mode, terms=terms).eval()
+    x = torch.randn(*batch, channels[0], *size)
+    weight = power_of_two.quantize(conv.weight.flatten(1), terms=terms)
+    assert torch.equal(shift.quantized_weight(), weight)
+    expected = F.conv2d(x, weight.view_as(conv.weight), conv.bias, conv.stride)
+    torch.testing.assert_close(shift(x), expected)
+    torch.testing.assert_close(shift.to_conv()(x), expected)
+    packed = shift.freeze()
+    assert type(packed) is PackedShiftConv2d and not list(packed.parameters())
+    assert torch.equal(packed(x), shift(x))
+
+
+def test_shift_convolutions_have_the_gradients_of_the_convolution() -> None:
+    layer = ShiftConv2d(3, 8, 4)
+    x = torch.randn(2, 3, 8, 12, requires_grad=True)
+    layer(x).square().sum().backward()
+    weight = power_of_two.quantize(layer.weight.flatten(1)).view_as(layer.weight).requires_grad_()
+    other = x.detach().requires_grad_()
+    F.conv2d(other, weight, layer.bias, 4).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, weight.grad)
+    torch.testing.assert_close(x.grad, other.grad)
+
+
+def test_a_convolutions_checkpoint_loads_into_a_shift_convolution() -> None:
+    conv = nn.Conv2d(3, 4, 2, 2)
+    layer = ShiftConv2d(3, 4, 2)
+    layer.load_state_dict(conv.state_dict())
+    assert torch.equal(layer.weight, conv.weight)
+
+
+@pytest.mark.parametrize(
+    ("conv", "given_"),
+    [
+        (nn.Conv2d(4, 4, 3), r"kernel_size=\(3, 3\), stride=\(1, 1\)"),
+        (nn.Conv2d(4, 4, 2, 2, padding=1), r"padding=\(1, 1\)"),
+        (nn.Conv2d(4, 4, 2, 2, dilation=2), r"dilation=\(2, 2\)"),
+        (nn.Conv2d(4, 4, 1, groups=2), "groups=2"),
+    ],
+)
+def test_convolutions_that_are_no_linear_layers_are_refused(conv: nn.Conv2d, given_: str) -> None:
+    with pytest.raises(UserError, match=r"stem\.conv is no linear layer over patches.*" + given_):
+        ShiftConv2d.from_conv(conv, name="stem.conv")
+
+
+def test_pointwise_convolutions_may_be_padded_by_name_only() -> None:
+    x = torch.randn(1, 4, 5, 5)
+    for conv in (nn.Conv2d(4, 2, 1, padding="same"), nn.Conv2d(4, 2, 3, 3, padding="valid")):
+        shift = ShiftConv2d.from_conv(conv)
+        torch.testing.assert_close(shift(x), shift.to_conv()(x))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_inputs_of_another_shape_are_refused(packed: bool) -> None:
+    linear, conv = ShiftLinear(8, 4), ShiftConv2d(3, 4, 2)
+    if packed:
+        linear, conv = linear.freeze(), conv.freeze()
+    with pytest.raises(UserError, match=r"ShiftLinear takes \[..., 8\], not \[2, 7\]"):
+        linear(torch.ones(2, 7))
+    for shape in ((1, 4, 4, 4), (3, 1, 4), (3, 4)):
+        with pytest.raises(UserError, match=r"ShiftConv2d takes images \[..., 3, H, W\] of at least 2 x 2 pixels"):
+            conv(torch.ones(shape))
+
+
+MAKERS = {
+    "linear Q": lambda: ShiftLinear(9, 5, bits=5),
+    "linear PS": lambda: ShiftLinear(9, 5, mode="PS", terms=2),
+    "conv Q": lambda: ShiftConv2d(3, 5, 2, terms=2),
+    "conv PS": lambda: ShiftConv2d(3, 5, 2, mode="PS", bits=3),
+    "packed linear": lambda: ShiftLinear(9, 5, bits=5, terms=2).freeze(),
+    "packed conv": lambda: ShiftConv2d(3, 5, 2, bits=3).freeze(),
+}
+
+
+def example_for(layer: nn.Module) -> torch.Tensor:
+    return torch.randn(2, 3, 5, 6) if "Conv" in type(layer).__name__ else torch.randn(4, 9)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_every_layer_goes_through_safetensors_and_deepcopy(kind: str, tmp_path) -> None:
+    layer, other = MAKERS[kind]().eval(), MAKERS[kind]().eval()
+    x = example_for(layer)
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    other.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    assert torch.equal(other(x), layer(x))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_every_layer_compiles_without_breaks_and_exports(kind: str) -> None:
+    layer = MAKERS[kind]().eval()
+    x = example_for(layer)
+    with torch.no_grad():
+        expected = layer(x)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected, rtol=0, atol=0)
+        exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        torch.testing.assert_close(exported.module()(torch.cat([x, x])), torch.cat([expected, expected]))
+
+
+@pytest.mark.parametrize("kind", ["linear Q", "linear PS", "conv Q", "conv PS"])
+def test_a_step_of_training_through_the_compiler_equals_an_eager_one(kind: str) -> None:
+    layer = MAKERS[kind]()
+    x = example_for(layer)
+    weights = []
+    for compile_it in (False, True):
+        trained = copy.deepcopy(layer)
+        run = torch.compile(trained, backend="aot_eager", fullgraph=True) if compile_it else trained
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            run(x).square().mean().backward()
+            optimizer.step()
+        weights.append([parameter.detach() for parameter in trained.parameters()])
+    for eager, compiled in zip(*weights, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("kind", ["linear Q", "conv PS"])
+def test_layers_without_storage_freeze_to_layers_without_storage(kind: str) -> None:
+    with torch.device("meta"):
+        frozen = MAKERS[kind]().freeze()
+    layer = MAKERS[kind]().eval()
+    frozen.load_state_dict(layer.freeze().state_dict(), assign=True)
+    x = example_for(layer)
+    assert torch.equal(frozen(x), layer(x))
 
 
 def test_any_leading_shape() -> None:
