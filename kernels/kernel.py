@@ -37,6 +37,9 @@ KERNELS: dict[str, Kernel] = {}
 
 _LIBRARY = torch.library.Library(OP_NAMESPACE, "FRAGMENT")
 
+# Half of the time that compiling takes, for what LLVM does anyway.
+_SLOW_PASSES = ("tirx.CommonSubexprElim", "s_tir.CompactBufferAllocation", "s_tir.HoistIfThenElse")
+
 # Compiling and loading happen under one lock, which a fork must not leave locked in the child.
 _lock = threading.RLock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
@@ -124,7 +127,8 @@ class Kernel:
         import tvm
 
         function = self.build(target, **spec).with_attr("global_symbol", self.name)
-        return tvm.compile(tvm.IRModule({self.name: function}), target=target.tvm_target())
+        with tvm.transform.PassContext(disabled_pass=list(_SLOW_PASSES)):
+            return tvm.compile(tvm.IRModule({self.name: function}), target=target.tvm_target())
 
     def assembly(self, target: CpuTarget, **spec: Any) -> str:
         """What `compile` makes of it, to read."""
