@@ -13,6 +13,14 @@ from shiftadd3d.nn.binarize import (
     make_binarizer,
 )
 from shiftadd3d.nn.calibrate import CalibratedLayer, CalibrationReport, FittedRouter, calibrate_
+from shiftadd3d.nn.cost import (
+    ENERGY_COSTS,
+    LayerOperations,
+    OperationCosts,
+    OperationReport,
+    count_operations,
+    frozen_bytes,
+)
 from shiftadd3d.nn.moe import (
     MoE,
     MoELinear,
@@ -50,15 +58,19 @@ from shiftadd3d.nn.shift import (
 
 __all__ = [
     "BINARIZERS",
+    "ENERGY_COSTS",
     "RECIPES",
     "AddAttention",
     "CalibratedLayer",
     "CalibrationReport",
     "FittedRouter",
     "HashBinarizer",
+    "LayerOperations",
     "MoE",
     "MoELinear",
     "MoEMlp",
+    "OperationCosts",
+    "OperationReport",
     "PackedShiftConv2d",
     "PackedShiftLayer",
     "PackedShiftLinear",
@@ -78,8 +90,10 @@ __all__ = [
     "binarize",
     "calibrate_",
     "collect_moe_losses",
+    "count_operations",
     "dispatch",
     "first_query_weights",
+    "frozen_bytes",
     "latency_weights",
     "linear_add_attention",
     "make_binarizer",
