@@ -1,0 +1,175 @@
+"""Vector arithmetic in TIR: what the kernels' functions are written with, for any width of vector register.
+
+The methods are called while a function is being parsed. They return expressions, and emit statements before the one
+they are called in where a value is needed more than once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from shiftadd3d.kernels.targets import CpuTarget
+
+#: Rows beyond the last one that `Vectors.product` may write to: tiles are written whole.
+ROW_PADDING = 8
+
+# A tile of the product keeps 12 accumulators in registers (of 16 or 32), whatever its width: rows for 1, 2, 3 vectors.
+_TILE_ROWS = {1: 8, 2: 6, 3: 4}
+ACCUMULATORS = 12
+
+
+class Vectors:
+    """Float32 vectors of one target.
+
+    Attributes:
+        lanes: floats in a vector.
+    """
+
+    def __init__(self, target: CpuTarget) -> None:
+        import tvm.script
+
+        self._T: Any = tvm.script.tirx
+        self.lanes = target.lanes
+        self._has_fma = target.has_fma
+        self._floats, self._integers = f"float32x{target.lanes}", f"int32x{target.lanes}"
+
+    def padded(self, count: int) -> int:
+        """`count` floats rounded up to whole vectors."""
+        return -(-count // self.lanes) * self.lanes
+
+    def at(self, start: Any) -> Any:
+        """The index of the vector that begins at `start`."""
+        return self._T.ramp(start, 1, self.lanes)
+
+    def splat(self, x: Any) -> Any:
+        """`x`, a number or a float32 expression, in every lane."""
+        return self._T.broadcast(self._T.float32(x) if isinstance(x, (int, float)) else x, self.lanes)
+
+    def splat_integer(self, x: Any) -> Any:
+        """`x`, an integer or an int32 expression, in every lane."""
+        return self._T.broadcast(self._T.int32(x) if isinstance(x, int) else x, self.lanes)
+
+    def keep(self, x: Any, *, integer: bool = False) -> Any:
+        """`x` computed here and now, for use in more than one place.
+
+        Not by a let binding: TVM's simplifier looks through those, in time exponential in their number.
+        """
+        T = self._T
+        place = T.alloc_buffer((self.lanes,), "int32" if integer else "float32", align=64)
+        T.buffer_store(place, x, [self.at(0)])
+        return place[self.at(0)]
+
+    def multiply_add(self, a: Any, b: Any, c: Any) -> Any:
+        """``a * b + c``, rounded once where the target can."""
+        if not self._has_fma:
+            return a * b + c
+        return self._T.call_llvm_pure_intrin(self._floats, f"llvm.fma.v{self.lanes}f32", a, b, c)
+
+    def at_least(self, x: Any, least: Any) -> Any:
+        """The larger of the two; NaN in `x` stays, as it does in torch."""
+        x = self.keep(x)
+        return self._T.Select(x < least, least, x)
+
+    def at_most(self, x: Any, most: Any) -> Any:
+        """The smaller of the two; NaN in `x` stays, as it does in torch."""
+        x = self.keep(x)
+        return self._T.Select(x > most, most, x)
+
+    def larger(self, x: Any, y: Any) -> Any:
+        """The larger of two; of NaN and a number, the number."""
+        return self._T.call_llvm_pure_intrin(self._floats, f"llvm.maxnum.v{self.lanes}f32", x, y)
+
+    def smaller(self, x: Any, y: Any) -> Any:
+        """The smaller of two; of NaN and a number, the number."""
+        return self._T.call_llvm_pure_intrin(self._floats, f"llvm.minnum.v{self.lanes}f32", x, y)
+
+    def relu(self, x: Any) -> Any:
+        return self.at_least(x, self.splat(0.0))
+
+    def absolute(self, x: Any) -> Any:
+        return self._T.call_llvm_pure_intrin(self._floats, f"llvm.fabs.v{self.lanes}f32", x)
+
+    def square_root(self, x: Any) -> Any:
+        return self._T.call_llvm_pure_intrin(self._floats, f"llvm.sqrt.v{self.lanes}f32", x)
+
+    def floor(self, x: Any) -> Any:
+        return self._T.call_llvm_pure_intrin(self._floats, f"llvm.floor.v{self.lanes}f32", x)
+
+    def select(self, condition: Any, x: Any, y: Any) -> Any:
+        """Lane by lane, x where the condition holds, else y."""
+        return self._T.Select(condition, x, y)
+
+    def to_integer(self, x: Any) -> Any:
+        """Whole-numbered floats as int32."""
+        return self._T.cast(x, self._integers)
+
+    def exp(self, x: Any) -> Any:
+        """``e**x`` for x <= 0, to 2 units in the last place; below -87, where float32 ends, ``e**-87``. NaN stays.
+
+        The polynomial is that of the Cephes library's expf: x = n ln 2 + r, ln 2 in two pieces.
+        """
+        T = self._T
+        x = self.at_least(x, self.splat(-87.0))
+        x = self.keep(x)
+        n = self.keep(T.nearbyint(x * self.splat(1.44269504088896341)))
+        r = self.multiply_add(n, self.splat(-0.693359375), x)
+        r = self.keep(self.multiply_add(n, self.splat(2.12194440e-4), r))
+        p = self.splat(1.9875691500e-4)
+        for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+            p = self.multiply_add(p, r, self.splat(coefficient))
+        p = self.multiply_add(p * r, r, r) + self.splat(1.0)
+        # Times 2**n: n is added to the exponent's bits.
+        bits = T.reinterpret(self._integers, p) + (self.to_integer(n) << self.splat_integer(23))
+        return T.reinterpret(self._floats, bits)
+
+    def product(
+        self,
+        out: Any,
+        rows: Any,
+        bias: Callable[[Any, Any], Any],
+        terms: Sequence[tuple[int, Callable[[Any, Any], Any], Callable[[Any, Any], Any]]],
+        width: int,
+        accumulators: Any,
+        finish: Callable[[Any, Any, Any], Any] = lambda row, start, x: x,
+    ) -> None:
+        """``out[r, c] = finish(bias + sum over terms, k of value(r, k) * weight(k, c))`` for r < rows, c < width.
+
+        The weights are read along c by whole vectors, the values one by one, and a tile of the outcome stays in
+        registers over the whole sum.
+
+        Args:
+            out: [rows + ROW_PADDING, width], written.
+            rows: how many.
+            bias: ``bias(row, start)``, the vector of columns from `start` that the sum begins with.
+            terms: (number of k, ``value(row, k)``, ``weight(k, columns)``). `value` is asked for rows beyond the last,
+                up to a whole tile, and has to answer with any number.
+            width: a multiple of `lanes`.
+            accumulators: a buffer of ``ACCUMULATORS * lanes`` floats that the compiler keeps in registers.
+            finish: ``finish(row, start, x)``: what to store for a vector x of sums.
+        """
+        T, lanes = self._T, self.lanes
+        vectors, start = width // lanes, 0
+        while start < vectors:
+            # Never one vector alone if it can be helped: it would read a value for every product.
+            across = 2 if vectors - start in (2, 4) else min(3, vectors - start)
+            down = _TILE_ROWS[across]
+            columns = [self.at((start + j) * lanes) for j in range(across)]
+            tile = [[self.at((i * across + j) * lanes) for j in range(across)] for i in range(down)]
+            with T.serial((rows + (down - 1)) // down) as t:
+                for i in range(down):
+                    for j in range(across):
+                        T.buffer_store(accumulators, bias(t * down + i, (start + j) * lanes), [tile[i][j]])
+                for count, value, weight in terms:
+                    with T.serial(count) as k:
+                        weights = [weight(k, column) for column in columns]
+                        for i in range(down):
+                            x = T.broadcast(value(t * down + i, k), lanes)
+                            for j in range(across):
+                                total = self.multiply_add(x, weights[j], accumulators[tile[i][j]])
+                                T.buffer_store(accumulators, total, [tile[i][j]])
+                for i in range(down):
+                    for j in range(across):
+                        done = finish(t * down + i, (start + j) * lanes, accumulators[tile[i][j]])
+                        T.buffer_store(out, done, [t * down + i, columns[j]])
+            start += across

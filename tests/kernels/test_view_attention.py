@@ -1,0 +1,199 @@
+"""Subtraction attention over source views: the kernel against its twin, and the twin against the layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shiftadd3d import UserError
+from shiftadd3d.kernels import power_of_two, targets
+from shiftadd3d.kernels.view_attention import (
+    KERNEL,
+    MAX_VIEWS,
+    view_attention_shift_twin,
+    view_attention_twin,
+)
+from shiftadd3d.models.gnt.transformer import ViewAttention
+
+OPS = torch.ops.shiftadd3d
+
+
+def problem(points: int, views: int, width: int, hidden: int | None = None, seed: int = 0) -> tuple:
+    """Arguments of `view_attention`: what the layers would pass on."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = hidden or max(1, width // 8)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    square, up, down = (width, width), (width, hidden), (hidden, width)
+    sizes = (square, square, square, (hidden, 4), up, down, up, square)
+    weights = [draw(*size) / size[1] ** 0.5 for size in sizes]
+    biases = [draw(sizes[i][0]) for i in (3, 4, 5, 6, 7)]
+    mask = torch.rand(points, views, generator=generator) > 0.3
+    return draw(points, width), draw(points, views, width), draw(points, views, 4), mask, weights, biases
+
+
+def in_float64(arguments: tuple) -> tuple:
+    def double(x):
+        if isinstance(x, list):
+            return [double(one) for one in x]
+        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    return tuple(double(x) for x in arguments)
+
+
+def test_the_twin_computes_what_the_layer_does():
+    torch.manual_seed(0)
+    layer = ViewAttention(24, dropout=0.0).eval()
+    query, views, ray_diff, mask, _, _ = problem(6, 5, 24)
+    linears = (layer.q_fc, layer.k_fc, layer.v_fc, layer.pos_fc[0], layer.pos_fc[2], layer.attn_fc[0])
+    linears = (*linears, layer.attn_fc[2], layer.out_fc)
+    weights, biases = [fc.weight for fc in linears], [fc.bias for fc in linears if fc.bias is not None]
+    expected = layer(query[None], views[None], ray_diff[None], mask[None, ..., None])[0]
+    torch.testing.assert_close(view_attention_twin(query, views, ray_diff, mask, weights, biases), expected)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    points=st.integers(1, 70),
+    views=st.integers(1, MAX_VIEWS),
+    width=st.sampled_from([8, 13, 32]),
+    seed=st.integers(0, 99),
+)
+def test_the_kernel_is_as_exact_as_torch_for_any_number_of_points_and_views(points, views, width, seed):
+    arguments = problem(points, views, width, seed=seed)
+    exact = view_attention_twin(*in_float64(arguments))
+    error = (OPS.view_attention(*arguments) - exact).abs().max()
+    twins_error = (view_attention_twin(*arguments) - exact).abs().max()
+    assert error <= 2.0 * twins_error + 1e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(1, 1), (7, 2), (64, 8), (70, 9)])
+def test_widths_need_not_be_whole_vectors(width, hidden):
+    arguments = problem(19, 3, width, hidden)
+    torch.testing.assert_close(OPS.view_attention(*arguments), view_attention_twin(*arguments), rtol=1e-4, atol=1e-5)
+
+
+def test_a_point_that_no_view_sees_weighs_all_views_the_same():
+    query, views, ray_diff, _, weights, biases = problem(9, 4, 16)
+    none = torch.zeros(9, 4, dtype=torch.bool)
+    # All the same is what a score that ignores its inputs gives, too.
+    flat = [*weights[:6], torch.zeros_like(weights[6]), weights[7]]
+    torch.testing.assert_close(
+        OPS.view_attention(query, views, ray_diff, none, weights, biases),
+        OPS.view_attention(query, views, ray_diff, ~none, flat, biases),
+    )
+
+
+def test_a_masked_view_might_as_well_not_be_there():
+    query, views, ray_diff, mask, weights, biases = problem(9, 4, 16)
+    mask[:] = torch.tensor([True, False, True, True])
+    left = [0, 2, 3]
+    torch.testing.assert_close(
+        OPS.view_attention(query, views, ray_diff, mask, weights, biases),
+        OPS.view_attention(query, views[:, left], ray_diff[:, left], mask[:, left], weights, biases),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_leading_dimensions_strides_and_odd_addresses():
+    query, views, ray_diff, mask, weights, biases = problem(24, 5, 16)
+    expected = view_attention_twin(query, views, ray_diff, mask, weights, biases)
+    turned = (query.view(4, 6, 16).transpose(0, 1), views.view(4, 6, 5, 16).transpose(0, 1))
+    turned = (*turned, ray_diff.view(4, 6, 5, 4).transpose(0, 1), mask.view(4, 6, 5).transpose(0, 1))
+    out = OPS.view_attention(*turned, weights, biases)
+    torch.testing.assert_close(out.transpose(0, 1).reshape(24, 16), expected, rtol=1e-4, atol=1e-5)
+
+    def shifted(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+    out = OPS.view_attention(*(shifted(x) for x in (query, views, ray_diff, mask)), weights, biases)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 7), (3, 0)])
+def test_no_points_give_no_outcome(shape):
+    _, _, _, _, weights, biases = problem(1, 2, 16)
+    arguments = (torch.zeros(*shape, 16), torch.zeros(*shape, 2, 16), torch.zeros(*shape, 2, 4))
+    out = OPS.view_attention(*arguments, torch.zeros(*shape, 2, dtype=torch.bool), weights, biases)
+    assert out.shape == (*shape, 16)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_is_not_finite_stays_with_its_point(bad, place):
+    arguments = problem(12, 3, 16)
+    arguments[3][:] = True
+    arguments[place][5].view(-1)[3] = bad
+    out, twin = OPS.view_attention(*arguments), view_attention_twin(*arguments)
+    others = torch.arange(12) != 5
+    torch.testing.assert_close(out[others], twin[others], rtol=1e-4, atol=1e-5)
+    if bad != bad:
+        assert bool(twin[5].isnan().all()) and bool(out[5].isnan().all())
+    elif twin[5].isfinite().all():  # a ReLU has cut off the infinity
+        torch.testing.assert_close(out[5], twin[5], rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_is_computed_in_float32():
+    query, views, ray_diff, mask, weights, biases = problem(40, 6, 32)
+    narrow = [x.bfloat16() for x in (query, views, ray_diff)]
+    out = OPS.view_attention(*narrow, mask, weights, biases)
+    assert out.dtype == torch.bfloat16
+    expected = view_attention_twin(*(x.float() for x in narrow), mask, weights, biases)
+    torch.testing.assert_close(out.float(), expected, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("terms", [1, 2])
+@pytest.mark.parametrize("bits", [4, 5])
+def test_packed_codes_stand_for_the_weights_they_decode_to(bits, terms):
+    query, views, ray_diff, mask, weights, biases = problem(21, 4, 16)
+    encoded = [power_of_two.encode(weight, bits, terms) for weight in weights]
+    codes, offsets = [power_of_two.pack(one.codes, bits) for one in encoded], [one.offset for one in encoded]
+    decoded = [power_of_two.quantize(weight, bits, terms) for weight in weights]
+    out = OPS.view_attention_shift(query, views, ray_diff, mask, codes, offsets, biases, bits)
+    assert torch.equal(out, OPS.view_attention(query, views, ray_diff, mask, decoded, biases))
+    expected = view_attention_shift_twin(query, views, ray_diff, mask, codes, offsets, biases, bits)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_threads_change_nothing(torch_threads):
+    arguments = problem(3000, 4, 16)
+    torch.testing.assert_close(OPS.view_attention(*arguments), view_attention_twin(*arguments), rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_models_see_through_it():
+    *inputs, weights, biases = problem(10, 3, 16)
+
+    def model(query, views, ray_diff, mask):
+        return OPS.view_attention(query * 2.0, views, ray_diff, mask, weights, biases).sum(-1)
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), model(*inputs))
+    torch.library.opcheck(
+        OPS.view_attention.default, (*inputs, weights, biases), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    query, views, ray_diff, mask, weights, biases = problem(4, 3, 16)
+    with pytest.raises(UserError, match=r"views must be \[4, 3, 16\]"):
+        OPS.view_attention(query, views[:2], ray_diff, mask, weights, biases)
+    with pytest.raises(UserError, match="mask must be bool"):
+        OPS.view_attention(query, views, ray_diff, mask.float(), weights, biases)
+    with pytest.raises(UserError, match="1 to 32 views, not 33"):
+        OPS.view_attention(*problem(2, 33, 16))
+    with pytest.raises(UserError, match=r"weight of out must be \[16, 16\]"):
+        OPS.view_attention(query, views, ray_diff, mask, [*weights[:7], weights[3]], biases)
+    with pytest.raises(UserError, match="takes weights of q, k, v"):
+        OPS.view_attention(query, views, ray_diff, mask, weights[:7], biases)
+
+
+@pytest.mark.parametrize("name", ["avx512", "generic"])
+def test_other_processors_get_their_own_instructions(name):
+    assembly = KERNEL.assembly(targets.find(name), width=16, hidden=2)
+    assert ("zmm" in assembly) == (name == "avx512")
+    assert ("ymm" in assembly) or name == "generic"
