@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
@@ -17,6 +19,8 @@ from shiftadd3d.nerf.trainer import GNTTrainerConfig
 
 # nerfstudio imports this module in every ns-* command: bad input to our methods then reads the same as in ours.
 print_user_errors_as_one_line()
+# nerfstudio 1.1.5 meets a newer torch than it was written for, which says so in the middle of training.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"nerfstudio\.")
 
 
 def _device_type() -> str:
