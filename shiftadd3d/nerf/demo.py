@@ -44,7 +44,7 @@ def train(config: GNTTrainerConfig) -> Path:
         ) from None
     # After saving: the run stays one whose evaluation reports LPIPS. Here it would be a download in a first try.
     cast(GNTNerfModelConfig, config.pipeline.model).lpips = False
-    # Not nerfstudio's `launch`: that one takes Ctrl-C for the regular end of a training.
+    # Not nerfstudio's `launch`: that one ends with a list of timings.
     train_loop(local_rank=0, world_size=1, config=config)
     return config.get_base_dir() / "config.yml"
 
@@ -183,6 +183,7 @@ def _show(facts: dict[str, Any], run: Run, metrics_file: Path) -> None:
         f"ns-viewer --load-config {config}",
         f"ns-eval --load-config {config} --output-path {metrics_file.parent / 'eval.json'}",
         f"shiftadd3d render --load-config {config} --path spiral --out {metrics_file.parent / 'spiral.mp4'}",
-        f"ns-train {facts['method']} --load-dir {run.checkpoint.parent} --data {facts['scene']}",
+        f"ns-train {facts['method']} --load-dir {run.checkpoint.parent} --data {facts['scene']} "
+        f"--max-num-iterations {2 * facts['steps']}",
     ):
         CONSOLE.print(f"  {command}", soft_wrap=True, highlight=False)

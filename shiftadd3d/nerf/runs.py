@@ -61,7 +61,7 @@ def load_run(path: Path) -> Run:
     config = read_config(path)
     # Beside the configuration first: paths in it are relative to where the training was started.
     folder = path.parent / config.relative_model_dir
-    config.load_dir = folder if folder.is_dir() else config.get_checkpoint_dir()
+    config.load_dir = folder if folder.is_dir() else config.get_base_dir() / config.relative_model_dir
     checkpoint = latest_checkpoint(config.load_dir)
     state = read_checkpoint(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"

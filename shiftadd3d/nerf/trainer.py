@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from dataclasses import dataclass, field
@@ -34,8 +35,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: damaged, or not a checkpoint that can be read safely ({reason}); "
             "expected a nerfstudio_models/step-*.ckpt of an earlier run"
         ) from None
-    if not isinstance(state, dict) or not {"step", "pipeline"} <= state.keys():
-        raise UserError(f"{path}: not a nerfstudio checkpoint (it has no `step` and `pipeline`)")
+    if (
+        not isinstance(state, dict)
+        or not isinstance(state.get("step"), int)
+        or not isinstance(state.get("pipeline"), dict)
+    ):
+        raise UserError(
+            f"{path}: not a nerfstudio checkpoint (it has no `step` and `pipeline`); "
+            "expected a nerfstudio_models/step-*.ckpt of an earlier run"
+        )
     return state
 
 
@@ -61,24 +69,72 @@ class GNTTrainerConfig(TrainerConfig):
 
     _target: type = field(default_factory=lambda: GNTTrainer)
     """Target class to instantiate."""
+    max_num_iterations: int = 1_000_000
+    """Steps of the whole run, at the end of which the learning rates are down. Going on from a checkpoint, its steps
+    count: an interrupted run does the rest, and one that was complete needs a larger number than before."""
+
+    _trains = False  # no field: it is about this process, not about the run
+
+    def setup(self, **kwargs: Any) -> Any:
+        """The trainer."""
+        self._trains = True
+        return super().setup(**kwargs)
+
+    def get_checkpoint_dir(self) -> Path:
+        """Where the run's checkpoints lie.
+
+        ns-eval, ns-render and ns-viewer ask for it, then unpickle the file there whose name has the highest number
+        (before torch 2.6, with whatever code it brings along). Nothing else of ours runs between their reading the
+        configuration and that, so this is where the newest checkpoint is checked and chosen for them.
+
+        Raises:
+            UserError: the run has no checkpoint, or none that can be read.
+        """
+        folder = super().get_checkpoint_dir()
+        if not self._trains:
+            newest = latest_checkpoint(folder)
+            read_checkpoint(newest)
+            # nerfstudio would take the step that this run itself went on from, or one that it reads from the name of
+            # whatever else lies in the folder.
+            self.load_step = _step_of(newest)
+        return folder
 
 
 class GNTTrainer(Trainer):
     """Checkpoints appear whole or not at all, Ctrl-C saves one, and schedules end where the run does."""
 
+    config: GNTTrainerConfig
     _saved_step: int | None = None
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
-        # Found before minutes go into reading images.
-        if self.config.load_dir is not None:
-            step, folder = self.config.load_step, self.config.load_dir
+        # Whatever is wrong is found before minutes go into reading images.
+        self._start_step = self._steps_done()
+        try:
+            super().setup(test_mode)
+        except KeyboardInterrupt:
+            CONSOLE.print("Interrupted before the first step.")
+            raise SystemExit(130) from None
+
+    def _steps_done(self) -> int:
+        """Steps of the checkpoint to go on from; 0 without one.
+
+        Raises:
+            UserError: a checkpoint that cannot be read, or that leaves nothing to do.
+        """
+        config, path = self.config, self.config.load_checkpoint
+        if config.load_dir is not None:
+            step, folder = config.load_step, config.load_dir
             path = latest_checkpoint(folder) if step is None else folder / f"step-{step:09d}.ckpt"
-            read_checkpoint(path)
             # nerfstudio would read a step from the name of whatever else lies in the folder.
-            self.config.load_step = _step_of(path)
-        elif self.config.load_checkpoint is not None:
-            read_checkpoint(self.config.load_checkpoint)
-        super().setup(test_mode)
+            config.load_step = _step_of(path)
+        done = 0 if path is None else read_checkpoint(path)["step"] + 1
+        if done >= config.max_num_iterations:
+            raise UserError(
+                f"--max-num-iterations {config.max_num_iterations}: "
+                + (f"it counts from the run's first step, and {path} is at step {done}; " if done else "")
+                + f"expected more than {done}"
+            )
+        return done
 
     def _load_checkpoint(self) -> None:
         try:
@@ -93,24 +149,34 @@ class GNTTrainer(Trainer):
             ) from None
 
     def setup_optimizers(self) -> Optimizers:
-        for name, optimizer in self.config.optimizers.items():
+        config = self.config
+        # A schedule that is not loaded counts from this process's first step.
+        steps = config.max_num_iterations - (0 if config.load_scheduler else self._start_step)
+        for name, optimizer in config.optimizers.items():
             scheduler = optimizer["scheduler"]
             if isinstance(scheduler, WarmupCosineSchedulerConfig) and scheduler.max_steps is None:
-                scheduler = dataclasses.replace(scheduler, max_steps=self.config.max_num_iterations)
-                self.config.optimizers[name] = {**optimizer, "scheduler": scheduler}
+                scheduler = dataclasses.replace(scheduler, max_steps=steps)
+                config.optimizers[name] = {**optimizer, "scheduler": scheduler}
         return super().setup_optimizers()
 
     def train(self) -> None:
+        # nerfstudio's loop takes it for the number of steps to come, its progress display for the last one.
+        self.config = copy.copy(self.config)
+        self.config.max_num_iterations -= self._start_step
         try:
             super().train()
-        except KeyboardInterrupt as interrupt:
-            # After the last step nerfstudio waits for Ctrl-C with the viewer on; all is saved then.
-            if self._saved_step != self.step:
+        except KeyboardInterrupt:
+            saved = self._saved_step == self.step
+            if saved and self.training_state == "completed":
+                return  # with the viewer on, nerfstudio asks for Ctrl-C when training has ended
+            if not saved:
                 self.save_checkpoint(self.step)
-                CONSOLE.print(
-                    f"Interrupted at step {self.step}. Nothing is lost: go on with --load-dir {self.checkpoint_dir}"
-                )
-            raise interrupt.with_traceback(None) from None  # nerfstudio prints it: where training stood helps nobody
+            CONSOLE.print(
+                f"Interrupted at step {self.step}. Nothing is lost: go on with --load-dir {self.checkpoint_dir}",
+                soft_wrap=True,
+            )
+            # nerfstudio would print a KeyboardInterrupt's traceback, and exit with 0.
+            raise SystemExit(130) from None
 
     @check_main_thread
     def save_checkpoint(self, step: int) -> None:

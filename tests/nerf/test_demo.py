@@ -60,7 +60,9 @@ def test_an_interrupted_demo_ends_with_130_instead_of_going_on(
 
     monkeypatch.setattr(methods.shiftadd_gnt_tiny, "config", make_config(tiny_scene, tmp_path))
     monkeypatch.setattr(Trainer, "train_iteration", interrupt)
-    assert cli.main(["demo", "--output-dir", str(tmp_path), "--data", str(tiny_scene)]) == 130
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["demo", "--output-dir", str(tmp_path), "--data", str(tiny_scene)])
+    assert exit_.value.code == 130
     assert not (tmp_path / "demo/metrics.json").exists()
 
 

@@ -23,6 +23,7 @@ import yaml
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.scripts import eval as ns_eval
 from nerfstudio.scripts import render as ns_render
+from nerfstudio.scripts.viewer import run_viewer
 from nerfstudio.utils.eval_utils import eval_setup
 
 from shiftadd3d import UserError
@@ -33,8 +34,6 @@ from shiftadd3d.nerf.trainer import GNTTrainer, latest_checkpoint, read_checkpoi
 
 METHODS = ["gnt", "gnt-tiny", "gnt-big", "shiftadd-gnt", "shiftadd-gnt-tiny", "shiftadd-gnt-big"]
 MODELS = "nerfstudio_models"
-
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
 
 def one_line(error: BaseException) -> str:
@@ -184,8 +183,8 @@ def test_a_render_does_not_depend_on_what_was_rendered_before(tiny_run):
     assert first["depth"].shape == first["accumulation"].shape == (48, 64, 1)
 
 
-def resumed(tiny_run: Path, make_config, tmp_path: Path, steps: int = 1, **changes):
-    """A config that goes on from a copy of the run's checkpoints."""
+def resumed(tiny_run: Path, make_config, tmp_path: Path, steps: int = 5, **changes):
+    """A config that goes on from a copy of the run's checkpoints, to a run of so many steps in all."""
     config = yaml.load(tiny_run.read_text(), Loader=yaml.Loader)
     shutil.copytree(tiny_run.parent / MODELS, tmp_path / "models")
     new = make_config(config.data, tmp_path / "out", steps=steps)
@@ -198,7 +197,7 @@ def resumed(tiny_run: Path, make_config, tmp_path: Path, steps: int = 1, **chang
 def test_resuming_goes_on_at_the_next_step_with_optimizer_schedule_and_depth_range(
     tiny_run, make_config, ns_train, tmp_path, monkeypatch
 ):
-    config = resumed(tiny_run, make_config, tmp_path, steps=2)
+    config = resumed(tiny_run, make_config, tmp_path, steps=6)
     (config.load_dir / "notes.txt").write_text("not a checkpoint")
     config.pipeline.datamanager.near, config.pipeline.datamanager.far = 0.1, 0.2  # the checkpoint knows better
     before = read_checkpoint(latest_checkpoint(config.load_dir))
@@ -221,6 +220,35 @@ def test_resuming_goes_on_at_the_next_step_with_optimizer_schedule_and_depth_ran
     assert near_far == before["pipeline"]["_model.near_far"].tolist() != [0.1, 0.2]
     assert torch.equal(weight, before["pipeline"]["_model.gnt.net_coarse.rgbfeat_fc.0.weight"])
     assert latest_checkpoint(run / MODELS).name == "step-000000005.ckpt"
+
+
+@pytest.mark.parametrize("load_scheduler", [True, False])
+def test_the_learning_rate_of_a_resumed_run_is_down_at_the_new_end(
+    tiny_run, make_config, ns_train, tmp_path, load_scheduler
+):
+    config = resumed(tiny_run, make_config, tmp_path, steps=12, load_scheduler=load_scheduler)
+    for optimizer in config.optimizers.values():
+        optimizer["scheduler"].warmup_steps = 1
+    curves = scalars(ns_train(config))
+    rates = next(values for tag, values in curves.items() if "learning_rate" in tag.lower() and "transformers" in tag)
+    assert len(curves["Train Loss"]) == len(rates) == 8  # steps 4 to 11
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates))
+    schedule, optimizer = (config.optimizers["transformers"][part] for part in ("scheduler", "optimizer"))
+    assert schedule.max_steps == (12 if load_scheduler else 8)
+    assert rates[-1] == pytest.approx(schedule.final_fraction * optimizer.lr)
+
+
+@pytest.mark.parametrize("steps", [0, 3, 4])
+def test_going_on_to_where_the_run_already_is_is_refused(tiny_run, make_config, ns_train, tmp_path, steps):
+    with pytest.raises(UserError, match=rf"--max-num-iterations {steps}: .* is at step 4; .* more than 4") as caught:
+        ns_train(resumed(tiny_run, make_config, tmp_path, steps=steps))
+    one_line(caught.value)
+
+
+def test_a_run_of_no_steps_is_refused(tiny_scene, make_config, ns_train, tmp_path):
+    with pytest.raises(UserError, match="--max-num-iterations 0: expected more than 0") as caught:
+        ns_train(make_config(tiny_scene, tmp_path, steps=0))
+    one_line(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -302,16 +330,37 @@ def interrupt_at(step: int, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_ctrl_c_saves_a_checkpoint_to_go_on_from(tiny_scene, make_config, ns_train, tmp_path, monkeypatch, step):
+def test_ctrl_c_saves_a_checkpoint_to_go_on_from(
+    tiny_scene, make_config, ns_train, tmp_path, monkeypatch, capsys, step
+):
     config = make_config(tiny_scene, tmp_path, steps=3)  # step 2 is the last
     config.steps_per_save = 100
     with monkeypatch.context() as patch:
         interrupt_at(step, patch)
-        run = ns_train(config)
-    assert latest_checkpoint(run / MODELS).name == f"step-{step:09d}.ckpt"
-    going_on = make_config(tiny_scene, tmp_path / "more", steps=1)
-    going_on.load_dir = run / MODELS
+        with pytest.raises(SystemExit) as exit_:
+            ns_train(config)
+    assert exit_.value.code == 130
+    printed = capsys.readouterr()
+    models = config.get_base_dir() / MODELS
+    assert f"Interrupted at step {step}. Nothing is lost: go on with --load-dir {models}" in printed.out
+    assert "Traceback" not in printed.out + printed.err
+    assert latest_checkpoint(models).name == f"step-{step:09d}.ckpt"
+    going_on = make_config(tiny_scene, tmp_path / "more", steps=step + 2)
+    going_on.load_dir = models
     assert latest_checkpoint(ns_train(going_on) / MODELS).name == f"step-{step + 1:09d}.ckpt"
+
+
+def test_ctrl_c_while_images_are_read_is_one_line(tiny_scene, make_config, ns_train, tmp_path, monkeypatch, capsys):
+    def interrupt(*_: object, **__: object):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GNTDataManager, "__init__", interrupt)
+    with pytest.raises(SystemExit) as exit_:
+        ns_train(make_config(tiny_scene, tmp_path))
+    assert exit_.value.code == 130
+    printed = capsys.readouterr()
+    assert "Interrupted before the first step." in printed.out
+    assert "Traceback" not in printed.out + printed.err
 
 
 def test_ctrl_c_after_the_end_of_training_saves_nothing_twice(tiny_scene, make_config, ns_train, tmp_path, monkeypatch):
@@ -376,6 +425,8 @@ def damage(kind: str, folder: Path) -> None:
             del state["pipeline"]["_model.gnt.net_coarse.norm.bias"]
         elif kind == "a bare state dict":
             state = state["pipeline"]
+        elif kind == "code":
+            state["step"] = Planted()
         torch.save(state, path)
 
 
@@ -387,7 +438,15 @@ DAMAGES = {
     "of another method": "another network",
     "a tensor short": "net_coarse.norm.bias",
     "a bare state dict": "not a nerfstudio checkpoint",
+    "code": "damaged, or not a checkpoint that can be read safely",
 }
+
+
+class Planted:
+    """Shouts when it is unpickled."""
+
+    def __reduce__(self):
+        return exec, ("import os; os.environ['PLANTED'] = 'was run'",)
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -397,10 +456,51 @@ def test_a_bad_checkpoint_is_refused_in_one_line(tiny_run, make_config, ns_train
     with pytest.raises(UserError, match=DAMAGES[kind]) as caught:
         ns_train(config)
     one_line(caught.value)
+    assert "PLANTED" not in os.environ
+
+
+COMMANDS = {"ns-eval": (ns_eval, []), "ns-render": (ns_render, ["dataset"]), "ns-viewer": (run_viewer, [])}
+
+
+@pytest.fixture
+def own_run(tiny_run, tmp_path) -> Path:
+    """The config.yml of a copy of the run, which nerfstudio's commands find the checkpoints of."""
+    config = yaml.load(tiny_run.read_text(), Loader=yaml.Loader)
+    config.output_dir = tmp_path / "copy"
+    config.save_config()
+    shutil.copytree(tiny_run.parent / MODELS, config.get_base_dir() / MODELS)
+    return config.get_base_dir() / "config.yml"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("kind", [kind for kind in DAMAGES if kind != "without optimizers"])
+def test_a_bad_checkpoint_is_one_line_under_every_command(command, kind, own_run, monkeypatch, capsys):
+    damage(kind, own_run.parent / MODELS)
+    script, arguments = COMMANDS[command]
+    monkeypatch.setattr(sys, "argv", [command, *arguments, "--load-config", str(own_run)])
+    with pytest.raises(UserError) as caught:
+        script.entrypoint()
+    capsys.readouterr()
+    sys.excepthook(caught.type, caught.value, caught.tb)  # what the interpreter does next
+    line = capsys.readouterr().err
+    assert line.startswith("error: ")
+    assert DAMAGES[kind] in line
+    assert line.count("\n") == 1
+    assert "PLANTED" not in os.environ
+
+
+def test_evaluation_takes_the_newest_checkpoint_of_the_run_itself(own_run):
+    config = yaml.load(own_run.read_text(), Loader=yaml.Loader)
+    config.load_dir, config.load_step = Path("another run"), 1  # which this one went on from
+    config.save_config()
+    (own_run.parent / MODELS / "notes.txt").write_text("not a checkpoint")
+    _, _, checkpoint, step = eval_setup(own_run)
+    assert checkpoint == own_run.parent / MODELS / "step-000000003.ckpt"
+    assert step == 3
 
 
 def test_a_dense_checkpoint_is_not_gone_on_from_with_shifts(tiny_scene, dense_run, make_config, ns_train, tmp_path):
-    config = make_config(tiny_scene, tmp_path, steps=1)
+    config = make_config(tiny_scene, tmp_path, steps=2)
     config.load_dir = dense_run / MODELS
     with pytest.raises(UserError, match="warm-start") as caught:
         ns_train(config)
@@ -471,6 +571,15 @@ def test_a_loss_that_is_not_finite_stops_training_in_one_line(tiny_scene, make_c
     monkeypatch.setattr(GNTDataManager, "next_train", next_train)
     with pytest.raises(UserError, match=r"not finite.*optimizers\.transformers\.optimizer\.lr") as caught:
         ns_train(make_config(tiny_scene, tmp_path, steps=3))
+    one_line(caught.value)
+
+
+@pytest.mark.parametrize("term", ["balance", "proposal"])
+def test_a_term_of_the_loss_that_is_not_finite_is_named(tiny_scene, make_config, ns_train, tmp_path, term):
+    config = make_config(tiny_scene, tmp_path, steps=3)
+    setattr(config.pipeline.model, f"{term}_loss_mult", float("inf"))
+    with pytest.raises(UserError, match=rf"not finite any more \({term}_loss is (inf|nan)\)") as caught:
+        ns_train(config)
     one_line(caught.value)
 
 
