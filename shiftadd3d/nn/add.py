@@ -378,6 +378,8 @@ class AddAttention(nn.Module):
             self.split_heads(self.v_fc(context)),
         )
         out, weights = self.attend(q, k, v, mask, bias, return_weights)
+        if self.dwconv is not None:
+            out = out + self.dwconv(v)
         out = F.dropout(self.out_fc(out.transpose(1, 2).flatten(-2)), self.dropout, self.training)
         return out if weights is None else (out, weights)
 
@@ -399,14 +401,10 @@ class AddAttention(nn.Module):
         Classes derived from this one call it where theirs would call `F.scaled_dot_product_attention`. The second
         value is the first query's attention [B, M], None unless asked for.
         """
-        q_code, k_code = (
-            self.q_code(q).to(v.dtype),
-            (self.q_code if self.k_code is None else self.k_code)(k).to(v.dtype),
-        )
+        key_binarizer = self.q_code if self.k_code is None else self.k_code
+        q_code, k_code = self.q_code(q).to(v.dtype), key_binarizer(k).to(v.dtype)
         dropout_p = self.attn_dropout if self.training else 0.0
         out = linear_add_attention(q_code, k_code, v, mask=mask, bias=bias, order=self.order, dropout_p=dropout_p)
-        if self.dwconv is not None:
-            out = out + self.dwconv(v)
         return out, first_query_weights(q_code, k_code, mask, bias).mean(1) if return_weights else None
 
     def extra_repr(self) -> str:

@@ -1,0 +1,207 @@
+"""Vision transformers of timm: attention made of additions for ViT and DeiT, and for PVT v2.
+
+`reparameterize_` knows these classes once timm is imported, which loads this module. Weights carry over; the additive
+modules are called as timm's own are.
+
+A trained softmax and the linear-angular map that replaces it both average the values, row by row, so the output
+projection sees inputs of the size it knows, and no scale needs to be set. What is lost is contrast: the map weighs no
+key more than 4.5 times as much as another one, and what a token's neighbourhood says drowns in the mean over the image.
+The convolution on the values, over the grid of patches where that is known, is there to bring it back. It starts at
+zero, so that at first a layer does what its attention does.
+
+Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.2 and table 3. The attention replaced is that of Dosovitskiy
+et al., ViT (ICLR 2021), Touvron et al., DeiT (ICML 2021), and Wang et al., PVT v2 (2022), section 3.2.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers.mlp import SwiGLU
+from timm.models import pvt_v2
+from timm.models.vision_transformer import Attention, VisionTransformer
+from torch import Tensor, nn
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.nn import AddAttention, Recipe, TokenConv2d, register_attention, register_mlp
+
+
+class ViTAddAttention(AddAttention):
+    """In place of timm's `Attention`: ViT, DeiT, and whatever else is built of it.
+
+    Norms of queries and keys, gate and norm of the output are kept. An additive float mask counts as an attention bias
+    (see `linear_add_attention`): minus infinity shuts a key out, as it does before a softmax.
+    """
+
+    q_norm: nn.Module
+    k_norm: nn.Module
+    norm: nn.Module
+    gate: nn.Module | None
+
+    @classmethod
+    def from_attention(cls, attention: Attention, **options) -> ViTAddAttention:
+        """The additive twin of `attention`, sharing what modules it can with it. `options`: those of `AddAttention`."""
+        q, k, v = _split(attention.qkv, 3)
+        layer = cls.from_projections(
+            q,
+            k,
+            v,
+            attention.proj,
+            attention.num_heads,
+            dropout=attention.proj_drop.p,
+            attn_dropout=attention.attn_drop.p,
+            **options,
+        )
+        layer.q_norm, layer.k_norm, layer.norm = attention.q_norm, attention.k_norm, attention.norm
+        layer.gate = attention.gate
+        return layer
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Attend within each image.
+
+        Args:
+            x: [B, N, C].
+            attn_mask: bool, True where a key counts, or float, added to the similarities; broadcasts to [B, H, N, N].
+            is_causal: tokens attend to those before them only.
+
+        Returns:
+            [B, N, C'].
+        """
+        q, k, v = (self.split_heads(fc(x)) for fc in (self.q_fc, self.k_fc, self.v_fc))
+        mask, bias = _mask_and_bias(attn_mask, is_causal, x)
+        out, _ = self.attend(self.q_norm(q), self.k_norm(k), v, mask, bias)
+        if self.dwconv is not None:
+            out = out + self.dwconv(v)
+        out = self.norm(out.transpose(1, 2).flatten(-2))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return F.dropout(self.out_fc(out), self.dropout, self.training)
+
+
+def _mask_and_bias(attn_mask: Tensor | None, is_causal: bool, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A mask as `F.scaled_dot_product_attention` takes it, as a bool mask or a bias of 4 dimensions."""
+    if is_causal:
+        if attn_mask is not None:
+            raise UserError("attn_mask and is_causal exclude each other: put both into one mask")
+        attn_mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+    if attn_mask is None:
+        return None, None
+    attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    return (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
+
+
+class SpatialReductionAddAttention(AddAttention):
+    """In place of PVT v2's `Attention`: every token attends to a reduced grid of tokens.
+
+    The reduction (a strided convolution, or pooling in the linear variant) is kept. The convolution on the values is
+    over the reduced grid; each query takes it from the place it lies in.
+    """
+
+    sr: nn.Module | None
+    norm: nn.Module | None
+    pool: nn.Module | None
+    act: nn.Module | None
+
+    @classmethod
+    def from_attention(cls, attention: pvt_v2.Attention, **options) -> SpatialReductionAddAttention:
+        """The additive twin of `attention`, sharing what modules it can with it. `options`: those of `AddAttention`."""
+        k, v = _split(attention.kv, 2)
+        layer = cls.from_projections(
+            attention.q,
+            k,
+            v,
+            attention.proj,
+            attention.num_heads,
+            dropout=attention.proj_drop.p,
+            attn_dropout=attention.attn_drop.p,
+            **options,
+        )
+        layer.sr, layer.norm, layer.pool, layer.act = attention.sr, attention.norm, attention.pool, attention.act
+        return layer
+
+    def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
+        """Attend from each token of an image to the reduced ones.
+
+        Args:
+            x: [B, N, C], the grid row by row.
+            feat_size: its height and width, N = height * width.
+
+        Returns:
+            [B, N, C].
+        """
+        reduced, grid = self.reduce(x, feat_size)
+        q, k, v = (self.split_heads(fc(t)) for fc, t in ((self.q_fc, x), (self.k_fc, reduced), (self.v_fc, reduced)))
+        out, _ = self.attend(q, k, v)
+        out = out.transpose(1, 2).flatten(-2)
+        if isinstance(self.dwconv, TokenConv2d):
+            local = self.dwconv(v, grid).transpose(-2, -1).flatten(1, 2).unflatten(-1, grid)  # [B, C, h, w]
+            out = out + F.interpolate(local, feat_size).flatten(2).transpose(1, 2)
+        return F.dropout(self.out_fc(out), self.dropout, self.training)
+
+    def reduce(self, x: Tensor, feat_size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """The tokens attended to, [B, M, C], and their grid."""
+        if self.sr is None or self.norm is None:
+            return x, feat_size
+        image = x.transpose(1, 2).unflatten(-1, tuple(feat_size))
+        if self.pool is not None:
+            image = self.pool(image)
+        image = self.sr(image)
+        reduced = self.norm(image.flatten(2).transpose(1, 2))
+        return reduced if self.act is None else self.act(reduced), (image.shape[-2], image.shape[-1])
+
+
+def _split(linear: nn.Module, parts: int) -> list[nn.Linear]:
+    """A linear layer as `parts` ones, each with its share of the outputs."""
+    if type(linear) is not nn.Linear:
+        raise UserError(
+            f"its projections are one {type(linear).__name__}, which cannot be split; only an nn.Linear can: make "
+            "attention additive before, or together with, its linear layers"
+        )
+    size = linear.out_features // parts
+    layers = []
+    for i in range(parts):
+        layer = nn.utils.skip_init(
+            nn.Linear,
+            linear.in_features,
+            size,
+            bias=linear.bias is not None,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        for own, whole in zip(layer.parameters(), linear.parameters(), strict=True):
+            own.data.copy_(whole.data[i * size : (i + 1) * size])
+            own.requires_grad_(whole.requires_grad)
+        layers.append(layer.train(linear.training))
+    return layers
+
+
+def _additive_attention(attention: Attention, recipe: Recipe, model: VisionTransformer | None) -> ViTAddAttention:
+    options = recipe.add_options()
+    # Where the patches lie only the model knows. Without one, or where it drops patches in training, tokens are the
+    # sequence that they are in the paper's released code.
+    if model is not None and isinstance(model.patch_drop, nn.Identity):
+        grid = model.patch_embed.grid_size
+        options["dwconv"] = _grid_conv(
+            attention.attn_dim,
+            recipe,
+            num_prefix_tokens=model.num_prefix_tokens,
+            # A square is recognised, whatever size the images are scaled to later.
+            grid=None if model.dynamic_img_size or grid is None or grid[0] == grid[1] else tuple(grid),
+        )
+    return ViTAddAttention.from_attention(attention, **options)
+
+
+def _additive_spatial_reduction(attention: pvt_v2.Attention, recipe: Recipe) -> SpatialReductionAddAttention:
+    options = recipe.add_options() | {"dwconv": _grid_conv(attention.dim, recipe)}
+    return SpatialReductionAddAttention.from_attention(attention, **options)
+
+
+def _grid_conv(channels: int, recipe: Recipe, **layout) -> TokenConv2d | int:
+    return TokenConv2d(channels, recipe.dwconv2d, **layout) if recipe.dwconv2d else 0
+
+
+register_attention(Attention, _additive_attention, within=VisionTransformer)
+register_attention(pvt_v2.Attention, _additive_spatial_reduction)
+# A depthwise convolution between its linear layers looks at neighbours: an expert of its own could not.
+register_mlp(pvt_v2.MlpWithDepthwiseConv, token_wise=False)
+register_mlp(SwiGLU)
