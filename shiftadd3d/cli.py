@@ -8,20 +8,24 @@ Exit codes: 0 done, 1 failed, 2 wrong arguments.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import inspect
 import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
 import tyro
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.configs.classification import PRESETS
+from shiftadd3d.vision.settings import DataSettings, FinetuneSettings, read_settings
 
-__all__ = ["VERBS", "Demo", "Info", "Render", "Verb", "main"]
+__all__ = ["VERBS", "Demo", "Evaluate", "Finetune", "Info", "Predict", "Render", "Verb", "main"]
 
 JsonFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 
@@ -128,6 +132,156 @@ class Demo(Verb):
         demo(shiftadd_gnt_tiny.config, self.output_dir, steps=self.steps, data=self.data, frames=self.frames)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """Where the defaults of all other options of `finetune` come from."""
+
+    preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
+    """A model with settings that suit it, which further options change. If not set, small with --data, else digits.
+    From deit-tiny on they start from timm's pretrained weights, at 224 px."""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
+    """Go on with an earlier run, in its folder, with its settings; options change what can still be changed."""
+
+
+@dataclass(frozen=True)
+class Finetune(FinetuneSettings, _Origin, Verb):
+    """Train an image classifier and turn it into shifts, adds and a mixture of experts, in the paper's stages.
+
+    Stage 0 trains the dense model (or loads it), stage 1 turns attention's products into additions, stage 2 linear
+    layers into shifts and mixtures. Without any option it trains on scikit-learn's digits, in under two minutes on two
+    cores. Ctrl-C saves the state, --resume goes on. Several processes: torchrun -m shiftadd3d.cli finetune ...
+    """
+
+    def run(self) -> None:
+        """Run the stages that are left."""
+        from rich.console import Console
+
+        from shiftadd3d.vision.finetune import finetune, run_folder
+
+        # A folder that has been moved or is named from elsewhere is still that run.
+        settings = replace(self, output_dir=self.resume.parent, name=self.resume.name) if self.resume else self
+        try:
+            finetune(settings, resume=self.resume is not None, console=Console())
+        except KeyboardInterrupt:
+            print(f"go on with: shiftadd3d finetune --resume {run_folder(settings)}", file=sys.stderr)
+            raise
+
+    @staticmethod
+    def with_defaults(args: Sequence[str]) -> Finetune:
+        """The verb as it is without further options, given the preset, the run to resume and the data in `args`."""
+
+        @dataclass(frozen=True)
+        class Given:
+            preset: str | None = None
+            resume: str | None = None
+            data: str | None = None
+
+        try:
+            given, _ = tyro.cli(Given, args=args, return_unknown_args=True, add_help=False, console_outputs=False)
+        except SystemExit:  # the whole command line is wrong, and the real parser will say how
+            given = Given()
+        settings = PRESETS.get(given.preset or ("small" if given.data else "digits"), FinetuneSettings())
+        if given.resume is not None:
+            # Whatever is wrong with the folder is told when the verb runs.
+            with contextlib.suppress(UserError):
+                settings = read_settings(Path(given.resume))
+        return Finetune(**{option.name: getattr(settings, option.name) for option in fields(FinetuneSettings)})
+
+
+Checkpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CLASSIFIER")]
+
+
+@dataclass(frozen=True)
+class Evaluate(DataSettings, Verb):
+    """Measure a classifier: top-1, top-5, per class, calibration, throughput.
+
+    Without --data it takes the pictures of the run that the classifier lies in.
+    """
+
+    classifier: Checkpoint = field(kw_only=True)
+    """A folder that finetune or export wrote, such as outputs/RUN/stage2-shift/best."""
+    split: Literal["val", "test", "train"] = "val"
+    """Which pictures; val is the held-out part where there is no such folder."""
+    batch_size: int = 64
+    """Pictures at once."""
+    workers: int | None = None
+    """Processes that read pictures. If not set, 0 on a CPU, up to 8 with a GPU."""
+    device: str | None = None
+    """Where to compute: cpu, cuda, cuda:1. If not set, a GPU if there is one."""
+    json: JsonFile = None
+    """Write the same facts, and the confusion matrix, to this JSON file, too."""
+
+    def run(self) -> None:
+        """Print the metrics as a table."""
+        from rich.console import Console
+
+        from shiftadd3d._report import write_json
+        from shiftadd3d.vision.evaluate import evaluate_classifier
+
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size {self.batch_size}: expected 1 or more")
+        facts = evaluate_classifier(
+            self.classifier,
+            self._data_of_run(),
+            split=self.split,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            device=self.device,
+            console=Console(),
+        )
+        if self.json is not None:
+            write_json(self.json, facts)
+
+    def _data_of_run(self) -> DataSettings:
+        if self.data is None and not self.dataset:
+            # RUN/stage2-shift/best
+            with contextlib.suppress(UserError):
+                return read_settings(self.classifier.resolve().parents[1])
+        return self
+
+
+@dataclass(frozen=True)
+class Predict(Verb):
+    """Say what is on pictures, and show which patches went to which expert.
+
+    Pictures that cannot be read are skipped, counted and listed.
+    """
+
+    classifier: Checkpoint
+    """A folder that finetune or export wrote, such as outputs/RUN/stage2-shift/best."""
+    pictures: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE")]
+    """Files, folders of them, or camera:0 for a frame of the first camera."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Write each picture with its labels into this folder."""
+    show_routing: bool = False
+    """Also write, for each picture, which patches each mixture of experts sent to the multiplying expert and which
+    went to the shifting one. If --out is not set, into the folder predictions."""
+    device: str | None = None
+    """Where to compute: cpu, cuda, cuda:1. If not set, a GPU if there is one."""
+    json: JsonFile = None
+    """Write labels, probabilities and routing to this JSON file, too."""
+
+    def run(self) -> None:
+        """Print the labels."""
+        from rich.console import Console
+
+        from shiftadd3d._report import write_json
+        from shiftadd3d.vision.predict import predict_pictures
+
+        if not self.pictures:
+            raise UserError("no pictures named; expected files, folders of them, or camera:0")
+        facts = predict_pictures(
+            self.classifier,
+            self.pictures,
+            out=Path("predictions") if self.out is None and self.show_routing else self.out,
+            show_routing=self.show_routing,
+            device=self.device,
+            console=Console(),
+        )
+        if self.json is not None:
+            write_json(self.json, facts)
+
+
 def _need_nerfstudio() -> None:
     # It meets newer libraries than it was written for, and each of them says so.
     warnings.filterwarnings("ignore", module=r"nerfstudio|torch\.jit|torch\.functional|viser|websockets")
@@ -138,8 +292,22 @@ def _need_nerfstudio() -> None:
 VERBS: dict[str, type[Verb]] = {
     "demo": Demo,
     "render": Render,
+    "finetune": Finetune,
+    "evaluate": Evaluate,
+    "predict": Predict,
     "info": Info,
 }
+
+
+def _let_presets_speak(app: tyro.extras.SubcommandApp, args: Sequence[str]) -> None:
+    """Let `finetune --help` show, and its options change, the defaults of the preset or run that `args` name."""
+
+    def finetune(
+        verb: Annotated[Finetune, tyro.conf.arg(name="")] = Finetune.with_defaults(args),  # noqa: B008 that is the point
+    ) -> Finetune:
+        return verb
+
+    app.command(name="finetune", help=inspect.getdoc(Finetune))(finetune)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -151,9 +319,12 @@ def main(args: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: With 0 after printing help, with 2 for wrong arguments.
     """
+    args = sys.argv[1:] if args is None else list(args)
     app = tyro.extras.SubcommandApp()
     for name, verb_class in VERBS.items():
         app.command(name=name)(verb_class)
+    if args[:1] == ["finetune"]:
+        _let_presets_speak(app, args[1:])
     verb = cast(Verb, app.cli(prog="shiftadd3d", description=__doc__, args=args))
     try:
         verb.run()

@@ -6,6 +6,7 @@ A saved classifier is a folder with `model.safetensors` and `config.json`. The J
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -181,7 +182,8 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         kept = f"; the one from before is kept in {path}" if path.exists() else ""
         raise UserError(f"cannot write {path} ({reason}): is the disk full, or the folder not yours?{kept}") from None
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def write_json_atomically(path: Path, facts: Any) -> None:

@@ -315,6 +315,7 @@ def _check_known(name: str, labels: Sequence[str], classes: Sequence[str]) -> No
 
 
 def _open_splits(settings: DataSettings) -> tuple[str, _Splits]:
+    settings.validate()
     path = settings.data
     if settings.dataset:
         return settings.dataset, _open_torchvision(settings.dataset, path)

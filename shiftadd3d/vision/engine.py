@@ -93,6 +93,8 @@ def train(
         UserError: a batch larger than the set, a loss that is not finite, no memory, no disk; nothing saved is lost.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the state has been saved.
     """
+    stage.validate()
+    settings.validate()
     training = _Training(model, data, config, stage, settings, folder, teacher, console)
     return training.run()
 
@@ -260,7 +262,8 @@ class _Training:
             wrapped = nn.parallel.DistributedDataParallel(
                 self.model, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False
             )
-        with self._interruptible(), self._memory_errors(), self._tensorboard() as board, self._progress() as bar:
+        explained = explain_memory_errors(self.device, self.settings.batch_size, self.config.input.size, self._kept)
+        with self._interruptible(), explained, self._tensorboard() as board, self._progress() as bar:
             while self.epoch < self.stage.epochs:
                 began = time.perf_counter()
                 self._train_epoch(wrapped, bar)
@@ -328,10 +331,12 @@ class _Training:
 
     def _not_finite(self, what: str) -> UserError:
         where = f"{what} in epoch {self.epoch + 1}, step {self.batch + 1} (learning rate {self._lr():.2g})"
-        kept = ""
-        if self.folder is not None and (self.folder / STATE_FILE).exists():
-            kept = f"; the state of the last whole epoch is kept in {self.folder}"
-        return UserError(f"{where}; expected a lower learning rate, --clip-grad 1, or --amp float32{kept}")
+        return UserError(f"{where}; expected a lower learning rate, --clip-grad 1, or --amp float32{self._kept()}")
+
+    def _kept(self) -> str:
+        if self.folder is None or not (self.folder / STATE_FILE).exists():
+            return ""
+        return f"; the state of the last whole epoch is kept in {self.folder}"
 
     def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
@@ -483,22 +488,6 @@ class _Training:
                 signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def _memory_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            kept = ""
-            if self.folder is not None and (self.folder / STATE_FILE).exists():
-                kept = f"; the state of the last whole epoch is kept in {self.folder}"
-            size = self.config.input.size
-            raise UserError(
-                f"out of memory on {self.device} with batches of {self.settings.batch_size} pictures of {size} px; "
-                f"expected a smaller --batch-size or --image-size{kept}"
-            ) from None
-
-    @contextlib.contextmanager
     def _tensorboard(self) -> Iterator[Any]:
         if self.folder is None or not self.process.is_first:
             yield None
@@ -607,10 +596,27 @@ def _classifier_of(model: nn.Module) -> nn.Module:
     return cast(nn.Module, cast(Any, model).get_classifier())
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python found no memory left, on a GPU or a CPU."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in str(error) or "not enough memory" in str(error) or "out of memory" in str(error)
-    )
+@contextlib.contextmanager
+def explain_memory_errors(
+    device: torch.device, batch_size: int, size: int, kept: Callable[[], str] = lambda: ""
+) -> Iterator[None]:
+    """Tell what to do when torch or Python finds no memory left. Every other error stays what it is.
+
+    Args:
+        device: where the work is done.
+        batch_size, size: of the pictures.
+        kept: says what is not lost.
+
+    Raises:
+        UserError: no memory left.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = ("can't allocate memory", "not enough memory", "out of memory")
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(w in str(error) for w in words):
+            raise
+        raise UserError(
+            f"out of memory on {device} with batches of {batch_size} pictures of {size} px; "
+            f"expected a smaller --batch-size or --image-size{kept()}"
+        ) from None

@@ -89,19 +89,18 @@ def finetune(settings: FinetuneSettings, *, resume: bool = False, console: Conso
         UserError: anything in the settings, the pictures or the checkpoints that the user can mend.
         KeyboardInterrupt: Ctrl-C; the state has been saved.
     """
+    settings.validate()
     chosen = recipe(settings.recipe, **settings.parsed_recipe_args())
     device = choose_device(settings.device)
     with connected(device):
         shown = console if this_process().is_first else None
         folder = run_folder(settings)
-        from_first_process(lambda: _prepare_folder(folder, settings, resume))
+        from_first_process(lambda: _check_folder(folder, settings, resume))
         data = open_data(_data_settings(settings), from_first_process)
         if shown is not None:
             shown.print(data.describe(), highlight=False)
             for name, reason in data.skipped[:5]:
                 shown.print(f"  skipped {name}: {reason}", highlight=False, soft_wrap=True)
-        if data.skipped:
-            from_first_process(lambda: write_json_atomically(folder / "skipped.json", data.skipped))
         return _run_stages(settings, chosen, data, folder, shown)
 
 
@@ -119,7 +118,7 @@ def _data_settings(settings: FinetuneSettings) -> DataSettings:
 _FIXED = ("data", "dataset", "val_fraction", "split_seed", "model", "model_args", "image_size", "recipe", "recipe_args")
 
 
-def _prepare_folder(folder: Path, settings: FinetuneSettings, resume: bool) -> None:
+def _check_folder(folder: Path, settings: FinetuneSettings, resume: bool) -> None:
     if (folder / SETTINGS_FILE).exists():
         if not resume:
             raise UserError(
@@ -132,7 +131,13 @@ def _prepare_folder(folder: Path, settings: FinetuneSettings, resume: bool) -> N
             raise UserError(f"{folder} was begun with other {options}; choose another --name for a new run")
     elif resume:
         raise UserError(f"{folder}: no {SETTINGS_FILE} in there; expected the folder of an earlier run")
+
+
+def _begin_folder(folder: Path, settings: FinetuneSettings, data: PictureData) -> None:
     write_json_atomically(folder / SETTINGS_FILE, settings.as_dict())
+    if data.skipped:
+        skipped = [{"name": name, "reason": reason} for name, reason in data.skipped]
+        write_json_atomically(folder / "skipped.json", skipped)
 
 
 def _run_stages(
@@ -146,6 +151,7 @@ def _run_stages(
     )
     recipes = (None, *stage_recipes(chosen))
     model, config, finished = _start(settings, config, recipes[1], console)
+    from_first_process(lambda: _begin_folder(folder, settings, data))
     teacher: nn.Module | None = None
     results: list[StageResult] = []
     stages = zip(STAGE_FOLDERS, recipes, (settings.stage0, settings.stage1, settings.stage2), strict=True)
@@ -255,12 +261,18 @@ def _summary(settings: FinetuneSettings, data: PictureData, results: list[StageR
 def _show(console: Console, results: list[StageResult], folder: Path) -> None:
     from rich.table import Table
 
-    table = Table("stage", "top-1", "top-5", "loss", "best classifier")
-    for column in table.columns[1:4]:
+    table = Table("stage", "top-1", "top-5", "loss", "calibration error")
+    for column in table.columns[1:]:
         column.justify = "right"
     for stage in results:
         metrics = stage.metrics
-        table.add_row(stage.name, f"{metrics.top1:.2%}", f"{metrics.top5:.2%}", f"{metrics.loss:.4f}", str(stage.best))
+        table.add_row(
+            stage.name,
+            f"{metrics.top1:.2%}",
+            f"{metrics.top5:.2%}",
+            f"{metrics.loss:.4f}",
+            f"{metrics.calibration_error:.2%}",
+        )
     console.print(table)
     best = results[-1].best
     console.print(f"Curves:  tensorboard --logdir {folder}", soft_wrap=True, highlight=False)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from shiftadd3d.vision.checkpoint import write_atomically
 from shiftadd3d.vision.metrics import ClassificationMetrics
+from shiftadd3d.vision.routing import RoutingMap
 
 _MOST_LABELLED_CLASSES = 40
 _MOST_NUMBERED_CLASSES = 25
@@ -93,3 +95,86 @@ def save_confusion(metrics: ClassificationMetrics, title: str, path: Path) -> No
             color = "white" if shares[row, column] > 0.6 else "black"
             axis.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=color)
     _save(figure, path)
+
+
+_LABELLED_WIDTH = 480
+_BAR_HEIGHT = 22
+
+
+def save_labelled(image: Image.Image, labels: Sequence[str], probabilities: Sequence[float], path: Path) -> None:
+    """A picture with its likeliest classes below, as a PNG.
+
+    Args:
+        image: RGB.
+        labels: best first.
+        probabilities: of the labels.
+        path: where to.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    factor = _LABELLED_WIDTH / image.width
+    picture = image.resize((_LABELLED_WIDTH, max(1, round(image.height * factor))), Image.Resampling.LANCZOS)
+    shown = list(zip(labels, probabilities, strict=True))[:3]
+    sheet = Image.new("RGB", (picture.width, picture.height + _BAR_HEIGHT * len(shown)), "white")
+    sheet.paste(picture)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
+    for row, (label, probability) in enumerate(shown):
+        top = picture.height + row * _BAR_HEIGHT
+        draw.rectangle((0, top, probability * picture.width, top + _BAR_HEIGHT - 2), fill="#b8d4f0")
+        draw.text((6, top + 2), f"{label}  {probability:.1%}", fill="black", font=font)
+    write_atomically(path, lambda file: sheet.save(file, format="PNG"))
+
+
+_EXPERT_COLORS = ("#e8590c", "#1971c2", "#2f9e44", "#9c36b5")
+_ROUTING_COLUMNS = 6
+
+
+def save_routing(seen: np.ndarray, maps: Sequence[RoutingMap], title: str, path: Path) -> None:
+    """Which expert took each patch, layer by layer, as colours over the picture; the paper's visualisation.
+
+    Args:
+        seen: [size, size, 3] uint8, what the model saw.
+        maps: at least one.
+        title: stands above.
+        path: where to.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Patch
+
+    panels = len(maps) + 2
+    columns = min(_ROUTING_COLUMNS, panels)
+    rows = -(-panels // columns)
+    figure = _figure(1.9 * columns, 2.15 * rows + 0.5)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    extent = (0, seen.shape[1], seen.shape[0], 0)
+    axes[0].imshow(seen, extent=extent)
+    axes[0].set_title("what the model saw", fontsize=8)
+    # How often, over the layers, a patch went to the first expert.
+    finest = max(len(layer.assignment) for layer in maps)
+    often = np.mean([_enlarged(layer.assignment == 0, finest) for layer in maps], axis=0)
+    axes[1].imshow(seen.mean(-1), extent=extent, cmap="gray")
+    heat = axes[1].imshow(often, extent=extent, cmap="inferno", vmin=0, vmax=1, alpha=0.75, interpolation="nearest")
+    axes[1].set_title(f"{maps[0].experts[0]}, mean of layers", fontsize=8)
+    figure.colorbar(heat, ax=axes[1], shrink=0.7)
+    for axis, layer in zip(axes[2:], maps, strict=False):
+        colors = np.array([to_rgb(color) for color in _EXPERT_COLORS])[layer.assignment]
+        axis.imshow(seen.mean(-1), extent=extent, cmap="gray")
+        axis.imshow(colors, extent=extent, alpha=0.5, interpolation="nearest")
+        axis.set_title(f"{layer.layer}\n{layer.experts[0]} {layer.share(0):.0%}", fontsize=7)
+    names = maps[0].experts
+    handles = [Patch(color=color, label=name) for color, name in zip(_EXPERT_COLORS, names, strict=False)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(names), fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def _enlarged(grid: np.ndarray, side: int) -> np.ndarray:
+    """`grid` on `side` x `side` cells, each taking the cell it lies in."""
+    rows, columns = ((np.arange(side) * length) // side for length in grid.shape)
+    return grid[np.ix_(rows, columns)].astype(float)

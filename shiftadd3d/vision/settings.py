@@ -25,19 +25,20 @@ class DataSettings:
     """Which pictures."""
 
     data: _Path = None
-    """An ImageFolder (class folders, alone or in train/ and val/), a .zip of one, or a folder of Hugging Face datasets
-    (saved to disk, or Parquet files). If not set, scikit-learn's digits."""
+    """An ImageFolder (class folders, alone or in train/ and val/), a .zip of one, or a Hugging Face datasets folder,
+    saved to disk or of Parquet files. If not set, scikit-learn's digits."""
     dataset: str = ""
     """A torchvision set by timm's name, torch/cifar10 or the like, that lies in the folder --data."""
     val_fraction: float | None = None
-    """Hold out this share of the training pictures, the same ones in every run. If not set, the data's own validation
-    split, or 0.1 where there is none."""
+    """Hold out this share of the training pictures, the same ones in every run. If not set, the data's own held-out
+    pictures, or 0.1 where there are none."""
     split_seed: int = 0
     """Which pictures are held out."""
     check: bool = True
     """Read every picture before training, and leave out and list what cannot be read. Switch it off for millions."""
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
+        """Raise `UserError` for a value that cannot be."""
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise UserError(f"--val-fraction {self.val_fraction:g}: expected a number between 0 and 1")
         if self.dataset and not self.dataset.startswith("torch/"):
@@ -61,7 +62,8 @@ class StageSettings:
     freeze_backbone: bool = False
     """Train the classifier (the head) alone."""
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
+        """Raise `UserError` for a value that cannot be."""
         if self.epochs < 0:
             raise UserError(f"epochs must not be negative, not {self.epochs}")
         if not 0 < self.lr < float("inf"):
@@ -117,7 +119,8 @@ class TrainSettings:
     device: str | None = None
     """Where to train: cpu, cuda, cuda:1. If not set, a GPU if there is one."""
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
+        """Raise `UserError` for a value that cannot be."""
         if self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: expected 1 or more")
         if not 0 <= self.distill_weight <= 1:
@@ -133,7 +136,7 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
-class FinetuneSettings(DataSettings, TrainSettings):
+class FinetuneSettings(TrainSettings, DataSettings):
     """The whole way from pictures to a ShiftAdd classifier."""
 
     model: str = "deit_tiny_patch16_224"
@@ -145,8 +148,8 @@ class FinetuneSettings(DataSettings, TrainSettings):
     pretrained: bool = False
     """Start from timm's pretrained weights (a download)."""
     start_from: _Path = None
-    """Start from a saved classifier: a dense one saves stage 0, an additive one stages 0 and 1. Or from weights that
-    timm's training script saved (.pth.tar, .safetensors)."""
+    """Start from a saved classifier: a dense one saves stage 0, an additive one stages 0 and 1. Or start stage 0 from
+    weights of timm's training script, .pth.tar or .safetensors."""
     recipe: str = "add+shift-attn+moe"
     """What the model becomes: mult, add, add+shift-attn, add+shift, add+shift-attn+moe or moe."""
     recipe_args: _KeyValues = ()
@@ -162,9 +165,15 @@ class FinetuneSettings(DataSettings, TrainSettings):
     name: str | None = None
     """Name of the run's folder. If not set, made of the data's, the model's and the recipe's."""
 
-    def __post_init__(self) -> None:
-        DataSettings.__post_init__(self)
-        TrainSettings.__post_init__(self)
+    def validate(self) -> None:
+        """Raise `UserError` for a value that cannot be."""
+        DataSettings.validate(self)
+        TrainSettings.validate(self)
+        for name in ("stage0", "stage1", "stage2"):
+            try:
+                getattr(self, name).validate()
+            except UserError as error:
+                raise UserError(f"--{name}: {error}") from None
         if self.image_size < 8:
             raise UserError(f"--image-size {self.image_size}: expected 8 or more")
         if self.pretrained and self.start_from is not None:

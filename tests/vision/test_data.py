@@ -300,9 +300,9 @@ def test_wrong_folders_are_refused_in_one_line(tmp_path: Path, make_folder: Make
     with pytest.raises(UserError, match="expected --data FOLDER, where the set lies"):
         open_data(DataSettings(dataset="torch/cifar10"))
     with pytest.raises(UserError, match="expected a number between 0 and 1"):
-        DataSettings(val_fraction=1.5)
+        open_data(DataSettings(val_fraction=1.5))
     with pytest.raises(UserError, match="expected a torchvision set by timm's name"):
-        DataSettings(dataset="cifar10")
+        open_data(DataSettings(dataset="cifar10"))
 
 
 def test_a_folder_that_links_to_itself_ends(tmp_path: Path, make_folder: MakeFolder):

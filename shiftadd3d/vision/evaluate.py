@@ -1,0 +1,115 @@
+"""How good a saved classifier is, and how fast."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from shiftadd3d.vision.checkpoint import ClassifierConfig, load
+from shiftadd3d.vision.data import InputConfig, open_split
+from shiftadd3d.vision.distributed import choose_device
+from shiftadd3d.vision.engine import evaluate, explain_memory_errors
+from shiftadd3d.vision.settings import DataSettings
+
+_LISTED = 5
+
+
+def measure_throughput(
+    model: nn.Module, input_config: InputConfig, batch_size: int, seconds: float = 2.0
+) -> dict[str, float]:
+    """How fast a model classifies pictures that are inputs already.
+
+    Args:
+        model: in evaluation mode.
+        input_config: says how large inputs are.
+        batch_size: pictures at once.
+        seconds: about how long to measure.
+
+    Returns:
+        `batch_size`, `pictures_per_second` and `batch_seconds`, the median over the batches.
+    """
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    images = torch.randn(batch_size, 3, input_config.size, input_config.size, device=device)
+
+    def once() -> float:
+        start = time.perf_counter()
+        model(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    with torch.inference_mode():
+        once()  # compiles, allocates
+        times = [once()]
+        while sum(times) < seconds:
+            times.append(once())
+    median = statistics.median(times)
+    return {"batch_size": batch_size, "pictures_per_second": batch_size / median, "batch_seconds": median}
+
+
+def evaluate_classifier(
+    checkpoint: Path,
+    data: DataSettings,
+    *,
+    split: str = "val",
+    batch_size: int = 64,
+    workers: int | None = None,
+    device: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measure a saved classifier on a split of some pictures; the arguments are those of `shiftadd3d evaluate`.
+
+    Returns:
+        The facts that are printed, in plain types: the metrics, `throughput`, and `skipped` pictures.
+
+    Raises:
+        UserError: anything in the arguments that the user can mend.
+    """
+    chosen = choose_device(device)
+    model = load(checkpoint, chosen)
+    config = model.classifier_config
+    assert isinstance(config, ClassifierConfig)
+    pictures, skipped = open_split(data, split, config.classes)
+    if console is not None:
+        for name, reason in skipped[:_LISTED]:
+            console.print(f"skipped {name}: {reason}", highlight=False, soft_wrap=True)
+        if len(skipped) > _LISTED:
+            console.print(f"skipped {len(skipped) - _LISTED} more", highlight=False)
+    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=console is None) as progress:
+        task = progress.add_task("", total=len(pictures))
+        with explain_memory_errors(chosen, batch_size, config.input.size):
+            metrics = evaluate(
+                model,
+                pictures,
+                config.input,
+                batch_size=batch_size,
+                workers=workers,
+                on_batch=lambda count: progress.advance(task, count),
+            )
+            throughput = measure_throughput(model, config.input, batch_size)
+    facts = {
+        "checkpoint": str(checkpoint),
+        "architecture": config.architecture,
+        "recipe": None if config.recipe is None else config.recipe.name,
+        "frozen": config.frozen,
+        "split": split,
+        **metrics.as_dict(),
+        "throughput": {"device": str(chosen), "threads": torch.get_num_threads(), **throughput},
+        "skipped": [{"name": name, "reason": reason} for name, reason in skipped],
+    }
+    if console is not None:
+        console.print(metrics.table(f"{config.architecture}, recipe {facts['recipe'] or 'mult'}, {split}"))
+        console.print(
+            f"{throughput['pictures_per_second']:.1f} pictures a second at {config.input.size} px in batches of "
+            f"{batch_size} ({chosen}, {torch.get_num_threads()} threads)",
+            highlight=False,
+        )
+    return facts

@@ -1,0 +1,195 @@
+"""What a saved classifier says about pictures: labels, JSON, and which patches its routers sent where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import nn
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.vision.checkpoint import ClassifierConfig, load
+from shiftadd3d.vision.data import PICTURE_SUFFIXES, Skipped, decode_picture, eval_transform, to_rgb
+from shiftadd3d.vision.distributed import choose_device
+from shiftadd3d.vision.pictures import save_labelled, save_routing
+from shiftadd3d.vision.routing import RoutingMap, routing_maps
+
+_TOP = 5
+
+
+class Prediction(NamedTuple):
+    """The likeliest classes of a picture, best first, with probabilities; what the model saw; its routers' maps."""
+
+    name: str
+    labels: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    seen: np.ndarray
+    """[size, size, 3] uint8: the part of the picture that evaluation looks at."""
+    routing: tuple[RoutingMap, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The prediction in plain types, for JSON."""
+        return {
+            "picture": self.name,
+            "label": self.labels[0],
+            "probability": self.probabilities[0],
+            "top": [
+                {"label": label, "probability": probability}
+                for label, probability in zip(self.labels, self.probabilities, strict=True)
+            ],
+            "routing": [
+                {
+                    "layer": layer.layer,
+                    "experts": list(layer.experts),
+                    "shares": [layer.share(expert) for expert in range(len(layer.experts))],
+                    "patches": layer.assignment.tolist(),
+                }
+                for layer in self.routing
+            ],
+        }
+
+
+@torch.no_grad()
+def predict(model: nn.Module, image: Image.Image, name: str = "", routing: bool = False) -> Prediction:
+    """Classify one picture.
+
+    Args:
+        model: a classifier that `load` made, in evaluation mode.
+        image: of any kind.
+        name: how reports call it.
+        routing: read the routers' maps, too.
+    """
+    config = model.classifier_config
+    assert isinstance(config, ClassifierConfig)
+    tensor = eval_transform(config.input)(to_rgb(image))
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    probabilities = model(tensor.unsqueeze(0).to(device)).float().softmax(-1)[0].cpu()
+    best = probabilities.topk(min(_TOP, len(config.classes)))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.input.mean, config.input.std))
+    seen = ((tensor * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return Prediction(
+        name,
+        tuple(config.classes[i] for i in best.indices.tolist()),
+        tuple(best.values.tolist()),
+        seen,
+        routing_maps(model) if routing else (),
+    )
+
+
+def predict_pictures(
+    checkpoint: Path,
+    pictures: Sequence[str],
+    *,
+    out: Path | None = None,
+    show_routing: bool = False,
+    device: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Classify picture files, folders of them, or a camera's frame; the arguments are those of `shiftadd3d predict`.
+
+    Returns:
+        `predictions` and `skipped` pictures, in plain types.
+
+    Raises:
+        UserError: nothing that can be read, or anything else in the arguments that the user can mend.
+    """
+    model = load(checkpoint, choose_device(device))
+    predictions: list[dict[str, Any]] = []
+    skipped: list[Skipped] = []
+    taken: set[str] = set()
+    for name, image in _open_pictures(pictures, skipped):
+        prediction = predict(model, image, name, routing=show_routing)
+        facts = prediction.as_dict()
+        if out is not None:
+            stem = _free_name(Path(name).stem or "picture", taken)
+            save_labelled(image, prediction.labels, prediction.probabilities, out / f"{stem}.png")
+            facts["labelled"] = str(out / f"{stem}.png")
+            if prediction.routing:
+                title = f"{prediction.labels[0]} ({prediction.probabilities[0]:.0%})"
+                save_routing(prediction.seen, prediction.routing, title, out / f"{stem}.routing.png")
+                facts["routing_picture"] = str(out / f"{stem}.routing.png")
+        predictions.append(facts)
+        if console is not None:
+            console.print(
+                f"{name}: "
+                + ", ".join(
+                    f"{label} {probability:.1%}"
+                    for label, probability in zip(prediction.labels[:3], prediction.probabilities[:3], strict=True)
+                ),
+                highlight=False,
+                soft_wrap=True,
+            )
+    if console is not None:
+        for name, reason in skipped:
+            console.print(f"skipped {name}: {reason}", highlight=False, soft_wrap=True)
+        if out is not None and predictions:
+            console.print(f"pictures in {out}", highlight=False, soft_wrap=True)
+        if show_routing and predictions and not any(facts["routing"] for facts in predictions):
+            console.print("no routing to show: this classifier has no mixtures of experts")
+    if not predictions:
+        first = f" ({skipped[0].name}: {skipped[0].reason})" if skipped else ""
+        raise UserError(f"none of {len(skipped)} pictures can be read{first}")
+    return {"checkpoint": str(checkpoint), "predictions": predictions, "skipped": [s._asdict() for s in skipped]}
+
+
+def _free_name(stem: str, taken: set[str]) -> str:
+    name, number = stem, 2
+    while name in taken:
+        name, number = f"{stem}-{number}", number + 1
+    taken.add(name)
+    return name
+
+
+def _open_pictures(words: Sequence[str], skipped: list[Skipped]) -> Iterator[tuple[str, Image.Image]]:
+    for word in words:
+        if word == "camera" or word.startswith("camera:"):
+            yield word.replace(":", "-"), camera_frame(word.partition(":")[2])
+            continue
+        path = Path(word)
+        if path.is_dir():
+            files = sorted(
+                file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file()
+            )
+            if not files:
+                raise UserError(f"{path}: no pictures in there; expected files of {', '.join(PICTURE_SUFFIXES)}")
+        elif path.is_file():
+            files = [path]
+        else:
+            raise UserError(f"{path}: no such file or folder; expected pictures, folders of them, or camera:0")
+        for file in files:
+            try:
+                image = decode_picture(file)
+            except UserError as error:
+                skipped.append(Skipped(str(file), str(error)))
+                continue
+            yield str(file), image
+
+
+def camera_frame(number: str) -> Image.Image:
+    """One frame of a camera.
+
+    Args:
+        number: which camera, as digits; "" for the first.
+
+    Raises:
+        UserError: no such camera, no frame, or OpenCV is not installed.
+    """
+    if number and not number.isdecimal():
+        raise UserError(f"camera:{number}: expected a number, as in camera:0")
+    try:
+        import cv2
+    except ImportError:
+        raise UserError("a camera needs OpenCV: pip install opencv-python-headless") from None
+    capture: Any = cv2.VideoCapture(int(number or "0"))
+    try:
+        there, frame = capture.read()
+    finally:
+        capture.release()
+    if not there:
+        raise UserError(f"camera:{number or 0}: no such camera, or it gives no picture")
+    return Image.fromarray(np.ascontiguousarray(frame[..., ::-1]))  # OpenCV's colours are blue, green, red

@@ -1,0 +1,50 @@
+"""Which patches of a picture each mixture of experts sent where.
+
+Source: You et al., ShiftAddViT (NeurIPS 2023), section 5 and its figure of token dispatch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor, nn
+
+from shiftadd3d.nn import MoE
+
+
+class RoutingMap(NamedTuple):
+    """Which expert took each patch of a picture in one layer: [rows, columns], the numbers of `experts`."""
+
+    layer: str
+    experts: tuple[str, ...]
+    assignment: np.ndarray
+
+    def share(self, expert: int) -> float:
+        """Share of the patches that `expert` took."""
+        return float((self.assignment == expert).mean())
+
+
+def routing_maps(model: nn.Module) -> tuple[RoutingMap, ...]:
+    """Of the first picture in the last forward pass, one map a mixture whose tokens are the patches of a square.
+
+    Class tokens come first and belong to no patch; they are left out.
+    """
+    prefix = int(getattr(model, "num_prefix_tokens", 0))
+    maps = []
+    for name, module in model.named_modules():
+        if isinstance(module, MoE) and module.last_assignment is not None:
+            grid = _as_square(module.last_assignment[0].cpu(), prefix)
+            if grid is not None:
+                maps.append(RoutingMap(name, module.expert_names, grid.numpy()))
+    return tuple(maps)
+
+
+def _as_square(tokens: Tensor, prefix: int) -> Tensor | None:
+    if tokens.dim() == 2:  # rows and columns already
+        return tokens
+    for skip in (prefix, 0):
+        side = round((len(tokens) - skip) ** 0.5)
+        if side > 0 and side * side == len(tokens) - skip:
+            return tokens[skip:].reshape(side, side)
+    return None
