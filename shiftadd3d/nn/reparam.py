@@ -522,7 +522,6 @@ class _Surgery:
             self.rules.mark(name, ("keep", "add"))
             return module
         converter, within = attention_class
-        converter, within = attention_class
         fitting = ("keep",) if converter is None else ("keep", "add")
         choice = self._choose(module, name, "attention", fitting, refused=("add",))
         if choice is None:
@@ -534,15 +533,6 @@ class _Surgery:
         if additive is not None:
             self._replace(parent, attribute, module, additive, name, "codes 1")
         return additive
-
-    def _innermost(self, within: type[nn.Module], name: str) -> nn.Module | None:
-        """The innermost module of class `within` around the module called `name`."""
-        while name:
-            name = name.rpartition(".")[0]
-            around = self.model.get_submodule(name)
-            if isinstance(around, within):
-                return around
-        return None
 
     def _innermost(self, within: type[nn.Module], name: str) -> nn.Module | None:
         """The innermost module of class `within` around the module called `name`."""
