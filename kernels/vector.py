@@ -22,17 +22,18 @@ ACCUMULATORS = 12
 class Vectors:
     """Float32 vectors of one target.
 
-    Attributes:
-        lanes: floats in a vector.
+    Args:
+        target: whose registers and instructions to use.
+        lanes: floats in a vector; as many as a register holds, or fewer.
     """
 
-    def __init__(self, target: CpuTarget) -> None:
+    def __init__(self, target: CpuTarget, lanes: int | None = None) -> None:
         import tvm.script
 
         self._T: Any = tvm.script.tirx
-        self.lanes = target.lanes
+        self.lanes = lanes or target.lanes
         self._has_fma = target.has_fma
-        self._floats, self._integers = f"float32x{target.lanes}", f"int32x{target.lanes}"
+        self._floats, self._integers = f"float32x{self.lanes}", f"int32x{self.lanes}"
 
     def padded(self, count: int) -> int:
         """`count` floats rounded up to whole vectors."""
