@@ -15,15 +15,24 @@ et al., ViT (ICLR 2021), Touvron et al., DeiT (ICML 2021), and Wang et al., PVT 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from timm.layers.mlp import SwiGLU
-from timm.models import pvt_v2
+from timm.models import (
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    model_entrypoint,
+    pvt_v2,
+    register_model,
+)
+from timm.models._pretrained import DefaultCfg
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.nn import AddAttention, Recipe, TokenConv2d, register_attention, register_mlp
+from shiftadd3d.nn import AddAttention, Recipe, TokenConv2d, register_attention, register_mlp, reparameterize_
 
 
 class ViTAddAttention(AddAttention):
@@ -205,3 +214,52 @@ register_attention(pvt_v2.Attention, _additive_spatial_reduction)
 # A depthwise convolution between its linear layers looks at neighbours: an expert of its own could not.
 register_mlp(pvt_v2.MlpWithDepthwiseConv, token_wise=False)
 register_mlp(SwiGLU)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# timm's registry
+# --------------------------------------------------------------------------------------------------------------------
+
+_PREFIX = "shiftadd_"
+_DEFAULT_RECIPE = "add+shift-attn+moe"
+_ARCHITECTURES = (
+    "deit_tiny_patch16_224",
+    "deit_small_patch16_224",
+    "vit_tiny_patch16_224",
+    *(f"pvt_v2_b{size}" for size in range(6)),
+)
+
+
+def _described(architecture: str) -> dict[str, DefaultCfg]:
+    """timm's descriptions of an architecture's pretrained weights under our name: the same ones, from the same place."""
+    described = {}
+    for name, config in get_arch_pretrained_cfgs(architecture).items():
+        if config.hf_hub_id == "timm/":  # timm would append our name
+            config = replace(config, hf_hub_id=f"timm/{name}")
+        described[_PREFIX + name] = config
+    return generate_default_cfgs(described)
+
+
+# Where `register_model` looks.
+default_cfgs = {name: config for architecture in _ARCHITECTURES for name, config in _described(architecture).items()}
+
+
+def _register(architecture: str) -> None:
+    """Let ``timm.create_model`` make `architecture` reparameterized, under its name with ``shiftadd_`` before it."""
+    create_dense = model_entrypoint(architecture)
+
+    def create(pretrained: bool = False, recipe: Recipe | str = _DEFAULT_RECIPE, **kwargs) -> nn.Module:
+        model = create_dense(pretrained=pretrained, **kwargs)
+        reparameterize_(model, recipe, verbose=False)
+        return model
+
+    create.__name__ = create.__qualname__ = _PREFIX + architecture
+    create.__doc__ = (
+        f"timm's {architecture}, with its arguments and its pretrained weights, made of shifts, adds and mixtures of "
+        "experts.\n\n`recipe`: what `reparameterize_` makes of it, a `Recipe` or the name of a preset."
+    )
+    register_model(create)
+
+
+for _architecture in _ARCHITECTURES:
+    _register(_architecture)
