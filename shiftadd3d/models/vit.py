@@ -231,7 +231,7 @@ _ARCHITECTURES = (
 
 
 def _described(architecture: str) -> dict[str, DefaultCfg]:
-    """timm's descriptions of an architecture's pretrained weights under our name: the same ones, from the same place."""
+    """timm's descriptions of an architecture's pretrained weights under our name; it is the same weights."""
     described = {}
     for name, config in get_arch_pretrained_cfgs(architecture).items():
         if config.hf_hub_id == "timm/":  # timm would append our name
