@@ -84,6 +84,8 @@ class Binarizer(nn.Module):
         code_dim: bits of a code; None for `head_dim`.
 
     Shapes: [B, H, N, D] to [B, H, N, code_dim].
+
+    A `frozen` one (`freeze_` sets it) gives codes for inference, which have no gradient.
     """
 
     def __init__(self, head_dim: int, num_heads: int, codes: Codes = "pm1", code_dim: int | None = None) -> None:
@@ -94,6 +96,7 @@ class Binarizer(nn.Module):
         if code_dim < 1:
             raise UserError(f"code_dim must be a positive number of bits, not {code_dim}")
         self.codes: Codes = codes
+        self.frozen = False
         self.head_dim, self.num_heads, self.code_dim = head_dim, num_heads, code_dim
 
     def project(self, x: Tensor) -> Tensor:  # [B, H, N, D] -> [B, H, N, code_dim]
@@ -102,6 +105,8 @@ class Binarizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, N, D] -> [B, H, N, code_dim]
         z = self.project(x)
+        if self.frozen:
+            return binarize(z.detach(), self.codes)
         if torch.is_grad_enabled() and z.requires_grad:
             with torch.no_grad():
                 scale = z.square().mean(-1, keepdim=True).add_(torch.finfo(z.dtype).tiny).rsqrt_()

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -66,6 +67,40 @@ def measure_latencies(experts: Sequence[nn.Module], tokens: Tensor, repeats: int
     return tuple(sorted(measured)[len(measured) // 2] for measured in times)
 
 
+# What was measured on this machine so far: see `_latencies_here`.
+_measured: dict[tuple, tuple[float, ...]] = {}
+
+
+def _latencies_here(experts: Sequence[nn.Module], tokens: Tensor) -> tuple[float, ...]:
+    """`measure_latencies`, once for all mixtures whose experts and tokens have the same kinds and shapes.
+
+    Processes that train together use the mean of what each measured, so that they minimise the same loss.
+    """
+    tokens = tokens[:_MEASURED_TOKENS].detach()
+    kind = tokens.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    structures = tuple(_structure(expert) for expert in experts)
+    key = (structures, tokens.shape, tokens.dtype, tokens.device, autocast, torch.get_num_threads())
+    if key not in _measured:
+        _measured[key] = measure_latencies(experts, tokens)
+    if not _is_distributed():
+        return _measured[key]
+    total = torch.tensor(_measured[key], device=tokens.device)
+    dist.all_reduce(total)
+    return tuple((total / dist.get_world_size()).tolist())
+
+
+def _structure(module: nn.Module) -> tuple:
+    """What the cost of running `module` depends on, but for its input."""
+    parts = tuple((type(part), part.extra_repr()) for part in module.modules())
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return parts, tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors)
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _wait_for(tensor: Tensor) -> None:
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
@@ -104,6 +139,10 @@ def balance_loss(
     the gradient of p.
 
     Both terms are zero where the shares of the experts are proportional to ``1 / alpha``.
+
+    Where `torch.distributed` is initialised, sums are over the tokens of all processes, so that the loss (the same on
+    each) and, after the averaging of gradients that data parallel training does, its gradient are those of the whole
+    batch. All processes have to take part then.
     """
     probability = logits.softmax(-1)
     importance = probability.sum(0)
@@ -116,7 +155,29 @@ def balance_loss(
     else:
         count = torch.bincount(assignment, minlength=logits.shape[-1]).to(importance.dtype)
         load = count + (importance - importance.detach())
+    if _is_distributed():
+        importance, load = _SumOverRanks.apply(torch.stack([importance, load])).unbind()
     return squared_coefficient_of_variation(alpha * importance) + squared_coefficient_of_variation(alpha * load)
+
+
+class _SumOverRanks(Function):
+    """Sum over all processes. The loss made of it is the same on each and so is its gradient: the sum of the gradients,
+    which is the gradient of a sum, is a multiple and needs no communication.
+    """
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad * dist.get_world_size()
 
 
 class _Permute(Function):
@@ -161,8 +222,23 @@ def dispatch(tokens: Tensor, assignment: Tensor, experts: Sequence[nn.Module]) -
     return _Permute.apply(outputs, inverse, order), counts
 
 
+def _router_logits(tokens: Tensor, router: nn.Linear, temperature: float) -> Tensor:  # [T, C] -> [T, E]
+    # The choice is discrete: keep it out of reduced precision.
+    with torch.autocast(tokens.device.type, enabled=False):
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        bias = None if router.bias is None else router.bias.to(dtype)
+        logits = F.linear(tokens.to(dtype), router.weight.to(dtype), bias)
+    return logits if temperature == 1 else logits / temperature
+
+
+def _chosen_probability(logits: Tensor, assignment: Tensor) -> Tensor:  # [T, E], [T] -> [T, 1]
+    return logits.softmax(-1).gather(1, assignment.unsqueeze(1))
+
+
 class MoE(nn.Module):
     """Top-1 mixture of experts over the last dimension of its input.
+
+    Experts have no capacity: each takes all tokens that are sent to it, and none is dropped.
 
     Args:
         experts: modules from [t, dim] to [t, dim'], all with the same dim'.
@@ -171,8 +247,12 @@ class MoE(nn.Module):
         gate: "unit" leaves the expert's output as it is and gives the router the gradient of ``p / p.detach()``, so a
             pretrained layer put in as an expert still computes what it did; "probability" multiplies by p, as the paper
             does (and so scales the outputs down).
-        noise: standard deviation of the Gaussian noise on the router's logits in training; None for 1 / experts.
-        latencies: of the experts, in any unit; None for equal ones, "measure" to time them on the first training batch.
+        noise: standard deviation of the Gaussian noise on the router's logits in training; None for 1 / experts, 0 for
+            a plain router.
+        temperature: the router's logits are divided by it: the higher, the more even the probabilities (and the more
+            the noise decides). It may be changed between steps.
+        latencies: of the experts, in any unit; None for equal ones, "measure" to time them on the first training batch
+            (once for all mixtures in a process that are alike).
 
     Shapes: x [*, dim] to [*, dim'].
 
@@ -191,6 +271,7 @@ class MoE(nn.Module):
         names: Sequence[str] | None = None,
         gate: Gate = "unit",
         noise: float | None = None,
+        temperature: float = 1.0,
         latencies: Sequence[float] | Literal["measure"] | None = None,
     ) -> None:
         super().__init__()
@@ -199,14 +280,13 @@ class MoE(nn.Module):
         if gate not in GATES:
             raise UserError(f"gate must be one of {', '.join(GATES)}, not {gate!r}")
         noise = 1 / len(experts) if noise is None else noise
-        if not noise >= 0:
-            raise UserError(f"the router's noise must not be negative, got {noise}")
+        check_router(noise, temperature)
         names = [f"expert{i}" for i in range(len(experts))] if names is None else list(names)
         if len(names) != len(experts):
             raise UserError(f"{len(experts)} experts need as many names, not {len(names)}")
         self.experts = nn.ModuleList(experts)
         self.expert_names = tuple(names)
-        self.dim, self.gate, self.noise = dim, gate, float(noise)
+        self.dim, self.gate, self.noise, self.temperature = dim, gate, float(noise), float(temperature)
         self.router = nn.Linear(dim, len(experts))
         nn.init.zeros_(self.router.bias)
         # Like the first expert, so that a mixture made from a layer lives where the layer lived.
@@ -216,16 +296,16 @@ class MoE(nn.Module):
         self.register_buffer("alpha", torch.ones(len(experts), device=self.router.weight.device), persistent=False)
         if isinstance(latencies, str) and latencies != "measure":
             raise UserError(f"latencies must be numbers or 'measure', not {latencies!r}")
-        self.measure_pending = isinstance(latencies, str)
         self.latencies: tuple[float, ...] = ()
         self.set_latencies((1.0,) * len(experts) if latencies is None or isinstance(latencies, str) else latencies)
+        self.measure_pending = isinstance(latencies, str)
         self._pending_losses: list[Tensor] = []
         self.last_assignment: Tensor | None = None
         self.last_shares: Tensor | None = None
         self.token_counts = [0] * len(experts)
 
     def set_latencies(self, latencies: Sequence[float]) -> None:
-        """Set what the balance loss takes the experts' latencies to be, in any unit.
+        """Set what the balance loss takes the experts' latencies to be, in any unit. They will not be measured then.
 
         Raises:
             UserError: unless there is one positive number for each expert.
@@ -234,6 +314,7 @@ class MoE(nn.Module):
             raise UserError(f"{len(self.experts)} experts need as many latencies, not {len(latencies)}")
         self.alpha.copy_(torch.tensor(latency_weights(latencies)))
         self.latencies = tuple(float(latency) for latency in latencies)
+        self.measure_pending = False
 
     def reset_statistics(self) -> None:
         """Forget which tokens went where."""
@@ -249,26 +330,23 @@ class MoE(nn.Module):
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logits [T, E], assignment [T] and, in training with noise, the noisy logits [T, E] that decided it."""
-        # The choice is discrete: keep it out of reduced precision.
-        with torch.autocast(tokens.device.type, enabled=False):
-            dtype = torch.promote_types(tokens.dtype, torch.float32)
-            bias = self.router.bias.to(dtype)
-            logits = F.linear(tokens.to(dtype), self.router.weight.to(dtype), bias)
+        logits = _router_logits(tokens, self.router, self.temperature)
         noisy = logits + torch.randn_like(logits) * self.noise if self.training and self.noise > 0 else None
         return logits, (logits if noisy is None else noisy).argmax(-1), noisy
 
     def forward(self, x: Tensor) -> Tensor:  # [*, dim] -> [*, dim']
         tokens = x.reshape(-1, x.shape[-1])
-        if self.measure_pending and self.training and len(tokens):
-            self.set_latencies(measure_latencies(list(self.experts), tokens[:_MEASURED_TOKENS].detach()))
-            self.measure_pending = False
+        # A process without tokens must not leave the others waiting for its share of the sums.
+        counts_in_training = self.training and (len(tokens) > 0 or _is_distributed())
+        if self.measure_pending and counts_in_training:
+            self.set_latencies(_latencies_here(list(self.experts), tokens))
         logits, assignment, noisy = self.route(tokens)
         out, counts = dispatch(tokens, assignment, list(self.experts))
         if self.gate == "probability" or (torch.is_grad_enabled() and logits.requires_grad):
-            chosen = logits.softmax(-1).gather(1, assignment.unsqueeze(1))
+            chosen = _chosen_probability(logits, assignment)
             scale = chosen if self.gate == "probability" else chosen / chosen.detach()
             out = out * scale.to(out.dtype)
-        if self.training and torch.is_grad_enabled() and len(tokens):
+        if counts_in_training and torch.is_grad_enabled():
             self._record(balance_loss(logits, assignment, self.alpha.to(logits.dtype), noisy, self.noise))
         self._count(assignment, counts, x.shape[:-1])
         return out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out
@@ -300,7 +378,52 @@ class MoE(nn.Module):
         return {**self.__dict__, "_pending_losses": []}
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, experts={self.expert_names}, gate={self.gate!r}, noise={self.noise:g}"
+        return (
+            f"dim={self.dim}, experts={self.expert_names}, gate={self.gate!r}, noise={self.noise:g}, "
+            f"temperature={self.temperature:g}"
+        )
+
+
+def check_router(noise: float, temperature: float) -> None:
+    """Raise `UserError` for noise or a temperature that a router cannot have."""
+    if not (noise >= 0 and math.isfinite(noise)):
+        raise UserError(f"the router's noise must be finite and not negative, got {noise}")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise UserError(f"the router's temperature must be positive and finite, got {temperature}")
+
+
+class FrozenMoE(nn.Module):
+    """A mixture for inference: no noise, no loss, no statistics.
+
+    Args:
+        mixture: whose experts and router it takes over (the very modules, under the same names); it computes what
+            `mixture` does in evaluation, bit for bit.
+
+    Shapes: x [*, dim] to [*, dim'].
+
+    Set `keep_assignment` to read `last_assignment` [*] int64, the expert of each token, after a forward pass.
+    """
+
+    def __init__(self, mixture: MoE) -> None:
+        super().__init__()
+        self.experts, self.router, self.expert_names = mixture.experts, mixture.router, mixture.expert_names
+        self.gate, self.temperature = mixture.gate, mixture.temperature
+        self.keep_assignment = False
+        self.last_assignment: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:  # [*, dim] -> [*, dim']
+        tokens = x.reshape(-1, x.shape[-1])
+        logits = _router_logits(tokens, self.router, self.temperature)
+        assignment = logits.argmax(-1)
+        out, _ = dispatch(tokens, assignment, list(self.experts))
+        if self.gate == "probability":
+            out = out * _chosen_probability(logits, assignment).to(out.dtype)
+        if self.keep_assignment:
+            self.last_assignment = assignment.reshape(x.shape[:-1])
+        return out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out
+
+    def extra_repr(self) -> str:
+        return f"experts={self.expert_names}, gate={self.gate!r}"
 
 
 class MoELinear(MoE):
@@ -311,7 +434,7 @@ class MoELinear(MoE):
         out_features: size of the last dimension of y.
         bias: add a float bias.
         shift: arguments for `ShiftLinear` (bits, mode, terms, stochastic).
-        moe: arguments for `MoE` (gate, noise, latencies).
+        moe: arguments for `MoE` (gate, noise, temperature, latencies).
     """
 
     def __init__(
@@ -345,7 +468,7 @@ class MoEMlp(MoE):
         dim: token width in and out.
         hidden_dim: width between the two layers.
         shift: arguments for `ShiftLinear` (bits, mode, terms, stochastic).
-        moe: arguments for `MoE` (gate, noise, latencies).
+        moe: arguments for `MoE` (gate, noise, temperature, latencies).
     """
 
     def __init__(self, dim: int, hidden_dim: int, *, shift: dict | None = None, **moe) -> None:

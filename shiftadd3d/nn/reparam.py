@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard, TypeVar, 
 from torch import nn
 
 from shiftadd3d._errors import UserError
+from shiftadd3d._report import RichReport
 from shiftadd3d.nn import power_of_two
 from shiftadd3d.nn.add import ORDERS, AddAttention
 from shiftadd3d.nn.binarize import BINARIZERS, CODES
-from shiftadd3d.nn.moe import GATES, MoE, MoELinear, MoEMlp, latency_weights
+from shiftadd3d.nn.moe import GATES, FrozenMoE, MoE, MoELinear, MoEMlp, check_router, latency_weights
 from shiftadd3d.nn.shift import (
     SHIFT_MODES,
     PackedShiftLayer,
@@ -126,6 +127,8 @@ class Recipe:
     """What the router's probability does to an expert's output: nothing but its gradient, or scale it."""
     router_noise: float | None = None
     """Standard deviation of the noise on router logits in training; None for 1 / experts."""
+    router_temperature: float = 1.0
+    """What router logits are divided by: the higher, the more even the probabilities."""
     latencies: tuple[float, ...] | Literal["measure"] = "measure"
     """Latencies of (mult, shift) in any unit for the balance loss, or "measure" to time them on the first batch."""
     rules: tuple[Rule, ...] = ()
@@ -145,6 +148,7 @@ class Recipe:
             size = getattr(self, option)
             if size < 0 or (size and size % 2 == 0):
                 raise UserError(f"{option} must be 0 or an odd number of tokens, not {size}")
+        check_router(0.0 if self.router_noise is None else self.router_noise, self.router_temperature)
         if isinstance(self.latencies, str):
             if self.latencies != "measure":
                 raise UserError(f"latencies must be two numbers or 'measure', not {self.latencies!r}")
@@ -185,7 +189,12 @@ class Recipe:
 
     def moe_options(self) -> dict:
         """Keyword arguments for `MoE`."""
-        return {"gate": self.gate, "noise": self.router_noise, "latencies": self.latencies}
+        return {
+            "gate": self.gate,
+            "noise": self.router_noise,
+            "temperature": self.router_temperature,
+            "latencies": self.latencies,
+        }
 
     def add_options(self) -> dict:
         """Keyword arguments for `AddAttention`."""
@@ -299,16 +308,12 @@ class UntouchedLayer:
 
 
 @dataclass(frozen=True)
-class ReparameterizationReport:
+class ReparameterizationReport(RichReport):
     """What `reparameterize_` did: `layers` it replaced, `untouched` ones it left alone. Printing shows a table."""
 
     recipe: Recipe
     layers: tuple[ReparameterizedLayer, ...]
     untouched: tuple[UntouchedLayer, ...]
-
-    def as_dict(self) -> dict:
-        """The report in plain types, for JSON."""
-        return asdict(self)
 
     def __rich__(self) -> Group:
         from rich.console import Group
@@ -322,14 +327,6 @@ class ReparameterizationReport:
         left = Counter(f"{layer.kind} ({layer.reason})" for layer in self.untouched)
         lines = [f"left alone: {count} {kind}" for kind, count in sorted(left.items())]
         return Group(*([table] if self.layers else [f"recipe {self.recipe.name}: nothing to replace"]), *lines)
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=120, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
 
 
 def reparameterize_(
@@ -486,7 +483,7 @@ class _Surgery:
                 self.replacements.append((parent, attribute, replacement))
             return
         self.done[id(module)] = None
-        if isinstance(module, (ShiftLayer, PackedShiftLayer, MoE)):
+        if isinstance(module, (ShiftLayer, PackedShiftLayer, MoE, FrozenMoE)):
             self._mark_replaced(module, name)
             return
         if type(module) is nn.Linear or _is_linear_conv(module):
@@ -609,7 +606,7 @@ class _Surgery:
 
     def _mark_replaced(self, module: nn.Module, name: str) -> None:
         self.rules.mark(name, _LINEAR_PRIMITIVES)
-        if isinstance(module, MoE):
+        if isinstance(module, (MoE, FrozenMoE)):
             # A rule may have named a layer of the perceptron that the mixture has as its first expert.
             for inner_name, _ in module.experts[0].named_modules(prefix=name):
                 self.rules.mark(inner_name, _LINEAR_PRIMITIVES)
@@ -622,17 +619,10 @@ class _Surgery:
 
     def _attempt(self, module: nn.Module, name: str, make: Callable[[], nn.Module]) -> nn.Module | None:
         """The replacement, or None and one more problem on the list."""
-        kind = type(module).__name__
-        if not name:
-            self.problems.append(f"the model itself is a {kind}: put it into a module, its place is what gets replaced")
-            return None
-        if any(inner._forward_hooks or inner._forward_pre_hooks for inner in module.modules()):
-            self.problems.append(f"{name} ({kind}): it has forward hooks, which would be lost; remove them first")
-            return None
         try:
-            return make()
+            return make_replacement(module, name, make)
         except UserError as error:
-            self.problems.append(f"{name} ({kind}): {error}")
+            self.problems.append(str(error))
             return None
 
     def _replace(
@@ -649,6 +639,26 @@ class _Surgery:
         if own:
             count = sum(parameter.numel() for parameter in own)
             self.untouched.append(UntouchedLayer(name or "(root)", type(module).__name__, count, reason))
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def make_replacement(module: nn.Module, name: str, make: Callable[[], _Module]) -> _Module:
+    """What `make` makes to stand in the place of `module`.
+
+    Raises:
+        UserError: naming the module, if it has no place or hooks would be lost; or what `make` raises.
+    """
+    kind = type(module).__name__
+    if not name:
+        raise UserError(f"the model itself is a {kind}: put it into a module, its place is what gets replaced")
+    if any(inner._forward_hooks or inner._forward_pre_hooks for inner in module.modules()):
+        raise UserError(f"{name} ({kind}): it has forward hooks, which would be lost; remove them first")
+    try:
+        return make()
+    except UserError as error:
+        raise UserError(f"{name} ({kind}): {error}") from None
 
 
 def _shift_in_place_of(layer: nn.Linear | nn.Conv2d, name: str, **options) -> ShiftLayer:

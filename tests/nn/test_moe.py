@@ -18,6 +18,7 @@ from torch import nn
 
 from shiftadd3d import UserError
 from shiftadd3d.nn import (
+    FrozenMoE,
     MoE,
     MoELinear,
     MoEMlp,
@@ -316,6 +317,75 @@ def test_latencies_are_measured_once_and_tell_slow_from_fast() -> None:
     assert layer.latencies == measured
 
 
+def test_mixtures_that_are_alike_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from shiftadd3d.nn import moe
+
+    measured = []
+
+    def measure(experts, tokens):
+        measured.append(tokens.shape)
+        return tuple(float(len(measured) + i) for i in range(len(experts)))
+
+    monkeypatch.setattr(moe, "_measured", {})
+    monkeypatch.setattr(moe, "measure_latencies", measure)
+    layers = nn.Sequential(*(MoELinear(8, 8, latencies="measure") for _ in range(12)))
+    layers(torch.randn(5, 8))
+    assert measured == [(5, 8)] and {layer.latencies for layer in layers} == {(1.0, 2.0)}
+    MoELinear(8, 8, latencies="measure")(torch.randn(5, 8))
+    assert len(measured) == 1
+    # Another number of tokens, other sizes, codes, dtypes or classes take other times.
+    MoELinear(8, 8, latencies="measure")(torch.randn(6, 8))
+    MoELinear(8, 4, latencies="measure")(torch.randn(5, 8))
+    MoELinear(8, 8, shift={"terms": 2}, latencies="measure")(torch.randn(5, 8))
+    MoELinear(8, 8, latencies="measure").double()(torch.randn(5, 8, dtype=torch.float64))
+    MoE([nn.Linear(8, 8), nn.Identity()], 8, latencies="measure")(torch.randn(5, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        MoELinear(8, 8, latencies="measure")(torch.randn(5, 8))
+    assert len(measured) == 7
+    # Long batches are cut: what counts is the ratio.
+    MoELinear(8, 8, latencies="measure")(torch.randn(5000, 8))
+    assert measured[-1] == (4096, 8)
+
+
+def test_latencies_given_later_are_not_measured_any_more() -> None:
+    layer = MoELinear(4, 4, latencies="measure")
+    layer.set_latencies((2, 1))
+    layer(torch.randn(3, 4))
+    assert layer.latencies == (2.0, 1.0)
+
+
+def test_a_high_temperature_makes_probabilities_even() -> None:
+    x = torch.randn(300, 4)
+    layer = MoELinear(4, 4, noise=0.5)
+    with torch.no_grad():
+        layer.router.weight.mul_(10)
+    cold, assignment, _ = layer.route(x)
+    noisy_share = (layer.route(x)[1] == assignment).float().mean()
+    layer.temperature = 100.0
+    hot, _, _ = layer.route(x)
+    torch.testing.assert_close(hot, cold / 100)
+    assert (hot.softmax(-1) - 0.5).abs().max() < 0.2 < (cold.softmax(-1) - 0.5).abs().max()
+    # Next to logits this small the noise decides.
+    assert (layer.route(x)[1] == assignment).float().mean() < 0.75 < noisy_share
+    assert torch.equal(layer.eval().route(x)[1], hot.argmax(-1))
+
+
+@pytest.mark.parametrize("gate", ["unit", "probability"])
+def test_a_frozen_mixture_computes_what_the_mixture_does_in_evaluation(gate: str) -> None:
+    layer = MoEMlp(6, 12, gate=gate, temperature=3.0).eval()
+    x = torch.randn(4, 5, 6)
+    expected, assignment = layer(x), layer.last_assignment
+    frozen = FrozenMoE(layer)
+    assert torch.equal(frozen(x), expected) and frozen.last_assignment is None
+    frozen.keep_assignment = True
+    frozen(x)
+    assert torch.equal(frozen.last_assignment, assignment)
+    assert layer.state_dict().keys() == frozen.state_dict().keys()
+    frozen.train()
+    assert torch.equal(frozen(x), expected) and collect_moe_losses(frozen).item() == 0
+    assert frozen(torch.empty(0, 6)).shape == (0, 6)
+
+
 def test_any_module_can_be_an_expert() -> None:
     layer = MoE([nn.Linear(4, 4), ShiftLinear(4, 4), PackedShiftLinear(4, 4), nn.Identity()], 4, names="abcd")
     assert layer(torch.randn(20, 4)).shape == (20, 4)
@@ -329,6 +399,7 @@ def test_any_module_can_be_an_expert() -> None:
         (lambda: MoELinear(4, 4, gate="prob"), "unit, probability"),
         (lambda: MoELinear(4, 4, noise=-1.0), "negative"),
         (lambda: MoELinear(4, 4, noise=math.nan), "negative"),
+        (lambda: MoELinear(4, 4, temperature=0.0), "temperature must be positive and finite, got 0"),
         (lambda: MoELinear(4, 4, latencies=(1.0,)), "as many latencies"),
         (lambda: MoELinear(4, 4, latencies=(1.0, 0.0)), "positive"),
         (lambda: MoELinear(4, 4, latencies="guess"), "'measure'"),

@@ -179,13 +179,14 @@ def test_options_reach_the_layers() -> None:
     wanted = recipe(
         "moe", bits=5, terms=2, mode="PS", codes="01", dwconv=3, order="linear", gate="probability", latencies=(3, 1)
     )
-    reparameterize_(model, dataclasses.replace(wanted, router_noise=0.25), verbose=False)
+    reparameterize_(model, dataclasses.replace(wanted, router_noise=0.25, router_temperature=2.0), verbose=False)
     shift = model.blocks[0].ff.experts[1].fc1
     assert (shift.bits, shift.terms, shift.mode) == (5, 2, "PS")
     attention = model.blocks[0].attn
     assert attention.q_code.codes == "01" and attention.dwconv.kernel_size == 3 and attention.order == "linear"
     mixture = model.blocks[1].ff
-    assert (mixture.gate, mixture.noise, mixture.latencies) == ("probability", 0.25, (3.0, 1.0))
+    assert (mixture.gate, mixture.noise, mixture.temperature) == ("probability", 0.25, 2.0)
+    assert mixture.latencies == (3.0, 1.0)
 
 
 def test_state_dict_round_trip() -> None:
@@ -441,6 +442,8 @@ def test_a_model_of_which_nothing_is_known_is_left_alone() -> None:
         (lambda: Recipe(dwconv=2), "odd"),
         (lambda: Recipe(binarizer="xor"), "binarizer must be one of sign"),
         (lambda: Recipe(latencies=(1.0,)), "two numbers"),
+        (lambda: Recipe(router_noise=-1.0), "noise"),
+        (lambda: Recipe(router_temperature=math.inf), "temperature must be positive and finite"),
         (lambda: Recipe(latencies=(1.0, -1.0)), "positive"),
         (lambda: Recipe(exclude="head"), "tuple of patterns"),
         (lambda: Recipe(rules=("head",)), "tuple of Rule"),

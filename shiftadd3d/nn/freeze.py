@@ -1,0 +1,125 @@
+"""`freeze_`: one verb that turns a trained model into its form for inference, in place.
+
+Shift layers become packed codes, mixtures lose what only training needs, binarizers their straight-through estimator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from shiftadd3d._errors import UserError
+from shiftadd3d._report import RichReport
+from shiftadd3d.nn.binarize import Binarizer
+from shiftadd3d.nn.moe import FrozenMoE, MoE
+from shiftadd3d.nn.reparam import make_replacement
+from shiftadd3d.nn.shift import ShiftConv2d, ShiftLinear
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+
+@dataclass(frozen=True)
+class FrozenLayer:
+    """One replaced module: its qualified name, its class and the bytes of its state dict, before and after."""
+
+    name: str
+    before: str
+    after: str
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class FreezeReport(RichReport):
+    """What `freeze_` did. Printing shows a table."""
+
+    layers: tuple[FrozenLayer, ...]
+    """What was replaced, the experts of mixtures as well as the mixtures around them."""
+    binarizers: int
+    """How many binarizers give codes without a gradient from now on."""
+    bytes_before: int
+    """Of the whole model's state dict; what stands in several places counts once."""
+    bytes_after: int
+
+    def __rich__(self) -> Group:
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table("module", "before", "after", "bytes before", "bytes after", title_justify="left")
+        table.title = f"{len(self.layers)} layers frozen"
+        table.columns[3].justify = table.columns[4].justify = "right"
+        for layer in self.layers:
+            sizes = f"{layer.bytes_before:,}", f"{layer.bytes_after:,}"
+            table.add_row(layer.name, layer.before, layer.after, *sizes)
+        lines = [f"{self.binarizers} binarizers frozen"] if self.binarizers else []
+        lines.append(f"the model: {self.bytes_before:,} bytes before, {self.bytes_after:,} after")
+        return Group(*([table] if self.layers else ["no layers to freeze"]), *lines)
+
+
+def freeze_(model: nn.Module, verbose: bool = True) -> FreezeReport:
+    """Turn `model` into its form for inference, in place: smaller, and equal to what it computed in evaluation.
+
+    `ShiftLinear` becomes `PackedShiftLinear`, `ShiftConv2d` becomes `PackedShiftConv2d`, `MoE` becomes `FrozenMoE`, and
+    binarizers stop giving gradients; everything else stays and goes to evaluation mode. Outputs are the same bit for
+    bit. A state dict saved afterwards loads into a new model that has been reparameterized and frozen in the same way.
+
+    There is no way back: keep the state dict from before to train on. Doing it twice changes nothing more.
+
+    Args:
+        model: any module that has such layers in it.
+        verbose: print the report.
+
+    Raises:
+        UserError: listing every layer that cannot be frozen (NaN or infinite weights, hooks that would be lost, the
+            model itself being the layer). The model has not been changed then.
+    """
+    bytes_before = _stored_bytes(model)
+    new: dict[nn.Module, nn.Module] = {}  # a module that stands in several places becomes one in all of them
+    places: list[tuple[nn.Module, str, nn.Module]] = []
+    names: dict[nn.Module, str] = {}
+    problems: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, (ShiftLinear, ShiftConv2d, MoE)):
+            continue
+        if module not in names:
+            names[module] = name
+            try:
+                new[module] = make_replacement(module, name, lambda module=module, name=name: _frozen(module, name))
+            except UserError as error:
+                problems.append(str(error))
+        if module in new:
+            parent, _, attribute = name.rpartition(".")
+            places.append((model.get_submodule(parent), attribute, new[module]))
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise UserError(f"cannot freeze this model:\n{listed}")
+
+    sizes_before = {module: _stored_bytes(module) for module in new}
+    for parent, attribute, replacement in places:
+        setattr(parent, attribute, replacement)
+    binarizers = [module for module in model.modules() if isinstance(module, Binarizer) and not module.frozen]
+    for binarizer in binarizers:
+        binarizer.frozen = True
+    model.eval()
+    layers = tuple(
+        FrozenLayer(names[old], type(old).__name__, type(frozen).__name__, sizes_before[old], _stored_bytes(frozen))
+        for old, frozen in new.items()
+    )
+    report = FreezeReport(layers, len(binarizers), bytes_before, _stored_bytes(model))
+    if verbose:
+        from rich.console import Console
+
+        Console().print(report)
+    return report
+
+
+def _frozen(module: ShiftLinear | ShiftConv2d | MoE, name: str) -> nn.Module:
+    return FrozenMoE(module) if isinstance(module, MoE) else module.freeze(name=name)
+
+
+def _stored_bytes(module: nn.Module) -> int:
+    tensors = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
