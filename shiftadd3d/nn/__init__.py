@@ -21,7 +21,9 @@ from shiftadd3d.nn.cost import (
     count_operations,
     frozen_bytes,
 )
+from shiftadd3d.nn.freeze import FreezeReport, FrozenLayer, freeze_
 from shiftadd3d.nn.moe import (
+    FrozenMoE,
     MoE,
     MoELinear,
     MoEMlp,
@@ -64,6 +66,9 @@ __all__ = [
     "CalibratedLayer",
     "CalibrationReport",
     "FittedRouter",
+    "FreezeReport",
+    "FrozenLayer",
+    "FrozenMoE",
     "HashBinarizer",
     "LayerOperations",
     "MoE",
@@ -93,6 +98,7 @@ __all__ = [
     "count_operations",
     "dispatch",
     "first_query_weights",
+    "freeze_",
     "frozen_bytes",
     "latency_weights",
     "linear_add_attention",
