@@ -270,20 +270,19 @@ def _build(target: CpuTarget, *, channels: int, hidden: int, with_valid: bool) -
                 evidence[c] = evidence[own + c]
                 evidence[(P + 1) * own + c] = evidence[P * own + c]
             vec.product(
-                activation,
                 P,
-                lambda p, c: b_hidden[at(c)],
-                [(3 * own, lambda p, k: evidence[T.min(p, P - 1) * own + k], lambda k, c: w_hidden[k, c])],
                 wide,
+                lambda p, c: b_hidden[at(c)],
+                [(3 * own, lambda p, k: evidence[p * own + k], lambda k, c: w_hidden[k, at(c)])],
+                lambda p, c, x: T.buffer_store(activation, vec.relu(x), [p, at(c)]),
                 accumulators,
-                finish=lambda p, c, x: vec.relu(x),
             )
             vec.product(
-                scores,
                 P,
-                lambda p, c: b_score[at(c)],
-                [(hidden, lambda p, k: activation[p, k], lambda k, c: w_score[k, c])],
                 lanes,
+                lambda p, c: b_score[at(c)],
+                [(hidden, lambda p, k: activation[p, k], lambda k, c: w_score[k, at(c)])],
+                lambda p, c, x: T.buffer_store(scores, x, [p, at(c)]),
                 accumulators,
             )
             peak[0] = T.float32(-3.0e38)

@@ -11,7 +11,7 @@ from typing import Any
 
 from shiftadd3d.kernels.targets import CpuTarget
 
-#: Rows beyond the last one that `Vectors.product` may write to: tiles are written whole.
+#: Rows beyond the last one that `Vectors.product` may ask for and write to: tiles are done whole.
 ROW_PADDING = 8
 
 # A tile of the product keeps 12 accumulators in registers (of 16 or 32), whatever its width: rows for 1, 2, 3 vectors.
@@ -105,6 +105,18 @@ class Vectors:
         """Whole-numbered floats as int32."""
         return self._T.cast(x, self._integers)
 
+    def total(self, x: Any) -> Any:
+        """The sum of the lanes, a float."""
+        T = self._T
+        place = T.alloc_buffer((self.lanes,), "float32", align=64)
+        T.buffer_store(place, x, [self.at(0)])
+        parts = [place[i] for i in range(self.lanes)]
+        while len(parts) > 1:
+            half = len(parts) // 2
+            parts = [a + b for a, b in zip(parts[:half], parts[half:], strict=True)]
+        T.buffer_store(place, parts[0], [0])
+        return place[0]
+
     def exp(self, x: Any) -> Any:
         """``e**x`` for x <= 0, to 2 units in the last place; below -87, where float32 ends, ``e**-87``. NaN stays.
 
@@ -126,28 +138,26 @@ class Vectors:
 
     def product(
         self,
-        out: Any,
         rows: Any,
-        bias: Callable[[Any, Any], Any],
-        terms: Sequence[tuple[int, Callable[[Any, Any], Any], Callable[[Any, Any], Any]]],
         width: int,
+        bias: Callable[[Any, Any], Any],
+        terms: Sequence[tuple[Any, Callable[[Any, Any], Any], Callable[[Any, Any], Any]]],
+        store: Callable[[Any, Any, Any], None],
         accumulators: Any,
-        finish: Callable[[Any, Any, Any], Any] = lambda row, start, x: x,
     ) -> None:
-        """``out[r, c] = finish(bias + sum over terms, k of value(r, k) * weight(k, c))`` for r < rows, c < width.
+        """A matrix product: ``bias(r, c) + sum over terms, k of value(r, k) * weight(k, c)`` for r < rows, c < width.
 
         The weights are read along c by whole vectors, the values one by one, and a tile of the outcome stays in
         registers over the whole sum.
 
         Args:
-            out: [rows + ROW_PADDING, width], written.
-            rows: how many.
-            bias: ``bias(row, start)``, the vector of columns from `start` that the sum begins with.
-            terms: (number of k, ``value(row, k)``, ``weight(k, columns)``). `value` is asked for rows beyond the last,
-                up to a whole tile, and has to answer with any number.
-            width: a multiple of `lanes`.
+            rows: how many. Up to `ROW_PADDING` more are worked on, a tile at a time: whatever the callbacks are asked
+                for those must be there to read and to write to, and means nothing.
+            width: columns, a multiple of `lanes`.
+            bias: ``bias(row, column)``, the vector of columns from `column` that the sum begins with.
+            terms: (number of k, ``value(row, k)``, ``weight(k, column)``, a float and a vector).
+            store: ``store(row, column, x)``: what to do with a vector of sums.
             accumulators: a buffer of ``ACCUMULATORS * lanes`` floats that the compiler keeps in registers.
-            finish: ``finish(row, start, x)``: what to store for a vector x of sums.
         """
         T, lanes = self._T, self.lanes
         vectors, start = width // lanes, 0
@@ -155,12 +165,12 @@ class Vectors:
             # Never one vector alone if it can be helped: it would read a value for every product.
             across = 2 if vectors - start in (2, 4) else min(3, vectors - start)
             down = _TILE_ROWS[across]
-            columns = [self.at((start + j) * lanes) for j in range(across)]
+            columns = [(start + j) * lanes for j in range(across)]
             tile = [[self.at((i * across + j) * lanes) for j in range(across)] for i in range(down)]
             with T.serial((rows + (down - 1)) // down) as t:
                 for i in range(down):
                     for j in range(across):
-                        T.buffer_store(accumulators, bias(t * down + i, (start + j) * lanes), [tile[i][j]])
+                        T.buffer_store(accumulators, bias(t * down + i, columns[j]), [tile[i][j]])
                 for count, value, weight in terms:
                     with T.serial(count) as k:
                         weights = [weight(k, column) for column in columns]
@@ -171,6 +181,5 @@ class Vectors:
                                 T.buffer_store(accumulators, total, [tile[i][j]])
                 for i in range(down):
                     for j in range(across):
-                        done = finish(t * down + i, (start + j) * lanes, accumulators[tile[i][j]])
-                        T.buffer_store(out, done, [t * down + i, columns[j]])
+                        store(t * down + i, columns[j], accumulators[tile[i][j]])
             start += across

@@ -192,7 +192,7 @@ def _build(target: CpuTarget, *, width: int, hidden: int) -> Any:
         points_a_block: T.let[T.int64] = _ROWS // V
         blocks: T.let[T.int64] = (P + points_a_block - 1) // points_a_block
         for task in T.parallel((blocks + _BLOCKS_A_TASK - 1) // _BLOCKS_A_TASK):
-            hidden_rows = T.alloc_buffer((_ROWS, narrow), "float32", align=64)
+            hidden_rows = T.alloc_buffer((_ROWS + ROW_PADDING, narrow), "float32", align=64)
             row_out = T.alloc_buffer((_ROWS + ROW_PADDING, both), "float32", align=64)
             query_out = T.alloc_buffer((_ROWS + ROW_PADDING, narrow), "float32", align=64)
             pooled = T.alloc_buffer((_ROWS + ROW_PADDING, wide), "float32", align=64)
@@ -209,22 +209,22 @@ def _build(target: CpuTarget, *, width: int, hidden: int) -> Any:
                     for n in T.unroll(narrow // lanes):
                         hidden_rows[r, at(n * lanes)] = position_hidden(ray_diff, w_position, first * V + r, n * lanes)
                 vec.product(
-                    row_out,
                     rows,
+                    both,
                     lambda r, c: b_row[at(c)],
                     [
-                        (width, lambda r, k: views[first * V + T.min(r, rows - 1), k], lambda k, c: w_row[k, c]),
-                        (hidden, lambda r, k: hidden_rows[T.min(r, rows - 1), k], lambda k, c: w_row[width + k, c]),
+                        (width, lambda r, k: views[first * V + T.min(r, rows - 1), k], lambda k, c: w_row[k, at(c)]),
+                        (hidden, lambda r, k: hidden_rows[r, k], lambda k, c: w_row[width + k, at(c)]),
                     ],
-                    both,
+                    lambda r, c, x: T.buffer_store(row_out, x, [r, at(c)]),
                     accumulators,
                 )
                 vec.product(
-                    query_out,
                     points,
-                    lambda r, c: b_query[at(c)],
-                    [(width, lambda r, k: query[first + T.min(r, points - 1), k], lambda k, c: w_query[k, c])],
                     narrow,
+                    lambda r, c: b_query[at(c)],
+                    [(width, lambda r, k: query[first + T.min(r, points - 1), k], lambda k, c: w_query[k, at(c)])],
+                    lambda r, c, x: T.buffer_store(query_out, x, [r, at(c)]),
                     accumulators,
                 )
                 for p in T.serial(points):
@@ -250,11 +250,11 @@ def _build(target: CpuTarget, *, width: int, hidden: int) -> Any:
                             )
                         pooled[p, at(n * lanes)] = summed[at(0)] / total[at(0)]
                 vec.product(
-                    row_out,
                     points,
-                    lambda r, c: b_out[at(c)],
-                    [(width, lambda r, k: pooled[r, k], lambda k, c: w_out[k, c])],
                     wide,
+                    lambda r, c: b_out[at(c)],
+                    [(width, lambda r, k: pooled[r, k], lambda k, c: w_out[k, at(c)])],
+                    lambda r, c, x: T.buffer_store(row_out, x, [r, at(c)]),
                     accumulators,
                 )
                 for p in T.serial(points):

@@ -1,0 +1,169 @@
+"""The fused ray-transformer block: the kernel against its twin, and the twin against the layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shiftadd3d import UserError
+from shiftadd3d.kernels import targets
+from shiftadd3d.kernels.ray_block import ATTENTIONS, KERNEL, random_block, ray_block_twin
+from shiftadd3d.models.gnt.transformer import RayTransformer
+from shiftadd3d.nn import AddAttention
+
+OPS = torch.ops.shiftadd3d
+SIZES = {"rays": 4, "samples": 9, "width": 16, "heads": 2, "hidden": 0, "kernel": 0}
+
+
+def block(seed: int = 0, attention: str = "softmax", return_weights: bool = False, **changes) -> tuple:
+    return *random_block(seed, **{**SIZES, **changes}), attention, 1e-6, return_weights
+
+
+def assert_same(arguments: tuple) -> None:
+    """The kernel gives what the twin does, but where a query or key is so near zero that rounding decides its code."""
+    (out, first), (twin, twins_first) = OPS.ray_block(*arguments), ray_block_twin(*arguments)
+    codes = codes_in_float64(arguments)
+    certain = codes.abs().amin(-1) > 1e-5 if arguments[5] != "softmax" else torch.ones(len(out), dtype=torch.bool)
+    torch.testing.assert_close(out[certain], twin[certain], rtol=1e-3, atol=1e-4)
+    if len(first):
+        torch.testing.assert_close(first[certain], twins_first[certain], rtol=1e-3, atol=1e-5)
+
+
+def codes_in_float64(arguments: tuple) -> torch.Tensor:
+    """Queries and keys before their signs are taken, [R, 2 S C]."""
+    x, weights, biases = (
+        arguments[0].double(),
+        *([b if b is None else b.double() for b in list_] for list_ in arguments[1:3]),
+    )
+    normed = torch.nn.functional.layer_norm(x, x.shape[-1:], weights[0], biases[0], arguments[6])
+    return torch.cat([torch.nn.functional.linear(normed, weights[i]).flatten(1) for i in (1, 2)], dim=-1)
+
+
+def test_the_twin_computes_what_the_softmax_layers_do():
+    torch.manual_seed(0)
+    layer = RayTransformer(16, num_heads=2, dropout=0.0).eval()
+    x = torch.randn(3, 7, 16)
+    linears = (layer.attn.q_fc, layer.attn.k_fc, layer.attn.v_fc, layer.attn.out_fc)
+    modules = (layer.attn_norm, *linears, layer.ff_norm, layer.ff.fc1, layer.ff.fc2)
+    arguments = ([m.weight for m in modules], [m.bias for m in modules], None, 2, "softmax", 1e-6, True)
+    out, weights = layer(x, return_weights=True)
+    twin, twins_weights = ray_block_twin(x, *arguments)
+    torch.testing.assert_close(twin, out)
+    torch.testing.assert_close(twins_weights, weights)
+
+
+@pytest.mark.parametrize("codes", ["pm1", "01"])
+def test_the_twin_computes_what_the_additive_layer_does(codes):
+    torch.manual_seed(0)
+    norm, layer = torch.nn.LayerNorm(16, eps=1e-6), AddAttention(16, num_heads=2, codes=codes, dwconv=3).eval()
+    torch.nn.init.normal_(layer.dwconv.weight)
+    x = torch.randn(3, 7, 16)
+    modules = (norm, layer.q_fc, layer.k_fc, layer.v_fc, layer.out_fc)
+    conv = layer.dwconv.weight.view(2, 3)
+    arguments = ([m.weight for m in modules], [m.bias for m in modules], conv, 2, codes, 1e-6, True)
+    out, weights = layer(norm(x), return_weights=True)
+    twin, twins_weights = ray_block_twin(x, *arguments)
+    torch.testing.assert_close(twin, x + out)
+    torch.testing.assert_close(twins_weights, weights)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from(ATTENTIONS), st.integers(0, 99))
+def test_rays_and_samples_in_any_number(rays, samples, attention, seed):
+    assert_same(block(seed, attention, rays=rays, samples=samples, kernel=0 if attention == "softmax" else 3))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(("width", "heads", "hidden"), [(6, 1, 5), (15, 3, 0), (20, 5, 40), (64, 4, 256)])
+def test_widths_and_heads_need_not_be_whole_vectors(attention, width, heads, hidden):
+    assert_same(block(1, attention, width=width, heads=heads, hidden=hidden, kernel=5, return_weights=True))
+
+
+def test_a_convolution_longer_than_the_ray_sees_all_of_it():
+    assert_same(block(2, "pm1", samples=2, kernel=9))
+
+
+def test_weights_of_the_first_sample_sum_to_one():
+    for attention in ATTENTIONS:
+        _, weights = OPS.ray_block(*block(3, attention, return_weights=True))
+        torch.testing.assert_close(weights.sum(-1), torch.ones(4))
+        assert OPS.ray_block(*block(3, attention))[1].shape == (0,)
+
+
+def test_scores_far_apart_do_not_overflow():
+    x, weights, *rest = block(4, "softmax")
+    weights = [weights[0], weights[1] * 300.0, *weights[2:]]
+    torch.testing.assert_close(
+        OPS.ray_block(x, weights, *rest)[0], ray_block_twin(x, weights, *rest)[0], rtol=1e-3, atol=1e-3
+    )
+
+
+def test_strides_and_odd_addresses():
+    x, *rest = block(5, hidden=24)
+    expected = ray_block_twin(x, *rest)[0]
+    turned = x.transpose(0, 1).contiguous().transpose(0, 1)
+    shifted = torch.cat([torch.zeros(1), x.flatten()])[1:].view(x.shape)
+    for one in (turned, shifted):
+        torch.testing.assert_close(OPS.ray_block(one, *rest)[0], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+def test_no_samples_give_no_outcome(shape):
+    _, *rest = block(6)
+    assert OPS.ray_block(torch.zeros(*shape, 16), *rest)[0].shape == (*shape, 16)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_with_its_ray(attention, bad):
+    arguments = block(7, attention, hidden=24)
+    arguments[0][2, 3, 5] = bad
+    out, twin = OPS.ray_block(*arguments)[0], ray_block_twin(*arguments)[0]
+    others = [0, 1, 3]
+    torch.testing.assert_close(out[others], twin[others], rtol=1e-3, atol=1e-4)
+    assert bool(out[2, 3].isnan().all()) and bool(twin[2, 3].isnan().all())
+
+
+def test_bfloat16_is_computed_in_float32():
+    x, *rest = block(8, hidden=24)
+    out, _ = OPS.ray_block(x.bfloat16(), *rest)
+    assert out.dtype == torch.bfloat16
+    expected, _ = ray_block_twin(x.bfloat16().float(), *rest)
+    torch.testing.assert_close(out.float(), expected, rtol=2**-8, atol=1e-4)
+
+
+def test_threads_change_nothing(torch_threads):
+    assert_same(block(9, "pm1", rays=200, kernel=3))
+
+
+def test_compiled_models_see_through_it():
+    x, *rest = block(10, return_weights=True)
+
+    def model(x):
+        out, weights = OPS.ray_block(x, *rest)
+        return out.sum(-1) * weights
+
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention": "cosine"}, "attention must be one of softmax, pm1, 01"),
+        ({"num_heads": 3}, "3 heads do not share 16 channels"),
+        ({"conv": torch.zeros(2, 4)}, "an odd number"),
+        ({"weights": [torch.zeros(16)] * 5}, r"weight of q must be \[16, 16\]"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(changes, message):
+    names = ("x", "weights", "biases", "conv", "num_heads", "attention", "eps", "return_weights")
+    with pytest.raises(UserError, match=message):
+        OPS.ray_block(*{**dict(zip(names, block(11), strict=True)), **changes}.values())
+
+
+def test_other_processors_get_their_own_instructions():
+    spec = {"width": 16, "heads": 2, "hidden": 8, "attention": "pm1", "kernel": 3, "return_weights": False}
+    assert "zmm" in KERNEL.assembly(targets.find("avx512"), **spec)
+    assert "ymm" not in KERNEL.assembly(targets.find("generic"), **spec)
