@@ -25,7 +25,7 @@ from shiftadd3d._errors import UserError
 from shiftadd3d.configs.classification import PRESETS
 from shiftadd3d.vision.settings import DataSettings, FinetuneSettings, read_settings
 
-__all__ = ["VERBS", "Demo", "Evaluate", "Finetune", "Info", "Predict", "Render", "Verb", "main"]
+__all__ = ["VERBS", "Demo", "Evaluate", "Export", "Finetune", "Info", "Predict", "Render", "Verb", "main"]
 
 JsonFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 
@@ -222,7 +222,7 @@ class Evaluate(DataSettings, Verb):
             raise UserError(f"--batch-size {self.batch_size}: expected 1 or more")
         facts = evaluate_classifier(
             self.classifier,
-            self._data_of_run(),
+            _data_of_run(self, self.classifier),
             split=self.split,
             batch_size=self.batch_size,
             workers=self.workers,
@@ -231,13 +231,6 @@ class Evaluate(DataSettings, Verb):
         )
         if self.json is not None:
             write_json(self.json, facts)
-
-    def _data_of_run(self) -> DataSettings:
-        if self.data is None and not self.dataset:
-            # RUN/stage2-shift/best
-            with contextlib.suppress(UserError):
-                return read_settings(self.classifier.resolve().parents[1])
-        return self
 
 
 @dataclass(frozen=True)
@@ -282,6 +275,53 @@ class Predict(Verb):
             write_json(self.json, facts)
 
 
+@dataclass(frozen=True)
+class Export(DataSettings, Verb):
+    """Write a classifier for use elsewhere: packed to 4 bits a weight, as ONNX, and as a torch.export program.
+
+    Every file is read back, and its outputs are compared with the classifier's.
+    """
+
+    classifier: Checkpoint = field(kw_only=True)
+    """A folder that finetune wrote, such as outputs/RUN/stage2-shift/best."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = field(kw_only=True)
+    """Folder for packed/ (which shiftadd3d.load restores), model.onnx and model.pt2."""
+    formats: tuple[Literal["packed", "onnx", "program"], ...] = ("packed", "onnx", "program")
+    """Which of them. ONNX files and programs hold the dense equivalent: the same outputs from ordinary layers."""
+    recipe: str | None = None
+    """Turn a dense classifier into this recipe first, without training: weights are rounded so that outputs on some
+    training pictures change least. Without --data these are those of the run that the classifier lies in."""
+    json: JsonFile = None
+    """Write the files, their sizes and how far their outputs differ to this JSON file, too."""
+
+    def run(self) -> None:
+        """Write the files."""
+        from rich.console import Console
+
+        from shiftadd3d._report import write_json
+        from shiftadd3d.vision.export import export_classifier
+
+        facts = export_classifier(
+            self.classifier,
+            self.out,
+            formats=self.formats,
+            recipe_name=self.recipe,
+            data=_data_of_run(self, self.classifier),
+            console=Console(),
+        )
+        if self.json is not None:
+            write_json(self.json, facts)
+
+
+def _data_of_run(given: DataSettings, classifier: Path) -> DataSettings:
+    """The pictures that the options name, or those of the run that a classifier lies in: RUN/stage2-shift/best."""
+    if given.data is None and not given.dataset:
+        with contextlib.suppress(UserError, IndexError):
+            best = classifier.resolve()
+            return read_settings((best.parent if best.is_file() else best).parents[1])
+    return given
+
+
 def _need_nerfstudio() -> None:
     # It meets newer libraries than it was written for, and each of them says so.
     warnings.filterwarnings("ignore", module=r"nerfstudio|torch\.jit|torch\.functional|viser|websockets")
@@ -295,6 +335,7 @@ VERBS: dict[str, type[Verb]] = {
     "finetune": Finetune,
     "evaluate": Evaluate,
     "predict": Predict,
+    "export": Export,
     "info": Info,
 }
 

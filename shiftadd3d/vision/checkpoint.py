@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.nn import Recipe, reparameterize_
+from shiftadd3d.nn import Recipe, freeze_, reparameterize_
 from shiftadd3d.vision.data import InputConfig
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -154,8 +154,6 @@ def create_classifier(config: ClassifierConfig) -> nn.Module:
     if config.recipe is not None:
         reparameterize_(model, config.recipe, verbose=False)
     if config.frozen:
-        from shiftadd3d.nn import freeze_
-
         freeze_(model, verbose=False)
     describe_in(model, config)
     return model

@@ -221,24 +221,6 @@ class _Training:
             t_in_epochs=False,
         )
 
-    def _agree_on_latencies(self) -> None:
-        """Let the first process's experts be timed, and all processes balance by the same latencies."""
-        mixtures = {name: module for name, module in self.model.named_modules() if isinstance(module, MoE)}
-        if not any(mixture.measure_pending for mixture in mixtures.values()):
-            return
-
-        def measure() -> dict[str, tuple[float, ...]]:
-            # One forward pass in training mode is what times them; it must leave no trace otherwise.
-            images, _ = next(iter(self.loader))
-            with torch.no_grad():
-                self.model.train()
-                self.model(images.to(self.device))
-            return {name: mixture.latencies for name, mixture in mixtures.items()}
-
-        for name, latencies in from_first_process(measure).items():
-            mixtures[name].set_latencies(latencies)
-            mixtures[name].measure_pending = False
-
     # ----------------------------------------------------------------------------------------------------------------
     # The loop
     # ----------------------------------------------------------------------------------------------------------------
@@ -256,7 +238,6 @@ class _Training:
         return TrainResult(self.model.eval(), metrics, self.history)
 
     def _train(self) -> None:
-        self._agree_on_latencies()
         wrapped = self.model
         if self.process.world_size > 1:
             wrapped = nn.parallel.DistributedDataParallel(
@@ -388,6 +369,7 @@ class _Training:
                 f"val loss {metrics.loss:.4f}  top-1 {metrics.top1:.2%}{routed}  {seconds:.0f} s"
                 + ("  best so far" if better else ""),
                 highlight=False,
+                soft_wrap=True,
             )
 
     # ----------------------------------------------------------------------------------------------------------------

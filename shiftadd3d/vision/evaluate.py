@@ -106,7 +106,9 @@ def evaluate_classifier(
         "skipped": [{"name": name, "reason": reason} for name, reason in skipped],
     }
     if console is not None:
-        console.print(metrics.table(f"{config.architecture}, recipe {facts['recipe'] or 'mult'}, {split}"))
+        frozen = ", packed" if config.frozen else ""
+        console.print(f"{config.architecture}, recipe {facts['recipe'] or 'mult'}{frozen}, {split}", highlight=False)
+        console.print(metrics, highlight=False)
         console.print(
             f"{throughput['pictures_per_second']:.1f} pictures a second at {config.input.size} px in batches of "
             f"{batch_size} ({chosen}, {torch.get_num_threads()} threads)",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shiftadd3d._report import RichReport
+
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 _CALIBRATION_BINS = 15
 
@@ -28,7 +30,7 @@ class ClassMetrics:
 
 
 @dataclass(frozen=True)
-class ClassificationMetrics:
+class ClassificationMetrics(RichReport):
     """All of them, as shares (0 to 1)."""
 
     count: int
@@ -47,10 +49,6 @@ class ClassificationMetrics:
     confusion: tuple[tuple[int, ...], ...]
     """Pictures by class (rows) and predicted class (columns)."""
 
-    def as_dict(self) -> dict:
-        """The metrics in plain types, for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ClassificationMetrics:
         """The metrics that `as_dict` made `values` of, also after a round through JSON."""
@@ -62,23 +60,22 @@ class ClassificationMetrics:
             }
         )
 
-    def table(self, title: str) -> Table:
-        """The metrics of all pictures and of each class, to print."""
+    def __rich__(self) -> Group:
+        from rich.console import Group
         from rich.table import Table
 
-        table = Table("class", "pictures", "recall", "precision", title=title, title_justify="left")
+        table = Table("class", "pictures", "recall", "precision")
         for column in table.columns[1:]:
             column.justify = "right"
         for row in self.classes:
             table.add_row(row.name, str(row.count), _percent(row.recall), _percent(row.precision))
         table.add_section()
-        table.add_row("all", str(self.count), _percent(self.top1), "")
-        table.caption = (
-            f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, mean recall {self.mean_recall:.2%}, "
-            f"loss {self.loss:.4f}, calibration error {self.calibration_error:.2%}"
+        table.add_row("mean", str(self.count), _percent(self.mean_recall), "")
+        return Group(
+            table,
+            f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, loss {self.loss:.4f}, "
+            f"calibration error {self.calibration_error:.2%}",
         )
-        table.caption_justify = "left"
-        return table
 
 
 def _percent(share: float | None) -> str:

@@ -17,7 +17,7 @@ from shiftadd3d.vision.checkpoint import ClassifierConfig, load
 from shiftadd3d.vision.data import PICTURE_SUFFIXES, Skipped, decode_picture, eval_transform, to_rgb
 from shiftadd3d.vision.distributed import choose_device
 from shiftadd3d.vision.pictures import save_labelled, save_routing
-from shiftadd3d.vision.routing import RoutingMap, routing_maps
+from shiftadd3d.vision.routing import RoutingMap, keep_routing, routing_maps
 
 _TOP = 5
 
@@ -66,6 +66,8 @@ def predict(model: nn.Module, image: Image.Image, name: str = "", routing: bool 
     """
     config = model.classifier_config
     assert isinstance(config, ClassifierConfig)
+    if routing:
+        keep_routing(model)
     tensor = eval_transform(config.input)(to_rgb(image))
     device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
     probabilities = model(tensor.unsqueeze(0).to(device)).float().softmax(-1)[0].cpu()
@@ -185,6 +187,7 @@ def camera_frame(number: str) -> Image.Image:
         import cv2
     except ImportError:
         raise UserError("a camera needs OpenCV: pip install opencv-python-headless") from None
+    cv2.setLogLevel(0)  # it would print what the error below says
     capture: Any = cv2.VideoCapture(int(number or "0"))
     try:
         there, frame = capture.read()

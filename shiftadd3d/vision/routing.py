@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
-from shiftadd3d.nn import MoE
+from shiftadd3d.nn import FrozenMoE, MoE
 
 
 class RoutingMap(NamedTuple):
@@ -33,11 +33,18 @@ def routing_maps(model: nn.Module) -> tuple[RoutingMap, ...]:
     prefix = int(getattr(model, "num_prefix_tokens", 0))
     maps = []
     for name, module in model.named_modules():
-        if isinstance(module, MoE) and module.last_assignment is not None:
+        if isinstance(module, (MoE, FrozenMoE)) and module.last_assignment is not None:
             grid = _as_square(module.last_assignment[0].cpu(), prefix)
             if grid is not None:
                 maps.append(RoutingMap(name, module.expert_names, grid.numpy()))
     return tuple(maps)
+
+
+def keep_routing(model: nn.Module) -> None:
+    """Let frozen mixtures note where they send tokens; others always do."""
+    for module in model.modules():
+        if isinstance(module, FrozenMoE):
+            module.keep_assignment = True
 
 
 def _as_square(tokens: Tensor, prefix: int) -> Tensor | None:

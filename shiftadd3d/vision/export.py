@@ -1,0 +1,214 @@
+"""A trained classifier in the forms that others run.
+
+- packed: `model.safetensors` with the packed codes and `config.json`, which `shiftadd3d.load` restores;
+- onnx: `model.onnx`, of the dense equivalent, for any runtime;
+- program: `model.pt2`, of the dense equivalent, which `torch.export.load` reads without this package.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.nn import FrozenMoE, MoE, ShiftConv2d, ShiftLinear, calibrate_, freeze_, recipe
+from shiftadd3d.vision.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    ClassifierConfig,
+    describe_in,
+    load,
+    save_classifier,
+    write_atomically,
+    write_json_atomically,
+)
+from shiftadd3d.vision.data import PictureSet, eval_loader, open_split
+from shiftadd3d.vision.distributed import choose_device
+from shiftadd3d.vision.settings import DataSettings
+
+Format = Literal["packed", "onnx", "program"]
+_CALIBRATION_PICTURES = 256
+_CALIBRATION_BATCH = 32
+# Differences in the logits beyond this say that an exported file computes something else.
+_TOLERANCE = 1e-3
+
+
+class _AllExperts(nn.Module):
+    """A mixture for tools that cannot run an expert on some of the tokens: each runs on all, and the router picks."""
+
+    def __init__(self, mixture: MoE | FrozenMoE) -> None:
+        super().__init__()
+        self.experts, self.router = mixture.experts, mixture.router
+        self.temperature, self.scales = mixture.temperature, mixture.gate == "probability"
+
+    def forward(self, x: Tensor) -> Tensor:  # [*, dim] -> [*, dim']
+        logits = self.router(x) / self.temperature
+        choice = logits.argmax(-1, keepdim=True)
+        outputs = torch.stack([expert(x) for expert in self.experts], dim=-2)  # [*, E, dim']
+        index = choice.unsqueeze(-1).expand(*choice.shape, outputs.shape[-1])
+        out = outputs.gather(-2, index).squeeze(-2)
+        return out * logits.softmax(-1).gather(-1, choice) if self.scales else out
+
+
+def dense_equivalent(model: nn.Module) -> nn.Module:
+    """A copy of a model that computes the same in evaluation with ordinary layers only.
+
+    Shift layers become linear layers and convolutions with the weights that they stand for; mixtures run every expert
+    on every token and pick. What needs no special layer (binary codes are comparisons) stays.
+
+    Args:
+        model: reparameterized, not frozen.
+    """
+    twin = copy.deepcopy(model)
+    for parent in list(twin.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, ShiftLinear):
+                setattr(parent, name, child.to_linear())
+            elif isinstance(child, ShiftConv2d):
+                setattr(parent, name, child.to_conv())
+            elif isinstance(child, MoE):
+                setattr(parent, name, _AllExperts(child))
+    freeze_(twin, verbose=False)  # codes without gradients
+    return twin.requires_grad_(False)
+
+
+def export_classifier(
+    checkpoint: Path,
+    out: Path,
+    *,
+    formats: Sequence[Format] = ("packed", "onnx", "program"),
+    recipe_name: str | None = None,
+    data: DataSettings | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Write a classifier in other forms; the arguments are those of `shiftadd3d export`.
+
+    Args:
+        checkpoint: what `finetune` saved.
+        out: a folder.
+        formats: which forms.
+        recipe_name: turn a dense classifier into this without any training, by calibration on pictures.
+        data: where those pictures are.
+        console: shows what happens; None is silent.
+
+    Returns:
+        The files with their bytes, and how far each one's logits are from the classifier's.
+
+    Raises:
+        UserError: anything in the arguments that the user can mend.
+    """
+    if not formats:
+        raise UserError("--formats: expected some of packed, onnx, program")
+    if "onnx" in formats and any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript")):
+        raise UserError("onnx needs two more packages: pip install onnx onnxscript; or leave it out of --formats")
+    model = load(checkpoint)
+    config = model.classifier_config
+    assert isinstance(config, ClassifierConfig)
+    if config.frozen:
+        raise UserError(f"{checkpoint}: exported already; expected a classifier that finetune saved")
+    if recipe_name is not None:
+        config = _calibrate(model, config, recipe_name, data or DataSettings(), console)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, config.input.size, config.input.size, generator=generator)
+    with torch.no_grad():
+        logits = model(images)
+    facts: dict[str, Any] = {"checkpoint": str(checkpoint), "recipe": config.recipe and config.recipe.name, "files": []}
+
+    def note(file: Path, difference: float, what: str) -> None:
+        if not difference <= _TOLERANCE * (1 + float(logits.abs().max())):
+            raise RuntimeError(f"{file} computes something else: its logits differ by {difference}")
+        facts["files"].append({"file": str(file), "bytes": file.stat().st_size, "largest_difference": difference})
+        if console is not None:
+            size = f"{file.stat().st_size / 1e6:.2f} MB"
+            console.print(f"{what:<8} {size:>10}  {file}", highlight=False, soft_wrap=True)
+
+    if {"onnx", "program"} & set(formats):
+        dense = dense_equivalent(model)
+        batch = torch.export.Dim("batch", min=1)
+        program = torch.export.export(dense, (images,), dynamic_shapes=({0: batch},))
+        if "program" in formats:
+            file = out / "model.pt2"
+            about = {"classifier.json": json.dumps(config.as_dict())}
+            # torch tells the format by the suffix.
+            write_atomically(file, lambda unfinished: _save_program(program, unfinished, about))
+            restored = torch.export.load(str(file)).module()
+            note(file, _difference(restored(images), logits), "program")
+        if "onnx" in formats:
+            file = out / "model.onnx"
+            write_atomically(file, lambda unfinished: _save_onnx(program, images, config, unfinished))
+            note(file, _onnx_difference(file, images, logits), "onnx")
+    if "packed" in formats:
+        freeze_(model, verbose=False)
+        frozen = replace(config, frozen=True)
+        describe_in(model, frozen)
+        save_classifier(out / "packed", model.state_dict(), frozen)
+        with torch.no_grad():
+            difference = _difference(load(out / "packed")(images), logits)
+        note(out / "packed" / WEIGHTS_FILE, difference, "packed")
+        facts["files"].append({"file": str(out / "packed" / CONFIG_FILE)})
+    write_json_atomically(out / "export.json", facts)
+    return facts
+
+
+def _calibrate(
+    model: nn.Module, config: ClassifierConfig, recipe_name: str, data: DataSettings, console: Console | None
+) -> ClassifierConfig:
+    if config.recipe is not None:
+        raise UserError(f"--recipe {recipe_name}: the classifier is of recipe {config.recipe.name} already")
+    chosen = recipe(recipe_name)
+    pictures, _ = open_split(data, "train", config.classes)
+    # Every so many of them, so that all classes have their share.
+    step = max(1, len(pictures) // _CALIBRATION_PICTURES)
+    some = PictureSet(pictures.source, pictures.indices[::step][:_CALIBRATION_PICTURES], config.classes)
+    loader = eval_loader(some, config.input, _CALIBRATION_BATCH, 0, choose_device("cpu"))
+    report = calibrate_(model, [images for images, _ in loader], chosen, verbose=False)
+    if console is not None:
+        console.print(report)
+    return replace(config, recipe=chosen)
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+def _save_program(program: torch.export.ExportedProgram, file: Path, about: dict[str, str]) -> None:
+    with file.open("wb") as stream:
+        torch.export.save(program, stream, extra_files=dict(about))
+
+
+def _save_onnx(program: torch.export.ExportedProgram, images: Tensor, config: ClassifierConfig, file: Path) -> None:
+    onnx_program = torch.onnx.export(
+        program,
+        (images,),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamo=True,
+        verbose=False,
+    )
+    assert onnx_program is not None
+    onnx_program.model.metadata_props["classifier"] = json.dumps(config.as_dict())
+    onnx_program.save(file)
+
+
+def _onnx_difference(file: Path, images: Tensor, logits: Tensor) -> float:
+    """How far the file's logits are from ours: by ONNX Runtime where it is installed, else by ONNX's own evaluator."""
+    feed = {"images": images.numpy()}
+    if importlib.util.find_spec("onnxruntime") is not None:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        found = session.run(None, feed)[0]
+    else:
+        from onnx.reference import ReferenceEvaluator
+
+        found = ReferenceEvaluator(str(file)).run(None, feed)[0]  # type: ignore[index]
+    return _difference(torch.as_tensor(found), logits)

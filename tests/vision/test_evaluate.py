@@ -1,0 +1,93 @@
+"""Metrics and throughput of a saved classifier, through the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from shiftadd3d import cli
+from shiftadd3d.vision.checkpoint import ClassifierConfig, save_classifier, write_json_atomically
+from shiftadd3d.vision.data import PictureData, decode_picture, eval_transform
+from shiftadd3d.vision.evaluate import measure_throughput
+from shiftadd3d.vision.settings import FinetuneSettings
+
+
+@pytest.fixture
+def checkpoint(model: nn.Module, config: ClassifierConfig, tmp_path: Path) -> Path:
+    """A dense classifier, saved where a run would save it."""
+    folder = tmp_path / "run" / "stage0-dense" / "best"
+    save_classifier(folder, model.state_dict(), config)
+    return folder
+
+
+def test_evaluation_prints_and_writes_what_the_model_does(
+    checkpoint: Path,
+    model: nn.Module,
+    data: PictureData,
+    config: ClassifierConfig,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    file = tmp_path / "metrics.json"
+    assert cli.main(["evaluate", str(checkpoint), "--data", str(folder), "--json", str(file), "--batch-size", "5"]) == 0
+    facts = json.loads(file.read_text())
+    transform = eval_transform(config.input)
+    with torch.no_grad():
+        files = sorted((folder / "val").glob("*/*"))
+        predicted = model.eval()(torch.stack([transform(decode_picture(f)) for f in files])).argmax(-1).tolist()
+    right = [config.classes[p] == f.parent.name for p, f in zip(predicted, files, strict=True)]
+    assert facts["count"] == 12 and facts["top1"] == pytest.approx(sum(right) / 12)
+    assert sum(map(sum, facts["confusion"])) == 12
+    assert facts["throughput"]["pictures_per_second"] > 0 and facts["throughput"]["batch_size"] == 5
+    printed = capsys.readouterr().out
+    assert f"top-1 {facts['top1']:.2%}" in printed and "pictures a second at 16 px in batches of 5" in printed
+    for name in config.classes:
+        assert name in printed
+
+
+def test_without_data_the_pictures_are_those_of_the_run(
+    checkpoint: Path, settings: FinetuneSettings, tmp_path: Path, folder: Path
+):
+    write_json_atomically(tmp_path / "run" / "settings.json", settings.as_dict())
+    file = tmp_path / "metrics.json"
+    for path in (checkpoint, checkpoint / "model.safetensors"):
+        assert cli.main(["evaluate", str(path), "--json", str(file), "--split", "train"]) == 0
+        assert json.loads(file.read_text())["count"] == 36
+
+
+def test_what_is_wrong_is_one_line_and_exit_with_1(
+    checkpoint: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(folder, tmp_path / "other")
+    (tmp_path / "other" / "val" / "red").rename(tmp_path / "other" / "val" / "orange")
+    for arguments, complaint in (
+        ([str(tmp_path / "nowhere"), "--data", str(folder)], "no config.json there"),
+        ([str(checkpoint)], "digits: the model does not know the classes 0, 1, 2, 3, 4 and 5 more; it knows blue"),
+        ([str(checkpoint), "--data", "nowhere"], "--data nowhere: no such file or folder"),
+        ([str(checkpoint), "--data", str(tmp_path / "other")], "does not know the classes orange"),
+        ([str(checkpoint), "--data", str(folder), "--split", "test"], "no test pictures; there are train, val"),
+        ([str(checkpoint), "--data", str(folder), "--batch-size", "0"], "--batch-size 0: expected 1 or more"),
+        ([str(checkpoint), "--data", str(folder), "--device", "tpu9"], "--device tpu9"),
+    ):
+        assert cli.main(["evaluate", *arguments]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and complaint in error
+
+
+def test_throughput_counts_every_picture_of_a_batch(config: ClassifierConfig):
+    class Sleeper(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            import time
+
+            time.sleep(0.01)
+            return x
+
+    measured = measure_throughput(Sleeper(), config.input, batch_size=8, seconds=0.05)
+    assert measured["batch_seconds"] >= 0.01
+    assert measured["pictures_per_second"] == pytest.approx(8 / measured["batch_seconds"])

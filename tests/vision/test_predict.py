@@ -1,0 +1,211 @@
+"""Labels, JSON, pictures and routing maps from a saved classifier, through the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import shiftadd3d
+from shiftadd3d import UserError, cli
+from shiftadd3d.nn import MoEMlp, freeze_, recipe
+from shiftadd3d.vision import predict as predict_module
+from shiftadd3d.vision.checkpoint import ClassifierConfig, create_classifier, save_classifier
+from shiftadd3d.vision.data import eval_transform
+from shiftadd3d.vision.predict import camera_frame, predict
+from shiftadd3d.vision.routing import routing_maps
+
+SavePicture = Callable[..., None]
+
+
+@pytest.fixture
+def routed(config: ClassifierConfig) -> nn.Module:
+    """A classifier with a mixture in each of its two blocks, on 2 x 2 patches and a class token."""
+    torch.manual_seed(0)
+    return create_classifier(replace(config, recipe=recipe("add+shift-attn+moe"))).eval()
+
+
+@pytest.fixture
+def checkpoint(routed: nn.Module, tmp_path: Path) -> Path:
+    """`routed`, saved."""
+    save_classifier(tmp_path / "best", routed.state_dict(), routed.classifier_config)
+    return tmp_path / "best"
+
+
+def test_a_prediction_is_what_the_model_says(routed: nn.Module, folder: Path):
+    image = Image.open(folder / "val" / "red" / "000.png")
+    prediction = predict(routed, image, "red.png")
+    inputs = eval_transform(routed.classifier_config.input)(image.convert("RGB")).unsqueeze(0)
+    with torch.no_grad():
+        probabilities = routed(inputs).softmax(-1)[0]
+    order = probabilities.argsort(descending=True).tolist()
+    assert prediction.labels == tuple(routed.classifier_config.classes[i] for i in order)
+    assert prediction.probabilities == pytest.approx(probabilities[order].tolist())
+    assert prediction.seen.shape == (16, 16, 3)
+    assert prediction.seen.mean((0, 1)) == pytest.approx((200, 50, 40), abs=8)
+
+
+def test_routing_maps_show_the_expert_of_each_patch(routed: nn.Module, folder: Path):
+    image = Image.open(folder / "val" / "red" / "000.png")
+    mixture = routed.blocks[1].mlp
+    assert isinstance(mixture, MoEMlp)
+    maps = {layer.layer: layer for layer in predict(routed, image, routing=True).routing}
+    assert set(maps) == {"blocks.0.mlp", "blocks.1.mlp"}
+    assert maps["blocks.1.mlp"].experts == ("mult", "shift")
+    # The class token comes first and is no patch.
+    assert mixture.last_assignment.shape == (1, 5)
+    assert maps["blocks.1.mlp"].assignment.tolist() == mixture.last_assignment[0, 1:].reshape(2, 2).tolist()
+    # A router that knows only one answer.
+    nn.init.zeros_(mixture.router.weight)
+    with torch.no_grad():
+        mixture.router.bias.copy_(torch.tensor([0.0, 1.0]))
+    assert predict(routed, image, routing=True).routing[1].share(1) == 1.0
+
+
+def test_a_frozen_classifier_routes_as_the_one_it_came_from(routed: nn.Module, folder: Path):
+    image = Image.open(folder / "val" / "green" / "001.png")
+    before = predict(routed, image, routing=True)
+    after = predict(freeze_and_describe(routed), image, routing=True)
+    assert before.probabilities == after.probabilities
+    for one, other in zip(before.routing, after.routing, strict=True):
+        assert one.layer == other.layer and np.array_equal(one.assignment, other.assignment)
+
+
+def freeze_and_describe(model: nn.Module) -> nn.Module:
+    freeze_(model, verbose=False)
+    return model
+
+
+def test_pyramids_have_maps_of_several_sizes(config: ClassifierConfig):
+    small = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 2, 4)}
+    pyramid = ClassifierConfig(
+        "pvt_v2_b0", config.classes, replace(config.input, size=64), small, recipe("add+shift-attn+moe")
+    )
+    model = create_classifier(pyramid).eval()
+    predict(model, Image.new("RGB", (64, 64)), routing=True)
+    sides = {layer.layer: layer.assignment.shape for layer in routing_maps(model)}
+    assert sides["stages.0.blocks.0.mlp.fc1"] == (16, 16)
+    assert sides["stages.3.blocks.0.mlp.fc2"] == (2, 2)
+
+
+def test_files_folders_and_what_cannot_be_read(
+    checkpoint: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pictures = tmp_path / "pictures"
+    (pictures / "deeper").mkdir(parents=True)
+    Image.new("L", (30, 20), 100).save(pictures / "grey.png")
+    Image.new("RGB", (30, 20)).save(pictures / "deeper" / "grey.png")
+    (pictures / "broken.jpg").write_bytes(b"\xff\xd8nonsense")
+    file, out = tmp_path / "labels.json", tmp_path / "labelled"
+    red = folder / "val" / "red" / "000.png"
+    arguments = [str(checkpoint), str(pictures), str(red), "--json", str(file), "--out", str(out), "--show-routing"]
+    assert cli.main(["predict", *arguments]) == 0
+    facts = json.loads(file.read_text())
+    names = [prediction["picture"] for prediction in facts["predictions"]]
+    assert names == [str(pictures / "deeper" / "grey.png"), str(pictures / "grey.png"), str(red)]
+    assert [skipped["name"] for skipped in facts["skipped"]] == [str(pictures / "broken.jpg")]
+    printed = capsys.readouterr().out
+    for prediction in facts["predictions"]:
+        top = prediction["top"]
+        assert len(top) == 3 and top[0]["label"] == prediction["label"]
+        assert sum(entry["probability"] for entry in top) == pytest.approx(1, abs=1e-5)
+        assert f"{prediction['picture']}: {prediction['label']}" in printed
+        assert {layer["layer"] for layer in prediction["routing"]} == {"blocks.0.mlp", "blocks.1.mlp"}
+        for picture in (prediction["labelled"], prediction["routing_picture"]):
+            with Image.open(picture) as image:
+                assert image.width > 200
+    # Two pictures of one name keep their own files.
+    assert sorted(path.name for path in out.iterdir()) == [
+        "000.png",
+        "000.routing.png",
+        "grey-2.png",
+        "grey-2.routing.png",
+        "grey.png",
+        "grey.routing.png",
+    ]
+    assert "skipped" in printed
+
+
+def test_the_routing_picture_shows_experts_in_their_colours(routed: nn.Module, tmp_path: Path):
+    from shiftadd3d.vision.pictures import save_routing
+
+    for block in routed.blocks:
+        nn.init.zeros_(block.mlp.router.weight)
+
+    def mean_blue(shift_bias: float) -> float:
+        for block in routed.blocks:
+            with torch.no_grad():
+                block.mlp.router.bias.copy_(torch.tensor([0.0, shift_bias]))
+        prediction = predict(routed, Image.new("RGB", (16, 16), "gray"), routing=True)
+        save_routing(prediction.seen, prediction.routing, "title", tmp_path / "routing.png")
+        pixels = np.asarray(Image.open(tmp_path / "routing.png").convert("RGB")).astype(float)
+        return float((pixels[..., 2] - pixels[..., 0]).mean())
+
+    assert mean_blue(1.0) > 5 + mean_blue(-1.0)
+
+
+def test_a_classifier_without_mixtures_has_no_routing(
+    config: ClassifierConfig, model: nn.Module, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    save_classifier(tmp_path / "dense", model.state_dict(), config)
+    red = str(folder / "val" / "red" / "000.png")
+    assert cli.main(["predict", str(tmp_path / "dense"), red, "--show-routing", "--out", str(tmp_path / "out")]) == 0
+    assert "no routing to show: this classifier has no mixtures of experts" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["000.png"]
+
+
+def test_a_camera_gives_a_frame(monkeypatch: pytest.MonkeyPatch, checkpoint: Path):
+    cv2 = pytest.importorskip("cv2")
+
+    class Camera:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def read(self) -> tuple[bool, np.ndarray | None]:
+            frame = np.zeros((4, 6, 3), np.uint8)
+            frame[..., 0] = 255  # blue comes first
+            return (True, frame) if self.number == 1 else (False, None)
+
+        def release(self) -> None:
+            pass
+
+    monkeypatch.setattr(cv2, "VideoCapture", Camera)
+    assert camera_frame("1").getpixel((0, 0)) == (0, 0, 255)
+    facts = predict_module.predict_pictures(checkpoint, ["camera:1"])
+    assert [prediction["picture"] for prediction in facts["predictions"]] == ["camera-1"]
+    with pytest.raises(UserError, match="camera:0: no such camera, or it gives no picture"):
+        camera_frame("")
+    with pytest.raises(UserError, match="camera:front: expected a number"):
+        camera_frame("front")
+
+
+def test_wrong_paths_are_one_line_and_exit_with_1(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], save_picture: SavePicture
+):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("no picture")
+    save_picture(tmp_path / "whole.png")
+    for arguments, complaint in (
+        ([str(checkpoint), "nowhere.png"], "nowhere.png: no such file or folder; expected pictures"),
+        ([str(checkpoint), str(tmp_path / "empty")], "no pictures in there"),
+        ([str(checkpoint), str(tmp_path / "text.png")], "none of 1 pictures can be read"),
+        ([str(checkpoint)], "no pictures named; expected files, folders of them, or camera:0"),
+        ([str(tmp_path), str(tmp_path / "whole.png")], "no config.json there; expected a folder"),
+        ([str(checkpoint), str(tmp_path / "whole.png"), "--out", str(tmp_path / "whole.png")], "cannot write"),
+    ):
+        assert cli.main(["predict", *arguments]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and complaint in error
+
+
+def test_load_is_the_packages_own_verb(checkpoint: Path, routed: nn.Module):
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(shiftadd3d.load(checkpoint)(images), routed(images))
