@@ -21,6 +21,7 @@ from shiftadd3d.nn.cost import (
     count_operations,
     frozen_bytes,
 )
+from shiftadd3d.nn.fit import BinarizerReport, FittedBinarizer, fit_binarizers_
 from shiftadd3d.nn.freeze import FreezeReport, FrozenLayer, freeze_
 from shiftadd3d.nn.moe import (
     FrozenMoE,
@@ -49,6 +50,14 @@ from shiftadd3d.nn.reparam import (
     register_mlp,
     reparameterize_,
 )
+from shiftadd3d.nn.search import (
+    CANDIDATES,
+    LayerSensitivity,
+    RecipeChoice,
+    SensitivityReport,
+    search_recipe,
+    sensitivity,
+)
 from shiftadd3d.nn.shift import (
     PackedShiftConv2d,
     PackedShiftLayer,
@@ -60,17 +69,21 @@ from shiftadd3d.nn.shift import (
 
 __all__ = [
     "BINARIZERS",
+    "CANDIDATES",
     "ENERGY_COSTS",
     "RECIPES",
     "AddAttention",
+    "BinarizerReport",
     "CalibratedLayer",
     "CalibrationReport",
+    "FittedBinarizer",
     "FittedRouter",
     "FreezeReport",
     "FrozenLayer",
     "FrozenMoE",
     "HashBinarizer",
     "LayerOperations",
+    "LayerSensitivity",
     "MoE",
     "MoELinear",
     "MoEMlp",
@@ -81,9 +94,11 @@ __all__ = [
     "PackedShiftLinear",
     "RandomBinarizer",
     "Recipe",
+    "RecipeChoice",
     "ReparameterizationReport",
     "ReparameterizedLayer",
     "Rule",
+    "SensitivityReport",
     "ShiftConv2d",
     "ShiftLayer",
     "ShiftLinear",
@@ -98,6 +113,7 @@ __all__ = [
     "count_operations",
     "dispatch",
     "first_query_weights",
+    "fit_binarizers_",
     "freeze_",
     "frozen_bytes",
     "latency_weights",
@@ -110,6 +126,8 @@ __all__ = [
     "reparameterize_",
     "reset_router_statistics",
     "router_statistics",
+    "search_recipe",
+    "sensitivity",
     "shift_twin",
     "squared_coefficient_of_variation",
 ]

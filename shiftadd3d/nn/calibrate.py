@@ -155,8 +155,8 @@ def calibrate_(
 
     Raises:
         UserError: if there are no batches, the model cannot be called with them, its layers see NaN or infinity, or the
-            recipe does not fit it (see `reparameterize_`) or replaces nothing. The model has not been changed then,
-            unless it is the reparameterized model whose layers see NaN or infinity.
+            recipe does not fit it (see `reparameterize_`), or has been applied already. The model has not been changed
+            then, unless it is the reparameterized model whose layers see NaN or infinity.
     """
     batches = as_batches(batches)
     recipe = preset(recipe) if isinstance(recipe, str) else recipe
@@ -166,15 +166,14 @@ def calibrate_(
         trace_inputs(model, floats, batches[:1], forward)
     # Mode "PS" has no float weights to start from: it comes last.
     surgery = reparameterize_(model, replace(recipe, mode="Q"), filter_fn, verbose=False)
-    if not surgery.layers:
+    if not surgery.layers and any(isinstance(module, ShiftLayer) for module in old):
         raise UserError(
             f"recipe {recipe.name!r} replaces nothing in this {type(model).__name__}: calibration starts from a model "
             "with float weights, and leaves layers that are shift layers already as they are"
         )
     new = {name: module for name, module in model.named_modules() if module not in old}
     with evaluating(model):
-        calibration = _Calibration(model, new, batches, forward)
-        calibration.run(sequential, verbose)
+        calibration = calibrate_layers_(model, new, batches, forward=forward, sequential=sequential, verbose=verbose)
     if recipe.mode == "PS":
         _train_shift_and_sign(model, {name: module for name, module in new.items() if isinstance(module, ShiftLayer)})
     report = CalibrationReport(
@@ -189,6 +188,21 @@ def calibrate_(
 
         Console().print(report)
     return report
+
+
+def calibrate_layers_(
+    model: nn.Module,
+    new: Mapping[str, nn.Module],
+    batches: Sequence[Any],
+    *,
+    forward: Forward | None = None,
+    sequential: bool = True,
+    verbose: bool = False,
+) -> _Calibration:
+    """Round the shift layers among the modules `new` of `model` (by qualified name), and fit the routers among them."""
+    calibration = _Calibration(model, new, batches, forward)
+    calibration.run(sequential, verbose)
+    return calibration
 
 
 class _Calibration:

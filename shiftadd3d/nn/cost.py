@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from shiftadd3d._errors import UserError
 from shiftadd3d._report import RichReport
@@ -269,12 +268,14 @@ class _ProductMode(TorchDispatchMode):
 
     def __init__(self, see: Callable[[int, bool], None]) -> None:
         super().__init__()
-        self._see = see
+        from torch.utils.flop_counter import flop_registry  # takes a second: it imports torch.export and Triton
+
+        self._see, self._formulas = see, flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         packet = getattr(func, "_overloadpacket", func)
-        formula = flop_registry.get(packet)
+        formula = self._formulas.get(packet)
         if formula is None and packet not in _MORE_PRODUCTS:
             with self:  # inference mode shows operators before their parts
                 decomposed = func.decompose(*args, **kwargs)

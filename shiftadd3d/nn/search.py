@@ -1,0 +1,456 @@
+"""Which layers mind losing their multiplications, and the recipe that makes the most of a budget.
+
+`sensitivity` changes one layer at a time, calibrates it, and measures how much the model's output changes and how much
+cheaper the model becomes. `search_recipe` then picks what becomes of each layer, so that the total cost keeps to a
+budget and the sum of the squared errors is the least (a knapsack with one choice from each layer's options).
+
+Errors add up in squares while they are small and independent of each other: the sum is an estimate that ranks recipes.
+Costs that are counted (energy) add up exactly; latencies are measured layer by layer, each in its frozen form on the
+device at hand.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import glob
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from shiftadd3d._errors import UserError
+from shiftadd3d._report import RichReport
+from shiftadd3d.nn.activations import (
+    Forward,
+    InputStatistics,
+    as_batches,
+    call_model,
+    evaluating,
+    gather_statistics,
+    trace_inputs,
+)
+from shiftadd3d.nn.calibrate import calibrate_layers_, round_layer_
+from shiftadd3d.nn.cost import ENERGY_COSTS, OperationCosts, count_inputs, counting
+from shiftadd3d.nn.freeze import freeze_
+from shiftadd3d.nn.moe import measure_latencies
+from shiftadd3d.nn.reparam import Recipe, Rule, reparameterize_
+from shiftadd3d.nn.shift import ShiftLayer
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+CANDIDATES = (Rule("*", "shift", 4, 1), Rule("*", "shift", 4, 2), Rule("*", "moe", 4, 1), Rule("*", "add"))
+"""What is tried where nothing else is asked for: one power of two, two, a mixture, additive attention."""
+
+# The fields of a recipe that put a primitive wherever it can stand.
+_PLACES: dict[str, tuple[str, ...]] = {
+    "shift": ("attention_linear", "mlp", "other_linear"),
+    "moe": ("attention_linear", "mlp"),
+    "add": ("attention",),
+}
+_RESOLUTION = 8000  # costs that are told apart between the cheapest recipe and the float model
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """What one change of one layer does to the model, all else being float."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    """The change, as rules of a recipe."""
+    error: float
+    """Root mean square of the change of the outputs, over theirs."""
+    cost: float
+    """Change of the cost of one input; negative is cheaper."""
+
+    @property
+    def label(self) -> str:
+        """The change in a few characters, such as "shift 2 x 4"."""
+        return " + ".join(_label(rule) for rule in self.rules)
+
+
+@dataclass(frozen=True)
+class RecipeChoice:
+    """The recipe for a budget, and what to expect of it."""
+
+    recipe: Recipe
+    error: float
+    """Estimated error of the outputs, as in `LayerSensitivity`."""
+    cost: float
+    """Cost of one input."""
+
+
+@dataclass(frozen=True)
+class SensitivityReport(RichReport):
+    """What `sensitivity` measured. Printing shows a table."""
+
+    base: Recipe
+    float_cost: float
+    """Cost of one input of the model as it is."""
+    unit: str
+    layers: tuple[LayerSensitivity, ...]
+
+    def __rich__(self) -> Group:
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table("module", "becomes", "error", "saved", title_justify="left")
+        table.title = "relative error of the model's output, and share of its cost saved, if one layer changes"
+        table.columns[2].justify = table.columns[3].justify = "right"
+        for name in dict.fromkeys(layer.name for layer in self.layers):
+            for layer in self.layers:
+                if layer.name == name:
+                    saved = -layer.cost / self.float_cost if self.float_cost else 0.0
+                    table.add_row(name, layer.label, f"{layer.error:.2%}", f"{saved:.1%}")
+        return Group(table, f"cost of one input as it is: {self.float_cost:,.4g} {self.unit}")
+
+    def best_recipe(self, budget: float, *, absolute: bool = False) -> RecipeChoice:
+        """The recipe whose cost keeps to `budget` with the least estimated error.
+
+        A larger budget never gives a larger estimate.
+
+        Args:
+            budget: share of the model's cost, above 0 and at most 1; if `absolute`, the cost of one input itself.
+
+        Raises:
+            UserError: for no such budget, or one below that of the cheapest recipe.
+        """
+        if not (math.isfinite(budget) and budget > 0 and (absolute or budget <= 1)):
+            limits = "a positive cost" if absolute else "a share of the model's cost, above 0 and at most 1"
+            raise UserError(f"the budget must be {limits}, not {budget!r}")
+        frontier = _frontier(_units(self.layers))
+        least = self.float_cost + frontier[0].cost
+        limit = budget if absolute else budget * self.float_cost
+        limit *= 1 + 1e-9  # budgets that are met exactly are met
+        if limit < least:
+            share = f" ({least / self.float_cost:.1%} of the model's)" if self.float_cost else ""
+            raise UserError(
+                f"a budget of {limit:.4g} {self.unit} is out of reach: the cheapest recipe costs {least:.4g} "
+                f"{self.unit}{share}"
+            )
+        chosen = [choice for choice in frontier if self.float_cost + choice.cost <= limit][-1]
+        return RecipeChoice(
+            replace(self.base, name=f"searched-{budget:g}", rules=(*self.base.rules, *chosen.rules)),
+            math.sqrt(chosen.squared_error),
+            self.float_cost + chosen.cost,
+        )
+
+
+def sensitivity(
+    model: nn.Module,
+    batches: Iterable[Any],
+    candidates: Sequence[Rule] = CANDIDATES,
+    *,
+    base: Recipe | None = None,
+    costs: OperationCosts | Literal["latency"] = ENERGY_COSTS["float32"],
+    forward: Forward | None = None,
+    inputs: int | None = None,
+    verbose: bool = True,
+) -> SensitivityReport:
+    """Measure what each candidate costs and saves, layer by layer, with all other layers as they are.
+
+    Shift weights are calibrated on `batches` as `calibrate_` does it, and routers fitted. The model is unchanged
+    afterwards. This takes one pass over the batches for each layer and candidate, a few more for mixtures.
+
+    Args:
+        model: any module, with its float weights.
+        batches: example inputs, as for `calibrate_`.
+        candidates: rules to try; each is tried on the layers that its pattern names and that it fits. With "add",
+            attention modules are tried with each "shift" candidate for their linear layers as well.
+        base: the recipe whose options hold, and whose excluded layers are left alone; it may change nothing itself.
+        costs: what operations cost; or "latency" for seconds, measured for each layer on the inputs of the first batch.
+        forward: called with (model, batch) to run the model instead.
+        inputs: how many inputs all batches hold; None for the sum of the first dimensions of their first tensors.
+
+    Returns:
+        The report.
+
+    Raises:
+        UserError: if there are no batches or no candidates, a candidate fits nothing, `base` changes something, the
+            outputs hold no floats, and as `calibrate_`.
+    """
+    batches = as_batches(batches)
+    base = Recipe() if base is None else base
+    if not candidates:
+        raise UserError("there are no candidates: give rules to try, such as Rule('*', 'shift')")
+    if idle := [rule for rule in candidates if rule.primitive not in _PLACES]:
+        raise UserError(f"a candidate must say one of {', '.join(_PLACES)}, not {idle[0].primitive}: {idle[0]}")
+    inputs = sum(count_inputs(batch) for batch in batches) if inputs is None else inputs
+    trials = _Trials(model, batches, base, costs, forward, inputs)
+    unit = costs.unit if isinstance(costs, OperationCosts) else "s"
+    report = SensitivityReport(base, trials.float_cost, unit, tuple(trials.run(candidates, verbose)))
+    if verbose:
+        from rich.console import Console
+
+        Console().print(report)
+    return report
+
+
+def search_recipe(
+    model: nn.Module,
+    batches: Iterable[Any],
+    budget: float,
+    *,
+    absolute: bool = False,
+    candidates: Sequence[Rule] = CANDIDATES,
+    base: Recipe | None = None,
+    costs: OperationCosts | Literal["latency"] = ENERGY_COSTS["float32"],
+    forward: Forward | None = None,
+    inputs: int | None = None,
+    verbose: bool = True,
+) -> Recipe:
+    """Find what should become of each layer so that the model keeps to a budget with the least error.
+
+    To try several budgets, call `sensitivity` once and `SensitivityReport.best_recipe` for each.
+
+    Args:
+        budget: share of the model's cost, above 0 and at most 1; if `absolute`, the cost of one input: picojoules, or
+            seconds, or whatever unit `costs` has.
+        others: as in `sensitivity`.
+
+    Returns:
+        A recipe with one rule for each layer that changes, for `calibrate_` or `reparameterize_`. What
+        `count_operations` counts after that is what was promised (mixtures: on average over the batches, once
+        `calibrate_` has fitted their routers).
+
+    Raises:
+        UserError: if the budget is out of reach, and as `sensitivity`.
+    """
+    report = sensitivity(
+        model, batches, candidates, base=base, costs=costs, forward=forward, inputs=inputs, verbose=verbose
+    )
+    choice = report.best_recipe(budget, absolute=absolute)
+    if verbose:
+        share = f" ({choice.cost / report.float_cost:.1%})" if report.float_cost else ""
+        print(
+            f"{len(choice.recipe.rules)} rules; {choice.cost:,.4g} {report.unit}{share}, estimated error "
+            f"{choice.error:.2%}"
+        )
+    return choice.recipe
+
+
+class _Option(NamedTuple):
+    """One thing that may become of a part of the model."""
+
+    rules: tuple[Rule, ...]
+    squared_error: float
+    cost: float
+
+
+def _units(layers: Sequence[LayerSensitivity]) -> list[list[_Option]]:
+    """The options of each part of the model that is decided on by itself.
+
+    A module that can change as a whole (a perceptron into a mixture, say) and the layers inside it are one part.
+    """
+    own: dict[str, list[_Option]] = {}
+    for layer in layers:
+        if math.isfinite(layer.error):
+            own.setdefault(layer.name, []).append(_Option(layer.rules, layer.error**2, layer.cost))
+
+    def units(names: Sequence[str]) -> list[list[_Option]]:
+        outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+        found = []
+        for name in outer:
+            inner = _frontier(units([other for other in names if other.startswith(f"{name}.")]))
+            found.append([*inner, *own[name]])
+        return found
+
+    return units(list(own))
+
+
+def _frontier(units: Iterable[Sequence[_Option]]) -> list[_Option]:
+    """Choices of one option from each unit that no other choice beats in both cost and error, the cheapest first.
+
+    The first and the last one, all float, are exact. Where there are more than can be told apart on a scale of
+    `_RESOLUTION` costs, the cheapest of those with one cost stays.
+    """
+    frontier = [_Option((), 0.0, 0.0)]
+    for options in units:
+        choices = [
+            _Option(some.rules + option.rules, some.squared_error + option.squared_error, some.cost + option.cost)
+            for some, option in itertools.product(frontier, options)
+        ]
+        choices.sort(key=lambda choice: (choice.cost, choice.squared_error))
+        step = (choices[-1].cost - choices[0].cost) / _RESOLUTION
+        frontier = []
+        least, bound = math.inf, -math.inf
+        for choice in choices:
+            if choice.squared_error < least and (choice.cost >= bound or choice.squared_error == 0):
+                frontier.append(choice)
+                least, bound = choice.squared_error, choice.cost + step
+    return frontier
+
+
+class _Trials:
+    """One model, changed in one place at a time."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: list[Any],
+        base: Recipe,
+        costs: OperationCosts | Literal["latency"],
+        forward: Forward | None,
+        inputs: int,
+    ) -> None:
+        self.model, self.batches, self.base, self.forward, self.inputs = model, batches, base, forward, inputs
+        self.costs = costs if isinstance(costs, OperationCosts) else None
+        self._calls: dict[str, list[tuple[tuple, dict]]] = {}
+        self.reference, self.float_cost = self._run()
+        if not any(self.reference):
+            raise UserError("the model's output holds no floats to compare: return them by forward=")
+        if self.costs is None:
+            whole = _Replay(model, [((batches[0],), {})], lambda model, batch: call_model(model, batch, forward))
+            self.float_cost = self._seconds(whole)[0]
+
+    def run(self, candidates: Sequence[Rule], verbose: bool) -> Iterator[LayerSensitivity]:
+        from rich.progress import Progress
+
+        planned = self._plan(candidates)
+        with Progress(transient=True, disable=not verbose) as progress:
+            task = progress.add_task("looking at activations", total=len(planned))
+            # What a mere rounding of one layer needs to know is the same for all formats.
+            statistics = self._statistics([name for name, rules in planned if rules[0].primitive == "shift"])
+            for name, rules in planned:
+                original = self.model.get_submodule(name)
+                with self._changed(name, rules, statistics.get(name) if rules[0].primitive == "shift" else None):
+                    outputs, cost = self._run()
+                    change = cost - self.float_cost if self.costs else self._seconds_added(name, original)
+                layer = LayerSensitivity(name, rules, _relative_error(outputs, self.reference), change)
+                progress.update(task, advance=1, description=f"{name}: {layer.label}")
+                yield layer
+
+    def _plan(self, candidates: Sequence[Rule]) -> list[tuple[str, tuple[Rule, ...]]]:
+        """All changes to try: a module's name, and the rules that change it."""
+        settled = reparameterize_(copy.deepcopy(self.model), self.base, verbose=False).layers
+        if settled:
+            raise UserError(
+                f"the base recipe {self.base.name!r} changes {settled[0].name} itself: it may only give options and "
+                "excluded layers"
+            )
+        planned: list[tuple[str, tuple[Rule, ...]]] = []
+        for candidate in candidates:
+            places = dict.fromkeys(_PLACES[candidate.primitive], candidate.primitive)
+            everywhere = replace(self.base, **places)
+            for layer in reparameterize_(copy.deepcopy(self.model), everywhere, verbose=False).layers:
+                if not fnmatch.fnmatchcase(layer.name, candidate.pattern):
+                    continue
+                rule = replace(candidate, pattern=glob.escape(layer.name))
+                planned.append((layer.name, (rule,)))
+                if candidate.primitive == "add":
+                    shifts = [other for other in candidates if other.primitive == "shift"]
+                    planned += [(layer.name, (rule, replace(shift, pattern=rule.pattern))) for shift in shifts]
+        if not planned:
+            raise UserError("no candidate fits any layer of this model: " + ", ".join(map(repr, candidates)))
+        return planned
+
+    def _statistics(self, names: Sequence[str]) -> dict[str, InputStatistics]:
+        layers = {name: self.model.get_submodule(name) for name in names}
+        with evaluating(self.model):
+            trace = trace_inputs(self.model, layers, self.batches, self.forward)
+            leaders = {group[0]: layers[group[0]] for group in trace.groups}
+            statistics = gather_statistics(self.model, leaders, self.batches, trace, self.forward)
+        return {name: statistics[group[0]] for group in trace.groups for name in group}
+
+    @contextmanager
+    def _changed(self, name: str, rules: tuple[Rule, ...], statistics: InputStatistics | None) -> Iterator[None]:
+        """While this lasts, the module called `name` is what `rules` say, calibrated."""
+        original = self.model.get_submodule(name)
+        places = [
+            (parent, attribute)
+            for parent in self.model.modules()
+            for attribute, child in parent._modules.items()
+            if child is original
+        ]
+        stand_in = copy.deepcopy(original)  # new layers share their weights with the old ones
+        try:
+            for parent, attribute in places:
+                setattr(parent, attribute, stand_in)
+            old = set(self.model.modules())
+            reparameterize_(self.model, replace(self.base, rules=(*self.base.rules, *rules)), verbose=False)
+            new = {name: module for name, module in self.model.named_modules() if module not in old}
+            with evaluating(self.model):
+                changed = new[name]
+                if statistics is not None and isinstance(changed, ShiftLayer):
+                    round_layer_(changed, statistics, name)
+                else:
+                    calibrate_layers_(self.model, new, self.batches, forward=self.forward)
+            yield
+        finally:
+            for parent, attribute in places:
+                setattr(parent, attribute, original)
+
+    def _run(self) -> tuple[list[list[Tensor]], float]:
+        """The floats that the model gives for each batch, and what one input costs by the operations it takes."""
+        outputs: list[list[Tensor]] = []
+        with evaluating(self.model), counting(self.model) if self.costs else nullcontext({}) as counts:
+            for batch in self.batches:
+                leaves = pytree.tree_leaves(call_model(self.model, batch, self.forward))
+                outputs.append([leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()])
+        total = sum(layer.cost(self.costs) for layer in counts.values()) if self.costs else 0.0
+        return outputs, total / self.inputs
+
+    def _seconds_added(self, name: str, original: nn.Module) -> float:
+        """How much longer one input takes with what now stands at `name`, once frozen, than with `original`."""
+        container = nn.ModuleDict({"changed": copy.deepcopy(self.model.get_submodule(name))})
+        freeze_(container, verbose=False)
+        calls = self._recorded_calls(name)
+        before, after = self._seconds(_Replay(original, calls), _Replay(container["changed"], calls))
+        return after - before
+
+    def _recorded_calls(self, name: str) -> list[tuple[tuple, dict]]:
+        """Arguments with which the model calls the module at `name` for the first batch."""
+        if name not in self._calls:
+            calls = self._calls[name] = []
+            module = self.model.get_submodule(name)
+            hook = module.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+            with evaluating(self.model):
+                call_model(self.model, self.batches[0], self.forward)
+            hook.remove()
+        return self._calls[name]
+
+    def _seconds(self, *replays: _Replay) -> tuple[float, ...]:
+        """Seconds that one input takes, for each of `replays` of what the first batch does."""
+        example = next(self.model.parameters())  # tells which device to wait for
+        seconds = measure_latencies(replays, example)
+        return tuple(second * len(self.batches) / self.inputs for second in seconds)
+
+
+class _Replay(nn.Module):
+    """Calls a module again as it has been called before."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        calls: list[tuple[tuple, dict]],
+        call: Callable[..., Any] = lambda module, *args, **kwargs: module(*args, **kwargs),
+    ) -> None:
+        super().__init__()
+        self.module, self._calls, self._call = module, calls, call
+
+    def forward(self, _: Tensor) -> None:
+        for args, kwargs in self._calls:
+            self._call(self.module, *args, **kwargs)
+
+
+def _relative_error(outputs: list[list[Tensor]], reference: list[list[Tensor]]) -> float:
+    """Root of the mean, over the tensors of an output, of squared change over square. Infinite if not a number."""
+    ratios = []
+    for got, wanted in zip(zip(*outputs, strict=True), zip(*reference, strict=True), strict=True):
+        scale = sum(float(w.double().square().sum()) for w in wanted)
+        change = sum(float((g - w).double().square().sum()) for g, w in zip(got, wanted, strict=True))
+        if scale > 0:
+            ratios.append(change / scale)
+    error = math.sqrt(sum(ratios) / len(ratios)) if ratios else 0.0
+    return error if math.isfinite(error) else math.inf
+
+
+def _label(rule: Rule) -> str:
+    bits = f" {rule.bits}" if rule.terms in (None, 1) else f" {rule.terms} x {rule.bits}"
+    return rule.primitive + (bits if rule.bits is not None else "")
