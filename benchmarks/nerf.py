@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import random
 import re
 import shlex
@@ -29,70 +28,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
+from reporting import (
+    DATA,
+    NOT_MEASURED,
+    OUTPUTS,
+    PICTURES,
+    RESULTS,
+    command_block,
+    git_commit,
+    machine_facts,
+    machine_list,
+    markdown_table,
+    write_result,
+)
 
 if TYPE_CHECKING:  # these take seconds to import, and `report` needs none of them
     from nerfstudio.engine.trainer import Trainer, TrainerConfig
     from nerfstudio.pipelines.base_pipeline import VanillaPipeline
     from torch import Tensor
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-RESULTS = REPOSITORY / "docs" / "results"
-DATA = RESULTS / "data"
-PICTURES = RESULTS / "pictures"
-OUTPUTS = REPOSITORY / "outputs" / "benchmarks"
-
 SCENES_VARIABLE = "SHIFTADD3D_SCENES"
 
 TrainedMethod = Literal["gnt-tiny", "shiftadd-gnt-tiny", "nerfacto"]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What every result says about itself
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def machine_facts() -> dict[str, Any]:
-    """Processor, cores, versions: what a number depends on besides the code."""
-    import torch
-
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        model = found.group(1).strip() if found else model
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def git_commit() -> str:
-    """The commit of the source tree, with `+` behind it if files have been changed since."""
-
-    def git(*arguments: str) -> str:
-        try:
-            done = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True)
-        except OSError:
-            return ""
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    commit = git("rev-parse", "--short=12", "HEAD")
-    if not commit:
-        return "unknown"
-    changed = git(
-        "status", "--porcelain", "--untracked-files=no", "--", "shiftadd3d", "kernels", "configs", "benchmarks"
-    )
-    return commit + ("+" if changed else "")
-
-
-def write_result(path: Path, facts: dict[str, Any]) -> None:
-    from shiftadd3d._report import write_json
-
-    write_json(path, facts)
-    print(f"wrote {path}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -717,20 +674,10 @@ def render_report(results: dict[str, list[dict[str, Any]]], template: str) -> st
         "memory_render": memory_table(memory, "render"),
         "memory_verdict": memory_verdict(memory),
         "memory_plot": "![Peak memory over rays at once](pictures/nerf-memory.png)" if memory else NOT_MEASURED,
-        "commands": command_block([*trained, *trivial, *results["memory"]]),
+        "commands": command_block("nerf", [*trained, *trivial, *results["memory"]]),
         "machines": machine_list([*trained, *trivial, *results["memory"]]),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match.group(1)], template)
-
-
-NOT_MEASURED = "*Not measured yet.*"
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    if not rows:
-        return NOT_MEASURED
-    alignment = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, alignment, *rows])
 
 
 METHOD_ORDER = ("gnt-tiny", "shiftadd-gnt-tiny", "nerfacto")
@@ -824,23 +771,6 @@ def memory_verdict(memory: dict[str, Any] | None) -> str:
         if p["own_setting"]
     ]
     return markdown_table(["whole frame", "rays a chunk", "peak GB", "seconds"], rows)
-
-
-def command_block(results: list[dict[str, Any]]) -> str:
-    commands = dict.fromkeys(facts["command"] for facts in results)
-    return "\n".join(["```", *commands, "python benchmarks/nerf.py report", "```"])
-
-
-def machine_list(results: list[dict[str, Any]]) -> str:
-    """Machines and versions that the results come from, one a line."""
-    lines = {}
-    for facts in results:
-        m = facts["machine"]
-        device = "no GPU used" if m["device"] == "cpu" else m["device"]
-        line = f"{m['cpu']}, {m['cores']} cores, {device}; Python {m['python']}, torch {m['torch']}"
-        lines.setdefault(line, set()).add(facts["commit"])
-    texts = [f"- {line}; commit {', '.join(sorted(commits))}" for line, commits in lines.items()]
-    return "\n".join(texts) or NOT_MEASURED
 
 
 def plot_memory(memory: dict[str, Any], path: Path) -> None:

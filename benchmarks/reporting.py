@@ -1,0 +1,90 @@
+"""What the benchmarks of this folder share: where results go, what each says about itself, how reports show them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "docs" / "results"
+DATA = RESULTS / "data"
+PICTURES = RESULTS / "pictures"
+OUTPUTS = REPOSITORY / "outputs" / "benchmarks"
+
+
+def machine_facts() -> dict[str, Any]:
+    """Processor, cores, versions: what a number depends on besides the code."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        model = found.group(1).strip() if found else model
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def git_commit() -> str:
+    """The commit of the source tree, with `+` behind it if files have been changed since."""
+
+    def git(*arguments: str) -> str:
+        try:
+            done = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True)
+        except OSError:
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    if not commit:
+        return "unknown"
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", "--", "shiftadd3d", "kernels", "configs", "benchmarks"
+    )
+    return commit + ("+" if changed else "")
+
+
+def write_result(path: Path, facts: dict[str, Any]) -> None:
+    """Write one measurement, and say where."""
+    from shiftadd3d._report import write_json
+
+    write_json(path, facts)
+    print(f"wrote {path}")
+
+
+NOT_MEASURED = "*Not measured yet.*"
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    if not rows:
+        return NOT_MEASURED
+    alignment = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, alignment, *rows])
+
+
+def command_block(benchmark: str, results: list[dict[str, Any]]) -> str:
+    """The commands that made the results, and the one that made the report of `benchmarks/BENCHMARK.py` from them."""
+    commands = dict.fromkeys(facts["command"] for facts in results)
+    return "\n".join(["```", *commands, f"python benchmarks/{benchmark}.py report", "```"])
+
+
+def machine_list(results: list[dict[str, Any]]) -> str:
+    """Machines and versions that the results come from, one a line."""
+    lines = {}
+    for facts in results:
+        m = facts["machine"]
+        device = "no GPU used" if m["device"] == "cpu" else m["device"]
+        line = f"{m['cpu']}, {m['cores']} cores, {device}; Python {m['python']}, torch {m['torch']}"
+        lines.setdefault(line, set()).add(facts["commit"])
+    texts = [f"- {line}; commit {', '.join(sorted(commits))}" for line, commits in lines.items()]
+    return "\n".join(texts) or NOT_MEASURED
