@@ -358,7 +358,7 @@ def reparameterize_(
         recipe = _preset(recipe)
     surgery = _Surgery(model, recipe, filter_fn)
     surgery.visit(None, "", model, "", role=None)
-    problems = surgery.problems + surgery.rules.idle(model)
+    problems = surgery.problems + surgery.rules.idle(model, surgery.additive)
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(f"cannot reparameterize this model with recipe {recipe.name!r}:\n{listed}")
@@ -405,6 +405,7 @@ class _Rules:
                 self._used.add(i)
                 chosen = i if chosen is None else chosen
             elif chosen is None and is_own and rule.primitive in refused:
+                self._used.add(i)  # one complaint is enough
                 raise UserError(f"the rule {rule.pattern!r} says {rule.primitive}, which no such layer can become")
         if chosen is None:
             primitive = getattr(recipe, place)
@@ -426,8 +427,8 @@ class _Rules:
         """Rules about `name`, which an earlier surgery has replaced, were of use."""
         self._used.update(i for i, _ in self._about(name) if self._rules[i].primitive in fitting)
 
-    def idle(self, model: nn.Module) -> list[str]:
-        """Complaints about the rules that were of no use in `model`."""
+    def idle(self, model: nn.Module, converted: Mapping[str, nn.Module]) -> list[str]:
+        """Complaints about the rules that were of no use in `model`. `converted`: what its attention modules become."""
         kinds = {name: type(module).__name__ for name, module in model.named_modules(remove_duplicate=False) if name}
         complaints = []
         for i, rule in enumerate(self._rules):
@@ -439,7 +440,12 @@ class _Rules:
                 complaints.append(f"{rule.pattern!r} matches no module; there are {', '.join(close)}, ...")
             elif rule.primitive != "keep":
                 listed = ", ".join(matched[:3]) + (", ..." if len(matched) > 3 else "")
-                complaints.append(f"{rule.pattern!r}: nothing of what it matches can become {rule.primitive}: {listed}")
+                complaint = f"{rule.pattern!r}: nothing of what it matches can become {rule.primitive}: {listed}"
+                inside = next((a for a in converted if any(match.startswith(f"{a}.") for match in matched)), None)
+                if inside is not None:
+                    layers = [name for name, layer in converted[inside].named_children() if type(layer) is nn.Linear]
+                    complaint += f"; as an addition, {inside} has {', '.join(layers)}"
+                complaints.append(complaint)
         return complaints
 
     def _about(self, name: str) -> Iterator[tuple[int, bool]]:
@@ -472,6 +478,7 @@ class _Surgery:
         self.layers: list[ReparameterizedLayer] = []
         self.untouched: list[UntouchedLayer] = []
         self.problems: list[str] = []
+        self.additive: dict[str, nn.Module] = {}
         # A module that stands in two places (shared weights) becomes one replacement in both.
         self.done: dict[int, nn.Module | None] = {}
 
@@ -528,6 +535,7 @@ class _Surgery:
         surroundings = () if within is None else (self._innermost(within, name),)
         additive = self._attempt(module, name, lambda: converter(module, self.recipe, *surroundings))
         if additive is not None:
+            self.additive[name] = additive
             self._replace(parent, attribute, module, additive, name, "codes 1")
         return additive
 

@@ -189,7 +189,21 @@ def test_the_slower_an_expert_is_declared_the_fewer_tokens_it_gets() -> None:
         shares.append(layer.last_shares[0].item())
     assert all(slower < faster for faster, slower in itertools.pairwise(shares)), shares
     for latency, share in zip((0.25, 0.5, 1.0, 2.0, 4.0), shares, strict=True):
-        assert share == pytest.approx(1 / (1 + latency), abs=0.12)
+        assert share == pytest.approx(1 / (1 + latency), abs=0.04)
+
+
+def test_three_experts_share_tokens_by_their_inverse_latencies() -> None:
+    latencies = (4.0, 2.0, 1.0)
+    layer = MoE([nn.Linear(8, 8) for _ in latencies], 8, latencies=latencies)
+    optimizer = torch.optim.Adam(layer.router.parameters(), lr=0.02)
+    x = torch.randn(512, 8)
+    for _ in range(250):
+        optimizer.zero_grad()
+        layer(x)
+        collect_moe_losses(layer).backward()
+        optimizer.step()
+    layer.eval()(x)
+    assert layer.last_shares.tolist() == pytest.approx([1 / 7, 2 / 7, 4 / 7], abs=0.04)
 
 
 def test_losses_gather_over_passes_until_they_are_collected() -> None:

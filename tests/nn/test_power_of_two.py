@@ -68,10 +68,11 @@ def test_ties_go_to_the_larger_power_and_half_of_the_smallest_goes_to_zero() -> 
 
 
 @quick
-@given(rows, bits_values)
-def test_quantizing_twice_changes_nothing(values: list[float], bits: int) -> None:
-    once = power_of_two.quantize(as_weight(values), bits)
-    assert torch.equal(power_of_two.quantize(once, bits), once)
+@given(rows, st.sampled_from([(bits, terms) for bits, terms in FORMATS if terms == 1 or bits > 3]))
+def test_quantizing_twice_changes_nothing(values: list[float], code: tuple[int, int]) -> None:
+    # Two terms of 2 or 3 bits are left out: their windows are searched, and the sum's best ones may be others.
+    once = power_of_two.quantize(as_weight(values), *code)
+    assert torch.equal(power_of_two.quantize(once, *code), once)
 
 
 @quick
@@ -82,10 +83,10 @@ def test_sign_symmetry(values: list[float], bits: int, terms: int) -> None:
 
 
 @quick
-@given(rows, bits_values)
-def test_order_within_a_channel_is_kept(values: list[float], bits: int) -> None:
+@given(rows, bits_values, st.sampled_from([1, 2]))
+def test_order_within_a_channel_is_kept(values: list[float], bits: int, terms: int) -> None:
     weight = as_weight(sorted(values))
-    assert (power_of_two.quantize(weight, bits).diff() >= 0).all()
+    assert (power_of_two.quantize(weight, bits, terms).diff() >= 0).all()
 
 
 @quick

@@ -311,6 +311,24 @@ def test_rules_that_match_nothing_or_do_not_fit_are_refused(rule: Rule, message:
     assert kinds(model) == before
 
 
+def test_a_rule_for_a_layer_that_additive_attention_does_not_have_is_told_which_it_has() -> None:
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def split(module: Fused, recipe: Recipe) -> AddAttention:
+        return AddAttention(8, 2, **recipe.add_options())
+
+    register_attention(Fused, split)
+    rules = (Rule("attn.qkv", "shift"),)
+    with pytest.raises(UserError, match=r"'attn\.qkv': nothing .* attn has q_fc, k_fc, v_fc, out_fc"):
+        reparameterize_(nn.ModuleDict({"attn": Fused()}), recipe("add", rules=rules), verbose=False)
+    model = nn.ModuleDict({"attn": Fused()})
+    reparameterize_(model, recipe("mult", rules=rules), verbose=False)
+    assert type(model["attn"].qkv) is ShiftLinear
+
+
 def test_exclusions_that_match_nothing_are_refused() -> None:
     with pytest.raises(UserError, match=r"'heads' matches no module; there are head, "):
         reparameterize_(Net(), recipe("add+shift", exclude=("heads",)), verbose=False)
