@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,17 +15,8 @@ RESULTS = REPOSITORY / "docs" / "results"
 
 
 @pytest.fixture(scope="module")
-def nerf() -> ModuleType:
-    """benchmarks/nerf.py, which is a script and no package."""
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")  # as when it is run
-    spec = importlib.util.spec_from_file_location("benchmarks_nerf", REPOSITORY / "benchmarks" / "nerf.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their annotations up there
-    spec.loader.exec_module(module)
-    monkeypatch.undo()
-    return module
+def nerf(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("nerf")
 
 
 def test_the_committed_report_is_what_the_committed_measurements_make(nerf: ModuleType):

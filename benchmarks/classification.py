@@ -1,0 +1,419 @@
+"""The tables of docs/results/classification.md: what image classifiers lose, and gain, by becoming shifts and adds.
+
+    python benchmarks/classification.py train --data grocery_fruit --model deit --recipe moe --seed 0
+    python benchmarks/classification.py all
+    python benchmarks/classification.py report
+
+The first measures one cell, the second every cell that no JSON file in docs/results/data/ holds yet; the last one makes
+docs/results/classification.md from these files alone. Pictures are looked for in the folders that $SHIFTADD3D_PICTURES
+names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from reporting import (
+    DATA,
+    NOT_MEASURED,
+    OUTPUTS,
+    RESULTS,
+    command_block,
+    git_commit,
+    machine_facts,
+    machine_list,
+    markdown_table,
+    write_result,
+)
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.vision.settings import DataSettings, FinetuneSettings, StageSettings
+
+PICTURES_VARIABLE = "SHIFTADD3D_PICTURES"
+
+DataName = Literal["digits", "grocery_fruit", "cifar10"]
+ModelName = Literal["deit", "pvt"]
+RecipeName = Literal["mult", "add", "add+shift-attn", "add+shift", "add+shift-attn+moe", "moe"]
+DATA_NAMES: tuple[DataName, ...] = ("digits", "grocery_fruit", "cifar10")
+MODEL_NAMES: tuple[ModelName, ...] = ("deit", "pvt")
+RECIPE_NAMES: tuple[RecipeName, ...] = ("mult", "add", "add+shift-attn", "add+shift", "add+shift-attn+moe", "moe")
+SEEDS = (0, 1, 2)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is measured: sizes that one core trains in three minutes a cell
+# --------------------------------------------------------------------------------------------------------------------
+
+#: DeiT-tiny's shape, narrower and shallower. Initialisation and pooling suit training from random weights.
+_DEIT = ("num_heads=3", "weight_init=jax", "global_pool=avg", "class_token=False")
+#: PVT v2-b0's four stages with fewer blocks and channels.
+_PVT = ("embed_dims=(16,32,80,128)", "depths=(1,1,2,1)")
+
+
+def _stage(epochs: int, lr: float) -> StageSettings:
+    return StageSettings(epochs=epochs, lr=lr, warmup_epochs=min(2.0, epochs / 4))
+
+
+def _experiment(model: str, args: tuple[str, ...], image_size: int, epochs: tuple[int, int, int], **changes):
+    return FinetuneSettings(
+        model=model,
+        model_args=args,
+        image_size=image_size,
+        batch_size=32,
+        stage0=_stage(epochs[0], 1e-3),
+        stage1=_stage(epochs[1], 5e-4),
+        stage2=_stage(epochs[2], 5e-4),
+        **{"min_scale": 0.35, **changes},
+    )
+
+
+EXPERIMENTS: dict[tuple[DataName, ModelName], FinetuneSettings] = {
+    ("digits", "deit"): _experiment(
+        "deit_tiny_patch16_224", ("patch_size=4", "embed_dim=48", "depth=3", *_DEIT), 16, (16, 6, 6),
+        hflip=0.0, min_scale=0.8, color_jitter=0.0,
+    ),
+    ("digits", "pvt"): _experiment("pvt_v2_b0", _PVT, 32, (12, 4, 4), hflip=0.0, min_scale=0.8, color_jitter=0.0),
+    ("grocery_fruit", "deit"): _experiment(
+        "deit_tiny_patch16_224", ("patch_size=8", "embed_dim=96", "depth=4", *_DEIT), 64, (24, 9, 9), val_fraction=0.25
+    ),
+    ("grocery_fruit", "pvt"): _experiment("pvt_v2_b0", _PVT, 64, (24, 9, 9), val_fraction=0.25),
+    ("cifar10", "deit"): _experiment(
+        "deit_tiny_patch16_224", ("patch_size=4", "embed_dim=48", "depth=3", *_DEIT), 32, (6, 3, 3), val_fraction=0.2
+    ),
+    ("cifar10", "pvt"): _experiment("pvt_v2_b0", _PVT, 32, (6, 3, 3), val_fraction=0.2),
+}  # fmt: skip
+
+#: Where each set lies below a folder of $SHIFTADD3D_PICTURES.
+PLACES: dict[DataName, tuple[str, ...]] = {
+    "grocery_fruit": ("grocery_fruit",),
+    "cifar10": ("cifar10_jpeg/train.zip", "cifar10/train.zip", "cifar10"),
+}
+
+
+def find_pictures(name: DataName) -> Path | None:
+    """Where a set lies; None for the embedded one.
+
+    Raises:
+        UserError: it is nowhere.
+    """
+    if name not in PLACES:
+        return None
+    folders = [Path(folder) for folder in os.environ.get(PICTURES_VARIABLE, "").split(os.pathsep) if folder]
+    for folder in folders:
+        for place in PLACES[name]:
+            if (folder / place).exists():
+                return folder / place
+    raise UserError(f"--data {name}: no {PLACES[name][0]} in a folder that ${PICTURES_VARIABLE} names")
+
+
+def result_path(folder: Path, data: str, model: str, recipe: str, seed: int) -> Path:
+    return folder / f"classification-{data}-{model}-{recipe}-{seed}.json"
+
+
+@dataclass
+class Train:
+    """Measure one cell: a dense model that all recipes of a seed share, then as many epochs for every recipe."""
+
+    data: DataName = "digits"
+    """The pictures."""
+    model: ModelName = "deit"
+    """The model."""
+    recipe: RecipeName = "add+shift-attn+moe"
+    """What it becomes; mult goes on training the dense one."""
+    seed: int = 0
+    """Seed of weights, order and augmentation. The validation pictures are the same for every seed."""
+    threads: int = 1
+    """CPU threads to compute with."""
+    out: Path = DATA
+    """Folder for the JSON file."""
+
+    def __call__(self) -> None:
+        import torch
+        from rich.console import Console
+
+        from shiftadd3d.nn import count_operations, reparameterize_
+        from shiftadd3d.nn import recipe as preset
+        from shiftadd3d.vision.checkpoint import ClassifierConfig, create_dense, load
+        from shiftadd3d.vision.data import InputConfig, open_data, seed_everything
+        from shiftadd3d.vision.engine import train
+        from shiftadd3d.vision.finetune import stage_recipes
+
+        commit = git_commit()  # now: it may move on while this runs
+        torch.set_num_threads(self.threads)
+        settings = replace(EXPERIMENTS[self.data, self.model], data=find_pictures(self.data), seed=self.seed)
+        pictures = open_data(DataSettings(settings.data, val_fraction=settings.val_fraction))
+        console = Console()
+        console.print(pictures.describe(), highlight=False)
+        config = ClassifierConfig(
+            settings.model, pictures.classes, InputConfig(settings.image_size), settings.parsed_model_args()
+        )
+        folder = OUTPUTS / "classification" / f"{self.data}-{self.model}-{self.seed}"
+
+        seed_everything(self.seed)
+        start = train(
+            create_dense(config),
+            pictures,
+            config,
+            settings.stage0,
+            settings,
+            folder=folder / "stage0-dense",
+            console=console,
+        )
+        dense = load(folder / "stage0-dense" / "best")
+        model = load(folder / "stage0-dense" / "best")
+
+        first, second = stage_recipes(preset(self.recipe))
+        both = replace(settings.stage1, epochs=settings.stage1.epochs + settings.stage2.epochs)
+        if first is None or second is None:  # all epochs at once
+            stages = [(first or second, both)]
+        else:
+            stages = [(first, settings.stage1), (second, settings.stage2)]
+        began = time.process_time()
+        result = start
+        for number, (recipe, stage) in enumerate(stages, 1):
+            if recipe is not None:
+                reparameterize_(model, recipe, verbose=False)
+                config = replace(config, recipe=recipe)
+            console.rule(f"{self.recipe}, stage {number}")
+            result = train(
+                model,
+                pictures,
+                config,
+                stage,
+                settings,
+                folder=folder / f"{self.recipe}-stage{number}",
+                console=console,
+            )
+            model = result.model
+        seconds = time.process_time() - began
+
+        example = torch.zeros(1, 3, settings.image_size, settings.image_size)
+        before = count_operations(dense, example)
+        shares = list(result.history[-1]["mult_shares"].values())
+        after = count_operations(model, example)
+        metrics = result.metrics
+        facts = {
+            "kind": "train",
+            "data": self.data,
+            "pictures": {"train": len(pictures.train), "val": len(pictures.val)},
+            "classes": len(pictures.classes),
+            "model": self.model,
+            "architecture": settings.model,
+            "model_args": list(settings.model_args),
+            "image_size": settings.image_size,
+            "recipe": self.recipe,
+            "seed": self.seed,
+            "epochs": [settings.stage0.epochs, settings.stage1.epochs, settings.stage2.epochs],
+            "start": {"top1": start.metrics.top1, "loss": start.metrics.loss},
+            "top1": metrics.top1,
+            "top5": metrics.top5,
+            "loss": metrics.loss,
+            "calibration_error": metrics.calibration_error,
+            "history": result.history,
+            "mult_share": sum(shares) / len(shares) if shares else None,
+            "multiplications_removed": after.multiplications_removed(before),
+            "bytes": after.bytes,
+            "bytes_dense": before.bytes,
+            "cpu_seconds": round(seconds, 1),
+            "threads": self.threads,
+            "machine": machine_facts(),
+            "commit": commit,
+            "command": self._command(),
+        }
+        write_result(result_path(self.out, self.data, self.model, self.recipe, self.seed), facts)
+        print(f"{self.data}, {self.model}, {self.recipe}, seed {self.seed}: top-1 {metrics.top1:.2%}")
+
+    def _command(self) -> str:
+        words = ["--data", self.data, "--model", self.model, "--recipe", self.recipe, "--seed", str(self.seed)]
+        return shlex.join(["python", "benchmarks/classification.py", "train", *words, "--threads", str(self.threads)])
+
+
+@dataclass
+class All:
+    """Measure every cell that has no JSON file yet, one after the other."""
+
+    data: tuple[DataName, ...] = DATA_NAMES
+    """The pictures."""
+    models: tuple[ModelName, ...] = MODEL_NAMES
+    """The models."""
+    recipes: tuple[RecipeName, ...] = RECIPE_NAMES
+    """The recipes."""
+    seeds: tuple[int, ...] = SEEDS
+    """The seeds."""
+    threads: int = 1
+    """CPU threads to compute with."""
+    out: Path = DATA
+    """Folder for the JSON files."""
+
+    def __call__(self) -> None:
+        for seed in self.seeds:  # a first seed of everything comes before a second of anything
+            for data in self.data:
+                for model in self.models:
+                    for recipe in self.recipes:
+                        if not result_path(self.out, data, model, recipe, seed).exists():
+                            Train(data, model, recipe, seed, self.threads, self.out)()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Report
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """Make docs/results/classification.md from the JSON files."""
+
+    data: Path = DATA
+    """Folder of the JSON files."""
+    template: Path = RESULTS / "classification.template.md"
+    """The text around the tables."""
+    out: Path = RESULTS / "classification.md"
+    """The file to write."""
+
+    def __call__(self) -> None:
+        template = self.template.read_text(encoding="utf-8")
+        self.out.write_text(render_report(read_results(self.data), template), encoding="utf-8")
+        print(f"wrote {self.out}")
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The results in a folder, in the order of the report."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("classification-*.json")]
+    order = (DATA_NAMES, MODEL_NAMES, RECIPE_NAMES)
+
+    def place(facts: dict[str, Any]) -> tuple[int, ...]:
+        keys = (facts["data"], facts["model"], facts["recipe"])
+        return (*(names.index(key) for names, key in zip(order, keys, strict=True)), facts["seed"])
+
+    return sorted(results, key=place)
+
+
+def render_report(results: list[dict[str, Any]], template: str) -> str:
+    """Fill a template's `{{name}}` fields in from the results.
+
+    Raises:
+        KeyError: the template has a field that there is no table for.
+    """
+    fields = {
+        "accuracy": accuracy_tables(results),
+        "experiments": experiment_table(results),
+        "commands": command_block("classification", results),
+        "machines": machine_list(results),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match.group(1)], template)
+
+
+def by_cell(results: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, list[dict[str, Any]]]]:
+    """Results by (data, model), then by recipe: one for each seed."""
+    cells: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for facts in results:
+        cells.setdefault((facts["data"], facts["model"]), {}).setdefault(facts["recipe"], []).append(facts)
+    return cells
+
+
+def accuracy_tables(results: list[dict[str, Any]]) -> str:
+    blocks = []
+    for (data, model), recipes in by_cell(results).items():
+        rows = [accuracy_row(recipe, seeds, recipes.get("mult", [])) for recipe, seeds in recipes.items()]
+        header = [
+            f"{data}, {model}",
+            "top-1, %",
+            "against dense, points",
+            "loss",
+            "seeds",
+            "multiplications removed",
+            "MB frozen",
+            "tokens to mult",
+        ]
+        blocks.append(markdown_table(header, rows) + verdict(recipes))
+    return "\n\n".join(blocks) or NOT_MEASURED
+
+
+def accuracy_row(recipe: str, seeds: list[dict[str, Any]], dense: list[dict[str, Any]]) -> list[str]:
+    shares = [facts["mult_share"] for facts in seeds if facts["mult_share"] is not None]
+    return [
+        "`mult` (dense)" if recipe == "mult" else f"`{recipe}`",
+        spread([100 * facts["top1"] for facts in seeds], 1),
+        "" if recipe == "mult" or not dense else spread(differences(seeds, dense), 1, sign=True),
+        spread([facts["loss"] for facts in seeds], 3),
+        str(len(seeds)),
+        f"{statistics.mean(facts['multiplications_removed'] for facts in seeds):.1%}",
+        f"{statistics.mean(facts['bytes'] for facts in seeds) / 1e6:.2f}",
+        f"{statistics.mean(shares):.0%}" if shares else "",
+    ]
+
+
+def differences(seeds: list[dict[str, Any]], dense: list[dict[str, Any]]) -> list[float]:
+    """Points of top-1 that each seed gains over the dense model of the same seed."""
+    baseline = {facts["seed"]: facts["top1"] for facts in dense}
+    return [100 * (facts["top1"] - baseline[facts["seed"]]) for facts in seeds if facts["seed"] in baseline]
+
+
+def spread(values: list[float], digits: int, sign: bool = False) -> str:
+    """Mean, and the standard deviation over the seeds where there are several."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):{'+' if sign else ''}.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def verdict(recipes: dict[str, list[dict[str, Any]]]) -> str:
+    """Which recipe with shifts comes nearest to dense, and whether a mixture beats shifts alone."""
+
+    def mean(recipe: str) -> float:
+        return 100 * statistics.mean(facts["top1"] for facts in recipes[recipe])
+
+    changed = [recipe for recipe in recipes if recipe != "mult"]
+    if "mult" not in recipes or not changed:
+        return ""
+    best = max(changed, key=mean)
+    text = f"\n\nBest: `{best}`, {mean(best) - mean('mult'):+.1f} points against dense."
+    mixtures = [recipe for recipe in changed if "moe" in recipe]
+    if "add+shift" in recipes and mixtures:
+        better = max(mixtures, key=mean)
+        text += f" `{better}` is {mean(better) - mean('add+shift'):+.1f} points against `add+shift`."
+    return text
+
+
+def experiment_table(results: list[dict[str, Any]]) -> str:
+    """Sizes and times of each experiment."""
+    rows = []
+    for (data, model), recipes in by_cell(results).items():
+        seeds = [facts for runs in recipes.values() for facts in runs]
+        facts = seeds[0]
+        minutes = [run["cpu_seconds"] / 60 for run in seeds]
+        rows.append(
+            [
+                f"{data}, {model}: `{facts['architecture']}` {' '.join(facts['model_args'])}",
+                f"{facts['pictures']['train']:,} / {facts['pictures']['val']:,}",
+                str(facts["classes"]),
+                str(facts["image_size"]),
+                " + ".join(str(epochs) for epochs in facts["epochs"]),
+                f"{min(minutes):.1f} to {max(minutes):.1f}",
+            ]
+        )
+    header = ["experiment", "pictures, train / val", "classes", "px", "epochs", "CPU minutes of stages 1 and 2"]
+    return markdown_table(header, rows)
+
+
+def main() -> None:
+    commands = {"train": Train, "all": All, "report": Report}
+    command = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    try:
+        command()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

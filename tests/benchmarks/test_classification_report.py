@@ -1,0 +1,125 @@
+"""docs/results/classification.md says what the measurements say."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+
+
+@pytest.fixture(scope="module")
+def classification(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("classification")
+
+
+def made_up(recipe: str, seed: int, top1: float) -> dict:
+    """A result as `train` writes it, less what no table shows."""
+    return {
+        "data": "digits",
+        "pictures": {"train": 90, "val": 10},
+        "classes": 10,
+        "model": "deit",
+        "architecture": "deit_tiny_patch16_224",
+        "model_args": ["depth=3"],
+        "image_size": 16,
+        "recipe": recipe,
+        "seed": seed,
+        "epochs": [3, 2, 1],
+        "top1": top1,
+        "loss": 0.5,
+        "mult_share": 0.25 if "moe" in recipe else None,
+        "multiplications_removed": 0.0 if recipe == "mult" else 0.5,
+        "bytes": 2_000_000,
+        "cpu_seconds": 90.0,
+        "machine": {"cpu": "a cpu", "cores": 2, "device": "cpu", "python": "3.11", "torch": "2.9"},
+        "commit": "abc",
+        "command": "python benchmarks/classification.py train",
+    }
+
+
+def test_the_committed_report_is_what_the_committed_measurements_make(classification: ModuleType):
+    results = classification.read_results(RESULTS / "data")
+    template = (RESULTS / "classification.template.md").read_text(encoding="utf-8")
+    assert (RESULTS / "classification.md").read_text(encoding="utf-8") == classification.render_report(
+        results, template
+    ), "run `python benchmarks/classification.py report`"
+
+
+def test_the_template_states_no_result_of_its_own():
+    """Decimal numbers are results, and those come from the JSON files."""
+    template = (RESULTS / "classification.template.md").read_text(encoding="utf-8")
+    assert re.findall(r"\d+\.\d+", template) == []
+
+
+def test_measurements_name_no_place_on_a_machine():
+    for path in sorted((RESULTS / "data").glob("classification-*.json")):
+        command = json.loads(path.read_text(encoding="utf-8"))["command"]
+        assert command.startswith("python benchmarks/classification.py train ") and " /" not in command, path.name
+
+
+def test_rows_are_means_over_seeds_and_differences_are_within_a_seed(classification: ModuleType):
+    results = [
+        made_up(recipe, seed, top1)
+        for recipe, tops in {"mult": (0.8, 0.9), "add+shift": (0.79, 0.87), "moe": (0.80, 0.91)}.items()
+        for seed, top1 in enumerate(tops)
+    ]
+    text = classification.accuracy_tables(results)
+    rows = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in text.splitlines()[2:5]
+    }
+    assert rows["`mult` (dense)"][:2] == ["85.0 ± 7.1", ""]
+    assert rows["`add+shift`"][:2] == ["83.0 ± 5.7", "-2.0 ± 1.4"]
+    assert rows["`moe`"] == ["85.5 ± 7.8", "+0.5 ± 0.7", "0.500 ± 0.000", "2", "50.0%", "2.00", "25%"]
+    assert "Best: `moe`, +0.5 points against dense. `moe` is +2.5 points against `add+shift`." in text
+
+
+def test_cells_come_in_the_order_of_the_report(classification: ModuleType, tmp_path: Path):
+    for recipe, seed in (("moe", 1), ("moe", 0), ("mult", 0)):
+        path = classification.result_path(tmp_path, "digits", "deit", recipe, seed)
+        path.write_text(json.dumps(made_up(recipe, seed, 0.5)))
+    assert [(facts["recipe"], facts["seed"]) for facts in classification.read_results(tmp_path)] == [
+        ("mult", 0),
+        ("moe", 0),
+        ("moe", 1),
+    ]
+
+
+def test_pictures_are_found_by_the_variable(
+    classification: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from shiftadd3d import UserError
+
+    assert classification.find_pictures("digits") is None
+    monkeypatch.setenv("SHIFTADD3D_PICTURES", str(tmp_path))
+    with pytest.raises(UserError, match=r"--data grocery_fruit: no grocery_fruit in a folder that \$"):
+        classification.find_pictures("grocery_fruit")
+    (tmp_path / "grocery_fruit").mkdir()
+    assert classification.find_pictures("grocery_fruit") == tmp_path / "grocery_fruit"
+
+
+@pytest.mark.slow
+def test_a_cell_is_measured_and_shown(classification: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from dataclasses import replace
+
+    from shiftadd3d.vision.settings import StageSettings
+
+    one = StageSettings(epochs=1, lr=1e-3)
+    short = replace(classification.EXPERIMENTS["digits", "deit"], stage0=one, stage1=one, stage2=one)
+    monkeypatch.setitem(classification.EXPERIMENTS, ("digits", "deit"), short)
+    monkeypatch.setattr(classification, "OUTPUTS", tmp_path)
+    classification.All(("digits",), ("deit",), ("mult", "moe"), (0,), out=tmp_path)()
+    results = classification.read_results(tmp_path)
+    assert [facts["recipe"] for facts in results] == ["mult", "moe"]
+    dense, mixed = results
+    assert len(dense["history"]) == 2 and len(mixed["history"]) == 1
+    assert dense["start"] == mixed["start"]
+    assert dense["multiplications_removed"] == 0.0 < mixed["multiplications_removed"] < 1.0
+    assert 0 < mixed["mult_share"] < 1
+    template = (RESULTS / "classification.template.md").read_text(encoding="utf-8")
+    assert f"{100 * mixed['top1']:.1f}" in classification.render_report(results, template)
