@@ -31,11 +31,11 @@ from shiftadd3d.nn import collect_moe_losses, recipe, reparameterize_, router_st
 
 #: The feature network's convolutions; and layers with one or three outputs: next to no multiplications, and what they
 #: put out is a colour or a logit itself. A network may be without some of them.
-_KEPT_IN_FLOAT = ("feature_net.*", "*.rgb_fc", "*_logit_fc", "proposal.score.2")
+KEPT_IN_FLOAT = ("feature_net.*", "*.rgb_fc", "*_logit_fc", "proposal.score.2")
 
 
 def _may_change(_module: nn.Module, name: str) -> bool:
-    return not any(fnmatchcase(name, pattern) for pattern in _KEPT_IN_FLOAT)
+    return not any(fnmatchcase(name, pattern) for pattern in KEPT_IN_FLOAT)
 
 
 @dataclass
