@@ -21,6 +21,7 @@ from shiftadd3d.nn.cost import (
     count_operations,
     frozen_bytes,
 )
+from shiftadd3d.nn.fit import BinarizerReport, FittedBinarizer, fit_binarizers_
 from shiftadd3d.nn.freeze import FreezeReport, FrozenLayer, freeze_
 from shiftadd3d.nn.moe import (
     FrozenMoE,
@@ -72,8 +73,10 @@ __all__ = [
     "ENERGY_COSTS",
     "RECIPES",
     "AddAttention",
+    "BinarizerReport",
     "CalibratedLayer",
     "CalibrationReport",
+    "FittedBinarizer",
     "FittedRouter",
     "FreezeReport",
     "FrozenLayer",
@@ -110,6 +113,7 @@ __all__ = [
     "count_operations",
     "dispatch",
     "first_query_weights",
+    "fit_binarizers_",
     "freeze_",
     "frozen_bytes",
     "latency_weights",

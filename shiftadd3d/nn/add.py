@@ -66,7 +66,7 @@ def linear_add_attention(
     Raises:
         UserError: for an order that does not exist, or the linear order with what needs the quadratic one.
     """
-    mask = _broadcastable(mask)
+    mask, bias = broadcastable_mask(mask), _checked_bias(bias)
     order = _choose_order(order, q, k, v, mask, bias, dropout_p)
     scale = 1 / (math.pi * q.shape[-1])
     if order == "quadratic":
@@ -97,7 +97,7 @@ def first_query_weights(q: Tensor, k: Tensor, mask: Tensor | None = None, bias: 
     Returns:
         [B, H, M], the first row of the map that `linear_add_attention` applies; sums to 1 where any key counts.
     """
-    mask, bias = _broadcastable(mask), _checked_bias(bias)
+    mask, bias = broadcastable_mask(mask), _checked_bias(bias)
     similarity = (k @ q[..., 0, :].unsqueeze(-1)).squeeze(-1) / (math.pi * q.shape[-1]) + 0.5
     return _normalize(similarity, None if mask is None else mask[..., 0, :], None if bias is None else bias[..., 0, :])
 
@@ -113,7 +113,7 @@ def _normalize(similarity: Tensor, mask: Tensor | None, bias: Tensor | None) -> 
     return similarity / similarity.sum(-1, keepdim=True).clamp(min=least)
 
 
-def _broadcastable(mask: Tensor | None) -> Tensor | None:
+def broadcastable_mask(mask: Tensor | None) -> Tensor | None:
     """A mask over keys [B, M] as [B, 1, 1, M]; a 4-dimensional one as it is."""
     if mask is None:
         return None

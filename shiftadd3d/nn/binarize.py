@@ -113,6 +113,34 @@ class Binarizer(nn.Module):
             z = z * scale
         return binarize(z, self.codes)
 
+    @torch.no_grad()
+    def agreement(self, q: Tensor, k: Tensor, keys: Binarizer | None = None) -> float:
+        """How closely codes follow a softmax attention: the correlation, along the keys, of the inner products of codes
+        with ``q k^T``, the mean over queries.
+
+        Args:
+            q: queries [B, H, N, D].
+            k: keys [B, H, M, D] of the same sequences.
+            keys: the binarizer of the keys; None if this one is for both.
+
+        Raises:
+            UserError: for samples of other shapes, none at all, or NaN or infinity in them.
+        """
+        self._check_samples(q, k)
+        products = self(q) @ (self if keys is None else keys)(k).transpose(-2, -1)
+        return float((_standardize(products.to(torch.promote_types(q.dtype, torch.float32))) * _logits(q, k)).mean())
+
+    def _check_samples(self, q: Tensor, k: Tensor) -> None:
+        for tokens, name in ((q, "queries"), (k, "keys")):
+            if tokens.dim() != 4 or tokens.shape[1::2] != (self.num_heads, self.head_dim) or not tokens.numel():
+                raise UserError(
+                    f"{name} must be [B, {self.num_heads}, tokens, {self.head_dim}], not {list(tokens.shape)}"
+                )
+            if not bool(torch.isfinite(tokens).all()):
+                raise UserError(f"the {name} are not all finite")
+        if len(q) != len(k):
+            raise UserError(f"there are queries of {len(q)} sequences but keys of {len(k)}")
+
     def extra_repr(self) -> str:
         return f"codes={self.codes!r}, code_dim={self.code_dim}"
 
@@ -205,7 +233,7 @@ class HashBinarizer(Binarizer):
         return torch.cat([x, kernel, torch.ones_like(x[..., :1])], -1)
 
     @torch.no_grad()
-    def fit(self, q: Tensor, k: Tensor, keys: HashBinarizer | None = None) -> float:
+    def fit(self, q: Tensor, k: Tensor, keys: HashBinarizer | None = None) -> None:
         """Learn hash functions from queries and keys of a softmax attention, in place.
 
         The inner products of the codes shall follow what the softmax exponentiates: ``q k^T``, brought to mean 0 and
@@ -219,70 +247,46 @@ class HashBinarizer(Binarizer):
         Args:
             q: queries of B sequences, [B, H, N, D].
             k: their keys, [B, H, M, D].
-            keys: the binarizer of the keys, changed as well; None if this one is for both.
-
-        Returns:
-            How closely the codes follow: the mean over queries of the correlation of ``q k^T`` and the inner products
-            of the codes.
+            keys: the binarizer of the keys, fitted as well; None if this one is for both.
 
         Raises:
             UserError: for samples of other shapes, none at all, or NaN or infinity in them.
         """
         self._check_samples(q, k)
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        logits = _standardize((q.to(dtype) @ k.to(dtype).transpose(-2, -1)).transpose(0, 1))  # [H, B, N, M]
         if keys is None:
             self._place_supports(torch.cat([q, k], 2))
         else:
             self._place_supports(q)
             keys._place_supports(k)
-        k_binarizer = self if keys is None else keys
-        phi_q, phi_k = self.features(q).transpose(0, 1), k_binarizer.features(k).transpose(0, 1)  # [H, B, N or M, F]
-        moments_q, moments_k = _second_moments(phi_q), _second_moments(phi_k)
+        key_binarizer = self if keys is None else keys
+        queries, keyed = _Tokens(self.features(q)), _Tokens(key_binarizer.features(k))
         if keys is None:
-            moments_q = moments_k = moments_q + moments_k
-        inverse_q, inverse_k = _damped_inverse(moments_q), _damped_inverse(moments_k)
-
-        rest = logits.clamp(-_LARGEST_TARGET, _LARGEST_TARGET) * (self.code_dim / _LARGEST_TARGET)
-        products = torch.zeros_like(rest)
+            inverse_q = inverse_k = _damped_inverse(queries.moments + keyed.moments)
+        else:
+            inverse_q, inverse_k = _damped_inverse(queries.moments), _damped_inverse(keyed.moments)
+        target = _logits(q, k).transpose(0, 1).clamp(-_LARGEST_TARGET, _LARGEST_TARGET)
+        rest = (target * (self.code_dim / _LARGEST_TARGET)).contiguous()  # [H, B, N, M]
         for bit in range(self.code_dim):
-            w_q, w_k = (
-                binarizer.weight[:, :, bit : bit + 1].to(dtype) for binarizer in (self, k_binarizer)
-            )  # [H, F, 1]
-            best_q, best_k, most = (
-                w_q,
-                w_k,
-                torch.full((self.num_heads, 1, 1), -torch.inf, dtype=dtype, device=q.device),
-            )
+            w_q, w_k = (b.weight[..., bit : bit + 1].to(rest.dtype) for b in (self, key_binarizer))  # [H, F, 1]
+            best_q, best_k, most = w_q, w_k, rest.new_full((self.num_heads, 1, 1), -torch.inf)
             for _ in range(_TURNS):
-                bits_q, bits_k = _bits(phi_q, w_q), _bits(phi_k, w_k)
+                bits_q, bits_k = queries.bits(w_q), keyed.bits(w_k)
                 towards_q = rest @ bits_k
-                agreement = (bits_q * towards_q).sum((1, 2)).unsqueeze(1)
-                best_q, best_k = (torch.where(agreement > most, w, b) for w, b in ((w_q, best_q), (w_k, best_k)))
-                most = torch.maximum(most, agreement)
+                suits = (bits_q * towards_q).sum((1, 2)).unsqueeze(1)  # [H, 1, 1]
+                better = suits > most
+                if not better.any():
+                    break
+                best_q, best_k = torch.where(better, w_q, best_q), torch.where(better, w_k, best_k)
+                most = torch.maximum(most, suits)
                 if keys is None:
-                    w_q = w_k = inverse_q @ (_pull(phi_q, towards_q) + _pull(phi_k, rest.transpose(-2, -1) @ bits_q))
+                    towards_k = rest.transpose(-2, -1) @ bits_q
+                    w_q = w_k = inverse_q @ (queries.pull(towards_q) + keyed.pull(towards_k))
                 else:
-                    w_q = inverse_q @ _pull(phi_q, towards_q)
-                    w_k = inverse_k @ _pull(phi_k, rest.transpose(-2, -1) @ _bits(phi_q, w_q))
-            product = _bits(phi_q, best_q) @ _bits(phi_k, best_k).transpose(-2, -1)
-            rest -= product
-            products += product
-            self.weight[:, :, bit : bit + 1] = best_q
-            k_binarizer.weight[:, :, bit : bit + 1] = best_k
-        return float((_standardize(products) * logits).mean())
-
-    def _check_samples(self, q: Tensor, k: Tensor) -> None:
-        for tokens, name in ((q, "queries"), (k, "keys")):
-            if tokens.dim() != 4 or tokens.shape[1::2] != (self.num_heads, self.head_dim) or not tokens.numel():
-                raise UserError(
-                    f"{name} to fit hash functions to must be [B, {self.num_heads}, tokens, {self.head_dim}], not "
-                    f"{list(tokens.shape)}"
-                )
-            if not bool(torch.isfinite(tokens).all()):
-                raise UserError(f"the {name} to fit hash functions to are not all finite")
-        if len(q) != len(k):
-            raise UserError(f"there are queries of {len(q)} sequences but keys of {len(k)}")
+                    w_q = inverse_q @ queries.pull(towards_q)
+                    w_k = inverse_k @ keyed.pull(rest.transpose(-2, -1) @ queries.bits(w_q))
+            rest -= queries.bits(best_q) @ keyed.bits(best_k).transpose(-2, -1)
+            self.weight[..., bit : bit + 1] = best_q
+            key_binarizer.weight[..., bit : bit + 1] = best_k
 
     def _place_supports(self, tokens: Tensor) -> None:
         """Sample the support tokens from `tokens` [B, H, N, D], and set the width of the radial basis functions."""
@@ -290,6 +294,21 @@ class HashBinarizer(Binarizer):
         self.support.copy_(tokens[:, torch.randint(tokens.shape[1], (NUM_SUPPORTS,), device=tokens.device)])
         mean = _squared_distance(tokens, self.support.to(tokens.dtype)).mean((-2, -1))
         self.gamma.copy_(1 / mean.clamp(min=torch.finfo(mean.dtype).eps))
+
+
+class _Tokens:
+    """Queries or keys in the course of `HashBinarizer.fit`, as what hash functions are linear in."""
+
+    def __init__(self, features: Tensor) -> None:  # [B, H, N, F]
+        self._tokens = features.shape[::2]
+        self._features = features.transpose(0, 1).flatten(1, 2).contiguous()  # [H, B * N, F]
+        self.moments = self._features.transpose(-2, -1) @ self._features
+
+    def bits(self, weight: Tensor) -> Tensor:  # [H, F, 1] -> [H, B, N, 1]
+        return binarize(self._features @ weight).unflatten(1, self._tokens)
+
+    def pull(self, towards: Tensor) -> Tensor:  # [H, B, N, 1] -> [H, F, 1]
+        return self._features.transpose(-2, -1) @ towards.flatten(1, 2)
 
 
 BINARIZERS: dict[str, type[Binarizer]] = {"sign": SignBinarizer, "random": RandomBinarizer, "hash": HashBinarizer}
@@ -320,20 +339,13 @@ def _standardize(rows: Tensor) -> Tensor:
     return rows / rows.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(rows.dtype).tiny)
 
 
-def _second_moments(features: Tensor) -> Tensor:  # [H, B, N, F] -> [H, F, F]
-    rows = features.flatten(1, 2)
-    return rows.transpose(-2, -1) @ rows
+def _logits(q: Tensor, k: Tensor) -> Tensor:
+    """What the softmax of an attention exponentiates, standardised for each query: [B, H, N, M], at least float32."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return _standardize(q.to(dtype) @ k.to(dtype).transpose(-2, -1))
 
 
 def _damped_inverse(moments: Tensor) -> Tensor:
     diagonal = moments.diagonal(dim1=-2, dim2=-1)
     damping = _DAMPING * diagonal + torch.finfo(moments.dtype).eps * diagonal.mean(-1, keepdim=True)
     return torch.linalg.inv(moments + torch.diag_embed(damping))
-
-
-def _bits(features: Tensor, weight: Tensor) -> Tensor:  # [H, B, N, F] and [H, F, 1] -> [H, B, N, 1]
-    return binarize(features @ weight.unsqueeze(1))
-
-
-def _pull(features: Tensor, towards: Tensor) -> Tensor:  # [H, B, N, F] and [H, B, N, 1] -> [H, F, 1]
-    return (features.transpose(-2, -1) @ towards).sum(1)

@@ -15,15 +15,26 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shiftadd3d import UserError
-from shiftadd3d.nn import AddAttention, ShiftLinear, TokenConv, binarize, first_query_weights, linear_add_attention
+from shiftadd3d.nn import (
+    BINARIZERS,
+    AddAttention,
+    ShiftLinear,
+    TokenConv,
+    TokenConv2d,
+    binarize,
+    first_query_weights,
+    linear_add_attention,
+)
 
 quick = settings(max_examples=40, deadline=None)
 
 
-def brute_force(q, k, v, mask=None):
+def brute_force(q, k, v, mask=None, bias=None):
     """Similarity of every pair, one by one, and the map itself."""
     q, k, v = q.double(), k.double(), v.double()
     similarity = 0.5 + torch.einsum("bhnd,bhmd->bhnm", q, k) / (math.pi * q.shape[-1])
+    if bias is not None:
+        similarity = (similarity + bias).clamp(min=0)
     if mask is not None:
         similarity = similarity * mask
     total = similarity.sum(-1, keepdim=True)
@@ -61,6 +72,73 @@ def test_both_orders_equal_brute_force(codes, order, heads, queries, keys, code,
     torch.testing.assert_close(first.double(), attention[:, :, 0], rtol=1e-5, atol=1e-6)
 
 
+@quick
+@given(
+    st.sampled_from(["pm1", "01"]),
+    st.integers(1, 3),
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.sampled_from(["pairs", "heads", "all", "keys"]),
+    st.booleans(),
+    st.integers(0, 1000),
+)
+def test_a_bias_is_added_to_the_similarities(codes, heads, queries, keys, shape, masked, seed) -> None:
+    torch.manual_seed(seed)
+    q, k = random_codes(codes, 2, heads, queries, 8), random_codes(codes, 2, heads, keys, 8)
+    v = torch.randn(2, heads, keys, 5)
+    bias = torch.randn(
+        {
+            "pairs": (queries, keys),
+            "heads": (heads, queries, keys),
+            "all": (2, heads, queries, keys),
+            "keys": (1, 1, 1, keys),
+        }[shape]
+    )
+    mask = torch.rand(2, keys) < 0.7 if masked else None
+    expected, attention = brute_force(q, k, v, None if mask is None else mask[:, None, None], bias)
+    # Where similarities about cancel, what is left over is rounding.
+    torch.testing.assert_close(
+        linear_add_attention(q, k, v, mask=mask, bias=bias).double(), expected, rtol=1e-3, atol=1e-3
+    )
+    torch.testing.assert_close(first_query_weights(q, k, mask, bias).double(), attention[:, :, 0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_bias_of_minus_infinity_is_a_mask_and_has_no_gradient_there() -> None:
+    q, k, v = random_codes("pm1", 1, 2, 6, 8), random_codes("pm1", 1, 2, 6, 8), torch.randn(1, 2, 6, 4)
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    bias = torch.zeros(6, 6).masked_fill(~causal, -torch.inf).requires_grad_()
+    out = linear_add_attention(q, k, v, bias=bias)
+    torch.testing.assert_close(out, linear_add_attention(q, k, v, mask=causal[None, None]))
+    out.square().sum().backward()
+    assert torch.isfinite(bias.grad).all() and not bias.grad[~causal].any() and bias.grad[causal].any()
+
+
+def test_the_linear_order_refuses_what_needs_the_map() -> None:
+    q, k, v = random_codes("pm1", 1, 2, 6, 8), random_codes("pm1", 1, 2, 6, 8), torch.randn(1, 2, 6, 4)
+    for options, what in (
+        ({"bias": torch.zeros(6, 6)}, "an attention bias"),
+        ({"dropout_p": 0.1}, "dropout"),
+        ({"mask": torch.ones(1, 1, 6, 6, dtype=torch.bool)}, "a mask for each query"),
+    ):
+        with pytest.raises(UserError, match=f"{what}.* needs 'quadratic'"):
+            linear_add_attention(q, k, v, order="linear", **options)
+
+
+def test_dropout_drops_entries_of_the_map_and_keeps_the_mean() -> None:
+    q, k = random_codes("pm1", 1, 2, 3, 8), random_codes("pm1", 1, 2, 40, 8)
+    v = torch.eye(40).expand(1, 2, 40, 40)  # the output is the map
+    whole = linear_add_attention(q, k, v)
+    dropped = torch.stack([linear_add_attention(q, k, v, dropout_p=0.25) for _ in range(400)])
+    kept = dropped > 0
+    torch.testing.assert_close(dropped[kept], (whole / 0.75).expand_as(dropped)[kept])
+    assert abs(kept.float().mean() - 0.75) < 0.01
+    layer = AddAttention(16, 2, attn_dropout=0.5)
+    x = torch.randn(2, 30, 16)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
 def test_the_two_orders_have_the_same_gradients() -> None:
     grads = []
     for order in ("linear", "quadratic"):
@@ -95,16 +173,6 @@ def test_the_first_row_is_a_proper_distribution(codes: str) -> None:
     weights = first_query_weights(q, k)
     assert (weights > 0).all()
     torch.testing.assert_close(weights.sum(-1), torch.ones(4, 2))
-
-
-@pytest.mark.parametrize(("codes", "low"), [("pm1", -1.0), ("01", 0.0)])
-def test_codes_and_their_clipped_gradient(codes: str, low: float) -> None:
-    x = torch.tensor([-2.0, -0.5, -0.0, 0.0, 0.5, 2.0], requires_grad=True)
-    code = binarize(x, codes)
-    assert code.tolist() == [low, low, 1.0, 1.0, 1.0, 1.0]
-    code.sum().backward()
-    slope = (1 - low) / 2
-    assert x.grad.tolist() == [0.0, slope, slope, slope, slope, 0.0]
 
 
 def test_only_additions_touch_the_codes() -> None:
@@ -179,6 +247,110 @@ def test_masked_tokens_are_not_attended_to() -> None:
     assert (weights[:, 6:] == 0).all()
 
 
+@pytest.mark.parametrize("order", ["linear", "quadratic"])
+def test_cross_attention_is_from_x_to_the_context(order: str) -> None:
+    layer = AddAttention(32, 4, context_dim=20, order=order).eval()
+    x, context = torch.randn(3, 7, 32), torch.randn(3, 11, 20)
+    mask = torch.rand(3, 11) < 0.7
+    out, weights = layer(x, return_weights=True, mask=mask, context=context)
+    q, k, v = layer.split_heads(layer.q_fc(x)), *(layer.split_heads(fc(context)) for fc in (layer.k_fc, layer.v_fc))
+    expected, attention = brute_force((q >= 0) * 2.0 - 1, (k >= 0) * 2.0 - 1, v, mask[:, None, None])
+    torch.testing.assert_close(out, layer.out_fc(expected.transpose(1, 2).flatten(2).float()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights, attention.mean(1)[:, 0].float())
+    with pytest.raises(UserError, match="dwconv=0"):
+        AddAttention(32, 4, dwconv=3)(x, context=torch.randn(3, 7, 32))
+
+
+def test_a_bias_reaches_the_attention_and_its_weights() -> None:
+    layer = AddAttention(32, 4).eval()
+    x, bias = torch.randn(2, 9, 32), torch.randn(4, 9, 9)
+    out, weights = layer(x, return_weights=True, bias=bias)
+    q, k, v = (layer.split_heads(fc(x)) for fc in (layer.q_fc, layer.k_fc, layer.v_fc))
+    expected, attention = brute_force((q >= 0) * 2.0 - 1, (k >= 0) * 2.0 - 1, v, bias=bias)
+    torch.testing.assert_close(out, layer.out_fc(expected.transpose(1, 2).flatten(2).float()), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(weights, attention.mean(1)[:, 0].float(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("name", list(BINARIZERS))
+def test_queries_and_keys_start_with_the_same_codes(name: str, share: bool) -> None:
+    layer = AddAttention(32, 4, binarizer=name, share_codes=share)
+    x = torch.randn(2, 4, 5, 8)
+    assert (layer.k_code is None) == share
+    if not share:
+        assert torch.equal(layer.q_code(x), layer.k_code(x)) and layer.q_code is not layer.k_code
+    q, k, v = (layer.split_heads(fc(x.transpose(1, 2).flatten(2))) for fc in (layer.q_fc, layer.k_fc, layer.v_fc))
+    expected, _ = brute_force(layer.q_code(q), layer.q_code(k), v)
+    torch.testing.assert_close(layer.attend(q, k, v)[0].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_codes_and_heads_have_the_widths_asked_for() -> None:
+    layer = AddAttention(30, 4, binarizer="random", head_dim=6, code_dim=40)
+    assert layer.q_fc.out_features == 24 and layer.q_code.projection.shape == (4, 6, 40)
+    assert layer(torch.randn(2, 5, 30)).shape == (2, 5, 30)
+
+
+@quick
+@given(
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.sampled_from([1, 3, 5]),
+)
+def test_the_convolution_over_a_grid_equals_its_definition(heads, width, prefix, height, length, size) -> None:
+    conv = TokenConv2d(heads * width, size, num_prefix_tokens=prefix, grid=(height, length))
+    nn.init.normal_(conv.weight)
+    v = torch.randn(2, heads, prefix + height * length, width)
+    out = conv(v)
+    expected = torch.zeros_like(v, dtype=torch.float64)
+    for row in range(height):
+        for column in range(length):
+            for dy in range(-(size // 2), size // 2 + 1):
+                for dx in range(-(size // 2), size // 2 + 1):
+                    y, x = row + dy, column + dx
+                    if 0 <= y < height and 0 <= x < length:
+                        tap = conv.weight[:, 0, dy + size // 2, dx + size // 2].view(heads, width)
+                        expected[:, :, prefix + row * length + column] += tap * v[:, :, prefix + y * length + x]
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_grid_is_given_recognised_as_a_square_or_refused() -> None:
+    conv = TokenConv2d(8, 3, num_prefix_tokens=1)
+    nn.init.normal_(conv.weight)
+    v = torch.randn(1, 2, 17, 4)
+    assert torch.equal(conv(v), conv(v, (4, 4))) and not torch.equal(conv(v), conv(v, (2, 8)))
+    with pytest.raises(UserError, match=r"18 tokens are not 1 prefix tokens and a grid of 4 x 4"):
+        conv(torch.randn(1, 2, 18, 4))
+    with pytest.raises(UserError, match="no square"):
+        TokenConv2d(8, 3, num_prefix_tokens=5)(torch.randn(1, 2, 2, 4))
+
+
+def test_a_fresh_convolution_over_a_grid_changes_nothing_and_trains() -> None:
+    layer = AddAttention(16, 2, dwconv=TokenConv2d(16, 3, num_prefix_tokens=1))
+    plain = AddAttention(16, 2)
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    x = torch.randn(2, 10, 16)
+    assert torch.equal(layer(x), plain(x))
+    layer(x).square().sum().backward()
+    assert layer.dwconv.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (((16, 16), (16, 12), (16, 16), (16, 16)), "widths are 16, 12 and 16"),
+        (((16, 15), (16, 15), (16, 15), (15, 16)), "2 heads must divide"),
+        (((16, 16), (8, 16), (16, 16), (16, 16)), "widths 8 and 16"),
+        (((16, 16), (16, 16), (16, 16), (12, 16)), "16 wide, not 12"),
+    ],
+)
+def test_projections_that_do_not_fit_each_other_are_refused(sizes, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        AddAttention.from_projections(*(nn.Linear(*size) for size in sizes), num_heads=2)
+
+
 def test_from_projections_takes_over_the_modules() -> None:
     q, k, v, out = (nn.Linear(16, 16, bias=False) for _ in range(4))
     q.eval()
@@ -206,32 +378,57 @@ def test_a_fresh_convolution_changes_nothing_and_any_module_can_stand_in() -> No
     assert AddAttention(16, 2, dwconv=Image())(x).shape == x.shape
 
 
-def test_deepcopy_state_dict_compile_and_autocast() -> None:
-    layer = AddAttention(32, 4, dwconv=3)
-    x = torch.randn(2, 20, 32)
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("name", list(BINARIZERS))
+def test_layers_come_back_from_state_dicts_and_can_be_copied(name: str, share: bool) -> None:
+    options = {"binarizer": name, "share_codes": share, "dwconv": 3}
+    layer, x = AddAttention(32, 4, **options), torch.randn(2, 20, 32)
     expected = layer(x)
     assert torch.equal(copy.deepcopy(layer)(x), expected)
-    other = AddAttention(32, 4, dwconv=3)
+    other = AddAttention(32, 4, **options)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), expected)
-    torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), expected)
+
+
+@pytest.mark.parametrize("name", list(BINARIZERS))
+def test_layers_compile_and_export(name: str) -> None:
+    layer, x = AddAttention(32, 4, binarizer=name, dwconv=TokenConv2d(32, 3, 1)), torch.randn(2, 17, 32)
+    out = layer(x)
+    out.square().sum().backward()
+    grad, layer.q_fc.weight.grad = layer.q_fc.weight.grad, None
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(compiled, out)
+    compiled.square().sum().backward()
+    torch.testing.assert_close(layer.q_fc.weight.grad, grad, rtol=1e-4, atol=1e-5)
+    exported = torch.export.export(layer.eval(), (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    torch.testing.assert_close(exported.module()(torch.cat([x, x])), torch.cat([out, out]))
+
+
+@pytest.mark.parametrize("name", list(BINARIZERS))
+def test_autocast_to_bfloat16_flips_few_codes_and_trains(name: str) -> None:
+    layer, x = AddAttention(32, 4, binarizer=name, dwconv=3), torch.randn(2, 20, 32)
+    expected = layer(x)
     with torch.autocast("cpu", torch.bfloat16):
         out, weights = layer(x, return_weights=True)
         (out.float().sum() + weights.sum()).backward()
     # A code may flip where its feature is about zero; on average nothing may move.
     assert (out.float() - expected).norm() < 0.15 * expected.norm()
+    assert layer.q_fc.weight.grad.any() and torch.isfinite(layer.q_fc.weight.grad).all()
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: AddAttention(30, 4), "divide"),
-        (lambda: AddAttention(32, 4, binarizer="hsh"), "sign"),
+        (lambda: AddAttention(32, 4, binarizer="hsh"), "sign, random, hash"),
         (lambda: AddAttention(32, 4, codes="pm"), "pm1, 01"),
         (lambda: AddAttention(32, 4, order="cubic"), "auto, linear, quadratic"),
         (lambda: AddAttention(32, 4, dwconv=4), "odd"),
         (lambda: TokenConv(4, -1), "odd"),
-        (lambda: binarize(torch.ones(1), "0/1"), "pm1, 01"),
+        (lambda: TokenConv2d(4, 2), "odd"),
+        (lambda: AddAttention(32, 4, order="linear", attn_dropout=0.1), "quadratic"),
+        (lambda: AddAttention(8, 2)(torch.ones(1, 3, 8), bias=torch.ones(3)), "at least 2 dimensions"),
+        (lambda: AddAttention(8, 2)(torch.ones(1, 3, 8), bias=torch.ones(3, 3, dtype=torch.bool)), "is a mask"),
         (lambda: AddAttention(8, 2)(torch.ones(1, 3, 8), mask=torch.ones(1, 3)), "bool"),
     ],
 )

@@ -1,0 +1,194 @@
+"""`fit_binarizers_`: one verb that makes the hash functions of a model follow the softmax it was trained with.
+
+Source: Liu et al., EcoFormer (NeurIPS 2022), section 4; the fit itself is `HashBinarizer.fit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from shiftadd3d._errors import UserError
+from shiftadd3d._report import RichReport
+from shiftadd3d.nn.activations import Forward, as_batches, call_model, evaluating
+from shiftadd3d.nn.add import AddAttention, broadcastable_mask
+from shiftadd3d.nn.binarize import HashBinarizer
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+# What is kept of the queries and keys that a layer sees: further ones make the codes follow by less than 0.01 better.
+_QUERIES = 32  # of a sequence
+_KEYS = 256  # of a sequence
+_PAIRS = 2**16  # of queries and keys, for each head
+
+
+@dataclass(frozen=True)
+class FittedBinarizer:
+    """The hash functions of one attention layer: how closely codes follow its softmax before and after (see
+    `Binarizer.agreement`; 1 is perfectly)."""
+
+    name: str
+    code_dim: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class BinarizerReport(RichReport):
+    """What `fit_binarizers_` did. Printing shows a table."""
+
+    layers: tuple[FittedBinarizer, ...]
+    unreached: tuple[str, ...]
+    """Layers that no batch came by: they are as they were."""
+
+    def __rich__(self) -> Group:
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table("attention", "bits of a code", "agreement before", "after", title_justify="left")
+        table.title = f"hash functions of {len(self.layers)} attention layers fitted"
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for layer in self.layers:
+            table.add_row(layer.name, str(layer.code_dim), f"{layer.before:.3f}", f"{layer.after:.3f}")
+        return Group(table, *(f"never reached, left as they are: {name}" for name in self.unreached))
+
+
+def fit_binarizers_(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+    attention: Literal["softmax", "add"] = "softmax",
+    verbose: bool = True,
+) -> BinarizerReport:
+    """Fit the hash functions of all additive attention in `model` to the queries and keys of a few batches, in place.
+
+    For a model fresh from `reparameterize_` with ``binarizer="hash"``, before it is fine-tuned. It is run once, in
+    evaluation mode and without gradients, and left in the modes it was in. A random share of what the layers see is
+    kept; masks are not looked at.
+
+    Args:
+        model: any module with `AddAttention` in it.
+        batches: example inputs, a few dozen images or a few thousand rays in all. Each is a tensor (the model's only
+            argument), a tuple or list (its arguments) or a mapping (its keyword arguments).
+        forward: called with (model, batch) to run the model instead, for labelled batches or other calls.
+        attention: what the layers compute while the model is run: "softmax", as they did before they were made
+            additive, so that each sees what it was trained for; or "add", as they do now, for a model that has been
+            fine-tuned since.
+        verbose: show progress, and print the report.
+
+    Returns:
+        The report.
+
+    Raises:
+        UserError: if there are no batches or no hash functions, the model cannot be called with the batches, or its
+            queries or keys are not finite. The model has not been changed then.
+    """
+    if attention not in ("softmax", "add"):
+        raise UserError(f"attention must be softmax or add, not {attention!r}")
+    batches = as_batches(batches)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, AddAttention) and isinstance(module.q_code, HashBinarizer)
+    }
+    if not layers:
+        raise UserError("the model has no hash functions to fit; reparameterize it with binarizer='hash'")
+    samples: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+
+    def record(name: str, q: Tensor, k: Tensor) -> None:
+        if not bool(torch.isfinite(q).all() and torch.isfinite(k).all()):
+            raise UserError(f"the queries or keys of {name} are not all finite")
+        samples[name].append(_sample(q, k, _PAIRS // len(batches)))
+
+    from rich.progress import Progress
+
+    with Progress(transient=True, disable=not verbose) as progress, evaluating(model):
+        task = progress.add_task("looking at queries and keys", total=len(batches) + len(layers))
+        with _recording(layers, record, attention):
+            for batch in batches:
+                call_model(model, batch, forward)
+                progress.advance(task)
+        fitted = []
+        for name, layer in layers.items():
+            progress.update(task, description=f"fitting {name}")
+            if samples[name]:
+                fitted.append(_fit(name, layer, *_joined(samples.pop(name))))
+            progress.advance(task)
+    reached = {layer.name for layer in fitted}
+    report = BinarizerReport(tuple(fitted), tuple(name for name in layers if name not in reached))
+    if verbose:
+        from rich.console import Console
+
+        Console().print(report)
+    return report
+
+
+def _fit(name: str, layer: AddAttention, q: Tensor, k: Tensor) -> FittedBinarizer:
+    assert isinstance(layer.q_code, HashBinarizer) and isinstance(layer.k_code, HashBinarizer | None)
+    before = layer.q_code.agreement(q, k, layer.k_code)
+    layer.q_code.fit(q, k, layer.k_code)
+    return FittedBinarizer(name, layer.q_code.code_dim, before, layer.q_code.agreement(q, k, layer.k_code))
+
+
+@contextmanager
+def _recording(
+    layers: Mapping[str, AddAttention], record: Callable[[str, Tensor, Tensor], None], attention: str
+) -> Iterator[None]:
+    """While this lasts, `record` is called with the queries and keys of each of `layers`."""
+
+    def recorded(name: str, layer: AddAttention) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        compute = layer.attend if attention == "add" else _softmax_attention
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+            record(name, q, k)
+            return compute(q, k, v, *args, **kwargs)
+
+        return attend
+
+    for name, layer in layers.items():
+        vars(layer)["attend"] = recorded(name, layer)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            del vars(layer)["attend"]
+
+
+def _softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    return_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`AddAttention.attend` with the map that it stands for."""
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    scores = scores if bias is None else scores + bias
+    mask = broadcastable_mask(mask)
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1).nan_to_num()  # queries without keys: as in `linear_add_attention`
+    return weights @ v, weights[:, :, 0].mean(1) if return_weights else None
+
+
+def _sample(q: Tensor, k: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    """At random, as many queries, keys and sequences as are kept."""
+    q = q[:, :, torch.randperm(q.shape[2], device=q.device)[:_QUERIES]]
+    k = k[:, :, torch.randperm(k.shape[2], device=k.device)[:_KEYS]]
+    sequences = torch.randperm(len(q), device=q.device)[: max(1, pairs // (q.shape[2] * k.shape[2]))]
+    return q[sequences], k[sequences]
+
+
+def _joined(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """All sequences, at the length of the shortest."""
+    queries, keys = zip(*samples, strict=True)
+    q_length, k_length = (min(tokens.shape[2] for tokens in side) for side in (queries, keys))
+    return torch.cat([q[:, :, :q_length] for q in queries]), torch.cat([k[:, :, :k_length] for k in keys])

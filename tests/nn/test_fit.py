@@ -1,0 +1,152 @@
+"""`fit_binarizers_` on a small stack of attention layers."""
+
+# Wrong arguments on purpose, and attributes of submodules, to which torch gives no types.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from shiftadd3d import UserError
+from shiftadd3d.nn import AddAttention, HashBinarizer, fit_binarizers_
+
+
+class Block(nn.Module):
+    def __init__(self, binarizer: str = "hash", **options) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.attn = AddAttention(16, 2, binarizer=binarizer, **options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.attn(self.norm(x))
+
+
+def stack(**options) -> nn.Module:
+    """Two blocks whose projections are large enough for the softmax to be far from flat."""
+    model = nn.Sequential(Block(**options), Block(**options))
+    for block in model:
+        block.attn.q_fc.weight.data *= 4
+        block.attn.k_fc.weight.data *= 4
+    return model
+
+
+def softmax_attention(attn: AddAttention, x: torch.Tensor) -> torch.Tensor:
+    q, k, v = (attn.split_heads(fc(x)) for fc in (attn.q_fc, attn.k_fc, attn.v_fc))
+    return attn.out_fc(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.fixture
+def fitted_to(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The samples that hash functions are fitted to, layer by layer."""
+    samples = []
+    fit = HashBinarizer.fit
+
+    def spy(self, q, k, keys=None):
+        samples.append((q, k))
+        fit(self, q, k, keys)
+
+    monkeypatch.setattr(HashBinarizer, "fit", spy)
+    return samples
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_the_codes_of_every_layer_follow_its_softmax_better(share: bool) -> None:
+    model = stack(share_codes=share)
+    report = fit_binarizers_(model, torch.randn(4, 8, 12, 16).unbind(), verbose=False)
+    assert [layer.name for layer in report.layers] == ["0.attn", "1.attn"] and not report.unreached
+    for layer in report.layers:
+        assert layer.code_dim == 8 and layer.after > layer.before + 0.05
+
+
+def test_layers_see_what_the_softmax_model_saw(fitted_to: list) -> None:
+    model, x = stack(), torch.randn(3, 12, 16)
+    fit_binarizers_(model, [x], verbose=False)
+    with torch.no_grad():
+        for block, (q, k) in zip(model, fitted_to, strict=True):
+            seen = block.norm(x)
+            for tokens, fc in ((q, block.attn.q_fc), (k, block.attn.k_fc)):
+                # All there are, sequences and tokens in another order.
+                expected = block.attn.split_heads(fc(seen)).transpose(0, 1).flatten(1, 2)
+                torch.testing.assert_close(
+                    tokens.transpose(0, 1).flatten(1, 2).sort(1).values, expected.sort(1).values, rtol=1e-4, atol=1e-5
+                )
+            x = x + softmax_attention(block.attn, seen)
+
+
+def test_a_model_tuned_since_is_run_as_it_is(fitted_to: list) -> None:
+    model, x = stack(), torch.randn(3, 12, 16)
+    with torch.no_grad():
+        second = model[1].norm(model[0](x))
+        expected = model[1].attn.split_heads(model[1].attn.q_fc(second)).mean()
+    fit_binarizers_(model, [x], attention="add", verbose=False)
+    torch.testing.assert_close(fitted_to[1][0].mean(), expected)
+
+
+def test_masks_and_biases_count_in_the_softmax_pass(fitted_to: list) -> None:
+    first, second = AddAttention(16, 2, binarizer="hash"), AddAttention(16, 2, binarizer="hash")
+    x, mask = torch.randn(3, 12, 16), torch.rand(3, 12) < 0.6
+    mask[:, 0] = True
+    bias = torch.randn(2, 12, 12)
+    fit_binarizers_(
+        nn.ModuleList([first, second]),
+        [x],
+        forward=lambda _, batch: second(first(batch, True, mask, bias=bias)[0]),
+        verbose=False,
+    )
+    with torch.no_grad():
+        q, k, v = (first.split_heads(fc(x)) for fc in (first.q_fc, first.k_fc, first.v_fc))
+        both = bias.masked_fill(~mask[:, None, None], -torch.inf)
+        out = first.out_fc(F.scaled_dot_product_attention(q, k, v, both).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(fitted_to[1][0].mean(), first.split_heads(second.q_fc(out)).mean())
+
+
+def test_the_model_is_left_as_it_was_but_for_the_hash_functions() -> None:
+    model = stack(dwconv=3, dropout=0.5)
+    model[1].eval()
+    before = copy.deepcopy(model.state_dict())
+    fit_binarizers_(model, [torch.randn(4, 20, 16)], verbose=False)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all("_code." in name for name in changed)
+    assert model[0].training and not model[1].training
+    assert not any("attend" in vars(module) for module in model.modules())
+    assert torch.isfinite(copy.deepcopy(model)(torch.randn(2, 20, 16))).all()
+
+
+def test_labelled_batches_and_sequences_of_changing_lengths() -> None:
+    batches = [{"image": torch.randn(2, n, 16), "label": 1} for n in (12, 20, 300)]
+    report = fit_binarizers_(stack(), batches, forward=lambda model, batch: model(batch["image"]), verbose=False)
+    assert len(report.layers) == 2
+    with pytest.raises(UserError, match="forward=lambda"):
+        fit_binarizers_(stack(), batches, verbose=False)
+
+
+def test_layers_that_no_batch_comes_by_are_listed(capsys: pytest.CaptureFixture) -> None:
+    model = nn.ModuleDict({"used": Block(), "idle": Block(), "sign": Block("sign")})
+    report = fit_binarizers_(model, [torch.randn(2, 9, 16)], forward=lambda m, x: m["used"](x))
+    assert [layer.name for layer in report.layers] == ["used.attn"] and report.unreached == ("idle.attn",)
+    printed = capsys.readouterr().out
+    assert "used.attn" in printed and "never reached, left as they are: idle.attn" in printed
+    assert json.loads(json.dumps(report.as_dict()))["layers"][0]["name"] == "used.attn"
+
+
+def test_what_cannot_be_fitted_is_refused_and_nothing_changes() -> None:
+    model = stack()
+    before = copy.deepcopy(model.state_dict())
+    for batches, options, message in (
+        ([], {}, "no batches"),
+        ([torch.full((1, 4, 16), math.nan)], {}, r"0\.attn are not all finite"),
+        ([torch.randn(1, 4, 16)], {"attention": "angular"}, "softmax or add"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fit_binarizers_(model, batches, verbose=False, **options)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any("attend" in vars(module) for module in model.modules())
+    with pytest.raises(UserError, match="binarizer='hash'"):
+        fit_binarizers_(stack(binarizer="sign"), [torch.randn(1, 4, 16)], verbose=False)
