@@ -11,14 +11,14 @@ from nerfstudio.plugins.types import MethodSpecification
 
 from shiftadd3d.models.gnt import GNTConfig
 from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
-from shiftadd3d.nerf.error_hook import print_user_errors_as_one_line
+from shiftadd3d.nerf.error_hook import print_expected_errors_as_one_line
 from shiftadd3d.nerf.model import GNTNerfModelConfig
 from shiftadd3d.nerf.pipeline import GNTPipelineConfig
 from shiftadd3d.nerf.schedulers import WarmupCosineSchedulerConfig
 from shiftadd3d.nerf.trainer import GNTTrainerConfig
 
-# nerfstudio imports this module in every ns-* command: bad input to our methods then reads the same as in ours.
-print_user_errors_as_one_line()
+# nerfstudio imports this module in every ns-* command: bad input and Ctrl-C then read the same as in our own.
+print_expected_errors_as_one_line()
 # nerfstudio 1.1.5 meets a newer torch than it was written for, which says so in the middle of training.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"nerfstudio\.")
 

@@ -53,7 +53,9 @@ class Browser(threading.Thread):
             yield from msgspec.msgpack.decode(server.recv(timeout=SECONDS))
 
 
-def test_the_viewer_shows_a_trained_run_to_a_browser(tiny_run: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_viewer_shows_a_trained_run_to_a_browser_until_ctrl_c(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -79,11 +81,20 @@ def test_the_viewer_shows_a_trained_run_to_a_browser(tiny_run: Path, monkeypatch
     monkeypatch.setattr(
         sys, "argv", ["ns-viewer", "--load-config", str(tiny_run), "--viewer.websocket-port", str(port)]
     )
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as interrupt:
         run_viewer.entrypoint()
     for viewer in viewers:
         viewer.viser_server.stop()
+    sys.excepthook(interrupt.type, interrupt.value, interrupt.tb)  # what the interpreter does next
+    assert capsys.readouterr().err == "interrupted\n"
     assert browser.picture is not None
     height, width, _ = browser.picture.shape
     assert width / height == pytest.approx(4 / 3, rel=0.05)
     assert browser.picture.std() > 1  # not blank
+
+
+def test_ctrl_c_elsewhere_still_tells_where(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        raise KeyboardInterrupt
+    sys.excepthook(interrupt.type, interrupt.value, interrupt.tb)
+    assert "test_ctrl_c_elsewhere" in capsys.readouterr().err
