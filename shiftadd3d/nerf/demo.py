@@ -36,12 +36,7 @@ def train(config: GNTTrainerConfig) -> Path:
         UserError: the run's folder cannot be written.
     """
     config.set_timestamp()
-    try:
-        config.save_config()
-    except OSError as error:
-        raise UserError(
-            f"cannot write {config.get_base_dir()}: {error.strerror or error}; name a writable --output-dir"
-        ) from None
+    config.save_config()
     # After saving: the run stays one whose evaluation reports LPIPS. Here it would be a download in a first try.
     cast(GNTNerfModelConfig, config.pipeline.model).lpips = False
     # Not nerfstudio's `launch`: that one ends with a list of timings.

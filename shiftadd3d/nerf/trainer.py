@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,19 @@ class GNTTrainerConfig(TrainerConfig):
         """The trainer."""
         self._trains = True
         return super().setup(**kwargs)
+
+    def save_config(self) -> None:
+        """Write the run's config.yml.
+
+        Raises:
+            UserError: its folder cannot be written to.
+        """
+        try:
+            super().save_config()
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.get_base_dir()}: {error.strerror or error}; name a writable --output-dir"
+            ) from None
 
     def get_checkpoint_dir(self) -> Path:
         """Where the run's checkpoints lie.
@@ -175,8 +189,17 @@ class GNTTrainer(Trainer):
                 f"Interrupted at step {self.step}. Nothing is lost: go on with --load-dir {self.checkpoint_dir}",
                 soft_wrap=True,
             )
-            # nerfstudio would print a KeyboardInterrupt's traceback, and exit with 0.
+            # nerfstudio would print its timings after the notice; and a KeyboardInterrupt's traceback, and exit with 0.
+            self.config.logging.profiler = "none"
             raise SystemExit(130) from None
+        except OSError as error:  # a curve, or what nerfstudio notes down about the scene
+            if error.errno != errno.ENOSPC:
+                raise
+            raise UserError(f"{self.base_dir}: {error.strerror}: {self._where_to_go_on()}") from None
+
+    def _where_to_go_on(self) -> str:
+        kept = sorted(self.checkpoint_dir.glob("step-*.ckpt"))
+        return f"mend that, and go on from {kept[-1]}" if kept else "there is no checkpoint to go on from yet"
 
     @check_main_thread
     def save_checkpoint(self, step: int) -> None:
@@ -200,11 +223,12 @@ class GNTTrainer(Trainer):
                 os.fsync(file.fileno())
             unfinished.replace(path)
         except (OSError, RuntimeError) as error:
-            kept = sorted(self.checkpoint_dir.glob("step-*.ckpt"))
+            # torch raises an error of its own over what the file said.
+            told = error.__context__ if isinstance(error.__context__, OSError) else error
+            reason = getattr(told, "strerror", None) or str(told).splitlines()[0]
             raise UserError(
-                f"the checkpoint of step {step} could not be written to {self.checkpoint_dir} "
-                f"({str(error).splitlines()[0]}): is the disk full? "
-                + (f"The last good one is {kept[-1]}" if kept else "There is none yet")
+                f"the checkpoint of step {step} could not be written to {self.checkpoint_dir} ({reason}): "
+                + self._where_to_go_on()
             ) from None
         finally:
             unfinished.unlink(missing_ok=True)

@@ -28,7 +28,6 @@ from nerfstudio.utils.eval_utils import eval_setup
 
 from shiftadd3d import UserError
 from shiftadd3d.models.gnt import GNTModel
-from shiftadd3d.nerf import trainer as trainer_module
 from shiftadd3d.nerf.datamanager import GNTDataManager
 from shiftadd3d.nerf.trainer import GNTTrainer, latest_checkpoint, read_checkpoint
 
@@ -342,7 +341,8 @@ def test_ctrl_c_saves_a_checkpoint_to_go_on_from(
     assert exit_.value.code == 130
     printed = capsys.readouterr()
     models = config.get_base_dir() / MODELS
-    assert f"Interrupted at step {step}. Nothing is lost: go on with --load-dir {models}" in printed.out
+    notice = f"Interrupted at step {step}. Nothing is lost: go on with --load-dir {models}\n"
+    assert printed.out.endswith(notice)
     assert "Traceback" not in printed.out + printed.err
     assert latest_checkpoint(models).name == f"step-{step:09d}.ckpt"
     going_on = make_config(tiny_scene, tmp_path / "more", steps=step + 2)
@@ -376,26 +376,29 @@ def test_ctrl_c_after_the_end_of_training_saves_nothing_twice(tiny_scene, make_c
     assert saved == [0]
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(
-    tiny_scene, make_config, ns_train, tmp_path, monkeypatch
-):
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tiny_scene, make_config, ns_train, tmp_path):
     config = make_config(tiny_scene, tmp_path, steps=5)  # saves at 2 and 4
-    write = torch.save
-
-    def half_way(state, file, *args, **kwargs):
-        if state["step"] < 4:
-            return write(state, file, *args, **kwargs)
-        file.write(b"PK half of a checkpoint")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(trainer_module.torch, "save", half_way)
-    with pytest.raises(UserError, match="No space left") as caught:
+    config.get_base_dir().mkdir(parents=True)
+    (config.get_base_dir() / "step-000000004.ckpt.unfinished").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"\(No space left on device\): mend that, and go on from .*2\.ckpt") as caught:
         ns_train(config)
-    assert "step-000000002.ckpt" in one_line(caught.value)
+    one_line(caught.value)
     run = config.get_base_dir()
     assert [path.name for path in (run / MODELS).iterdir()] == ["step-000000002.ckpt"]
     assert read_checkpoint(latest_checkpoint(run / MODELS))["step"] == 2
     assert not list(run.glob("*.unfinished"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("file", ["config.yml", "dataparser_transforms.json"])
+def test_a_disk_that_is_full_before_the_first_checkpoint_is_one_line(tiny_scene, make_config, ns_train, tmp_path, file):
+    config = make_config(tiny_scene, tmp_path)
+    config.get_base_dir().mkdir(parents=True)
+    (config.get_base_dir() / file).symlink_to("/dev/full")
+    with pytest.raises(UserError, match="No space left on device") as caught:
+        ns_train(config)
+    assert str(config.get_base_dir()) in one_line(caught.value)
 
 
 def test_killed_while_saving_leaves_the_checkpoint_before(tiny_run, make_config, ns_train, tmp_path, monkeypatch):
