@@ -15,6 +15,9 @@ import os
 from collections.abc import Iterator
 from typing import Literal, cast, get_args
 
+import torch
+from torch import Tensor
+
 from shiftadd3d._errors import UserError
 
 Numerics = Literal["exact", "fast", "twin"]
@@ -65,3 +68,12 @@ def numerics(name: Numerics) -> Iterator[None]:
         yield
     finally:
         set_numerics(before)
+
+
+def uses_kernels(*tensors: Tensor) -> bool:
+    """Whether layers should run a kernel for inference on these: on the CPU, no gradients wanted, not ``"twin"``."""
+    return (
+        get_numerics() != "twin"
+        and not torch.is_grad_enabled()
+        and all(tensor.device.type == "cpu" for tensor in tensors)
+    )

@@ -171,8 +171,7 @@ def gnt() -> tuple[nn.Module, tuple]:
     torch.manual_seed(0)
     rays, samples, views = 3, 5, 4
     projected = PointSamples(
-        torch.rand(rays, samples, views, 3),
-        torch.randn(rays, samples, views, 8),
+        torch.randn(rays, samples, views, 3 + 8),
         torch.randn(rays, samples, views, 4),
         torch.ones(rays, samples, views, 1, dtype=torch.bool),
     )

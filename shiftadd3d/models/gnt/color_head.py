@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shiftadd3d.models.gnt.projection import MASKED_LOGIT, PointSamples
+from shiftadd3d.kernels.plane_sweep import MASKED_LOGIT
+from shiftadd3d.models.gnt.projection import PointSamples
 
 
 class ImageColorHead(nn.Module):
@@ -47,7 +48,7 @@ class ImageColorHead(nn.Module):
     @staticmethod
     def _moments(samples: PointSamples) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation over the seeing views of colour and features, each [R, S, 3 + C]."""
-        values = torch.cat([samples.rgb, samples.features], dim=-1)
+        values = samples.values
         seen = samples.mask.to(values.dtype)
         count = seen.sum(dim=2).clamp(min=1.0)
         mean = (values * seen).sum(dim=2) / count
@@ -71,7 +72,7 @@ class ImageColorHead(nn.Module):
         Returns:
             rgb [R, 3] and weights [R, S], which sum to one.
         """
-        view_input = torch.cat([samples.rgb, samples.features, samples.ray_diff], dim=-1)
+        view_input = torch.cat([samples.values, samples.ray_diff], dim=-1)
         view_logits = self.view_logit_fc(F.relu(self.point_fc(x)[:, :, None] + self.view_fc(view_input)))
         view_logits = view_logits + self.angle_scale * (samples.ray_diff[..., 3:] - 1.0)
         view_weights = torch.softmax(view_logits.masked_fill(~samples.mask, MASKED_LOGIT), dim=2)

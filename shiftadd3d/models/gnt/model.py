@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.models.gnt.feature_net import ResUNet
-from shiftadd3d.models.gnt.projection import Cameras, PointSamples, SourceViews, sample_sources
+from shiftadd3d.models.gnt.projection import Cameras, SourceViews, sample_sources
 from shiftadd3d.models.gnt.proposal import PlaneSweepProposal
 from shiftadd3d.models.gnt.sampling import sample_around, sample_depths, sample_importance
 from shiftadd3d.models.gnt.transformer import GNT
@@ -75,7 +75,11 @@ class GNTModel(nn.Module):
             cameras: V of them.
             valid: [V, H, W] bool, or None.
         """
-        return SourceViews(images, cameras, self.feature_net(images.permute(0, 3, 1, 2)), valid)
+        features = self.feature_net(images.permute(0, 3, 1, 2))
+        if not torch.is_grad_enabled():
+            # Every chunk of rays looks up points in them, and kernels want a pixel's channels side by side.
+            features = tuple(maps.contiguous(memory_format=torch.channels_last) for maps in features)
+        return SourceViews(images, cameras, features, valid)
 
     def forward(
         self,
@@ -133,21 +137,17 @@ class GNTModel(nn.Module):
         points = origins[:, None] + depths[..., None] * directions[:, None]
         samples = sample_sources(points, origins, sources, feature_maps)
         rgb, weights = net(samples, points, directions)
-        return _outputs(rgb, weights, samples, depths)
+        return _outputs(rgb, weights, samples.mask[..., 0].any(dim=-1), depths)
 
     @staticmethod
     def _propose(
         proposal: PlaneSweepProposal, sources: SourceViews, origins: Tensor, directions: Tensor, planes: Tensor
     ) -> dict[str, Any]:
         points = origins[:, None] + planes[..., None] * directions[:, None]
-        feature_maps = sources.features[0][:, : proposal.feature_dim]
-        samples = sample_sources(points, origins, sources, feature_maps)
-        rgb, weights = proposal(samples)
-        return _outputs(rgb, weights, samples, planes)
+        return _outputs(*proposal.sweep(points, origins, sources), planes)
 
 
-def _outputs(rgb: Tensor, weights: Tensor, samples: PointSamples, depths: Tensor) -> dict[str, Any]:
-    seen = samples.mask[..., 0].any(dim=-1)
+def _outputs(rgb: Tensor, weights: Tensor, seen: Tensor, depths: Tensor) -> dict[str, Any]:
     return {
         "rgb": rgb,
         "depth": (weights * depths).sum(dim=-1),

@@ -10,13 +10,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.kernels import gather
+from shiftadd3d.kernels.gather import ray_differences
+from shiftadd3d.kernels.numerics import uses_kernels
 
-#: Logit of what must not be chosen: finite, so that a softmax over nothing but such ones is even instead of NaN.
-MASKED_LOGIT = -1e4
+__all__ = [
+    "Cameras",
+    "PointSamples",
+    "SourceViews",
+    "project_points",
+    "projection_matrices",
+    "ray_differences",
+    "sample_sources",
+]
 
 
 @dataclass
@@ -99,22 +108,30 @@ class PointSamples:
     """What the source views say about points on rays.
 
     Attributes:
-        rgb: [R, S, V, 3], colour each view shows there.
-        features: [R, S, V, C].
+        values: [R, S, V, 3 + C], colour and features each view shows there.
         ray_diff: [R, S, V, 4], unit difference between the directions to the target and to the source camera, and the
             cosine between the two.
         mask: [R, S, V, 1] bool, whether the view can see the point at all (in front, inside the picture, valid pixel).
     """
 
-    rgb: Tensor
-    features: Tensor
+    values: Tensor
     ray_diff: Tensor
     mask: Tensor
 
+    @property
+    def rgb(self) -> Tensor:
+        """The colours alone, [R, S, V, 3]."""
+        return self.values[..., :3]
 
-def _grid_sample(maps: Tensor, grid: Tensor) -> Tensor:
-    """[V, C, h, w] at [V, R, S, 2] to [R, S, V, C]."""
-    return F.grid_sample(maps, grid, mode="bilinear", align_corners=True).permute(2, 3, 0, 1)
+    @property
+    def features(self) -> Tensor:
+        """The features alone, [R, S, V, C]."""
+        return self.values[..., 3:]
+
+
+def projection_matrices(cameras: Cameras) -> Tensor:
+    """[V, 3, 4], from world to homogeneous pixels; the last of the three is the z depth."""
+    return cameras.intrinsics @ torch.linalg.inv(cameras.camera_to_world)[:, :3]
 
 
 def project_points(points: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
@@ -127,33 +144,7 @@ def project_points(points: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
     Returns:
         pixels [V, R, S, 2] as (x, y), and z depths [V, R, S] (negative behind the camera).
     """
-    world_to_camera = torch.linalg.inv(cameras.camera_to_world)
-    projection = cameras.intrinsics @ world_to_camera[:, :3]  # [V, 3, 4]
-    projected = torch.einsum("vij,rsj->vrsi", projection[..., :3], points) + projection[:, None, None, :, 3]
-    pixels = (projected[..., :2] / projected[..., 2:].clamp(min=1e-8)).clamp(-1e6, 1e6)
-    return pixels, projected[..., 2]
-
-
-def ray_differences(points: Tensor, target_center: Tensor, source_centers: Tensor) -> Tensor:
-    """How differently a source camera looks at a point than the target does (IBRNet, Wang et al. 2021, sec. 3.2).
-
-    Args:
-        points: [R, S, 3].
-        target_center: [R, 3], where each ray starts.
-        source_centers: [V, 3].
-
-    Returns:
-        [R, S, V, 4]: the unit vector of the difference of the two unit directions, and their dot product.
-    """
-
-    def unit(x: Tensor) -> Tensor:
-        return x / (x.norm(dim=-1, keepdim=True) + 1e-6)
-
-    to_target = unit(target_center[:, None] - points)[:, :, None]  # [R, S, 1, 3]
-    to_source = unit(source_centers - points[:, :, None])  # [R, S, V, 3]
-    difference = to_target - to_source
-    difference = difference / difference.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-    return torch.cat([difference, (to_target * to_source).sum(dim=-1, keepdim=True)], dim=-1)
+    return gather.project_points(points, projection_matrices(cameras))
 
 
 def sample_sources(points: Tensor, target_center: Tensor, sources: SourceViews, feature_maps: Tensor) -> PointSamples:
@@ -165,18 +156,22 @@ def sample_sources(points: Tensor, target_center: Tensor, sources: SourceViews, 
         sources: V views.
         feature_maps: [V, C, h, w], those of `sources` to look at.
     """
-    height, width = sources.images.shape[1:3]
-    pixels, depth = project_points(points, sources.cameras)
-    x, y = pixels.unbind(-1)
-    mask = (depth > 0) & (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)  # [V, R, S]
-    # Both maps span the same picture: align_corners puts their outermost samples on its outermost pixels.
-    grid = 2.0 * pixels / pixels.new_tensor([width - 1.0, height - 1.0]) - 1.0
-    if sources.valid is not None:
-        # All four neighbours must be valid: a border pixel mixed with a blank one has a wrong colour.
-        mask &= _grid_sample(sources.valid[:, None].to(grid.dtype), grid)[..., 0].permute(2, 0, 1) > 0.999
-    return PointSamples(
-        rgb=_grid_sample(sources.images.permute(0, 3, 1, 2), grid),
-        features=_grid_sample(feature_maps, grid),
-        ray_diff=ray_differences(points, target_center, sources.cameras.camera_to_world[:, :3, 3]),
-        mask=mask.permute(1, 2, 0)[..., None],
+    scene = scene_of(points, target_center, sources, feature_maps)
+    look_up = gather.point_samples if uses_kernels(points, feature_maps) else gather.point_samples_twin
+    values, ray_diff, mask = look_up(*scene)
+    return PointSamples(values, ray_diff, mask.unsqueeze(-1))
+
+
+def scene_of(
+    points: Tensor, target_center: Tensor, sources: SourceViews, feature_maps: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The same arguments as plain tensors, as kernels take them (see `shiftadd3d.kernels.gather`)."""
+    return (
+        points,
+        target_center,
+        projection_matrices(sources.cameras),
+        sources.cameras.camera_to_world[:, :3, 3],
+        sources.images,
+        feature_maps.permute(0, 2, 3, 1),
+        sources.valid,
     )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from shiftadd3d.models.gnt.projection import MASKED_LOGIT, PointSamples
+from shiftadd3d.kernels.numerics import uses_kernels
+from shiftadd3d.kernels.plane_sweep import plane_sweep, sweep_evidence, sweep_outcome, view_agreement
+from shiftadd3d.models.gnt.fused import is_free, weights_and_biases
+from shiftadd3d.models.gnt.projection import PointSamples, SourceViews, sample_sources, scene_of
 
 
 class PlaneSweepProposal(nn.Module):
@@ -41,17 +44,28 @@ class PlaneSweepProposal(nn.Module):
         Returns:
             rgb [R, 3] and weights [R, P], which sum to one.
         """
-        logits = (self.angle_scale * (samples.ray_diff[..., 3:] - 1.0)).masked_fill(~samples.mask, MASKED_LOGIT)
-        view_weights = torch.softmax(logits, dim=2)
-        values = torch.cat([samples.rgb, samples.features], dim=-1)
-        mean = (view_weights * values).sum(dim=2)
-        deviation = (view_weights * (values - mean[:, :, None]).abs()).sum(dim=2)  # [R, P, 3 + C]
-        seen = samples.mask[..., 0].sum(dim=2)
-        evidence = torch.cat([deviation, (seen[..., None] / samples.mask.shape[2])], dim=-1)
-        before = torch.cat([evidence[:, :1], evidence[:, :-1]], dim=1)
-        after = torch.cat([evidence[:, 1:], evidence[:, -1:]], dim=1)
-        scores = self.score(torch.cat([before, evidence, after], dim=-1))[..., 0]
-        scores = scores - self.agreement_scale * deviation[..., :3].mean(dim=-1)
-        # One view alone always agrees with itself: that says nothing about the depth.
-        weights = torch.softmax(scores.masked_fill(seen < 2, MASKED_LOGIT), dim=-1)
-        return (weights[..., None] * mean[..., :3]).sum(dim=1), weights
+        mask = samples.mask[..., 0]
+        mean, deviation = view_agreement(samples.values, samples.ray_diff[..., 3], mask, self.angle_scale)
+        scores = self.score(sweep_evidence(deviation, mask))[..., 0]
+        return sweep_outcome(scores, mean, deviation, mask, self.agreement_scale)
+
+    def sweep(self, points: Tensor, origins: Tensor, sources: SourceViews) -> tuple[Tensor, Tensor, Tensor]:
+        """Look up points in the source views, and judge them.
+
+        Args:
+            points: [R, P, 3], world.
+            origins: [R, 3], where each ray starts.
+            sources: V views.
+
+        Returns:
+            rgb [R, 3] and weights [R, P], as `forward` does, and whether any view sees a point, [R, P] bool.
+        """
+        feature_maps = sources.features[0]
+        if uses_kernels(points, feature_maps) and is_free(self):
+            plain = weights_and_biases((self.score[0], self.score[2]))
+            if plain is not None:
+                (hidden, last), (hidden_bias, last_bias) = plain
+                network = (hidden, hidden_bias, last, last_bias, self.angle_scale, self.agreement_scale)
+                return plane_sweep(*scene_of(points, origins, sources, feature_maps), *network)
+        samples = sample_sources(points, origins, sources, feature_maps[:, : self.feature_dim])
+        return *self(samples), samples.mask[..., 0].any(dim=-1)

@@ -13,7 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shiftadd3d.kernels.numerics import uses_kernels
+from shiftadd3d.kernels.ray_block import ray_block
+from shiftadd3d.kernels.view_attention import MAX_VIEWS, view_attention
 from shiftadd3d.models.gnt.color_head import ImageColorHead
+from shiftadd3d.models.gnt.fused import codes_and_convolution, is_free, weights_and_biases
 from shiftadd3d.models.gnt.projection import PointSamples
 from shiftadd3d.nn import AddAttention, Recipe, register_attention
 
@@ -72,6 +76,12 @@ class ViewAttention(nn.Module):
         Returns:
             [R, S, C].
         """
+        if uses_kernels(query, views) and views.shape[2] <= MAX_VIEWS and is_free(self):
+            (pos_1, _, pos_2), (attn_1, _, attn_2) = self.pos_fc, self.attn_fc
+            layers = (self.q_fc, self.k_fc, self.v_fc, pos_1, pos_2, attn_1, attn_2, self.out_fc)
+            plain = weights_and_biases(layers)
+            if plain is not None:
+                return view_attention(query, views, ray_diff, mask[..., 0], plain[0], plain[1][3:])
         q = self.q_fc(query)
         k = self.k_fc(views)
         v = self.v_fc(k)  # of the keys, not of the views: so it is in the released network
@@ -138,6 +148,10 @@ class RayTransformer(nn.Module):
         self.attn = RayAttention(dim, num_heads, dropout)
 
     def forward(self, x: Tensor, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        if uses_kernels(x) and is_free(self):
+            outcome = self._fused(x, return_weights)
+            if outcome is not None:
+                return outcome
         weights = None
         if return_weights:
             attended, weights = self.attn(self.attn_norm(x), return_weights=True)
@@ -145,6 +159,24 @@ class RayTransformer(nn.Module):
             attended = self.attn(self.attn_norm(x))
         x = x + attended
         return x + self.ff(self.ff_norm(x)), weights
+
+    def _fused(self, x: Tensor, return_weights: bool) -> tuple[Tensor, Tensor | None] | None:
+        """The block as one kernel; the feed-forward network apart from it if that is not two plain layers."""
+        attn, ff = self.attn, self.ff
+        kind = ("softmax", None) if type(attn) is RayAttention else None
+        if type(attn) is AddAttention:
+            kind = codes_and_convolution(attn)
+        plain = kind and weights_and_biases((self.attn_norm, attn.q_fc, attn.k_fc, attn.v_fc, attn.out_fc))
+        if not plain:
+            return None
+        weights, biases = plain
+        perceptron = weights_and_biases((self.ff_norm, ff.fc1, ff.fc2)) if type(ff) is FeedForward else None
+        if perceptron is not None:
+            weights, biases = weights + perceptron[0], biases + perceptron[1]
+        x, first = ray_block(x, weights, biases, kind[1], attn.num_heads, kind[0], self.attn_norm.eps, return_weights)
+        if perceptron is None:
+            x = x + ff(self.ff_norm(x))
+        return x, first if return_weights else None
 
 
 class GNT(nn.Module):
@@ -197,19 +229,19 @@ class GNT(nn.Module):
         """
         view_directions = sinusoidal_embedding(F.normalize(directions, dim=-1))[:, None].expand(-1, points.shape[1], -1)
         embedding = torch.cat([sinusoidal_embedding(points), view_directions], dim=-1)
-        views = self.rgbfeat_fc(torch.cat([samples.rgb, samples.features], dim=-1))
+        views = self.rgbfeat_fc(samples.values)
         x = views.amax(dim=2)
         if self.color_head is not None:
             x = x + self.color_head.consistency(samples)
         attention = None
         last = len(self.view_selftrans) - 1
-        for i, (view_block, q_fc, ray_block) in enumerate(
+        for i, (view_block, q_fc, ray_transformer) in enumerate(
             zip(self.view_crosstrans, self.q_fcs, self.view_selftrans, strict=True)
         ):
             x = view_block(x, views, samples.ray_diff, samples.mask)
             if i % 2 == 0:
                 x = q_fc(torch.cat([x, embedding], dim=-1))
-            x, attention = ray_block(x, return_weights=i == last and self.color_head is None)
+            x, attention = ray_transformer(x, return_weights=i == last and self.color_head is None)
         x = self.norm(x)
         regressed = self.rgb_fc(x.mean(dim=1))
         if self.color_head is None:
