@@ -223,6 +223,8 @@ def dispatch(tokens: Tensor, assignment: Tensor, experts: Sequence[nn.Module]) -
 
 
 def _router_logits(tokens: Tensor, router: nn.Linear, temperature: float) -> Tensor:  # [T, C] -> [T, E]
+    if tokens.shape[-1] != router.in_features:
+        raise UserError(f"the mixture takes tokens [..., {router.in_features}], not {list(tokens.shape)}")
     # The choice is discrete: keep it out of reduced precision.
     with torch.autocast(tokens.device.type, enabled=False):
         dtype = torch.promote_types(tokens.dtype, torch.float32)

@@ -494,7 +494,8 @@ class PackedShiftLayer(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:  # [*, in_features] -> [*, out_features]
         """``x W^T + b``, the weight decoded for this call only: a layer keeps no float copy of it."""
-        return F.linear(x, self.quantized_weight(x.dtype), self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.quantized_weight(x.dtype), bias)
 
     def _format_repr(self) -> str:
         return f"bias={self.bias is not None}, bits={self.bits}, terms={self.terms}"

@@ -418,6 +418,8 @@ def test_any_module_can_be_an_expert() -> None:
         (lambda: MoELinear(4, 4, latencies=(1.0, 0.0)), "positive"),
         (lambda: MoELinear(4, 4, latencies="guess"), "'measure'"),
         (lambda: MoE([nn.Identity()], 4, names=["a", "b"]), "as many names"),
+        (lambda: MoELinear(4, 4)(torch.ones(2, 5)), r"the mixture takes tokens \[..., 4\], not \[2, 5\]"),
+        (lambda: FrozenMoE(MoELinear(4, 4))(torch.ones(2, 5)), r"tokens \[..., 4\], not \[2, 5\]"),
         (lambda: MoEMlp.from_mlp(nn.ReLU()), "no linear layer"),
         (lambda: collect_moe_losses(nn.ReLU(), reduction="max"), "mean or sum"),
     ],

@@ -69,6 +69,15 @@ def test_a_packed_layer_stores_four_bits_a_weight() -> None:
     assert stored == {"codes": 64 * 256 // 2, "offset": 256, "bias": 256 * 4}
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_packed_layer_computes_in_the_dtype_of_its_input(dtype: torch.dtype) -> None:
+    layer = ShiftLinear(20, 10).eval()
+    x = torch.randn(3, 20, dtype=dtype)
+    y = layer.freeze()(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, layer.to_linear().to(dtype)(x))  # powers of two are exact in all of them
+
+
 def test_a_packed_layer_goes_through_a_state_dict() -> None:
     packed = ShiftLinear(20, 10, bits=5, terms=2).freeze()
     other = PackedShiftLinear(20, 10, bits=5, terms=2)
