@@ -7,6 +7,7 @@ its instructions from the `CpuTarget` it is built for, the trial that compares t
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -26,6 +27,14 @@ import torch
 
 from shiftadd3d.kernels import cache, targets, threads
 from shiftadd3d.kernels.targets import CpuTarget
+
+if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__") and not hasattr(torch.Tensor, "__c_dlpack_exchange_api__"):
+    # With an older torch it would compile an extension of torch first, for calls that are some microseconds faster.
+    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+try:
+    import tvm_ffi  # the small library that calls compiled code; the compiler, `tvm`, is imported where it is needed
+except ImportError:
+    tvm_ffi = None
 
 __all__ = ["KERNELS", "Kernel", "define_op"]
 
@@ -189,29 +198,28 @@ def _with_torch_threads(function: Callable[..., Any]) -> Callable[..., Any]:
 @lru_cache(maxsize=1)
 def _load_runtime() -> None:
     """Load what compiled kernels are linked against, and not the rest of TVM, which takes seconds to import."""
-    import ctypes
-
-    import tvm_ffi  # noqa: F401
-
     package = find_spec("tvm")
-    if package is None or not package.submodule_search_locations:
+    if tvm_ffi is None or package is None or not package.submodule_search_locations:
         raise RuntimeError("TVM is not installed")
     (runtime,) = Path(package.submodule_search_locations[0]).glob("lib/libtvm_runtime.*")
     ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
 
 
-@lru_cache(maxsize=1)
+_launcher_is_installed = False
+
+
 def _install_launcher(neighbour: Any = None) -> None:
-    """Compile and install what starts parallel work (see `threads`).
+    """Compile and install what starts parallel work (see `threads`), once.
 
     Args:
         neighbour: where there is no linker, a compiled kernel that it is to share the process with.
     """
-    import tvm_ffi
-
+    global _launcher_is_installed
+    if _launcher_is_installed:
+        return
     _load_runtime()
     entry = cache.key(launcher=threads.LAUNCHER_LLVM, machine=platform.machine(), **_versions())
-    library = cache.find(entry)
+    library, module = cache.find(entry), None
     if library is None:
         import tvm
 
@@ -219,17 +227,14 @@ def _install_launcher(neighbour: Any = None) -> None:
             header = re.findall(r"^target .*$", neighbour.mod.inspect_source("ll"), re.MULTILINE) if neighbour else []
             source.write_text("\n".join([*header, threads.LAUNCHER_LLVM]))
             module = tvm.runtime.load_module(str(source))
-            if neighbour:
-                threads.install(module)
-                return
-            _link(module, built)
-            library = cache.store(entry, built, {"kernel": threads.LAUNCHER_NAME} | _versions())
-    threads.install(tvm_ffi.load_module(str(library)))
+            if neighbour is None:
+                _link(module, built)
+                library = cache.store(entry, built, {"kernel": threads.LAUNCHER_NAME} | _versions())
+    threads.install(module if library is None else tvm_ffi.load_module(str(library)))
+    _launcher_is_installed = True
 
 
 def _load_library(library: Path) -> Any:
-    import tvm_ffi
-
     _install_launcher()
     return tvm_ffi.load_module(str(library))
 

@@ -322,6 +322,78 @@ def _data_of_run(given: DataSettings, classifier: Path) -> DataSettings:
     return given
 
 
+_KernelNames = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[KERNEL ...]")]
+
+
+@dataclass(frozen=True)
+class ListKernels(Verb):
+    """Show the kernels and their variants, and which of these the cache holds for this machine."""
+
+    names: _KernelNames = ()
+    """Which kernels; all if none is named."""
+    json: JsonFile = None
+    """Write the same facts to this JSON file, too."""
+
+    def run(self) -> None:
+        """Print the table."""
+        from shiftadd3d.kernels import manage
+
+        manage.list_kernels(self.names, self.json)
+
+
+@dataclass(frozen=True)
+class BuildKernels(Verb):
+    """Compile kernels for this machine now, so that nothing has to wait for it later."""
+
+    names: _KernelNames = ()
+    """Which kernels; all if none is named."""
+    json: JsonFile = None
+    """Write the same facts to this JSON file, too."""
+
+    def run(self) -> None:
+        """Compile what the cache does not hold."""
+        from shiftadd3d.kernels import manage
+
+        manage.build_kernels(self.names, self.json)
+
+
+@dataclass(frozen=True)
+class CheckKernels(Verb):
+    """Compare every kernel with its torch twin on this machine; exit code 1 if one differs."""
+
+    names: _KernelNames = ()
+    """Which kernels; all if none is named."""
+    json: JsonFile = None
+    """Write the same facts to this JSON file, too."""
+
+    def run(self) -> None:
+        """Build what the cache does not hold, run everything on small problems."""
+        from shiftadd3d.kernels import manage
+
+        manage.check_kernels(self.names, self.json)
+
+
+@dataclass(frozen=True)
+class Kernels(Verb):
+    """Look after the compiled kernels: list them, build them ahead, check them.
+
+    They are built on first use and kept for each user, in the folder that SHIFTADD3D_CACHE names or in the platform's
+    cache folder. SHIFTADD3D_TARGET chooses another instruction set than the best this CPU has.
+    """
+
+    action: Annotated[
+        Annotated[ListKernels, tyro.conf.subcommand("list")]
+        | Annotated[BuildKernels, tyro.conf.subcommand("build")]
+        | Annotated[CheckKernels, tyro.conf.subcommand("check")],
+        tyro.conf.arg(name=""),
+    ]
+    """What to do with them."""
+
+    def run(self) -> None:
+        """Do it."""
+        self.action.run()
+
+
 def _need_nerfstudio() -> None:
     # It meets newer libraries than it was written for, and each of them says so.
     warnings.filterwarnings("ignore", module=r"nerfstudio|torch\.jit|torch\.functional|viser|websockets")
@@ -336,6 +408,7 @@ VERBS: dict[str, type[Verb]] = {
     "evaluate": Evaluate,
     "predict": Predict,
     "export": Export,
+    "kernels": Kernels,
     "info": Info,
 }
 

@@ -1,0 +1,142 @@
+"""All kernels at once: what there is, what is built, and whether it computes what it should."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+import shiftadd3d.kernels
+from shiftadd3d._errors import UserError
+from shiftadd3d._report import write_json
+from shiftadd3d.kernels import cache, targets
+from shiftadd3d.kernels.kernel import KERNELS, Kernel
+from shiftadd3d.kernels.targets import CpuTarget
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of a kernel for one target."""
+
+    kernel: Kernel
+    target: CpuTarget
+    spec: dict[str, Any]
+
+    @property
+    def entry(self) -> str:
+        """Its key in the cache."""
+        return self.kernel.entry(self.target, **self.spec)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the cache has it, whole."""
+        return cache.find(self.entry) is not None
+
+    def facts(self) -> dict[str, Any]:
+        """What tables and JSON say about it."""
+        return {"kernel": self.kernel.name, "target": self.target.name, "spec": self.spec}
+
+
+def all_variants(names: Iterable[str] = (), target: CpuTarget | None = None) -> Iterator[Variant]:
+    """The specialisations that are built ahead, of all kernels or of those named.
+
+    Args:
+        names: kernels to take; all if empty.
+        target: what they are for; this machine's if None.
+
+    Raises:
+        UserError: if there is no kernel of a name.
+    """
+    for module in pkgutil.iter_modules(shiftadd3d.kernels.__path__):
+        importlib.import_module(f"{shiftadd3d.kernels.__name__}.{module.name}")
+    target = target or targets.current()
+    names = list(names) or sorted(KERNELS)
+    for name in names:
+        if name not in KERNELS:
+            raise UserError(f"no kernel {name!r}: expected some of {', '.join(sorted(KERNELS))}")
+        for spec in KERNELS[name].variants(target):
+            yield Variant(KERNELS[name], target, dict(spec))
+
+
+def list_kernels(names: Iterable[str] = (), json: Path | None = None) -> None:
+    """Print which variants there are and which of them the cache holds; write it to `json`, too.
+
+    Raises:
+        UserError: if there is no kernel of a name, or the file cannot be written.
+    """
+    rows = [{**variant.facts(), "cached": variant.is_cached} for variant in all_variants(names)]
+    _show(rows, json, "cached", lambda row: "yes" if row["cached"] else "[dim]no[/dim]")
+
+
+def build_kernels(names: Iterable[str] = (), json: Path | None = None) -> None:
+    """Have the cache hold all variants for this machine; print what was done, and write it to `json`, too.
+
+    Raises:
+        UserError: if there is no kernel of a name, or if one could not be built.
+    """
+
+    def build(variant: Variant) -> dict[str, Any]:
+        if variant.is_cached:
+            return {"built": False, "seconds": 0.0, "error": None}
+        return {"built": True, **_attempt(lambda: variant.kernel.load(variant.target, **variant.spec))}
+
+    rows = [{**variant.facts(), **build(variant)} for variant in _progress(all_variants(names))]
+    _show(rows, json, "built", lambda row: f"{row['seconds']:.1f} s" if row["built"] else "[dim]was there[/dim]")
+
+
+def check_kernels(names: Iterable[str] = (), json: Path | None = None) -> None:
+    """Compare all variants with their twins on this machine; print the outcome, and write it to `json`, too.
+
+    Raises:
+        UserError: if there is no kernel of a name, or if one differs from its twin or could not be built.
+    """
+
+    def check(variant: Variant) -> None:
+        variant.kernel.trial(variant.kernel.load(variant.target, **variant.spec), **variant.spec)
+
+    rows = [{**variant.facts(), **_attempt(partial(check, variant))} for variant in _progress(all_variants(names))]
+    _show(rows, json, "as its twin", lambda row: "yes")
+
+
+def _progress(variants: Iterable[Variant]) -> Iterable[Variant]:
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(list(variants), console=Console(stderr=True), transient=True)
+
+
+def _attempt(action: Callable[[], Any]) -> dict[str, Any]:
+    start = time.perf_counter()
+    try:
+        action()
+        error = None
+    except Exception as problem:
+        error = f"{type(problem).__name__}: {problem}".strip()
+    return {"seconds": round(time.perf_counter() - start, 3), "error": error}
+
+
+def _show(rows: list[dict[str, Any]], json: Path | None, column: str, value: Callable[[dict[str, Any]], str]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("kernel", "target", "variant", column, box=box.SIMPLE_HEAD)
+    for row in rows:
+        spec = ", ".join(f"{name} {setting}" for name, setting in row["spec"].items())
+        error = row.get("error")
+        outcome = "[red]" + escape(error.splitlines()[0]) if error else value(row)
+        table.add_row(row["kernel"], row["target"], spec, outcome)
+    Console(highlight=False).print(table)
+    if json is not None:
+        write_json(json, {"folder": str(cache.folder()), "variants": rows})
+    failed = [row for row in rows if row.get("error")]
+    if failed:
+        kernels = ", ".join(sorted({row["kernel"] for row in failed}))
+        raise UserError(f"{len(failed)} of {len(rows)} variants failed, of {kernels}; plain torch stands in for them")

@@ -1,0 +1,41 @@
+"""Fresh memory for large outcomes."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Below this, the C library hands out memory that has been used before.
+_LARGE = 8 << 20
+_HUGE_PAGE = 2 << 20
+_MADV_HUGEPAGE = 14
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """`torch.empty` on the CPU, whose memory, if it is large, comes in pages of 2 MiB where Linux has them.
+
+    The system clears fresh memory when it is first written to. In pages of 4 KiB that takes longer than many a kernel
+    takes to fill it.
+    """
+    fresh = torch.empty(shape, dtype=dtype)
+    if fresh.nbytes >= _LARGE:
+        advise = _madvise()
+        start = -(-fresh.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+        end = (fresh.data_ptr() + fresh.nbytes) // _HUGE_PAGE * _HUGE_PAGE
+        if advise is not None and end > start:
+            advise(start, end - start, _MADV_HUGEPAGE)  # advice only: whether it is taken makes no difference here
+    return fresh
+
+
+@lru_cache(maxsize=1)
+def _madvise() -> Any:
+    if sys.platform != "linux":
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function

@@ -1,0 +1,695 @@
+"""Products with power-of-two weights, one block of rows at a time: the code that shift kernels are made of.
+
+A product goes through stages, for each of which `ShiftProduct` has a method that emits its code:
+
+1. `stage` brings a block of activations into the form that the machine's instructions take, in scratch memory that
+   stays in the second-level cache.
+2. `decode` turns the codes of a panel of outputs into numbers, a block of inputs at a time. The weights are read as
+   they are stored, two to a byte, and expanded anew for each block of rows, which costs a few per cent of the product:
+   nothing but the codes lives in memory.
+3. `multiply` sums up a tile of the outcome over a block of inputs.
+
+`panels` does 2 and 3 for a range of outputs, and hands the outcome over to be stored.
+
+A power of two is exact in every format here, so only activations may round. The forms:
+
+- ``"float32"``: fused multiply-adds on the activations as they are.
+- ``"int16"``: every row is rounded to 16-bit integers with one power of two as its scale, and one instruction sums
+  pairs of products in 32-bit integers. With e the exponent of a row's largest magnitude, each activation is off by at
+  most ``2**(e - 15)``, and by ``2**(e - 11)`` with codes of 5 bits, whose 15 powers leave less room for sums. The
+  largest magnitude has to be zero or within ``2**-64`` and ``2**64``; infinity and NaN have no place in such a row.
+- ``"bfloat16x1"``: matrix tiles (AMX) of bfloat16; activations in float32 are off by at most ``2**-8`` of themselves.
+- ``"bfloat16x3"``: the same on three pieces of each activation, which together hold all its bits: exact.
+
+Where a form cannot express an activation, `stage` raises a flag, and another form has to do the work.
+
+Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.2.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from shiftadd3d.kernels import bfloat16, power_of_two
+from shiftadd3d.kernels.numerics import Numerics
+from shiftadd3d.kernels.targets import CpuTarget
+
+Form = Literal["float32", "int16", "bfloat16x1", "bfloat16x3"]
+Dtype = Literal["float32", "bfloat16"]
+
+_GROUP = 16  # codes are transposed 16 inputs by 16 outputs at a time, which fits 128-bit registers
+_FRACTION_BITS, _EXPONENT_BIAS = 23, 127
+_MAGNITUDE = 0x7FFFFFFF
+
+
+def forms(target: CpuTarget, numerics: Numerics, bits: int, terms: int, dtype: Dtype) -> tuple[Form, ...]:
+    """The forms that compute such a product with such numerics, the fastest first; the last one serves all numbers."""
+    if target.has_amx:
+        return ("bfloat16x1" if numerics == "fast" or dtype == "bfloat16" else "bfloat16x3", "float32")
+    if numerics == "fast" and "avx2" in target.flags and bits <= 5 and terms == 1:
+        return ("int16", "float32")
+    return ("float32",)
+
+
+def error_bound(form: Form, bits: int) -> float:
+    """What an output may be off by before its activation, as a multiple of ``max |row of x| * sum |row of W|``.
+
+    On top of that comes the rounding of float32 sums, which all forms share.
+    """
+    if form == "int16":
+        return 2.0**-15 if bits <= 4 else 2.0**-11
+    return 2.0**-8 if form == "bfloat16x1" else 0.0
+
+
+def tile_shape(target: CpuTarget, form: Form) -> tuple[int, int]:
+    """Rows and columns of a tile.
+
+    Two vectors across, and accumulators in 12 of 16 registers, or in 24 of 32; or two by two of AMX's tiles.
+    """
+    rows = 32 if form.startswith("bfloat16") else 12 if target.has_avx512 else 6
+    return rows, 2 * target.lanes
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Buffers of codes as `power_of_two.pack` stores them: what a product is multiplied by.
+
+    Attributes:
+        codes: [terms, outputs, bytes of a row] uint8.
+        offset: [terms, outputs] int8.
+        bias: [outputs] float32.
+        inputs, outputs: their numbers, int64 expressions.
+    """
+
+    codes: Any
+    offset: Any
+    bias: Any
+    inputs: Any
+    outputs: Any
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory of one task; `ShiftProduct.scratch` makes it."""
+
+    rows: Any  # that there is memory for, an int64 expression
+    blocks: Any  # of inputs, an int64 expression
+    activations: Any  # [pieces * blocks * rows, stride], the form's numbers
+    bytes: Any  # [columns, bytes of a block of inputs] uint8: the codes of a panel
+    codes: Any  # [columns or 16, 16] uint8: codes of as many outputs and 16 inputs
+    panel: Any  # [numbers of a block of inputs, columns], the form's numbers
+    units: Any  # [columns] int32 or float32: what the offset of a channel makes of its levels
+    bias: Any  # [columns] float32
+    sums: Any  # [rows, columns] float32
+    scales: Any  # [rows] float32: what sums of integers are multiplied by
+
+
+Load = Callable[[Any, Any, int], Any]
+Store = Callable[[Any, Any, Any, int], None]
+
+
+class ShiftProduct(ABC):
+    """The code of one product; `shift_product` makes one.
+
+    Attributes:
+        rows: rows of a tile; memory is for a multiple of them.
+        columns: outputs of a panel.
+        block: inputs whose weights are decoded at a time.
+    """
+
+    number = "int32"
+    """What staged activations and decoded weights are stored as; int32 stands for pairs of 16-bit numbers."""
+    pair = 2
+    pieces = 1
+    """How many numbers there are for each activation."""
+    passes = 1
+    """How often the sums go through all inputs."""
+
+    def __init__(self, target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype, block: int) -> None:
+        import tvm.script
+
+        self._T: Any = tvm.script.tirx
+        self.target, self.bits, self.terms, self.lanes = target, bits, terms, target.lanes
+        self.rows, self.columns = tile_shape(target, form)
+        self.block = block
+        self.levels = power_of_two.num_exponents(bits)
+        self.round_weights = dtype == "bfloat16"  # as the twin does, where two terms make it necessary
+        # A little more than a power of two: the rows of a tile must not all fall into the same few lines of the cache.
+        self.stride = block // self.pair + 16
+        # 24 independent sums need no unrolling, and LLVM takes a longer chain of dot products apart.
+        self.unroll = 1 if target.has_avx512 else 2
+        self.vectors = range(0, self.columns, self.lanes)
+
+    def scratch(self, rows: Any, inputs: Any) -> Scratch:
+        """Allocate the memory of a task for `rows` rows (a multiple of `self.rows`) of `inputs` inputs."""
+        T = self._T
+        blocks = T.bind((inputs + (self.block - 1)) // self.block)
+        decoded = -(-self.block // (2 * _GROUP)) * (2 * _GROUP)
+
+        def buffer(*shape: Any, dtype: str) -> Any:
+            return T.alloc_buffer(shape, dtype, align=64)
+
+        return Scratch(
+            rows=rows,
+            blocks=blocks,
+            activations=buffer(self.pieces * blocks * rows, self.stride, dtype=self.number),
+            bytes=buffer(self.columns, decoded * self.bits // 8 + _GROUP, dtype="uint8"),
+            codes=buffer(max(self.columns, _GROUP), _GROUP, dtype="uint8"),
+            panel=buffer(decoded // self.pair, self.columns, dtype=self.number),
+            units=buffer(self.columns, dtype="int32"),
+            bias=buffer(self.columns, dtype="float32"),
+            sums=buffer(rows, self.columns, dtype="float32"),
+            scales=buffer(rows, dtype="float32"),
+        )
+
+    def release(self) -> None:  # noqa: B027 (most have nothing to do)
+        """Emit what a task has to do last."""
+
+    def stage(self, scratch: Scratch, rows: Any, inputs: Any, load: Load, flag: Any) -> None:
+        """Bring `rows` rows of `inputs` activations into `scratch.activations`.
+
+        Args:
+            load: ``load(row, start, count)``: `count` float32 activations of a row from input `start` on, a vector, or
+                a scalar if `count` is 1.
+            flag: [1] int32 buffer, set to 1 if the form cannot express an activation.
+        """
+        T = self._T
+        with T.serial(rows) as row:
+            self.stage_row(scratch, row, inputs, load, flag)
+        # Rows that only fill up the last tile: their sums go nowhere, but must not be slow to form.
+        parts, blocks = self.stride // self.lanes, self.pieces * scratch.blocks
+        with T.serial(-rows % self.rows) as spare, T.serial(blocks) as block, T.serial(parts) as part:
+            index = [block * scratch.rows + rows + spare, self.at(part * self.lanes)]
+            T.buffer_store(scratch.activations, self.splat(0, self.number), index)
+
+    def panels(
+        self,
+        scratch: Scratch,
+        rows: Any,
+        weights: Weights,
+        first: Any,
+        last: Any,
+        apply: Callable[[Any], Any],
+        store: Store,
+    ) -> None:
+        """Multiply `rows` staged rows by the weights of panels `first` to `last` - 1, and store the outputs.
+
+        Args:
+            apply: what becomes of a vector of outputs before it is stored, for instance its activation.
+            store: ``store(row, output, value, count)`` stores `count` outputs, a vector, or a scalar if `count` is 1.
+        """
+        T, lanes = self._T, self.lanes
+        turns = scratch.blocks * self.passes
+
+        def outputs(sums: Any, j: int) -> Any:
+            return apply(T.bind(self.scaled(scratch, sums, j) + scratch.bias[self.at(j)]))
+
+        with T.serial(last - first) as step:
+            start = T.bind((first + step) * self.columns)
+            with T.serial(self.columns) as column:
+                bias = T.if_then_else(start + column < weights.outputs, weights.bias[start + column], T.float32(0))
+                T.buffer_store(scratch.bias, bias, [column])
+            with T.serial(turns) as turn:
+                block = T.bind(turn // self.passes)
+                count = T.bind(T.min(weights.inputs - block * self.block, T.int64(self.block)))
+                self.decode(scratch, weights, start, turn, count)
+                with T.serial((rows + (self.rows - 1)) // self.rows) as tile:
+                    row = T.bind(tile * self.rows)
+                    sums = self.multiply(scratch, row, turn, count)
+                    in_memory = turn + 1 == turns  # the sums are complete, and are not in registers
+                    if sums:
+                        whole = T.And(row + self.rows <= rows, start + self.columns <= weights.outputs)
+                        with T.If(T.And(turn + 1 == turns, whole)):
+                            with T.Then():
+                                for i in range(self.rows):
+                                    for j in self.vectors:
+                                        store(row + i, start + j, outputs(sums[i][self.at(j)], j), lanes)
+                            with T.Else():
+                                for i in range(self.rows):
+                                    for j in self.vectors:
+                                        T.buffer_store(scratch.sums, sums[i][self.at(j)], [row + i, self.at(j)])
+                        in_memory = T.And(in_memory, T.Not(whole))
+                    with T.If(in_memory), T.Then(), T.serial(T.min(rows - row, T.int64(self.rows))) as i:
+                        for j in self.vectors:
+                            value = outputs(scratch.sums[row + i, self.at(j)], j)
+                            with T.If(start + (j + lanes) <= weights.outputs):
+                                with T.Then():
+                                    store(row + i, start + j, value, lanes)
+                                with T.Else():
+                                    T.buffer_store(scratch.sums, value, [row + i, self.at(j)])
+                                    with T.serial(T.max(weights.outputs - start - j, T.int64(0))) as rest:
+                                        store(row + i, start + j + rest, scratch.sums[row + i, j + rest], 1)
+
+    def decode(self, scratch: Scratch, weights: Weights, start: Any, turn: Any, count: Any) -> None:
+        """Decode into `scratch.panel` the weights of the outputs from `start` on and of the block of inputs at hand.
+
+        Args:
+            count: how many inputs the block has. Weights beyond are finite, and meet activations of zero.
+        """
+        T = self._T
+        first = T.bind(turn // self.passes * (self.block * self.bits // 8))
+        length = T.bind((count * self.bits + 7) // 8)
+        for term in range(self.terms) if self.passes == 1 else (turn % self.passes,):
+            with T.serial(self.columns) as column, T.If(start + column < weights.outputs):
+                with T.Then():
+                    unit = self.unit(T.cast(weights.offset[term, start + column], "int32"))
+                    T.buffer_store(scratch.units, unit, [column])
+                    with T.serial(length // _GROUP) as part:
+                        codes = weights.codes[term, start + column, T.ramp(first + part * _GROUP, 1, _GROUP)]
+                        T.buffer_store(scratch.bytes, codes, [column, T.ramp(part * _GROUP, 1, _GROUP)])
+                    with T.serial(length % _GROUP) as rest:
+                        position = length // _GROUP * _GROUP + rest
+                        code = weights.codes[term, start + column, first + position]
+                        T.buffer_store(scratch.bytes, code, [column, position])
+                with T.Else():
+                    T.buffer_store(scratch.units, self.unit(T.int32(0)), [column])
+            # By twos, for the sake of products that take 32 inputs at a time.
+            with T.serial((count + (2 * _GROUP - 1)) // (2 * _GROUP) * 2) as group:
+                with T.serial(self.columns) as column:
+                    codes = self._unpacked(scratch.bytes[column, T.ramp(group * (2 * self.bits), 1, _GROUP)])
+                    T.buffer_store(scratch.codes, codes, [column, T.ramp(0, 1, _GROUP)])
+                for half in range(0, self.columns, _GROUP):
+                    rows = [scratch.codes[half + i, T.ramp(0, 1, _GROUP)] for i in range(_GROUP)]
+                    codes = self._transpose([T.bind(row) for row in rows])
+                    for j in range(0, min(_GROUP, self.columns - half), self.lanes):
+                        lanes = list(range(j, j + self.lanes))
+                        wide = [T.bind(T.cast(T.Shuffle([c], lanes), f"int32x{self.lanes}")) for c in codes]
+                        add = isinstance(term, int) and term > 0
+                        self.store_weights(scratch, wide, group, self.at(half + j), add)
+
+    @abstractmethod
+    def unit(self, offset: Any) -> Any:
+        """What `scratch.units` keeps of a channel's offset, int32 both."""
+
+    @abstractmethod
+    def store_weights(self, scratch: Scratch, codes: list[Any], group: Any, column: Any, add: bool) -> None:
+        """Store in `scratch.panel` the weights of 16 inputs, given as vectors of codes, or add them to those there."""
+
+    @abstractmethod
+    def stage_row(self, scratch: Scratch, row: Any, inputs: Any, load: Load, flag: Any) -> None:
+        """See `stage`. Blocks are filled up with zeros as far as `multiply` reads them."""
+
+    @abstractmethod
+    def multiply(self, scratch: Scratch, row: Any, turn: Any, count: Any) -> list[Any] | None:
+        """The product of the tile of rows that begins at `row` by the panel, over all turns up to this one.
+
+        Sums of earlier turns are taken from `scratch.sums`.
+
+        Returns:
+            For each row of the tile a buffer of float32 sums, one a column, which the compiler keeps in registers; or
+            None if the sums are in `scratch.sums`.
+        """
+
+    def scaled(self, scratch: Scratch, sums: Any, column: int) -> Any:
+        """What a vector of sums has to be multiplied by to be the product."""
+        return sums
+
+    # Vocabulary.
+
+    def at(self, start: Any) -> Any:
+        """The index of the vector that begins at `start`."""
+        return self._T.ramp(start, 1, self.lanes)
+
+    def splat(self, x: Any, dtype: str = "int32") -> Any:
+        """A number, or a scalar expression, in every lane."""
+        scalar = getattr(self._T, dtype)(x) if isinstance(x, (int, float)) else x
+        return self._T.broadcast(scalar, self.lanes)
+
+    def as_float(self, bits: Any) -> Any:
+        """A vector of int32 taken for the bits of float32."""
+        return self._T.reinterpret(f"float32x{self.lanes}", bits)
+
+    def level(self, codes: Any) -> Any:
+        """Levels of codes, int32."""
+        return codes & self.splat(self.levels)
+
+    def negative(self, codes: Any) -> Any:
+        """Signs of codes as 0 and 1, int32."""
+        return codes >> self.splat(self.bits - 1)
+
+    def float_bits(self, codes: Any, unit: Any) -> Any:
+        """The bits of float32 weights; `unit` is what level 0 would have in its exponent's place."""
+        T = self._T
+        level = T.bind(self.level(codes))
+        magnitude = T.Select(level == self.splat(0), self.splat(0), (level + unit) << self.splat(_FRACTION_BITS))
+        return magnitude | (self.negative(codes) << self.splat(31))
+
+    def refuse(self, condition: Any, flag: Any) -> None:
+        """Raise the flag on a condition."""
+        T = self._T
+        with T.If(condition), T.Then():
+            T.buffer_store(flag, T.int32(1), [0])
+
+    def pairs_of_vectors(
+        self, row: Any, first: Any, count: Any, load: Load, use: Callable[[Any, Any, Any], None]
+    ) -> None:
+        """Emit ``use(low, high, part)`` for `count` activations of a row, two vectors at a time, then zeros."""
+        T, lanes = self._T, self.lanes
+        rest = T.alloc_buffer((2 * lanes,), "float32", align=64)
+        part = T.bind(count // (2 * lanes))
+        with T.serial(part) as i:
+            position = T.bind(first + i * (2 * lanes))
+            use(T.bind(load(row, position, lanes)), T.bind(load(row, position + lanes, lanes)), i)
+        with T.If(count % (2 * lanes) > 0), T.Then():
+            for j in (0, lanes):
+                T.buffer_store(rest, self.splat(0, "float32"), [self.at(j)])
+            with T.serial(count % (2 * lanes)) as i:
+                T.buffer_store(rest, load(row, first + part * (2 * lanes) + i, 1), [i])
+            use(T.bind(rest[self.at(0)]), T.bind(rest[self.at(lanes)]), part)
+
+    def each_block(self, scratch: Scratch, inputs: Any, use: Callable[[Any, Any, Any], None]) -> None:
+        """Emit ``use(block, first input, number of inputs)`` for all blocks of inputs."""
+        T = self._T
+        with T.serial(scratch.blocks) as block:
+            first = T.bind(block * self.block)
+            use(block, first, T.bind(T.min(inputs - first, T.int64(self.block))))
+
+    def multiply_in_registers(
+        self, scratch: Scratch, row: Any, turn: Any, count: Any, totals: list[Any], multiply_add: Callable[..., Any]
+    ) -> None:
+        """Sum up ``multiply_add(activation, weight, total)`` for a tile, over a block of inputs."""
+        T = self._T
+        staged = T.bind(turn * scratch.rows + row)
+        inputs = self.pair * self.unroll
+        with T.serial((count + (inputs - 1)) // inputs) as step:
+            for k in range(self.unroll):
+                position = T.bind(step * self.unroll + k)
+                panel = [T.bind(scratch.panel[position, self.at(j)]) for j in self.vectors]
+                for i in range(self.rows):
+                    x = T.bind(self.splat(scratch.activations[staged + i, position]))
+                    for j, weight in zip(self.vectors, panel, strict=True):
+                        T.buffer_store(totals[i], multiply_add(x, weight, totals[i][self.at(j)]), [self.at(j)])
+
+    def add_earlier(self, scratch: Scratch, row: Any, turn: Any, sums: list[Any]) -> None:
+        """Add to a tile the sums of earlier turns."""
+        with self._T.If(turn > 0), self._T.Then():
+            self.fill(sums, lambda i, columns: scratch.sums[row + i, columns] + sums[i][columns])
+
+    def tile(self, dtype: str) -> list[Any]:
+        """Registers for a tile: a buffer for each row."""
+        return [self._T.alloc_buffer((self.columns,), dtype, align=64) for _ in range(self.rows)]
+
+    def fill(self, tile: list[Any], value: Callable[[int, Any], Any]) -> None:
+        """Set all vectors of a tile to ``value(row, index of the columns)``."""
+        for i, row in enumerate(tile):
+            for j in self.vectors:
+                self._T.buffer_store(row, value(i, self.at(j)), [self.at(j)])
+
+    def _unpacked(self, packed: Any) -> Any:
+        """The first 16 codes of 16 bytes, one to a byte."""
+        T = self._T
+        packed = T.bind(packed)
+        if self.bits == 4:
+            halves = [packed & T.broadcast(T.uint8(15), _GROUP), packed >> T.broadcast(T.uint8(4), _GROUP)]
+            return T.Shuffle([T.bind(half) for half in halves], _interleaved(0))
+        # Every code lies within two bytes: gather those, and shift them by as much as each needs.
+        first = [i * self.bits // 8 for i in range(_GROUP)]
+        low, high = (T.cast(T.Shuffle([packed], [i + j for i in first]), "uint16x16") for j in range(2))
+        shifts = T.Shuffle([T.uint16(i * self.bits % 8) for i in range(_GROUP)], list(range(_GROUP)))
+        both = low | (high << T.broadcast(T.uint16(8), _GROUP))
+        return T.cast((both >> shifts) & T.broadcast(T.uint16((1 << self.bits) - 1), _GROUP), "uint8x16")
+
+    def _transpose(self, rows: list[Any]) -> list[Any]:
+        """16 vectors of 16 bytes, transposed: four rounds of a perfect shuffle."""
+        T = self._T
+        for _ in range(4):
+            pairs = [[rows[i], rows[i + _GROUP // 2]] for i in range(_GROUP // 2)]
+            rows = [T.bind(T.Shuffle(pair, _interleaved(half))) for pair in pairs for half in range(2)]
+        return rows
+
+
+class _Float32(ShiftProduct):
+    number, pair = "float32", 1
+
+    def __init__(self, target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype) -> None:
+        # A panel takes up half of a first-level cache at most. Every block is summed up on its own: with longer ones
+        # the errors of rounding would exceed those of torch's products.
+        super().__init__(target, form, bits, terms, dtype, block=128)
+
+    def unit(self, offset: Any) -> Any:
+        return offset + (_EXPONENT_BIAS - self.levels)
+
+    def store_weights(self, scratch: Scratch, codes: list[Any], group: Any, column: Any, add: bool) -> None:
+        T = self._T
+        unit = T.bind(scratch.units[column])
+        for k, code in enumerate(codes):
+            index = [group * _GROUP + k, column]
+            weight = self.as_float(self.float_bits(code, unit))
+            if add:
+                weight = scratch.panel[tuple(index)] + weight
+                weight = bfloat16.round_to(weight, self.lanes) if self.round_weights else weight
+            T.buffer_store(scratch.panel, weight, index)
+
+    def stage_row(self, scratch: Scratch, row: Any, inputs: Any, load: Load, flag: Any) -> None:
+        T, lanes = self._T, self.lanes
+
+        def copy(block: Any, first: Any, count: Any) -> None:
+            place = T.bind(block * scratch.rows + row)
+            with T.serial(count // lanes) as part:
+                value = load(row, first + part * lanes, lanes)
+                T.buffer_store(scratch.activations, value, [place, self.at(part * lanes)])
+            with T.serial(count % lanes) as rest:
+                position = count // lanes * lanes + rest
+                T.buffer_store(scratch.activations, load(row, first + position, 1), [place, position])
+            with T.serial(-count % self.unroll) as rest:
+                T.buffer_store(scratch.activations, T.float32(0), [place, count + rest])
+
+        self.each_block(scratch, inputs, copy)
+
+    def multiply(self, scratch: Scratch, row: Any, turn: Any, count: Any) -> list[Any]:
+        T, lanes = self._T, self.lanes
+        sums = self.tile("float32")
+
+        def multiply_add(x: Any, weight: Any, total: Any) -> Any:
+            if not self.target.has_fma:
+                return total + x * weight
+            return T.call_llvm_pure_intrin(f"float32x{lanes}", f"llvm.fma.v{lanes}f32", x, weight, total)
+
+        self.fill(sums, lambda i, columns: self.splat(0, "float32"))
+        self.multiply_in_registers(scratch, row, turn, count, sums, multiply_add)
+        self.add_earlier(scratch, row, turn, sums)
+        return sums
+
+
+class _Int16(ShiftProduct):
+    def __init__(self, target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype) -> None:
+        # Sums stay below 2**31: they reach 2**15 * 2**6 * 512 with 4 bits, 2**11 * 2**14 * 48 with 5.
+        self.activation_bits, block = (15, 512) if bits <= 4 else (11, 48)
+        super().__init__(target, form, bits, terms, dtype, block)
+
+    def unit(self, offset: Any) -> Any:
+        """The bits of the float32 weight of level 1, which integers count in."""
+        return (offset + (_EXPONENT_BIAS - self.levels + 1)) << _FRACTION_BITS
+
+    def scaled(self, scratch: Scratch, sums: Any, column: int) -> Any:
+        return sums * self.as_float(scratch.units[self.at(column)])
+
+    def store_weights(self, scratch: Scratch, codes: list[Any], group: Any, column: Any, add: bool) -> None:
+        T = self._T
+
+        def integer(code: Any) -> Any:
+            one = self.splat(1)
+            mask = T.bind(self.splat(0) - self.negative(code))
+            return T.bind((((one << self.level(code)) >> one) ^ mask) - mask)
+
+        for k in range(0, _GROUP, 2):
+            pair = (integer(codes[k]) & self.splat(0xFFFF)) | (integer(codes[k + 1]) << self.splat(16))
+            T.buffer_store(scratch.panel, pair, [group * (_GROUP // 2) + k // 2, column])
+
+    def stage_row(self, scratch: Scratch, row: Any, inputs: Any, load: Load, flag: Any) -> None:
+        T, lanes = self._T, self.lanes
+        largest = T.alloc_buffer((lanes,), "int32", align=64)
+
+        def compare(low: Any, high: Any, part: Any) -> None:
+            for x in (low, high):
+                magnitude = T.reinterpret(f"int32x{lanes}", x) & self.splat(_MAGNITUDE)
+                T.buffer_store(largest, T.max(largest[self.at(0)], magnitude), [self.at(0)])
+
+        T.buffer_store(largest, self.splat(0), [self.at(0)])
+        self.pairs_of_vectors(row, T.int64(0), inputs, load, compare)
+        maximum = f"llvm.vector.reduce.smax.v{lanes}i32"
+        peak = T.bind(T.call_llvm_pure_intrin("int32", maximum, largest[self.at(0)]))
+        # Within these bounds neither the scale, nor its reciprocal, nor sums times either overflow.
+        lowest, highest = ((_EXPONENT_BIAS + exponent) << _FRACTION_BITS for exponent in (-64, 64))
+        self.refuse(T.Or(peak >= highest, T.And(peak > 0, peak < lowest)), flag)
+        exponent = T.bind(T.max(peak, T.int32(lowest)) >> _FRACTION_BITS)
+        fraction = self.activation_bits - 1
+        scale = T.reinterpret("float32", (exponent - fraction) << _FRACTION_BITS)
+        T.buffer_store(scratch.scales, scale, [row])
+        reciprocal = T.reinterpret("float32", (2 * _EXPONENT_BIAS + fraction - exponent) << _FRACTION_BITS)
+        factor = T.bind(self.splat(T.bind(reciprocal)))
+
+        def convert(block: Any, first: Any, count: Any) -> None:
+            def use(low: Any, high: Any, part: Any) -> None:
+                index = [block * scratch.rows + row, self.at(part * lanes)]
+                T.buffer_store(scratch.activations, self._to_int16(low * factor, high * factor), index)
+
+            self.pairs_of_vectors(row, first, count, load, use)
+
+        self.each_block(scratch, inputs, convert)
+
+    def multiply(self, scratch: Scratch, row: Any, turn: Any, count: Any) -> list[Any]:
+        T, lanes = self._T, self.lanes
+        totals, sums = self.tile("int32"), self.tile("float32")
+        self.fill(totals, lambda i, columns: self.splat(0))
+        self.multiply_in_registers(scratch, row, turn, count, totals, self._multiply_add)
+        scales = [T.bind(self.splat(scratch.scales[row + i])) for i in range(self.rows)]
+        self.fill(sums, lambda i, columns: T.cast(totals[i][columns], f"float32x{lanes}") * scales[i])
+        self.add_earlier(scratch, row, turn, sums)
+        return sums
+
+    def _multiply_add(self, x: Any, weight: Any, total: Any) -> Any:
+        T, lanes = self._T, self.lanes
+        x, weight = (T.reinterpret(f"int16x{2 * lanes}", pairs) for pairs in (x, weight))
+        if self.target.has_vnni:
+            return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpwssd.512", total, x, weight)
+        name = "llvm.x86.avx512.pmaddw.d.512" if self.target.has_avx512 else "llvm.x86.avx2.pmadd.wd"
+        return total + T.call_llvm_pure_intrin(f"int32x{lanes}", name, x, weight)
+
+    def _to_int16(self, low: Any, high: Any) -> Any:
+        """Two vectors of float32 rounded to int16 with saturation, in order, two to an int32."""
+        T, lanes = self._T, self.lanes
+        integers = f"int32x{lanes}"
+        if self.target.has_avx512:
+            convert, all_lanes, default_rounding = "llvm.x86.avx512.mask.cvtps2dq.512", T.int16(-1), T.int32(4)
+            low, high = (
+                T.call_llvm_pure_intrin(integers, convert, x, self.splat(0), all_lanes, default_rounding)
+                for x in (low, high)
+            )
+            packed = T.call_llvm_pure_intrin("int16x32", "llvm.x86.avx512.packssdw.512", low, high)
+            order = [0, 2, 4, 6, 1, 3, 5, 7]
+        else:
+            low, high = (T.call_llvm_pure_intrin(integers, "llvm.x86.avx.cvt.ps2dq.256", x) for x in (low, high))
+            packed = T.call_llvm_pure_intrin("int16x16", "llvm.x86.avx2.packssdw", low, high)
+            order = [0, 2, 1, 3]
+        # The instruction packs each 128-bit part on its own.
+        parts = T.bind(T.reinterpret(f"int64x{lanes // 2}", packed))
+        return T.reinterpret(integers, T.Shuffle([parts], order))
+
+
+class _Bfloat16Tiles(ShiftProduct):
+    """AMX: tiles 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights. Each tile has 16 rows of 64 bytes."""
+
+    def __init__(self, target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype) -> None:
+        self.pieces = 1 if form == "bfloat16x1" else 3
+        self.passes = terms  # a sum of two powers is more than one bfloat16 can hold
+        super().__init__(target, form, bits, terms, dtype, block=256)
+
+    def scratch(self, rows: Any, inputs: Any) -> Scratch:
+        # The registers' configuration is the thread's own.
+        T = self._T
+        configuration = T.alloc_buffer((64,), "uint8", align=64)
+        with T.serial(64) as i:
+            T.buffer_store(configuration, T.uint8(0), [i])
+        T.buffer_store(configuration, T.uint8(1), [0])
+        for tile in range(8):
+            T.buffer_store(configuration, T.uint8(64), [16 + 2 * tile])
+            T.buffer_store(configuration, T.uint8(16), [48 + tile])
+        self._tile("ldtilecfg", T.address_of(configuration[0]))
+        return super().scratch(rows, inputs)
+
+    def release(self) -> None:
+        self._tile("tilerelease")
+
+    def unit(self, offset: Any) -> Any:
+        return offset + (_EXPONENT_BIAS - self.levels)
+
+    def store_weights(self, scratch: Scratch, codes: list[Any], group: Any, column: Any, add: bool) -> None:
+        T = self._T
+        unit = T.bind(scratch.units[column])
+        bits = [T.bind(T.reinterpret(f"uint32x{self.lanes}", self.float_bits(code, unit))) for code in codes]
+        sixteen, upper = (T.broadcast(T.uint32(x), self.lanes) for x in (16, 0xFFFF0000))
+        for k in range(0, _GROUP, 2):
+            pair = T.reinterpret(f"int32x{self.lanes}", (bits[k] >> sixteen) | (bits[k + 1] & upper))
+            T.buffer_store(scratch.panel, pair, [group * (_GROUP // 2) + k // 2, column])
+
+    def stage_row(self, scratch: Scratch, row: Any, inputs: Any, load: Load, flag: Any) -> None:
+        T, lanes = self._T, self.lanes
+        largest = T.alloc_buffer((lanes,), "int32", align=64)
+        T.buffer_store(largest, self.splat(0), [self.at(0)])
+
+        def convert(block: Any, first: Any, count: Any) -> None:
+            def use(low: Any, high: Any, part: Any) -> None:
+                for x in (low, high):
+                    magnitude = T.reinterpret(f"int32x{lanes}", x) & self.splat(_MAGNITUDE)
+                    T.buffer_store(largest, T.max(largest[self.at(0)], magnitude), [self.at(0)])
+                for piece in range(self.pieces):
+                    place = (piece * scratch.blocks + block) * scratch.rows + row
+                    index = [place, self.at(part * lanes)]
+                    T.buffer_store(scratch.activations, self._to_bfloat16(low, high), index)
+                    if piece + 1 < self.pieces:
+                        pairs = T.bind(scratch.activations[tuple(index)])
+                        low, high = self._minus(pairs, low, high)
+
+            self.pairs_of_vectors(row, first, count, load, use)
+
+        self.each_block(scratch, inputs, convert)
+        maximum = f"llvm.vector.reduce.smax.v{lanes}i32"
+        # Just below infinity, where rounding to bfloat16 would overflow, and the pieces of it be NaN.
+        self.refuse(T.call_llvm_pure_intrin("int32", maximum, largest[self.at(0)]) >= 0x7F000000, flag)
+
+    def multiply(self, scratch: Scratch, row: Any, turn: Any, count: Any) -> None:
+        T = self._T
+        sums = [(i, j, T.address_of(scratch.sums[row + 16 * i, 16 * j])) for i in range(2) for j in range(2)]
+        with T.If(turn == 0):
+            with T.Then():
+                for i, j, _ in sums:
+                    self._tile("tilezero", T.int8(2 * i + j))
+            with T.Else():
+                for i, j, place in sums:
+                    self._tile("tileloadd64", T.int8(2 * i + j), place, T.int64(4 * self.columns))
+        block = turn // self.passes
+        with T.serial((count + 31) // 32) as step:
+            for j in range(2):
+                weights = T.address_of(scratch.panel[step * 16, 16 * j])
+                self._tile("tileloadd64", T.int8(6 + j), weights, T.int64(4 * self.columns))
+            for piece in range(self.pieces):
+                first = (piece * scratch.blocks + block) * scratch.rows + row
+                for i in range(2):
+                    activations = T.address_of(scratch.activations[first + 16 * i, step * 16])
+                    self._tile("tileloadd64", T.int8(4 + i), activations, T.int64(4 * self.stride))
+                for i, j, _ in sums:
+                    self._tile("tdpbf16ps", T.int8(2 * i + j), T.int8(4 + i), T.int8(6 + j))
+        for i, j, place in sums:
+            self._tile("tilestored64", T.int8(2 * i + j), place, T.int64(4 * self.columns))
+
+    def _tile(self, name: str, *arguments: Any) -> None:
+        self._T.evaluate(self._T.call_llvm_intrin("void", f"llvm.x86.{name}", *arguments))
+
+    def _to_bfloat16(self, low: Any, high: Any) -> Any:
+        """Two vectors of float32 rounded to bfloat16, in order, two to an int32."""
+        T = self._T
+        convert = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+        return T.reinterpret("int32x16", T.call_llvm_pure_intrin("bfloat16x32", convert, high, low))
+
+    def _minus(self, pairs: Any, low: Any, high: Any) -> tuple[Any, Any]:
+        """What rounding has left over of two vectors, exactly."""
+        T = self._T
+        numbers = T.bind(T.reinterpret("uint16x32", pairs))
+        halves = [T.bind(T.cast(T.Shuffle([numbers], list(range(i, i + 16))), "uint32x16")) for i in (0, 16)]
+        rounded = [self.as_float(T.bind(half << T.broadcast(T.uint32(16), 16))) for half in halves]
+        return T.bind(low - rounded[0]), T.bind(high - rounded[1])
+
+
+def shift_product(target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype) -> ShiftProduct:
+    """The code of a product.
+
+    Args:
+        target: what it is for.
+        form: how products are formed, one of `forms`.
+        bits, terms: the weights' code.
+        dtype: of the layer.
+    """
+    power_of_two.check_format(bits, terms)
+    if form not in {*forms(target, "exact", bits, terms, dtype), *forms(target, "fast", bits, terms, dtype)}:
+        raise ValueError(f"no {form} product on {target.name} with {bits} bits and {terms} terms in {dtype}")
+    makers: dict[Form, type[Any]] = {"float32": _Float32, "int16": _Int16}
+    return makers.get(form, _Bfloat16Tiles)(target, form, bits, terms, dtype)
+
+
+def _interleaved(half: int) -> list[int]:
+    """Lanes of the lower (0) or upper (1) halves of two vectors of 16, taken in turn."""
+    return [i + j for i in range(8 * half, 8 * half + 8) for j in (0, _GROUP)]
