@@ -14,7 +14,8 @@ the coordinate descent; Nagel et al., Data-Free Quantization (ICCV 2019), sectio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ from shiftadd3d.nn.activations import (
     watching,
 )
 from shiftadd3d.nn.add import AddAttention
+from shiftadd3d.nn.binarize import HashBinarizer
+from shiftadd3d.nn.fit import FittedBinarizer, fit_binarizers_
 from shiftadd3d.nn.moe import MoE
 from shiftadd3d.nn.reparam import Recipe, ReparameterizationReport, reparameterize_
 from shiftadd3d.nn.reparam import recipe as preset
@@ -95,6 +98,7 @@ class CalibrationReport(RichReport):
 
     reparameterization: ReparameterizationReport
     layers: tuple[CalibratedLayer, ...]
+    binarizers: tuple[FittedBinarizer, ...]
     routers: tuple[FittedRouter, ...]
     unreached: tuple[str, ...]
     """Shift layers that no batch came by: they are rounded to the nearest powers of two."""
@@ -114,6 +118,10 @@ class CalibrationReport(RichReport):
             bits = f"{layer.terms} x {layer.bits}" if layer.terms > 1 else str(layer.bits)
             table.add_row(layer.name, bits, f"{layer.inputs:,}", f"{layer.nearest_error:.2%}", f"{layer.error:.2%}")
         lines = [
+            f"codes of {fitted.name}: agreement with the softmax {fitted.before:.3f} before, {fitted.after:.3f} now"
+            for fitted in self.binarizers
+        ]
+        lines += [
             f"router of {router.name}: {router.mult_share:.0%} of the tokens to mult, which takes off "
             f"{router.caught_error:.0%} of the shift expert's squared error"
             for router in self.routers
@@ -136,8 +144,9 @@ def calibrate_(
     """Do what `reparameterize_` does, and round the weights so that the layers' outputs change least on `batches`.
 
     The model is run in evaluation mode, without gradients, and is left in the modes it was in. Shift layers (those in
-    mixtures as well) get their codes and, if they have a bias, a corrected one. Routers of new mixtures are fitted to
-    the shift experts' errors. Layers that an earlier call, or training, has made are left as they are.
+    mixtures as well) get their codes and, if they have a bias, a corrected one. Hash functions of additive attention
+    are fitted (see `fit_binarizers_`); so are routers of mixtures, to the shift experts' errors. Layers that an earlier
+    call, or training, has made are left as they are.
 
     Args:
         model: any module, with its float weights.
@@ -179,6 +188,7 @@ def calibrate_(
     report = CalibrationReport(
         replace(surgery, recipe=recipe),
         tuple(calibration.layers),
+        calibration.binarizers,
         tuple(calibration.routers),
         tuple(calibration.unreached),
         tuple(_untuned(new, calibration.routers)),
@@ -214,7 +224,13 @@ class _Calibration:
         self.model, self.batches, self.forward = model, batches, forward
         self.shifts = {name: module for name, module in new.items() if isinstance(module, ShiftLayer)}
         self.mixtures = {name: module for name, module in new.items() if isinstance(module, MoE)}
+        self.hashes = [
+            module
+            for module in new.values()
+            if isinstance(module, AddAttention) and isinstance(module.q_code, HashBinarizer)
+        ]
         self.layers: list[CalibratedLayer] = []
+        self.binarizers: tuple[FittedBinarizer, ...] = ()
         self.routers: list[FittedRouter] = []
         self.unreached: list[str] = []
         self._rounded: set[Tensor] = set()
@@ -224,6 +240,10 @@ class _Calibration:
 
         with Progress(transient=True, disable=not verbose) as progress:
             task = progress.add_task("looking at activations", total=None)
+            if self.hashes:
+                with _float_weights(self.shifts.values()):  # hash functions follow what the float model attends to
+                    fitted = fit_binarizers_(self.model, self.batches, forward=self.forward, verbose=False)
+                self.binarizers = fitted.layers
             trace = trace_inputs(self.model, self.shifts, self.batches, self.forward)
             progress.update(task, description="rounding", total=sum(len(group) for group in trace.groups))
             reached = {name for group in trace.groups for name in group}
@@ -266,6 +286,23 @@ class _Calibration:
             for batch in self.batches:
                 call_model(self.model, batch, self.forward)
         return torch.cat(tokens)
+
+
+@contextmanager
+def _float_weights(layers: Iterable[ShiftLayer]) -> Iterator[None]:
+    """While this lasts, shift layers in mode "Q" compute with the weights that they round."""
+    layers = list(layers)
+
+    def floats(layer: ShiftLayer) -> Callable[[], Tensor]:
+        return lambda: layer.weight.flatten(1)
+
+    for layer in layers:
+        vars(layer)["quantized_weight"] = floats(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["quantized_weight"]
 
 
 @torch.no_grad()

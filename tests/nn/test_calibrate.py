@@ -25,6 +25,7 @@ from shiftadd3d.nn import (
     ShiftLinear,
     calibrate_,
     power_of_two,
+    recipe,
     register_attention,
     reparameterize_,
 )
@@ -275,6 +276,25 @@ def test_additive_attention_is_named_as_in_need_of_training() -> None:
     assert type(model.blocks[0].attn) is AddAttention and type(model.blocks[0].attn.q_fc) is ShiftLinear
     assert [what.split(":")[0] for what in report.untuned] == ["blocks.0.attn", "blocks.1.attn"]
     assert "blocks.0.attn.q_fc" in {layer.name for layer in report.layers}
+
+
+def test_hash_functions_are_fitted_to_what_the_float_model_attends_to() -> None:
+    from shiftadd3d.nn import fit_binarizers_
+
+    model = Net()
+    wanted = copy.deepcopy(model)
+    hashed = recipe("add+shift", binarizer="hash", dwconv=0)
+    torch.manual_seed(7)
+    report = calibrate_(model, batches(), hashed, verbose=False)
+    torch.manual_seed(7)
+    reparameterize_(wanted, recipe("add", binarizer="hash", dwconv=0), verbose=False)  # all linear layers float
+    fit_binarizers_(wanted, batches(), verbose=False)
+    assert [fitted.name for fitted in report.binarizers] == ["blocks.0.attn", "blocks.1.attn"]
+    assert all(fitted.after > fitted.before for fitted in report.binarizers)
+    for block, reference in zip(model.blocks, wanted.blocks, strict=True):
+        for name, tensor in reference.attn.q_code.state_dict().items():
+            torch.testing.assert_close(block.attn.q_code.state_dict()[name], tensor)
+    assert "blocks.0.attn: agreement" in str(report)
 
 
 def test_rules_decide_layer_by_layer() -> None:
