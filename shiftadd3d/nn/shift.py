@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.matshift import matshift
+from shiftadd3d.kernels.numerics import uses_kernels
 from shiftadd3d.nn import power_of_two
 
 ShiftMode = Literal["Q", "PS"]
@@ -493,7 +495,12 @@ class PackedShiftLayer(nn.Module):
         return power_of_two.decode(*self.weight_codes(), dtype)
 
     def product(self, x: Tensor) -> Tensor:  # [*, in_features] -> [*, out_features]
-        """``x W^T + b``, the weight decoded for this call only: a layer keeps no float copy of it."""
+        """``x W^T + b``, the weight decoded for this call only: a layer keeps no float copy of it.
+
+        On a CPU and without gradients, compiled code computes it from the codes (see `shiftadd3d.kernels`).
+        """
+        if uses_kernels(x):
+            return matshift(x, self.codes, self.offset, self.bias, self.bits)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.quantized_weight(x.dtype), bias)
 

@@ -19,6 +19,7 @@ from shiftadd3d.kernels import matshift as matshift_module
 from shiftadd3d.kernels import power_of_two, targets
 from shiftadd3d.kernels.matshift import MATSHIFT, matshift, matshift_twin
 from shiftadd3d.kernels.shift_product import error_bound, forms
+from shiftadd3d.nn import ShiftConv2d, ShiftLinear
 
 pytest.importorskip("tvm")
 
@@ -332,6 +333,25 @@ def test_torch_compile_sees_through(monkeypatch: pytest.MonkeyPatch):
         torch.testing.assert_close(compiled(x), net(x))
         with kernels.numerics("twin"):
             torch.testing.assert_close(compiled(x), net(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("bits", "terms"), [(4, 1), (5, 2)])
+def test_frozen_layers_run_on_it_without_gradients(monkeypatch: pytest.MonkeyPatch, bits: int, terms: int):
+    layers = ShiftLinear(48, 24, bits=bits, terms=terms), ShiftConv2d(3, 8, kernel_size=4, bits=bits, terms=terms)
+    inputs = torch.randn(5, 7, 48), torch.randn(2, 3, 8, 8)
+    for made, x in zip(layers, inputs, strict=True):
+        packed = made.eval().freeze()
+        twin = made(x)
+        assert torch.equal(packed(x), twin)
+        with torch.no_grad():
+            torch.testing.assert_close(packed(x), twin, rtol=1e-5, atol=1e-6)
+            assert torch.equal(torch.compile(packed, fullgraph=True, backend="eager")(x), packed(x))
+            with monkeypatch.context() as patch:
+                patch.setattr(MATSHIFT, "function", lambda **spec: pytest.fail("compiled code"))
+                with pytest.raises(pytest.fail.Exception):
+                    packed(x)
+                with kernels.numerics("twin"):
+                    assert torch.equal(packed(x), twin)
 
 
 def test_the_op_is_well_behaved():

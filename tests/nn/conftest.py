@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from shiftadd3d.kernels import numerics
+
 
 @pytest.fixture(autouse=True)
 def one_thread_one_seed():
@@ -13,3 +15,10 @@ def one_thread_one_seed():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def plain_torch():
+    """Frozen layers are compared bit for bit; kernels sum in an order of their own (`tests/kernels` compares those)."""
+    with numerics("twin"):
+        yield
