@@ -20,7 +20,8 @@ from shiftadd3d.nerf.trainer import GNTTrainerConfig
 # nerfstudio imports this module in every ns-* command: bad input and Ctrl-C then read the same as in our own.
 print_expected_errors_as_one_line()
 # nerfstudio 1.1.5 meets a newer torch than it was written for, which says so in the middle of training.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"nerfstudio\.")
+for _category in (FutureWarning, UserWarning):
+    warnings.filterwarnings("ignore", category=_category, module=r"nerfstudio\.")
 
 
 def _device_type() -> str:
