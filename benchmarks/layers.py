@@ -208,10 +208,11 @@ class Classifier:
         config = ClassifierConfig(self.model, data.classes, InputConfig(self.image_size, crop_pct=1.0), args)
         settings = TrainSettings(batch_size=64, min_scale=0.5, color_jitter=0.2, workers=0)
         name = f"{self.data.parent.name if self.data.suffix == '.zip' else self.data.name}-{self.model}"
-        folder = OUTPUTS / "layers" / name
+        # A training that was interrupted goes on there: other settings, another folder.
+        folder = OUTPUTS / "layers" / "-".join((name, *self.model_args, f"{self.image_size}px", f"{self.epochs}epochs"))
         seed_everything(0)
         trained = train(
-            create_dense(config), data, config, StageSettings(self.epochs, self.lr), settings, folder=folder / "float"
+            create_dense(config), data, config, StageSettings(self.epochs, self.lr), settings, folder=folder
         )
         device = choose_device(settings.device)
         step = max(1, len(data.train) // self.calibration_pictures)

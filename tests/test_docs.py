@@ -10,7 +10,7 @@ import pytest
 BLOCK = re.compile(r"^```(python)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["docs/recipes.md"])
+@pytest.mark.parametrize("page", ["docs/calibration.md", "docs/recipes.md"])
 def test_the_code_of_a_page_runs_from_top_to_bottom(
     page: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
