@@ -72,7 +72,7 @@ class GNTTrainerConfig(TrainerConfig):
     """Target class to instantiate."""
     max_num_iterations: int = 1_000_000
     """Steps of the whole run, at the end of which the learning rates are down. Going on from a checkpoint, its steps
-    count: an interrupted run does the rest, and one that was complete needs a larger number than before."""
+    count: an interrupted run does the rest. One that has as many steps already does so many more."""
 
     _trains = False  # no field: it is about this process, not about the run
 
@@ -133,7 +133,7 @@ class GNTTrainer(Trainer):
         """Steps of the checkpoint to go on from; 0 without one.
 
         Raises:
-            UserError: a checkpoint that cannot be read, or that leaves nothing to do.
+            UserError: a checkpoint that cannot be read, or no steps to do.
         """
         config, path = self.config, self.config.load_checkpoint
         if config.load_dir is not None:
@@ -142,12 +142,12 @@ class GNTTrainer(Trainer):
             # nerfstudio would read a step from the name of whatever else lies in the folder.
             config.load_step = _step_of(path)
         done = 0 if path is None else read_checkpoint(path)["step"] + 1
+        if config.max_num_iterations < 1:
+            raise UserError(f"--max-num-iterations {config.max_num_iterations}: expected at least 1")
         if done >= config.max_num_iterations:
-            raise UserError(
-                f"--max-num-iterations {config.max_num_iterations}: "
-                + (f"it counts from the run's first step, and {path} is at step {done}; " if done else "")
-                + f"expected more than {done}"
-            )
+            # Nobody starts a command to train nothing: nerfstudio's own reading, so many steps more.
+            CONSOLE.print(f"The run has {done} steps already: training {config.max_num_iterations} more")
+            config.max_num_iterations += done
         return done
 
     def _load_checkpoint(self) -> None:

@@ -67,7 +67,11 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(
     settings: FinetuneSettings,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ):
+    # A process that a shell starts in the background inherits an ignored SIGINT.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, inherited))
     settings = replace(settings, ema=0.9, mixup=0.4, cutmix=0.5)
     chosen = recipe(recipe_name, latencies=(2.0, 1.0))
     reparameterize_(model, chosen, verbose=False)
