@@ -7,7 +7,8 @@ A trained softmax and the linear-angular map that replaces it both average the v
 projection sees inputs of the size it knows, and no scale needs to be set. What is lost is contrast: the map weighs no
 key more than 4.5 times as much as another one, and what a token's neighbourhood says drowns in the mean over the image.
 The convolution on the values, over the grid of patches where that is known, is there to bring it back. It starts at
-zero, so that at first a layer does what its attention does.
+zero, so that at first a layer does what its attention does. What helps most is that codes agree where the softmax was
+high: with ``binarizer="hash"``, `fit_binarizers_` sees to that before fine-tuning.
 
 Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.2 and table 3. The attention replaced is that of Dosovitskiy
 et al., ViT (ICLR 2021), Touvron et al., DeiT (ICML 2021), and Wang et al., PVT v2 (2022), section 3.2.

@@ -28,6 +28,7 @@ from shiftadd3d.nn import (
     TokenConv,
     TokenConv2d,
     collect_moe_losses,
+    fit_binarizers_,
     recipe,
     reparameterize_,
 )
@@ -315,6 +316,15 @@ def test_other_codes_reach_the_models(make, binarizer: str) -> None:
     attn = (model.blocks if make is vit else model.stages[0].blocks)[0].attn
     assert attn.q_code.code_dim == 6 and attn.k_code is None
     model(torch.randn(2, 3, 32, 32)).sum().backward()
+
+
+@pytest.mark.parametrize("make", [vit, pvt])
+def test_hash_functions_are_fitted_on_labelled_images(make) -> None:
+    model = make()
+    reparameterize_(model, recipe("add", binarizer="hash", code_dim=8), verbose=False)
+    loader = [(torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.long))]
+    report = fit_binarizers_(model, loader, forward=lambda model, batch: model(batch[0]), verbose=False)
+    assert len(report.layers) == 2 and all(layer.after > layer.before for layer in report.layers)
 
 
 @pytest.mark.parametrize("make", [vit, pvt])
