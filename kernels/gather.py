@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.kernels import memory
 from shiftadd3d.kernels.kernel import Kernel, define_op
 from shiftadd3d.kernels.targets import CpuTarget
 from shiftadd3d.kernels.vector import Vectors
@@ -368,8 +369,8 @@ def _run(
     valid: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rays, samples, views = points.shape[0], points.shape[1], images.shape[0]
-    values = torch.empty(rays, samples, views, 3 + maps.shape[-1])
-    ray_diff = torch.empty(rays, samples, views, 4)
+    values = memory.empty(rays, samples, views, 3 + maps.shape[-1], dtype=torch.float32)
+    ray_diff = memory.empty(rays, samples, views, 4, dtype=torch.float32)
     mask = torch.empty(rays, samples, views, dtype=torch.bool)
     function(
         points.reshape(-1, 3).contiguous(),

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.kernels import memory
 from shiftadd3d.kernels.kernel import Kernel, define_op
 from shiftadd3d.kernels.targets import CpuTarget, current
 from shiftadd3d.kernels.vector import ACCUMULATORS, ROW_PADDING, Vectors
@@ -501,7 +502,7 @@ def _run(
     return_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     rays, samples, width = x.shape
-    out = torch.empty(rays * samples, width)
+    out = memory.empty(rays * samples, width, dtype=torch.float32)
     first = torch.empty(rays if return_weights else 0, samples)
     function(
         x.float().reshape(-1, width).contiguous(),

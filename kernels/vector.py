@@ -85,6 +85,10 @@ class Vectors:
         """The smaller of two; of NaN and a number, the number."""
         return self._T.call_llvm_pure_intrin(self._floats, f"llvm.minnum.v{self.lanes}f32", x, y)
 
+    def larger_or_nan(self, x: Any, y: Any) -> Any:
+        """The larger of two, NaN if either is."""
+        return self._T.call_llvm_pure_intrin(self._floats, f"llvm.maximum.v{self.lanes}f32", x, y)
+
     def relu(self, x: Any) -> Any:
         return self.at_least(x, self.splat(0.0))
 
@@ -135,6 +139,42 @@ class Vectors:
         # Times 2**n: n is added to the exponent's bits.
         bits = T.reinterpret(self._integers, p) + (self.to_integer(n) << self.splat_integer(23))
         return T.reinterpret(self._floats, bits)
+
+    def sine_and_cosine(self, x: Any) -> tuple[Any, Any]:
+        r"""``sin x`` and ``cos x`` to 2e-7, for \|x\| up to a million; needs fused multiply-adds.
+
+        x = n pi/2 + r with pi/2 in three pieces; polynomials in r after the Cephes library's sinf and cosf.
+        """
+        T = self._T
+        x = self.keep(x)
+        n = self.keep(T.nearbyint(x * self.splat(0.63661977236758134)))
+        r = x
+        for piece in (1.57079637050628662109375, -4.37113900018624283e-8, -1.71512451000121e-15):
+            r = self.multiply_add(n, self.splat(-piece), r)
+        r = self.keep(r)
+        square = self.keep(r * r)
+        sine = self.splat(-1.9515295891e-4)
+        for coefficient in (8.3321608736e-3, -1.6666654611e-1):
+            sine = self.multiply_add(sine, square, self.splat(coefficient))
+        sine = self.keep(self.multiply_add(sine * square, r, r))
+        cosine = self.splat(2.443315711809948e-5)
+        for coefficient in (-1.388731625493765e-3, 4.166664568298827e-2):
+            cosine = self.multiply_add(cosine, square, self.splat(coefficient))
+        cosine = self.multiply_add(
+            cosine * square, square, self.multiply_add(square, self.splat(-0.5), self.splat(1.0))
+        )
+        cosine = self.keep(cosine)
+        # A quarter turn swaps the two, and two quarter turns change both signs.
+        quarter = self.keep(self.to_integer(n), integer=True)
+        one, two = self.splat_integer(1), self.splat_integer(2)
+        odd = (quarter & one) != self.splat_integer(0)
+        sine, cosine = self.keep(self.select(odd, cosine, sine)), self.keep(self.select(odd, sine, cosine))
+
+        def with_sign(value: Any, turned: Any) -> Any:
+            bits = T.reinterpret(self._integers, value) ^ ((turned & two) << self.splat_integer(30))
+            return T.reinterpret(self._floats, bits)
+
+        return with_sign(sine, quarter), with_sign(cosine, quarter + one)
 
     def product(
         self,

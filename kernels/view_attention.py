@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels import power_of_two
+from shiftadd3d.kernels import memory, power_of_two
 from shiftadd3d.kernels.kernel import Kernel, define_op
 from shiftadd3d.kernels.targets import CpuTarget, current
 from shiftadd3d.kernels.vector import ACCUMULATORS, ROW_PADDING, Vectors
@@ -307,7 +307,7 @@ def _run(
     biases: list[Tensor],
 ) -> Tensor:
     count, width = views.shape[-2:]
-    out = torch.empty(query.shape, dtype=torch.float32)
+    out = memory.empty(*query.shape, dtype=torch.float32)
     function(
         query.float().reshape(-1, width).contiguous(),
         views.float().reshape(-1, width).contiguous(),

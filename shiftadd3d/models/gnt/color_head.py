@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shiftadd3d.kernels.plane_sweep import MASKED_LOGIT
+from shiftadd3d.kernels.color_blend import blend, color_blend
+from shiftadd3d.kernels.numerics import uses_kernels
+from shiftadd3d.kernels.view_embedding import view_moments
+from shiftadd3d.models.gnt.fused import is_free, weights_and_biases
 from shiftadd3d.models.gnt.projection import PointSamples
 
 
@@ -45,21 +48,9 @@ class ImageColorHead(nn.Module):
             nn.init.zeros_(fc.weight)
             nn.init.zeros_(fc.bias)
 
-    @staticmethod
-    def _moments(samples: PointSamples) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation over the seeing views of colour and features, each [R, S, 3 + C]."""
-        values = samples.values
-        seen = samples.mask.to(values.dtype)
-        count = seen.sum(dim=2).clamp(min=1.0)
-        mean = (values * seen).sum(dim=2) / count
-        variance = ((values - mean[:, :, None]).square() * seen).sum(dim=2) / count
-        return mean, (variance + 1e-6).sqrt()
-
     def consistency(self, samples: PointSamples) -> Tensor:
         """How well the views agree at each sample, as a feature added to the initial query, [R, S, width]."""
-        mean, deviation = self._moments(samples)
-        visible = samples.mask.to(mean.dtype).mean(dim=2)
-        return self.consistency_fc(torch.cat([mean, deviation, visible], dim=-1))
+        return self.consistency_fc(view_moments(samples.values, samples.mask[..., 0]))
 
     def forward(self, x: Tensor, samples: PointSamples, regressed: Tensor) -> tuple[Tensor, Tensor]:
         """Colours and sample weights of rays.
@@ -72,18 +63,16 @@ class ImageColorHead(nn.Module):
         Returns:
             rgb [R, 3] and weights [R, S], which sum to one.
         """
-        view_input = torch.cat([samples.values, samples.ray_diff], dim=-1)
-        view_logits = self.view_logit_fc(F.relu(self.point_fc(x)[:, :, None] + self.view_fc(view_input)))
-        view_logits = view_logits + self.angle_scale * (samples.ray_diff[..., 3:] - 1.0)
-        view_weights = torch.softmax(view_logits.masked_fill(~samples.mask, MASKED_LOGIT), dim=2)
-        colors = (view_weights * samples.rgb).sum(dim=2)  # [R, S, 3]
-
-        # Weighted by the same view weights: a distant view that sees past an edge must not veto a sample.
-        deviation = (view_weights * (samples.rgb - colors[:, :, None]).abs()).sum(dim=2).mean(dim=-1)
-        seen = samples.mask[..., 0].sum(dim=2)
-        sample_logits = self.sample_logit_fc(x)[..., 0] - self.agreement_scale * deviation
-        # One view alone always agrees with itself: that says nothing about the depth.
-        sample_logits = sample_logits.masked_fill(seen < 2, MASKED_LOGIT)
-        weights = torch.softmax(sample_logits, dim=-1)
-        rgb = (weights[..., None] * colors).sum(dim=1)
+        mask = samples.mask[..., 0]
+        scales = (self.angle_scale, self.agreement_scale)
+        plain = None
+        if uses_kernels(x, samples.values) and is_free(self.children()):
+            plain = weights_and_biases((self.point_fc, self.view_fc, self.view_logit_fc, self.sample_logit_fc))
+        if plain is not None:
+            rgb, weights = color_blend(x, samples.values, samples.ray_diff, mask, *plain, *scales)
+        else:
+            view_input = torch.cat([samples.values, samples.ray_diff], dim=-1)
+            view_logits = self.view_logit_fc(F.relu(self.point_fc(x)[:, :, None] + self.view_fc(view_input)))[..., 0]
+            sample_logits = self.sample_logit_fc(x)[..., 0]
+            rgb, weights = blend(view_logits, sample_logits, samples.rgb, samples.ray_diff[..., 3], mask, *scales)
         return rgb + self.regressed_scale * regressed, weights

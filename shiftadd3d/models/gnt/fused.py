@@ -6,7 +6,7 @@ mixture of experts, a layer with hooks that want to see its input, or a class of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +44,10 @@ def codes_and_convolution(attention: AddAttention) -> tuple[str, Tensor | None] 
     return query_code.codes, None if conv is None else conv.weight.flatten(1)
 
 
-def is_free(block: nn.Module) -> bool:
-    """Whether nothing in `block` is training, and nobody watches or changes what its parts take in and give out."""
+def is_free(blocks: Iterable[nn.Module]) -> bool:
+    """Whether none of these is training, and nobody watches or changes what goes into and comes out of their parts."""
     if torch.nn.modules.module._has_any_global_hook():
         return False
     return not any(
-        part.training or (part is not block and (part._forward_hooks or part._forward_pre_hooks))
-        for part in block.modules()
+        part.training or part._forward_hooks or part._forward_pre_hooks for block in blocks for part in block.modules()
     )

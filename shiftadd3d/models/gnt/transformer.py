@@ -14,22 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shiftadd3d.kernels.numerics import uses_kernels
+from shiftadd3d.kernels.position_layer import EMBEDDING_DIM, position_layer, sinusoidal_embedding
 from shiftadd3d.kernels.ray_block import ray_block
 from shiftadd3d.kernels.view_attention import MAX_VIEWS, view_attention
+from shiftadd3d.kernels.view_embedding import view_embedding
 from shiftadd3d.models.gnt.color_head import ImageColorHead
 from shiftadd3d.models.gnt.fused import codes_and_convolution, is_free, weights_and_biases
 from shiftadd3d.models.gnt.projection import PointSamples
 from shiftadd3d.nn import AddAttention, Recipe, register_attention
-
-#: Octaves of the sine-cosine embedding of positions and directions, and its width: the value itself, sines, cosines.
-NUM_FREQUENCIES = 10
-EMBEDDING_DIM = 3 + 3 * 2 * NUM_FREQUENCIES
-
-
-def sinusoidal_embedding(x: Tensor) -> Tensor:
-    """[..., 3] to [..., 63]: x, sin x, cos x, sin 2x, cos 2x, ... up to 2^9 x (NeRF, eq. 4, without pi)."""
-    octaves = [x * 2.0**i for i in range(NUM_FREQUENCIES)]
-    return torch.cat([x, *(f(octave) for octave in octaves for f in (torch.sin, torch.cos))], dim=-1)
 
 
 class FeedForward(nn.Module):
@@ -76,7 +68,7 @@ class ViewAttention(nn.Module):
         Returns:
             [R, S, C].
         """
-        if uses_kernels(query, views) and views.shape[2] <= MAX_VIEWS and is_free(self):
+        if uses_kernels(query, views) and views.shape[2] <= MAX_VIEWS and is_free(self.children()):
             (pos_1, _, pos_2), (attn_1, _, attn_2) = self.pos_fc, self.attn_fc
             layers = (self.q_fc, self.k_fc, self.v_fc, pos_1, pos_2, attn_1, attn_2, self.out_fc)
             plain = weights_and_biases(layers)
@@ -148,7 +140,7 @@ class RayTransformer(nn.Module):
         self.attn = RayAttention(dim, num_heads, dropout)
 
     def forward(self, x: Tensor, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        if uses_kernels(x) and is_free(self):
+        if uses_kernels(x) and is_free(self.children()):
             outcome = self._fused(x, return_weights)
             if outcome is not None:
                 return outcome
@@ -227,20 +219,23 @@ class GNT(nn.Module):
             rgb [R, 3], not clamped, and weights [R, S], which sum to one: the attention of the last ray transformer's
             first sample, or the colour head's own weights where there is one.
         """
-        view_directions = sinusoidal_embedding(F.normalize(directions, dim=-1))[:, None].expand(-1, points.shape[1], -1)
-        embedding = torch.cat([sinusoidal_embedding(points), view_directions], dim=-1)
-        views = self.rgbfeat_fc(samples.values)
-        x = views.amax(dim=2)
-        if self.color_head is not None:
-            x = x + self.color_head.consistency(samples)
-        attention = None
+        views, x = self._embed(samples)
+        directions = F.normalize(directions, dim=-1)
+        attention = embedding = None
         last = len(self.view_selftrans) - 1
-        for i, (view_block, q_fc, ray_transformer) in enumerate(
+        for i, (view_transformer, q_fc, ray_transformer) in enumerate(
             zip(self.view_crosstrans, self.q_fcs, self.view_selftrans, strict=True)
         ):
-            x = view_block(x, views, samples.ray_diff, samples.mask)
+            x = view_transformer(x, views, samples.ray_diff, samples.mask)
             if i % 2 == 0:
-                x = q_fc(torch.cat([x, embedding], dim=-1))
+                plain = None
+                if uses_kernels(x, points) and is_free([q_fc]):
+                    plain = weights_and_biases((q_fc[0], q_fc[2]))
+                if plain is not None:
+                    x = position_layer(x, points, directions, *plain)
+                else:
+                    embedding = _position_embedding(points, directions) if embedding is None else embedding
+                    x = q_fc(torch.cat([x, embedding], dim=-1))
             x, attention = ray_transformer(x, return_weights=i == last and self.color_head is None)
         x = self.norm(x)
         regressed = self.rgb_fc(x.mean(dim=1))
@@ -248,6 +243,23 @@ class GNT(nn.Module):
             assert attention is not None
             return regressed, attention
         return self.color_head(x, samples, regressed)
+
+    def _embed(self, samples: PointSamples) -> tuple[Tensor, Tensor]:
+        """What the views show, embedded, [R, S, V, width], and the first queries [R, S, width]."""
+        head = [] if self.color_head is None else [self.color_head.consistency_fc]
+        if uses_kernels(samples.values) and is_free((self.rgbfeat_fc, *head)):
+            plain = weights_and_biases((self.rgbfeat_fc[0], self.rgbfeat_fc[2], *head))
+            if plain is not None:
+                return view_embedding(samples.values, samples.mask[..., 0], *plain)
+        views = self.rgbfeat_fc(samples.values)
+        x = views.amax(dim=2)
+        return views, x if self.color_head is None else x + self.color_head.consistency(samples)
+
+
+def _position_embedding(points: Tensor, directions: Tensor) -> Tensor:
+    """[R, S, 126] of points [R, S, 3] and of the unit vectors [R, 3] along their rays."""
+    along = sinusoidal_embedding(directions)[:, None].expand(-1, points.shape[1], -1)
+    return torch.cat([sinusoidal_embedding(points), along], dim=-1)
 
 
 def _add_attention(attention: RayAttention, recipe: Recipe) -> AddAttention:

@@ -53,7 +53,8 @@ def test_pictures_are_the_same_with_and_without_kernels(config, views, name, cal
     out = render(model, sources)
     # A mixture of linear layers cannot be fused; everything else is.
     inner = set() if name == "moe" else {"view_attention", "ray_block"}
-    assert inner | {"point_samples", "plane_sweep"} <= set(calls)
+    always = {"point_samples", "plane_sweep", "view_embedding", "position_layer", "color_blend"}
+    assert set(calls) == inner | always
     for key in ("rgb", "depth", "weights", "accumulation"):
         # A code or a router on the brink may fall the other way on one ray in a while.
         close = torch.isclose(out[key], expected[key], rtol=1e-3, atol=1e-3).double().mean()

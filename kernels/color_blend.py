@@ -1,0 +1,375 @@
+"""A ray's colour as a mixture of what the source views show: softmaxes over views and over samples, in one pass.
+
+For each sample, with x its features, y_v = [colour and features, ray difference] of view v::
+
+    l_v = w . relu(W_x x + b_x + W_y y_v + b_y) + b + angle_scale (cosine_v - 1)        masked views: MASKED_LOGIT
+    colour = sum_v softmax_v(l) colour_v,    deviation = the same mean of |colour_v - colour|, over the channels too
+    m = u . x + c - agreement_scale deviation             samples fewer than two views see: MASKED_LOGIT
+
+and over the samples of a ray, rgb = sum softmax(m) colour.
+
+Inference only: no gradients flow through the op; training uses `shiftadd3d.models.gnt`'s layers.
+
+Source: Wang et al., "IBRNet" (CVPR 2021), section 3.3, for blending by learned weights.
+"""
+
+# ruff: noqa: B023 (a TIR function is gone through once, while it is parsed)
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.kernel import Kernel, define_op
+from shiftadd3d.kernels.plane_sweep import MASKED_LOGIT
+from shiftadd3d.kernels.targets import CpuTarget, current
+from shiftadd3d.kernels.vector import ACCUMULATORS, ROW_PADDING, Vectors
+
+MAX_VIEWS = 32
+
+#: What the weights and biases of `color_blend` belong to, in this order.
+LAYERS = ("point", "view", "view logit", "sample logit")
+
+# (sample, view) rows at once.
+_ROWS = 64
+
+# --------------------------------------------------------------------------------------------------------------------
+# Twin
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def blend(
+    view_logits: Tensor,  # [R, S, V]
+    sample_logits: Tensor,  # [R, S]
+    rgb: Tensor,  # [R, S, V, 3]
+    cosine: Tensor,  # [R, S, V] between the directions to the target and to the source camera
+    mask: Tensor,  # [R, S, V] bool
+    angle_scale: Tensor,  # scalar
+    agreement_scale: Tensor,  # scalar
+) -> tuple[Tensor, Tensor]:
+    """Colours of rays [R, 3] and weights of their samples [R, S] from what a network says of views and samples."""
+    view_logits = view_logits + angle_scale * (cosine - 1.0)
+    share = torch.softmax(view_logits.masked_fill(~mask, MASKED_LOGIT), dim=2).unsqueeze(-1)
+    colors = (share * rgb).sum(dim=2)  # [R, S, 3]
+    # Weighted by the same view weights: a distant view that sees past an edge must not veto a sample.
+    deviation = (share * (rgb - colors[:, :, None]).abs()).sum(dim=2).mean(dim=-1)
+    sample_logits = sample_logits - agreement_scale * deviation
+    # One view alone always agrees with itself: that says nothing about the depth.
+    weights = torch.softmax(sample_logits.masked_fill(mask.sum(dim=2) < 2, MASKED_LOGIT), dim=-1)
+    return (weights[..., None] * colors).sum(dim=1), weights
+
+
+def color_blend_twin(
+    x: Tensor,  # [R, S, C]
+    values: Tensor,  # [R, S, V, K], colour first
+    ray_diff: Tensor,  # [R, S, V, 4]
+    mask: Tensor,  # [R, S, V] bool
+    weights: list[Tensor],  # of LAYERS: [D, C], [D, K + 4], [1, D], [1, C]
+    biases: list[Tensor],  # [D], [D], [1], [1]
+    angle_scale: Tensor,  # scalar
+    agreement_scale: Tensor,  # scalar
+) -> tuple[Tensor, Tensor]:
+    """What `color_blend` computes, in plain torch: colours of rays [R, 3] and weights of their samples [R, S]."""
+    point, view, view_logit, sample_logit = zip(weights, biases, strict=True)
+    hidden = F.linear(x, *point)[:, :, None] + F.linear(torch.cat([values, ray_diff], dim=-1), *view)
+    view_logits = F.linear(F.relu(hidden), *view_logit)[..., 0]
+    sample_logits = F.linear(x, *sample_logit)[..., 0]
+    return blend(view_logits, sample_logits, values[..., :3], ray_diff[..., 3], mask, angle_scale, agreement_scale)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# TIR
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _build(target: CpuTarget, *, width: int, inputs: int, hidden: int) -> Any:
+    from tvm.script import tirx as T
+
+    vec = Vectors(target)
+    four = Vectors(target, 4)  # a colour, and the first feature, which nobody reads
+    lanes, at, splat = vec.lanes, vec.at, vec.splat
+    deep = vec.padded(hidden)
+    # Of a sample: its part of the views' hidden layer, then its own logit.
+    own = vec.padded(hidden + 1)
+    most = -(-MAX_VIEWS // lanes) * lanes
+
+    def view_logit(activation: Any, i: Any, points: Any, s: Any, w_logit: Any) -> Any:
+        """The second layer for view row `i` of sample `s`, without its bias."""
+        total = splat(0.0)
+        for n in range(0, deep, lanes):
+            unit = vec.relu(activation[i, at(n)] + points[s, at(n)])
+            total = vec.multiply_add(unit, w_logit[at(n)], total)
+        return vec.total(total)
+
+    def blend_views(
+        logits: Any,
+        values: Any,
+        ray_diff: Any,
+        mask: Any,
+        row: Any,
+        V: Any,
+        colors: Any,
+        scores: Any,
+        s: Any,
+        scales: Any,
+    ) -> None:
+        """From the views' logits of sample `s`, whose views are the rows from `row` on: its colour and score."""
+        seen = T.alloc_buffer((1,), "float32")
+        largest = T.alloc_buffer((1,), "float32")
+        total = T.alloc_buffer((1,), "float32")
+        color = T.alloc_buffer((4,), "float32", align=16)
+        apart = T.alloc_buffer((4,), "float32", align=16)
+        T.buffer_store(seen, T.float32(0.0), [0])
+        T.buffer_store(largest, T.float32(-3.0e38), [0])
+        with T.serial(V) as v:
+            T.buffer_store(seen, seen[0] + T.cast(mask[row + v], "float32"), [0])
+            angle = scales[0] * (ray_diff[row + v, 3] - T.float32(1.0)) + scales[2]
+            with T.If(mask[row + v] != T.uint8(0)):
+                with T.Then():
+                    T.buffer_store(logits, logits[v] + angle, [v])
+                with T.Else():
+                    T.buffer_store(logits, T.float32(MASKED_LOGIT), [v])
+            T.buffer_store(largest, T.max(largest[0], logits[v]), [0])
+        with T.serial((V + (lanes - 1)) // lanes) as n:
+            T.buffer_store(logits, vec.exp(logits[at(n * lanes)] - splat(largest[0])), [at(n * lanes)])
+        T.buffer_store(total, T.float32(0.0), [0])
+        T.buffer_store(color, four.splat(0.0), [four.at(0)])
+        T.buffer_store(apart, four.splat(0.0), [four.at(0)])
+        with T.serial(V) as v:
+            T.buffer_store(total, total[0] + logits[v], [0])
+            mixed = four.multiply_add(four.splat(logits[v]), values[row + v, four.at(0)], color[four.at(0)])
+            T.buffer_store(color, mixed, [four.at(0)])
+        T.buffer_store(total, T.float32(1.0) / total[0], [0])
+        T.buffer_store(color, color[four.at(0)] * four.splat(total[0]), [four.at(0)])
+        with T.serial(V) as v:
+            distance = four.absolute(values[row + v, four.at(0)] - color[four.at(0)])
+            T.buffer_store(apart, four.multiply_add(four.splat(logits[v]), distance, apart[four.at(0)]), [four.at(0)])
+        T.buffer_store(colors, color[four.at(0)], [s, four.at(0)])
+        deviation = (apart[0] + apart[1] + apart[2]) * total[0] * T.float32(1.0 / 3.0)
+        with T.If(seen[0] < T.float32(1.5)):
+            with T.Then():
+                T.buffer_store(scores, T.float32(MASKED_LOGIT), [s])
+            with T.Else():
+                T.buffer_store(scores, scores[s] - scales[1] * deviation, [s])
+
+    @T.prim_func(s_tir=True)
+    def color_blend(
+        x_handle: T.handle,
+        values_handle: T.handle,
+        ray_diff_handle: T.handle,
+        mask_handle: T.handle,
+        w_own: T.Buffer((width, own), "float32"),
+        b_own: T.Buffer((own,), "float32"),
+        w_view: T.Buffer((inputs + 4, deep), "float32"),
+        w_logit: T.Buffer((deep,), "float32"),
+        scales: T.Buffer((3,), "float32"),  # of angles and of agreement, and the view logits' bias
+        V: T.int64,
+        rgb_handle: T.handle,
+        weights_handle: T.handle,
+    ):
+        T.func_attr({"tirx.noalias": True})
+        R = T.int64()
+        S = T.int64()
+        N = T.int64()
+        x = T.match_buffer(x_handle, (R * S, width), "float32", align=4)
+        values = T.match_buffer(values_handle, (N, inputs), "float32", align=4)  # rows are (ray, sample, view)
+        ray_diff = T.match_buffer(ray_diff_handle, (N, 4), "float32", align=4)
+        mask = T.match_buffer(mask_handle, (N,), "uint8", align=1)
+        rgb = T.match_buffer(rgb_handle, (R, 3), "float32", align=4)
+        weights = T.match_buffer(weights_handle, (R, S), "float32", align=4)
+        samples_a_block: T.let[T.int64] = _ROWS // V
+        for r in T.parallel(R):
+            points = T.alloc_buffer((S + ROW_PADDING, own), "float32", align=64)
+            activation = T.alloc_buffer((_ROWS + ROW_PADDING, deep), "float32", align=64)
+            logits = T.alloc_buffer((most,), "float32", align=64)
+            colors = T.alloc_buffer((S, 4), "float32", align=64)
+            scores = T.alloc_buffer((S + lanes,), "float32", align=64)
+            accumulators = T.alloc_buffer((ACCUMULATORS * lanes,), "float32", align=64)
+            color = T.alloc_buffer((4,), "float32", align=16)
+            peak = T.alloc_buffer((1,), "float32")
+            whole = T.alloc_buffer((1,), "float32")
+            for n in T.serial(most):
+                logits[n] = T.float32(0.0)
+            vec.product(
+                S,
+                own,
+                lambda s, c: b_own[at(c)],
+                [(width, lambda s, k: x[r * S + T.min(s, S - 1), k], lambda k, c: w_own[k, at(c)])],
+                lambda s, c, sums: T.buffer_store(points, sums, [s, at(c)]),
+                accumulators,
+            )
+            for s in T.serial(S):
+                scores[s] = points[s, hidden]
+            for block in T.serial((S + samples_a_block - 1) // samples_a_block):
+                first: T.let[T.int64] = block * samples_a_block
+                here: T.let[T.int64] = T.min(samples_a_block, S - first)
+                row: T.let[T.int64] = (r * S + first) * V
+                vec.product(
+                    here * V,
+                    deep,
+                    lambda i, c: splat(0.0),
+                    [
+                        (inputs, lambda i, k: values[T.min(row + i, N - 1), k], lambda k, c: w_view[k, at(c)]),
+                        (4, lambda i, k: ray_diff[T.min(row + i, N - 1), k], lambda k, c: w_view[inputs + k, at(c)]),
+                    ],
+                    lambda i, c, sums: T.buffer_store(activation, sums, [i, at(c)]),
+                    accumulators,
+                )
+                for s in T.serial(here):
+                    for v in T.serial(V):
+                        logits[v] = view_logit(activation, s * V + v, points, first + s, w_logit)
+                    blend_views(logits, values, ray_diff, mask, row + s * V, V, colors, scores, first + s, scales)
+            peak[0] = T.float32(-3.0e38)
+            for s in T.serial(S):
+                if not (scores[s] <= peak[0]):  # NaN included
+                    peak[0] = scores[s]
+            for n in T.serial((S + lanes - 1) // lanes):
+                scores[at(n * lanes)] = vec.exp(scores[at(n * lanes)] - splat(peak[0]))
+            whole[0] = T.float32(0.0)
+            color[four.at(0)] = four.splat(0.0)
+            for s in T.serial(S):
+                whole[0] = whole[0] + scores[s]
+                color[four.at(0)] = four.multiply_add(four.splat(scores[s]), colors[s, four.at(0)], color[four.at(0)])
+            for s in T.serial(S):
+                weights[r, s] = scores[s] / whole[0]
+            for c in T.serial(3):
+                rgb[r, c] = color[c] / whole[0]
+
+    return color_blend
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Trial and op
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _run(
+    function: Any,
+    x: Tensor,
+    values: Tensor,
+    ray_diff: Tensor,
+    mask: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    angle_scale: Tensor,
+    agreement_scale: Tensor,
+) -> tuple[Tensor, Tensor]:
+    rays, samples, views, inputs = values.shape
+    lanes = current().lanes
+    point, view, view_logit, sample_logit = (weight.detach() for weight in weights)
+    point_bias, view_bias, view_logit_bias, sample_logit_bias = (bias.detach() for bias in biases)
+
+    def across(panel: Tensor) -> Tensor:
+        return F.pad(panel, (0, -panel.shape[-1] % lanes)).contiguous()
+
+    rgb, outcome = torch.empty(rays, 3), torch.empty(rays, samples)
+    function(
+        x.reshape(rays * samples, -1).contiguous(),
+        values.reshape(-1, inputs).contiguous(),
+        ray_diff.reshape(-1, 4).contiguous(),
+        mask.reshape(-1).contiguous().view(torch.uint8),
+        across(torch.cat([point, sample_logit]).mT),
+        across(torch.cat([point_bias + view_bias, sample_logit_bias])),
+        across(view.mT),
+        across(view_logit[0]),
+        torch.stack([angle_scale.detach(), agreement_scale.detach(), view_logit_bias[0]]),
+        views,
+        rgb,
+        outcome,
+    )
+    return rgb, outcome
+
+
+def random_blend(
+    seed: int, *, rays: int, samples: int, views: int, width: int, inputs: int, hidden: int
+) -> tuple[Any, ...]:
+    """Arguments of `color_blend` for a trial."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    sizes = ((hidden, width), (hidden, inputs + 4), (1, hidden), (1, width))
+    mask = torch.rand(rays, samples, views, generator=generator) > 0.4
+    return (
+        draw(rays, samples, width),
+        draw(rays, samples, views, inputs),
+        draw(rays, samples, views, 4),
+        mask,
+        [draw(*size) / size[1] ** 0.5 for size in sizes],
+        [draw(size[0]) for size in sizes],
+        torch.tensor(1.5),
+        torch.tensor(0.7),
+    )
+
+
+def _trial(function: Any, **spec: Any) -> None:
+    arguments = random_blend(0, rays=5, samples=19, views=5, **spec)
+    for out, twin in zip(_run(function, *arguments), color_blend_twin(*arguments), strict=True):
+        torch.testing.assert_close(out, twin, rtol=1e-4, atol=1e-5)
+
+
+def _variants(target: CpuTarget) -> list[dict[str, Any]]:
+    return [{"width": width, "inputs": 35, "hidden": width // 2} for width in (32, 64)]
+
+
+KERNEL = Kernel("color_blend", _build, _trial, _variants)
+
+
+def _check(
+    x: Tensor, values: Tensor, ray_diff: Tensor, mask: Tensor, weights: list[Tensor], biases: list[Tensor]
+) -> None:
+    if values.dim() != 4 or values.shape[-1] < 4:
+        raise UserError(f"values must be [R, S, V, 3 + C] with C at least 1, not {list(values.shape)}")
+    shape = values.shape[:3]
+    if x.shape[:-1] != shape[:2] or ray_diff.shape != (*shape, 4) or mask.shape != shape or mask.dtype != torch.bool:
+        raise UserError(
+            f"beside values {list(values.shape)}, x must be [R, S, C], ray_diff [R, S, V, 4] and mask bool [R, S, V], "
+            f"not {list(x.shape)}, {list(ray_diff.shape)} and {mask.dtype} {list(mask.shape)}"
+        )
+    if len(weights) != len(LAYERS) or len(biases) != len(LAYERS):
+        raise UserError(f"color_blend takes weights and biases of {', '.join(LAYERS)}")
+    hidden, width = weights[0].shape[0], x.shape[-1]
+    sizes = ((hidden, width), (hidden, values.shape[-1] + 4), (1, hidden), (1, width))
+    for name, weight, bias, size in zip(LAYERS, weights, biases, sizes, strict=True):
+        if weight.shape != size or bias.shape != size[:1]:
+            raise UserError(
+                f"weight and bias of {name} must be {list(size)} and [{size[0]}], not {list(weight.shape)} and "
+                f"{list(bias.shape)}"
+            )
+
+
+def _cpu(
+    x: Tensor,
+    values: Tensor,
+    ray_diff: Tensor,
+    mask: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    angle_scale: Tensor,
+    agreement_scale: Tensor,
+) -> tuple[Tensor, Tensor]:
+    _check(x, values, ray_diff, mask, weights, biases)
+    arguments = (x, values, ray_diff, mask, weights, biases, angle_scale, agreement_scale)
+    function = None
+    if values.numel() and x.dtype == values.dtype == torch.float32 and values.shape[2] <= MAX_VIEWS:
+        function = KERNEL.function(width=x.shape[-1], inputs=values.shape[-1], hidden=weights[0].shape[0])
+    return color_blend_twin(*arguments) if function is None else _run(function, *arguments)
+
+
+def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], 3), x.new_empty(x.shape[:2])
+
+
+#: ``torch.ops.shiftadd3d.color_blend``; arguments and outcome as those of its twin. float32; 1 to 32 views, more go
+#: through the twin.
+color_blend = define_op(
+    "color_blend(Tensor x, Tensor values, Tensor ray_diff, Tensor mask, Tensor[] weights, Tensor[] biases, "
+    "Tensor angle_scale, Tensor agreement_scale) -> (Tensor, Tensor)",
+    cpu=_cpu,
+    twin=color_blend_twin,
+    fake=_fake,
+)

@@ -1,0 +1,103 @@
+"""The fused embedding of what views show: the kernel against its twin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shiftadd3d import UserError
+from shiftadd3d.kernels import targets
+from shiftadd3d.kernels.view_embedding import KERNEL, random_views, view_embedding_twin, view_moments
+
+OPS = torch.ops.shiftadd3d
+SIZES = {"points": 17, "views": 4, "inputs": 11, "hidden": 16, "width": 16, "with_moments": True}
+
+
+def problem(seed: int = 0, **changes) -> tuple:
+    return random_views(seed, **{**SIZES, **changes})
+
+
+def assert_same(arguments: tuple) -> None:
+    for out, expected in zip(OPS.view_embedding(*arguments), view_embedding_twin(*arguments), strict=True):
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_moments_are_those_of_the_views_that_see():
+    values, mask, _, _ = problem()
+    mask[5] = torch.tensor([True, False, True, True])
+    mean, deviation, share = view_moments(values, mask)[5].split([11, 11, 1])
+    seen = values[5, [0, 2, 3]]
+    torch.testing.assert_close(mean, seen.mean(0))
+    torch.testing.assert_close(deviation, seen.std(0, correction=0), rtol=1e-3, atol=1e-3)
+    assert share == 0.75
+
+
+@settings(max_examples=10, deadline=None)
+@given(points=st.integers(1, 90), views=st.integers(1, 32), seed=st.integers(0, 99))
+def test_the_kernel_computes_what_the_twin_does(points, views, seed):
+    assert_same(problem(seed, points=points, views=views))
+
+
+@pytest.mark.parametrize(("inputs", "hidden", "width"), [(1, 3, 5), (8, 8, 8), (35, 24, 33)])
+@pytest.mark.parametrize("with_moments", [False, True])
+def test_widths_need_not_be_whole_vectors(inputs, hidden, width, with_moments):
+    assert_same(problem(1, inputs=inputs, hidden=hidden, width=width, with_moments=with_moments))
+
+
+def test_more_views_than_fit_go_through_the_twin():
+    arguments = problem(2, views=33)
+    for out, expected in zip(OPS.view_embedding(*arguments), view_embedding_twin(*arguments), strict=True):
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_with_its_point(bad):
+    arguments = problem(3)
+    arguments[1][:] = True
+    arguments[0][6, 2, 4] = bad
+    others = torch.arange(17) != 6
+    for out, twin in zip(OPS.view_embedding(*arguments), view_embedding_twin(*arguments), strict=True):
+        torch.testing.assert_close(out[others], twin[others], rtol=1e-4, atol=1e-4)
+        assert torch.equal(out[6].isnan(), twin[6].isnan())
+
+
+def test_leading_dimensions_strides_and_no_points():
+    values, mask, weights, biases = problem(4, points=12)
+    embedding, query = OPS.view_embedding(values.view(3, 4, 4, 11), mask.view(3, 4, 4), weights, biases)
+    assert embedding.shape == (3, 4, 4, 16) and query.shape == (3, 4, 16)
+    turned = values.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(OPS.view_embedding(turned, mask, weights, biases)[1], query.flatten(0, 1))
+    embedding, query = OPS.view_embedding(values[:0], mask[:0], weights, biases)
+    assert embedding.shape == (0, 4, 16) and query.shape == (0, 16)
+
+
+def test_threads_change_nothing(torch_threads):
+    assert_same(problem(5, points=3000))
+
+
+def test_compiled_models_see_through_it():
+    values, *rest = problem(6)
+
+    def model(values):
+        embedding, query = OPS.view_embedding(values, *rest)
+        return embedding.sum(-2) * query
+
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(values), model(values))
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    values, mask, weights, biases = problem(7)
+    with pytest.raises(UserError, match="mask must be bool"):
+        OPS.view_embedding(values, mask.float(), weights, biases)
+    with pytest.raises(UserError, match="weights and biases of two layers"):
+        OPS.view_embedding(values, mask, weights[:1], biases[:1])
+    with pytest.raises(UserError, match="layer 3 must be"):
+        OPS.view_embedding(values, mask, [*weights[:2], weights[1]], biases)
+
+
+def test_other_processors_get_their_own_instructions():
+    spec = {"inputs": 11, "hidden": 16, "width": 16, "with_moments": True}
+    assert "zmm" in KERNEL.assembly(targets.find("avx512"), **spec)
+    assert "ymm" not in KERNEL.assembly(targets.find("generic"), **spec)
