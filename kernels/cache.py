@@ -21,6 +21,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache
@@ -29,6 +30,9 @@ from typing import Any
 
 ENVIRONMENT_VARIABLE = "SHIFTADD3D_CACHE"
 
+# Entries of old versions are not found any more; those that nothing has used for so long go when one is added.
+_SECONDS_UNUSED = 90 * 24 * 3600
+
 
 def folder() -> Path:
     """The folder of compiled kernels, made if it was not there; only its owner may look into it."""
@@ -36,7 +40,7 @@ def folder() -> Path:
 
 
 def key(**facts: Any) -> str:
-    """A name for what is determined by `facts`, all of which `repr` must tell apart."""
+    """A name for what is determined by `facts`, numbers and strings or lists and tuples of such."""
     return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:32]
 
 
@@ -49,6 +53,7 @@ def find(entry: str) -> Path | None:
     library = place / f"{entry}-{record.get('sha256')}.so"
     try:
         if _is_private(library) and hashlib.sha256(library.read_bytes()).hexdigest() == record.get("sha256"):
+            os.utime(place / f"{entry}.json")
             return library
     except OSError:
         pass
@@ -79,7 +84,17 @@ def store(entry: str, library: Path, facts: dict[str, Any]) -> Path:
     for other in folder().glob(f"{entry}-*.so"):
         if other != final:
             other.unlink(missing_ok=True)
+    _drop_unused()
     return final
+
+
+def _drop_unused() -> None:
+    for record in folder().glob("*.json"):
+        with contextlib.suppress(OSError):
+            if time.time() - record.stat().st_mtime > _SECONDS_UNUSED:
+                record.unlink()
+                for library in folder().glob(f"{record.stem}-*.so"):
+                    library.unlink()
 
 
 @contextlib.contextmanager

@@ -85,7 +85,7 @@ class Kernel:
             A function of contiguous torch tensors and numbers that writes into its last arguments, or None where TVM is
             missing or the kernel failed its trial: then the twin has to do. That is said once.
         """
-        known = (targets.current(), *spec.items())
+        known = (targets.current().name, *spec.items())
         try:
             return self._functions[known]
         except KeyError:
@@ -146,7 +146,9 @@ class Kernel:
     def entry(self, target: CpuTarget, **spec: Any) -> str:
         """The key in the cache: everything that the machine code depends on."""
         sources = _sources_digest(sys.modules[self.build.__module__])
-        return cache.key(kernel=self.name, target=target, spec=sorted(spec.items()), sources=sources, **_versions())
+        return cache.key(
+            kernel=self.name, target=target.name, spec=sorted(spec.items()), sources=sources, **_versions()
+        )
 
 
 def define_op(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
@@ -37,7 +37,7 @@ __all__ = ["MATSHIFT", "matshift", "matshift_twin"]
 # by then, decoding the weights for it costs next to nothing.
 _BLOCK_BYTES, _BLOCK_ROWS = 192 << 10, 192
 
-_DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def matshift(
@@ -76,7 +76,7 @@ def matshift_twin(
     numerics: str = "exact",
 ) -> Tensor:
     """What `matshift` computes, in plain torch; always exact, `numerics` being there for the op's signature only."""
-    _check(x, codes, offset, bias, bits, activation, numerics)
+    check_arguments(x, codes, offset, bias, bits, activation, numerics)
     bias = bias if bias is None else bias.to(x.dtype)
     return activations.apply(cast(Activation, activation), F.linear(x, _weight(x, codes, offset, bits), bias))
 
@@ -174,7 +174,7 @@ def trial(function: Any, form: Form, bits: int, terms: int, dtype: Dtype, activa
 
 def variants(target: CpuTarget) -> Iterator[dict[str, Any]]:
     """4 and 5 bits, one and two terms, both dtypes, exact and fast, with each activation."""
-    for bits, terms, dtype in itertools.product((4, 5), (1, 2), _DTYPES.values()):
+    for bits, terms, dtype in itertools.product((4, 5), (1, 2), DTYPES.values()):
         exact, fast = (forms(target, numerics, bits, terms, dtype) for numerics in ("exact", "fast"))
         for form, activation in itertools.product(dict.fromkeys(exact + fast), activations.ACTIVATIONS):
             yield {"form": form, "bits": bits, "terms": terms, "dtype": dtype, "activation": activation}
@@ -186,13 +186,13 @@ MATSHIFT = Kernel("matshift", build, trial, variants)
 def _matshift_cpu(
     x: Tensor, codes: Tensor, offset: Tensor, bias: Tensor | None, bits: int, activation: str, numerics: str
 ) -> Tensor:
-    _check(x, codes, offset, bias, bits, activation, numerics)
-    if numerics == "twin" or x.dtype not in _DTYPES or not x.numel() or not codes.numel():
+    check_arguments(x, codes, offset, bias, bits, activation, numerics)
+    if numerics == "twin" or x.dtype not in DTYPES or not x.numel() or not codes.numel():
         return matshift_twin(x, codes, offset, bias, bits, activation)
     terms, outputs, _ = codes.shape
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     bias_row = torch.zeros(outputs) if bias is None else bias.to(torch.float32).contiguous()
-    dtype = _DTYPES[x.dtype]
+    dtype = DTYPES[x.dtype]
     for form in forms(targets.current(), cast(Numerics, numerics), bits, terms, dtype):
         function = MATSHIFT.function(form=form, bits=bits, terms=terms, dtype=dtype, activation=activation)
         if function is None:
@@ -202,6 +202,12 @@ def _matshift_cpu(
         if y is not None:
             return y.view(*x.shape[:-1], outputs)
     return matshift_twin(x, codes, offset, bias, bits, activation)
+
+
+@lru_cache(maxsize=256)
+def _zeros(outputs: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(outputs)
 
 
 def _run(
@@ -228,7 +234,7 @@ def _division(form: Form, rows: int, inputs: int, outputs: int) -> tuple[int, in
     return -(-rows // blocks // tile) * tile, shares
 
 
-def _check(
+def check_arguments(
     x: Tensor, codes: Tensor, offset: Tensor, bias: Tensor | None, bits: int, activation: str, numerics: str
 ) -> None:
     activations.check_activation(activation)
@@ -259,7 +265,7 @@ def _describe(tensor: Tensor) -> str:
 def _fake(
     x: Tensor, codes: Tensor, offset: Tensor, bias: Tensor | None, bits: int, activation: str, numerics: str
 ) -> Tensor:
-    _check(x, codes, offset, bias, bits, activation, numerics)
+    check_arguments(x, codes, offset, bias, bits, activation, numerics)
     return x.new_empty((*x.shape[:-1], codes.shape[1]))
 
 

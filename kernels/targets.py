@@ -110,17 +110,16 @@ def runs_here(target: CpuTarget) -> bool:
     return target.flags <= cpu_flags() and (not target.has_amx or _amx_permitted())
 
 
+@lru_cache(maxsize=1)
 def current() -> CpuTarget:
     """The target of this process: the best that runs here, or the one that `SHIFTADD3D_TARGET` names.
+
+    It is asked for with every call of a kernel, so the variable counts as it is the first time.
 
     Raises:
         UserError: if the variable names no target, or one that this CPU cannot run.
     """
-    return _choose(os.environ.get(ENVIRONMENT_VARIABLE, ""))
-
-
-@lru_cache(maxsize=len(TARGETS) + 1)
-def _choose(name: str) -> CpuTarget:
+    name = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if not name:
         return next(target for target in TARGETS if runs_here(target))
     try:

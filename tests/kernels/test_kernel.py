@@ -6,6 +6,8 @@ import itertools
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -98,6 +100,37 @@ def test_another_specialisation_source_or_target_is_another_entry(new_kernel: An
     monkeypatch.setattr(kernel_module, "_versions", lambda: {"tvm": "0.0"})
     entries.add(kernel.entry(avx2, factor=3))
     assert len(entries) == 5
+
+
+def test_the_next_process_finds_what_this_one_has_built(empty_cache: Path):
+    code = """
+import sys, torch
+from shiftadd3d import kernels
+from shiftadd3d.kernels import power_of_two
+codes = power_of_two.encode(torch.ones(8, 8))
+assert kernels.matshift(torch.ones(1, 8), power_of_two.pack(codes.codes, 4), codes.offset).sum() == 64
+print("tvm" in sys.modules)
+"""
+    compiled = [
+        subprocess.run([sys.executable, "-c", code], env=os.environ, check=True, capture_output=True, text=True).stdout
+        for _ in range(2)
+    ]
+    assert compiled == ["True\n", "False\n"]
+
+
+def test_what_nobody_has_used_for_months_goes(empty_cache: Path, new_kernel: Any):
+    kernel = new_kernel()
+    kernel.function(factor=3)
+    entry = kernel.entry(targets.current(), factor=3)
+    (library,) = empty_cache.glob(f"{entry}-*.so")
+    os.utime(empty_cache / f"{entry}.json", (0, 0))
+    kernel.load(targets.current(), factor=3)  # a use
+    kernel.function(factor=4)
+    assert library.exists()
+    os.utime(empty_cache / f"{entry}.json", (0, 0))
+    kernel.function(factor=5)
+    assert not library.exists()
+    assert not (empty_cache / f"{entry}.json").exists()
 
 
 def damage_truncate(library: Path, record: Path) -> None:

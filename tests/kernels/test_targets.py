@@ -24,11 +24,12 @@ def cpu(monkeypatch: pytest.MonkeyPatch):
     def pretend(flags: str, amx_permitted: bool = True) -> None:
         monkeypatch.setattr(targets, "cpu_flags", lambda: frozenset(flags.split()))
         monkeypatch.setattr(targets, "_amx_permitted", lambda: amx_permitted)
-        targets._choose.cache_clear()
+        targets.current.cache_clear()
 
     monkeypatch.delenv("SHIFTADD3D_TARGET", raising=False)
+    targets.current.cache_clear()
     yield pretend
-    targets._choose.cache_clear()
+    targets.current.cache_clear()
 
 
 @pytest.mark.parametrize("name", FLAGS)
