@@ -13,6 +13,9 @@ Inference only: no gradients flow through the op; training uses `shiftadd3d.mode
 Source: Wang et al., "IBRNet" (CVPR 2021), section 3.3, for blending by learned weights.
 """
 
+# TVMScript's annotations are calls:
+# pyright: reportInvalidTypeForm=false
+
 # ruff: noqa: B023 (a TIR function is gone through once, while it is parsed)
 from __future__ import annotations
 

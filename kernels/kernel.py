@@ -34,7 +34,7 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__") and not hasattr(torch.
 try:
     import tvm_ffi  # the small library that calls compiled code; the compiler, `tvm`, is imported where it is needed
 except ImportError:
-    tvm_ffi = None
+    tvm_ffi: Any = None
 
 __all__ = ["KERNELS", "Kernel", "define_op"]
 

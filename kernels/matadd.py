@@ -665,8 +665,8 @@ def _draw(storage: str, *shape: int) -> Tensor:
 
 
 def _assert_close(found: Tensor, expected: Tensor) -> None:
-    rounding = {"rtol": 1e-2, "atol": 1e-2} if found.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
-    torch.testing.assert_close(found, expected.to(found.dtype), **rounding)
+    rtol, atol = (1e-2, 1e-2) if found.dtype == torch.bfloat16 else (1e-5, 1e-4)
+    torch.testing.assert_close(found, expected.to(found.dtype), rtol=rtol, atol=atol)
 
 
 def _try_sums(function: Any, *, codes: str, dtype: str, features: int, columns: int, masked: bool) -> None:

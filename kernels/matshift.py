@@ -197,7 +197,7 @@ def _matshift_cpu(
         function = MATSHIFT.function(form=form, bits=bits, terms=terms, dtype=dtype, activation=activation)
         if function is None:
             continue
-        division = _division(form, *rows.shape, outputs)
+        division = _division(form, rows.shape[0], rows.shape[1], outputs)
         y = _run(function, rows, codes.contiguous(), offset.contiguous(), bias_row, *division)
         if y is not None:
             return y.view(*x.shape[:-1], outputs)
@@ -284,7 +284,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         else:
             gradient = torch.ops.aten.gelu_backward(gradient, before)
     of_x = gradient @ weight if ctx.needs_input_grad[0] else None
-    of_bias = gradient.flatten(0, -2).sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
+    of_bias = gradient.flatten(0, -2).sum(0).to(bias.dtype) if bias is not None and ctx.needs_input_grad[3] else None
     return of_x, None, None, of_bias, None, None, None
 
 

@@ -9,6 +9,9 @@ Inference only: no gradients flow through the op; training uses `shiftadd3d.mode
 Source: Collins, "A space-sweep approach to true multi-image matching" (CVPR 1996).
 """
 
+# TVMScript's annotations are calls:
+# pyright: reportInvalidTypeForm=false
+
 # ruff: noqa: B023, SIM102 (a TIR function is gone through once, while it is parsed; one `if` is decided then)
 from __future__ import annotations
 

@@ -9,6 +9,9 @@ Source: Mildenhall et al., "NeRF" (ECCV 2020), eq. 4; Varma T. et al., "Is Atten
 section 3.3.
 """
 
+# TVMScript's annotations are calls:
+# pyright: reportInvalidTypeForm=false
+
 # ruff: noqa: B023 (a TIR function is gone through once, while it is parsed)
 from __future__ import annotations
 

@@ -16,6 +16,9 @@ Source: Varma T. et al., "Is Attention All That NeRF Needs?" (ICLR 2023), sectio
 2023), section 4.2.
 """
 
+# TVMScript's annotations are calls:
+# pyright: reportInvalidTypeForm=false
+
 # ruff: noqa: B023 (a TIR function is gone through once, while it is parsed; one `if` is decided then)
 from __future__ import annotations
 

@@ -17,6 +17,9 @@ Inference only: no gradients flow through these ops; training uses `shiftadd3d.m
 Source: Varma T. et al., "Is Attention All That NeRF Needs?" (ICLR 2023), section 3.2.
 """
 
+# TVMScript's annotations are calls:
+# pyright: reportInvalidTypeForm=false
+
 # ruff: noqa: B023 (the loops of a TIR function are gone through once, while it is parsed)
 from __future__ import annotations
 

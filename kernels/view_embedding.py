@@ -13,6 +13,9 @@ Inference only: no gradients flow through the op; training uses `shiftadd3d.mode
 Source: Varma T. et al., "Is Attention All That NeRF Needs?" (ICLR 2023), section 3.1.
 """
 
+# TVMScript's annotations are calls:
+# pyright: reportInvalidTypeForm=false
+
 # ruff: noqa: B023 (a TIR function is gone through once, while it is parsed; one `if` is decided then)
 from __future__ import annotations
 

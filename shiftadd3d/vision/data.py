@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -89,10 +89,17 @@ def decode_picture(data: bytes | Path) -> Image.Image:
 
 
 class Source(Protocol):
-    """Pictures by number. `labels` are class names, one a picture; `names` say in reports which picture it is."""
+    """Pictures by number."""
 
-    names: Sequence[str]
-    labels: Sequence[str]
+    @property
+    def names(self) -> Sequence[str]:
+        """Which picture it is, in reports."""
+        ...
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """The names of the pictures' classes."""
+        ...
 
     def read(self, index: int) -> Image.Image:
         """A picture as 8-bit RGB. Raises `UserError` if it cannot be read."""
@@ -470,10 +477,11 @@ def _open_hugging_face(path: Path) -> _Splits:
         image, label = _picture_and_label_columns(path, dataset.features, datasets)
         values = dataset[label]
         feature = dataset.features[label]
-        names = [feature.int2str(v) for v in values] if isinstance(feature, datasets.ClassLabel) else map(str, values)
+        if isinstance(feature, datasets.ClassLabel):
+            values = [feature.int2str(value) for value in values]
         dataset = dataset.cast_column(image, datasets.Image(decode=False))
         split = _split_of(name.lower())
-        splits[split] = _HuggingFaceSource(dataset, image, list(names), f"{path.name}/{name}")
+        splits[split] = _HuggingFaceSource(dataset, image, [str(v) for v in values], f"{path.name}/{name}")
     return splits
 
 
@@ -586,11 +594,15 @@ def seed_everything(*words: int) -> None:
     torch.manual_seed(int(state[2]) << 32 | int(state[3]))
 
 
-def eval_transform(config: InputConfig) -> Callable[[Image.Image], Tensor]:
+Transform = Callable[[Image.Image], Tensor]
+"""A picture as a model's input [3, size, size]."""
+
+
+def eval_transform(config: InputConfig) -> Transform:
     """timm's transform for evaluation: resize, centre crop, normalise."""
     from timm.data import create_transform
 
-    return create_transform(
+    made = create_transform(
         config.size,
         is_training=False,
         interpolation=config.interpolation,
@@ -598,9 +610,10 @@ def eval_transform(config: InputConfig) -> Callable[[Image.Image], Tensor]:
         std=config.std,
         crop_pct=config.crop_pct,
     )
+    return cast(Transform, made)
 
 
-def train_transform(config: InputConfig, settings: TrainSettings) -> Callable[[Image.Image], Tensor]:
+def train_transform(config: InputConfig, settings: TrainSettings) -> Transform:
     """timm's transform for training: random crop, mirror, colour, policy, erasing; normalise.
 
     Raises:
@@ -609,12 +622,12 @@ def train_transform(config: InputConfig, settings: TrainSettings) -> Callable[[I
     from timm.data import create_transform
 
     try:
-        return create_transform(
+        made = create_transform(
             config.size,
             is_training=True,
             scale=(settings.min_scale, 1.0),
             hflip=settings.hflip,
-            color_jitter=settings.color_jitter or None,
+            color_jitter=settings.color_jitter,
             auto_augment=settings.auto_augment,
             interpolation=config.interpolation,
             mean=config.mean,
@@ -627,14 +640,13 @@ def train_transform(config: InputConfig, settings: TrainSettings) -> Callable[[I
             f"--auto-augment {settings.auto_augment}: timm does not understand it ({error}); "
             "expected something like rand-m9-mstd0.5-inc1, augmix-m5 or original"
         ) from None
+    return cast(Transform, made)
 
 
 class TransformedPictures(Dataset):
     """Pictures through a transform. An index is a position, or (epoch, position) where the transform is random."""
 
-    def __init__(
-        self, pictures: PictureSet, transform: Callable[[Image.Image], Tensor], seed: int | None = None
-    ) -> None:
+    def __init__(self, pictures: PictureSet, transform: Transform, seed: int | None = None) -> None:
         self.pictures, self.transform, self.seed = pictures, transform, seed
 
     def __len__(self) -> int:

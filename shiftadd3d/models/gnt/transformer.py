@@ -158,8 +158,10 @@ class RayTransformer(nn.Module):
         kind = ("softmax", None) if type(attn) is RayAttention else None
         if type(attn) is AddAttention:
             kind = codes_and_convolution(attn)
-        plain = kind and weights_and_biases((self.attn_norm, attn.q_fc, attn.k_fc, attn.v_fc, attn.out_fc))
-        if not plain:
+        if kind is None:
+            return None
+        plain = weights_and_biases((self.attn_norm, attn.q_fc, attn.k_fc, attn.v_fc, attn.out_fc))
+        if plain is None:
             return None
         weights, biases = plain
         perceptron = weights_and_biases((self.ff_norm, ff.fc1, ff.fc2)) if type(ff) is FeedForward else None
@@ -230,7 +232,8 @@ class GNT(nn.Module):
             if i % 2 == 0:
                 plain = None
                 if uses_kernels(x, points) and is_free([q_fc]):
-                    plain = weights_and_biases((q_fc[0], q_fc[2]))
+                    first, _, second = q_fc.children()
+                    plain = weights_and_biases((first, second))
                 if plain is not None:
                     x = position_layer(x, points, directions, *plain)
                 else:
