@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from shiftadd3d import UserError, kernels
-from shiftadd3d.kernels import matshift as matshift_module
 from shiftadd3d.kernels import power_of_two, targets
-from shiftadd3d.kernels.matshift import MATSHIFT, matshift, matshift_twin
+from shiftadd3d.kernels.matshift import MATSHIFT, matshift, matshift_twin, trial
 from shiftadd3d.kernels.shift_product import error_bound, forms
 from shiftadd3d.nn import ShiftConv2d, ShiftLinear
 
@@ -413,11 +412,11 @@ def test_rounding_can_be_told_from_a_mistake(monkeypatch: pytest.MonkeyPatch):
     """The trial that guards untested machines notices a product that is slightly wrong."""
     spec = {"form": "float32", "bits": 4, "terms": 1, "dtype": "float32", "activation": "none"}
     function = MATSHIFT.function(**spec)
-    matshift_module.trial(function, **spec)
+    trial(function, **spec)
 
     def wrong(*arguments: object) -> None:
         function(*arguments)
         arguments[4][-1, -1] *= 1 + 1e-4
 
     with pytest.raises(AssertionError, match="it is off by"):
-        matshift_module.trial(wrong, **spec)
+        trial(wrong, **spec)
