@@ -16,7 +16,13 @@ from shiftadd3d.vision.checkpoint import load
 from shiftadd3d.vision.finetune import finetune
 from shiftadd3d.vision.settings import FinetuneSettings, StageSettings
 
-pytestmark = pytest.mark.slow  # each process has torch and timm to import
+pytestmark = [
+    pytest.mark.slow,  # each process has torch and timm to import
+    pytest.mark.skipif(
+        "SHIFTADD3D_TEST_TORCHRUN" not in os.environ,
+        reason="two gloo processes once waited for each other without end: set SHIFTADD3D_TEST_TORCHRUN to run it",
+    ),
+]
 
 WORLD_SIZE = 2
 INTERRUPTED_STEP = 8  # of three a stage: the second one of the last stage
