@@ -133,14 +133,20 @@ def test_what_nobody_has_used_for_months_goes(empty_cache: Path, new_kernel: Any
     assert not (empty_cache / f"{entry}.json").exists()
 
 
+def replace(file: Path, content: bytes) -> None:
+    """Put another file in its place: this process has the old one mapped and would die of a change to that."""
+    file.with_suffix(".new").write_bytes(content)
+    file.with_suffix(".new").replace(file)
+
+
 def damage_truncate(library: Path, record: Path) -> None:
-    library.write_bytes(library.read_bytes()[:1000])
+    replace(library, library.read_bytes()[:1000])
 
 
 def damage_one_bit(library: Path, record: Path) -> None:
     content = bytearray(library.read_bytes())
     content[len(content) // 2] ^= 1
-    library.write_bytes(content)
+    replace(library, content)
 
 
 def damage_remove(library: Path, record: Path) -> None:
