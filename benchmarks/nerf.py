@@ -367,7 +367,10 @@ def make_clocked_trainer(config: TrainerConfig, budget: float) -> Any:
                 print(f"{self.seconds / 60:.1f} min, step {self.steps}, loss {float(result[0]):.5f}", flush=True)
             return result
 
-    return ClockedTrainer(config, local_rank=0, world_size=1)
+    config._target = ClockedTrainer  # the config has to know that it trains
+    trainer = config.setup(local_rank=0, world_size=1)
+    config._target = base
+    return trainer
 
 
 #: Whether nerfacto's learning rate falls over the run's minutes instead of its 200,000 steps.
