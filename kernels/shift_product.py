@@ -421,7 +421,7 @@ class ShiftProduct(ABC):
         return rows
 
 
-class _Float32(ShiftProduct):
+class Float32Product(ShiftProduct):
     number, pair = "float32", 1
 
     def __init__(self, target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype) -> None:
@@ -686,7 +686,7 @@ def shift_product(target: CpuTarget, form: Form, bits: int, terms: int, dtype: D
     power_of_two.check_format(bits, terms)
     if form not in {*forms(target, "exact", bits, terms, dtype), *forms(target, "fast", bits, terms, dtype)}:
         raise ValueError(f"no {form} product on {target.name} with {bits} bits and {terms} terms in {dtype}")
-    makers: dict[Form, type[Any]] = {"float32": _Float32, "int16": _Int16}
+    makers: dict[Form, type[Any]] = {"float32": Float32Product, "int16": _Int16}
     return makers.get(form, _Bfloat16Tiles)(target, form, bits, terms, dtype)
 
 

@@ -1,0 +1,348 @@
+"""Fused MLP: ``y = act(x W1^T + b1) W2^T + b2`` with weights of powers of two, in one pass over the tokens.
+
+Each task takes a block of tokens through both layers, so that what lies between the two is never written to memory.
+
+Accuracy: that of two calls of `matshift`, except that hidden activations of a bfloat16 layer stay in float32.
+
+Inference only: no gradients flow through this op; training uses the layers of `shiftadd3d.nn`.
+
+Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.2.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.kernels import activations, bfloat16, memory, power_of_two, targets
+from shiftadd3d.kernels.activations import Activation
+from shiftadd3d.kernels.kernel import Kernel, define_op
+from shiftadd3d.kernels.matshift import DTYPES, check_arguments, matshift_twin
+from shiftadd3d.kernels.numerics import Numerics, get_numerics
+from shiftadd3d.kernels.shift_product import (
+    Dtype,
+    Form,
+    Load,
+    ShiftProduct,
+    Store,
+    Weights,
+    error_bound,
+    forms,
+    shift_product,
+    tile_shape,
+)
+from shiftadd3d.kernels.targets import CpuTarget
+from shiftadd3d.kernels.vector import Vectors
+
+__all__ = ["MLP", "shift_mlp", "shift_mlp_twin"]
+
+# What a block of tokens takes up with all its activations, of a second-level cache of 512 KiB to 2 MiB, and how many
+# tokens it has at most. Decoding the weights for fewer costs more than reaching beyond that cache.
+_BLOCK_BYTES, _BLOCK_ROWS = 1 << 20, 192
+
+
+def shift_mlp(
+    x: Tensor,  # [*, inputs]
+    hidden_codes: Tensor,  # [terms, hidden, ceil(inputs * bits / 8)] uint8
+    hidden_offset: Tensor,  # [terms, hidden] int8
+    hidden_bias: Tensor | None,  # [hidden]
+    codes: Tensor,  # [terms, outputs, ceil(hidden * bits / 8)] uint8
+    offset: Tensor,  # [terms, outputs] int8
+    bias: Tensor | None,  # [outputs]
+    bits: int = 4,
+    activation: Activation = "gelu",
+) -> Tensor:  # [*, outputs], dtype of x
+    """Two linear layers with power-of-two weights and an activation function between them.
+
+    Runs compiled code on CPUs in float32 and bfloat16, and `shift_mlp_twin` everywhere else.
+
+    Args:
+        x: activations, any leading shape.
+        hidden_codes, hidden_offset, hidden_bias: the first layer, as `matshift` takes it.
+        codes, offset, bias: the second layer.
+        bits: bits of one code, 2 to 6, in both layers.
+        activation: one of ``"none"``, ``"relu"``, ``"gelu"`` (with erf).
+
+    Raises:
+        UserError: if shapes, dtypes or names do not fit together.
+    """
+    layers = (hidden_codes, hidden_offset, hidden_bias, codes, offset, bias)
+    return _mlp_op(x, *layers, bits, activation, get_numerics())
+
+
+def shift_mlp_twin(
+    x: Tensor,
+    hidden_codes: Tensor,
+    hidden_offset: Tensor,
+    hidden_bias: Tensor | None,
+    codes: Tensor,
+    offset: Tensor,
+    bias: Tensor | None,
+    bits: int = 4,
+    activation: str = "gelu",
+    numerics: str = "exact",
+) -> Tensor:
+    """What `shift_mlp` computes, in plain torch; always exact, `numerics` being there for the op's signature only."""
+    hidden = matshift_twin(x, hidden_codes, hidden_offset, hidden_bias, bits, activation, numerics)
+    return matshift_twin(hidden, codes, offset, bias, bits)
+
+
+def emit_mlp(
+    vectors: Vectors,
+    products: tuple[ShiftProduct, ShiftProduct],
+    layers: tuple[Weights, Weights],
+    activation: Activation,
+    block_rows: Any,
+    rows: Any,
+    load: Load,
+    store: Store,
+    flag: Any,
+) -> None:
+    """Emit what takes a block of tokens through two layers.
+
+    Args:
+        block_rows: rows to allocate memory for, a multiple of the products' tiles.
+        rows: how many there are.
+        load, store, flag: see `ShiftProduct.stage` and `ShiftProduct.panels`.
+    """
+    import tvm.script
+
+    T: Any = tvm.script.tirx
+    hidden = T.alloc_buffer((block_rows, layers[0].outputs), "float32", align=64)
+
+    def at(start: Any, count: int) -> Any:
+        return start if count == 1 else T.ramp(start, 1, count)
+
+    def load_hidden(row: Any, start: Any, count: int) -> Any:
+        return hidden[row, at(start, count)]
+
+    def store_hidden(row: Any, column: Any, value: Any, count: int) -> None:
+        T.buffer_store(hidden, value, [row, at(column, count)])
+
+    ends = ((load, partial(activations.emit, vectors, activation), store_hidden), (load_hidden, lambda y: y, store))
+    for product, weights, (source, apply, sink) in zip(products, layers, ends, strict=True):
+        scratch = product.scratch(block_rows, weights.inputs)
+        product.stage(scratch, rows, weights.inputs, source, flag)
+        panels = (weights.outputs + (product.columns - 1)) // product.columns
+        product.panels(scratch, rows, weights, T.int64(0), T.bind(panels), apply, sink)
+        product.release()
+
+
+def build(target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype, activation: Activation) -> Any:
+    """The function ``(x, codes, offset and bias of both layers, y, flag, rows of a block)``.
+
+    x and y are float32, or the bits of bfloat16 as int16; biases are float32. See `ShiftProduct.stage` for the flag.
+    """
+    from tvm.script import tirx as T
+
+    vectors = Vectors(target)
+    # The hidden layer stays in float32, but bfloat16 weights are rounded as the twin's.
+    products = (shift_product(target, form, bits, terms, dtype), shift_product(target, form, bits, terms, dtype))
+    storage = "int16" if dtype == "bfloat16" else "float32"
+
+    def at(start: Any, count: int) -> Any:
+        return start if count == 1 else T.ramp(start, 1, count)
+
+    def task(X: Any, Y: Any, flag: Any, layers: tuple[Weights, Weights], first: Any, block_rows: Any) -> None:
+        def load(row: Any, start: Any, count: int) -> Any:
+            x = X[first + row, at(start, count)]
+            return bfloat16.widen(x, count) if dtype == "bfloat16" else x
+
+        def store(row: Any, column: Any, y: Any, count: int) -> None:
+            y = bfloat16.narrow(y, count) if dtype == "bfloat16" else y
+            T.buffer_store(Y, y, [first + row, at(column, count)])
+
+        rows = T.bind(T.min(block_rows, X.shape[0] - first))
+        emit_mlp(vectors, products, layers, activation, block_rows, rows, load, store, flag)
+
+    @T.prim_func(s_tir=True)
+    def shift_mlp(
+        x: T.handle,
+        hidden_codes: T.handle,
+        hidden_offset: T.handle,
+        hidden_bias: T.handle,
+        codes: T.handle,
+        offset: T.handle,
+        bias: T.handle,
+        y: T.handle,
+        flag: T.handle,
+        block_rows: T.int64,
+    ) -> None:
+        T.func_attr({"tirx.noalias": True})
+        rows = T.int64()
+        inputs = T.int64()
+        hidden = T.int64()
+        outputs = T.int64()
+        hidden_bytes = T.int64()
+        bytes_of_row = T.int64()
+        X = T.match_buffer(x, (rows, inputs), storage, align=4)
+        C1 = T.match_buffer(hidden_codes, (terms, hidden, hidden_bytes), "uint8", align=1)
+        E1 = T.match_buffer(hidden_offset, (terms, hidden), "int8", align=1)
+        B1 = T.match_buffer(hidden_bias, (hidden,), "float32", align=4)
+        C2 = T.match_buffer(codes, (terms, outputs, bytes_of_row), "uint8", align=1)
+        E2 = T.match_buffer(offset, (terms, outputs), "int8", align=1)
+        B2 = T.match_buffer(bias, (outputs,), "float32", align=4)
+        Y = T.match_buffer(y, (rows, outputs), storage, align=4)
+        F = T.match_buffer(flag, (1,), "int32", align=4)
+        for number in T.parallel((rows + block_rows - 1) // block_rows):
+            task(
+                X,
+                Y,
+                F,
+                (Weights(C1, E1, B1, inputs, hidden), Weights(C2, E2, B2, hidden, outputs)),
+                number * block_rows,
+                block_rows,
+            )
+
+    return shift_mlp
+
+
+def trial(function: Any, form: Form, bits: int, terms: int, dtype: Dtype, activation: Activation) -> None:
+    """Odd sizes with tails on every side, more than one block of inputs and of rows."""
+    rows, columns = tile_shape(targets.current(), form)
+    generator = torch.Generator().manual_seed(0)
+    sizes = (columns + 3, 16 * 20 + 5, columns + 7)
+    layers, weights = [], []
+    for inputs, outputs in itertools.pairwise(sizes):
+        weight = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+        codes, offset, _ = power_of_two.encode(weight, bits, terms)
+        layers += [power_of_two.pack(codes, bits), offset, torch.randn(outputs, generator=generator)]
+        weights.append(power_of_two.decode(codes, offset, bits).abs().sum(-1).max())
+    x = torch.randn(3 * rows + 1, sizes[0], generator=generator).to(getattr(torch, dtype))
+    y = _run(function, x, layers, block_rows=2 * rows)
+    assert y is not None, "it found an activation that it cannot express"
+    # The twin in float32, so that its hidden activations are not rounded.
+    twin = shift_mlp_twin(x.float(), *layers, bits, activation)
+    hidden = error_bound(form, bits) * x.float().abs().amax(-1, keepdim=True) * weights[0] * 1.2  # gelu's steepest
+    largest = (x.float().abs().amax(-1, keepdim=True) * weights[0] + 4) * weights[1]
+    bound = hidden * weights[1] + (error_bound(form, bits) + 1e-6) * largest
+    bound = bound + twin.abs() * 2.0**-8 + largest * 2.0**-8 if dtype == "bfloat16" else bound
+    worst = ((y.float() - twin).abs() - bound).max().item()
+    assert worst <= 0, f"it is off by {worst:.2g} more than it may be"
+
+
+def variants(target: CpuTarget) -> Iterator[dict[str, Any]]:
+    """4 bits, one term, both dtypes, exact and fast, with each activation that networks have."""
+    for dtype, activation in itertools.product(DTYPES.values(), ("relu", "gelu")):
+        exact, fast = (forms(target, numerics, 4, 1, dtype) for numerics in ("exact", "fast"))
+        for form in dict.fromkeys(exact + fast):
+            yield {"form": form, "bits": 4, "terms": 1, "dtype": dtype, "activation": activation}
+
+
+MLP = Kernel("shift_mlp", build, trial, variants)
+
+
+def _mlp_cpu(
+    x: Tensor,
+    hidden_codes: Tensor,
+    hidden_offset: Tensor,
+    hidden_bias: Tensor | None,
+    codes: Tensor,
+    offset: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    activation: str,
+    numerics: str,
+) -> Tensor:
+    layers = (hidden_codes, hidden_offset, hidden_bias, codes, offset, bias)
+    _check(x, *layers, bits, activation, numerics)
+    terms, outputs, _ = codes.shape
+    empty = not (x.numel() and hidden_codes.numel() and codes.numel())
+    if numerics == "twin" or x.dtype not in DTYPES or hidden_codes.shape[0] != terms or empty:
+        return shift_mlp_twin(x, *layers, bits, activation)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    dtype = DTYPES[x.dtype]
+    for form in forms(targets.current(), cast(Numerics, numerics), bits, terms, dtype):
+        function = MLP.function(form=form, bits=bits, terms=terms, dtype=dtype, activation=activation)
+        if function is None:
+            continue
+        widths = rows.shape[1] + 2 * hidden_codes.shape[1]
+        y = _run(function, rows, layers, block_rows(targets.current(), form, rows.shape[0], widths))
+        if y is not None:
+            return y.view(*x.shape[:-1], outputs)
+    return shift_mlp_twin(x, *layers, bits, activation)
+
+
+def _run(function: Any, x: Tensor, layers: Sequence[Tensor | None], block_rows: int) -> Tensor | None:
+    """Call a compiled function; None if its form cannot express an activation."""
+    y = memory.empty(x.shape[0], layers[3].shape[1], dtype=x.dtype)
+    flag = torch.zeros(1, dtype=torch.int32)
+    numbers = [tensor.view(torch.int16) if x.dtype == torch.bfloat16 else tensor for tensor in (x, y)]
+    function(numbers[0], *contiguous_layers(layers), numbers[1], flag, block_rows)
+    return None if flag.item() else y
+
+
+def contiguous_layers(layers: Sequence[Tensor | None]) -> list[Tensor]:
+    """Codes, offset and bias of each layer as functions take them: every layer has a bias, in float32."""
+    ready = []
+    for codes, offset, bias in zip(layers[0::3], layers[1::3], layers[2::3], strict=True):
+        bias = torch.zeros(codes.shape[1]) if bias is None else bias.to(torch.float32)
+        ready += [codes.contiguous(), offset.contiguous(), bias.contiguous()]
+    return ready
+
+
+def block_rows(target: CpuTarget, form: Form, rows: int, floats: int) -> int:
+    """Rows of a block, for as many blocks as there are threads, or a multiple.
+
+    Args:
+        floats: what a row takes up.
+    """
+    tile, _ = tile_shape(target, form)
+    threads = torch.get_num_threads()
+    longest = max(tile, min(_BLOCK_ROWS, _BLOCK_BYTES // (4 * floats)) // tile * tile)
+    blocks = -(-rows // longest)
+    blocks = min(-(-blocks // threads) * threads, max(blocks, rows // (4 * tile)))
+    return -(-rows // blocks // tile) * tile
+
+
+def _check(
+    x: Tensor,
+    hidden_codes: Tensor,
+    hidden_offset: Tensor,
+    hidden_bias: Tensor | None,
+    codes: Tensor,
+    offset: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    activation: str,
+    numerics: str,
+) -> None:
+    check_arguments(x, hidden_codes, hidden_offset, hidden_bias, bits, activation, numerics)
+    hidden = hidden_codes.shape[1]
+    if codes.ndim == 3 and codes.shape[2] != (hidden * bits + 7) // 8:
+        raise UserError(
+            f"the first layer has {hidden} outputs, but rows of {codes.shape[2]} bytes in the second one hold "
+            f"{codes.shape[2] * 8 // bits} codes of {bits} bits"
+        )
+    check_arguments(x.new_empty(0, hidden), codes, offset, bias, bits, activation, numerics)
+
+
+def _fake(
+    x: Tensor,
+    hidden_codes: Tensor,
+    hidden_offset: Tensor,
+    hidden_bias: Tensor | None,
+    codes: Tensor,
+    offset: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    activation: str,
+    numerics: str,
+) -> Tensor:
+    _check(x, hidden_codes, hidden_offset, hidden_bias, codes, offset, bias, bits, activation, numerics)
+    return x.new_empty((*x.shape[:-1], codes.shape[1]))
+
+
+_mlp_op = define_op(
+    "shift_mlp(Tensor x, Tensor hidden_codes, Tensor hidden_offset, Tensor? hidden_bias, Tensor codes, Tensor offset, "
+    "Tensor? bias, int bits, str activation, str numerics) -> Tensor",
+    cpu=_mlp_cpu,
+    twin=shift_mlp_twin,
+    fake=_fake,
+)
