@@ -59,7 +59,7 @@ def test_any_shape_gives_the_bits_of_the_twin(bits: int, terms: int, rows: int, 
 
 @pytest.mark.parametrize("numerics", ["exact", "fast"])
 def test_all_forms_give_the_same_bits_on_integers(numerics: str, torch_threads: int):
-    """7 bits of activations, 6 of shifts and 192 inputs: all sums fit the 24 bits of float32 and the form's integers."""
+    """7 bits of activations, 6 of shifts and 192 inputs: all sums fit float32 and the integers of every form."""
     codes, offset, weight = layer(70, 192)
     x = integers(3, 67, 192)
     literal = matshift_literal(x, codes, offset)
