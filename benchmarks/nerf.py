@@ -356,6 +356,9 @@ def make_clocked_trainer(config: TrainerConfig, budget: float, threads: int) -> 
         def _exponential(self, final_fraction: float) -> Callable[[int], float]:
             return lambda step: final_fraction ** min(1.0, self.seconds / budget)
 
+        def share_done(self, step: int) -> float:
+            return self.seconds / budget
+
         def train_iteration(self, step: int) -> Any:
             if self._began is None:
                 self._began = time.process_time()

@@ -81,12 +81,16 @@ BASE = GNTConfig(depth=4, color_head=True)
 BIG = GNTConfig(depth=8)
 
 SHIFTADD_RECIPE = "add+shift-attn+moe"
+#: Dense networks have no second stage and take no notice.
+SECOND_STAGE_AT = 0.5
 
 
 def _tiny(name: str, recipe: str) -> GNTTrainerConfig:
     return _trainer(
         name,
-        GNTNerfModelConfig(gnt=TINY, recipe=recipe, num_samples=8, eval_num_rays_per_chunk=4096),
+        GNTNerfModelConfig(
+            gnt=TINY, recipe=recipe, second_stage_at=SECOND_STAGE_AT, num_samples=8, eval_num_rays_per_chunk=4096
+        ),
         num_source_views=6,
         rays=512,
         steps=800,
@@ -99,7 +103,7 @@ def _tiny(name: str, recipe: str) -> GNTTrainerConfig:
 def _base(name: str, recipe: str) -> GNTTrainerConfig:
     return _trainer(
         name,
-        GNTNerfModelConfig(gnt=BASE, recipe=recipe, num_samples=64),
+        GNTNerfModelConfig(gnt=BASE, recipe=recipe, second_stage_at=SECOND_STAGE_AT, num_samples=64),
         num_source_views=10,
         rays=1024,
         steps=50_000,
@@ -112,7 +116,7 @@ def _base(name: str, recipe: str) -> GNTTrainerConfig:
 def _big(name: str, recipe: str) -> GNTTrainerConfig:
     return _trainer(
         name,
-        GNTNerfModelConfig(gnt=BIG, recipe=recipe, num_samples=192),
+        GNTNerfModelConfig(gnt=BIG, recipe=recipe, second_stage_at=SECOND_STAGE_AT, num_samples=192),
         num_source_views=10,
         rays=512,
         steps=250_000,

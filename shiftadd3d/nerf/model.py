@@ -27,7 +27,7 @@ from shiftadd3d.models.gnt import Cameras as PinholeCameras
 from shiftadd3d.models.gnt import GNTConfig, GNTModel, SourceViews
 from shiftadd3d.nerf.source_bank import SourceBank, opencv_cameras
 from shiftadd3d.nerf.warm_start import load_dense_weights
-from shiftadd3d.nn import collect_moe_losses, recipe, reparameterize_, router_statistics
+from shiftadd3d.nn import MoE, Recipe, collect_moe_losses, recipe, reparameterize_, router_statistics
 
 #: The feature network's convolutions; and layers with one or three outputs: next to no multiplications, and what they
 #: put out is a colour or a logit itself. A network may be without some of them.
@@ -54,9 +54,12 @@ class GNTNerfModelConfig(ModelConfig):
     """Bits of a shift weight."""
     shift_terms: int = 1
     """Powers of two in a shift weight."""
+    second_stage_at: float = 0.0
+    """Share of the run after which linear layers become shifts and mixtures of experts, as in the paper's two stages;
+    until then only attention is what the recipe says. 0: all of it from the start."""
     expert_latencies: tuple[float, float] | None = None
     """Latencies of the Mult and the Shift expert, in any unit, for the load-balancing loss. If not set, measured."""
-    balance_loss_mult: float = 0.01
+    balance_loss_mult: float = 0.001
     """Weight of the mixture's latency-aware load-balancing loss."""
     proposal_loss_mult: float = 0.5
     """Weight of the colour error of the plane sweep's own blend."""
@@ -80,9 +83,15 @@ class GNTNerfModel(Model):
 
     config: GNTNerfModelConfig
     near_far: Tensor
+    stage: int
+    """Which of the paper's two the layers are of."""
 
     def populate_modules(self) -> None:
         super().populate_modules()
+        start = self.config.second_stage_at
+        if not 0.0 <= start < 1.0:
+            raise UserError(f"--pipeline.model.second-stage-at {start:g}: expected a share of the run, 0 <= share < 1")
+        self.stage = 1 if start > 0.0 and self._recipe(1) != self._recipe(2) else 2
         self.gnt = self._reparameterized(GNTModel(self.config.gnt))
         # Scaled scene units, z depth. A buffer, so that a model is evaluated over the range it was trained on.
         self.register_buffer("near_far", torch.tensor([float("nan"), float("nan")]))
@@ -92,21 +101,47 @@ class GNTNerfModel(Model):
         self._lpips: LearnedPerceptualImagePatchSimilarity | None = None
         self._lpips_missing = False
 
-    def _reparameterized(self, gnt: GNTModel) -> GNTModel:
+    def _recipe(self, stage: int) -> Recipe:
         config = self.config
-        changes: dict[str, Any] = {
-            "bits": config.shift_bits,
-            "terms": config.shift_terms,
-            "dwconv": 3,
-        }
+        changes: dict[str, Any] = {"bits": config.shift_bits, "terms": config.shift_terms, "dwconv": 3}
         if config.expert_latencies is not None:
             changes["latencies"] = config.expert_latencies
-        if recipe(config.recipe).attention_linear != "mult":
+        if stage == 1:
+            changes |= {"attention_linear": "mult", "mlp": "mult"}
+        elif recipe(config.recipe).attention_linear != "mult":
             # The networks that embed features and positions are as wide as the attention's: they follow it.
             changes["other_linear"] = "shift"
-        chosen = recipe(config.recipe, **changes)
-        reparameterize_(gnt, chosen, filter_fn=_may_change, verbose=False)
+        return recipe(config.recipe, **changes)
+
+    def _reparameterized(self, gnt: GNTModel) -> GNTModel:
+        reparameterize_(gnt, self._recipe(self.stage), filter_fn=_may_change, verbose=False)
         return gnt
+
+    def get_extra_state(self) -> dict[str, int]:
+        """What a checkpoint has to tell beside the weights."""
+        return {"stage": self.stage}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Layers do not follow what is loaded: the pipeline sees to that before."""
+        if state["stage"] != self.stage:
+            raise RuntimeError(f"the weights are of stage {state['stage']}, the layers of stage {self.stage}")
+
+    def enter_second_stage(self) -> dict[Parameter, Parameter]:
+        """Turn linear layers into the shifts and mixtures of experts that the recipe says, in place.
+
+        Returns:
+            The parameters of the experts that began as copies of others, each with the one it is a copy of.
+        """
+        self.stage = 2
+        self._reparameterized(self.gnt)
+        self._encoded = None
+        mixtures = (module for module in self.gnt.modules() if isinstance(module, MoE))
+        return {
+            copied: original
+            for mixture in mixtures
+            for expert in mixture.experts[1:]
+            for original, copied in zip(mixture.experts[0].parameters(), expert.parameters(), strict=True)
+        }
 
     def warm_start(self, path: Path) -> None:
         """Start from a trained dense GNT, reparameterized: of a `gnt` run, or an official checkpoint.
@@ -199,7 +234,7 @@ class GNTNerfModel(Model):
 
     @property
     def _has_mixtures(self) -> bool:
-        return "moe" in self.config.recipe
+        return "moe" in self.config.recipe and self.stage == 2
 
     def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
         metrics = {"psnr": _psnr(outputs["rgb"].detach(), batch["image"].to(self.device))}

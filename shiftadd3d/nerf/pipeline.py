@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from nerfstudio.models.base_model import Model
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from torch.cuda.amp.grad_scaler import GradScaler
+from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.nerf.checkpoint import stage_of
 from shiftadd3d.nerf.datamanager import GNTDataManager, GNTDataManagerConfig
 from shiftadd3d.nerf.model import GNTNerfModel, GNTNerfModelConfig
 
@@ -54,6 +59,21 @@ class GNTPipeline(VanillaPipeline):
             if config.warm_start is not None:
                 self.model.warm_start(config.warm_start)
 
+    def enter_second_stage(self) -> dict[Parameter, Parameter]:
+        """See `GNTNerfModel.enter_second_stage`; other processes follow with the same weights."""
+        wrapped = self._model
+        if not isinstance(wrapped, DistributedDataParallel):
+            return self.model.enter_second_stage()
+        # It watches the parameters that there were when it was made.
+        devices, model = wrapped.device_ids, self.model
+        self._model = model
+        del wrapped
+        gc.collect()
+        copies = model.enter_second_stage()
+        # nerfstudio, too, calls that a model.
+        self._model = cast(Model, DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True))
+        return copies
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool | None = None) -> None:
         # nerfstudio's default is to load what fits and say nothing of the rest: a dense network's checkpoint would
         # leave most of a reparameterized one untrained.
@@ -65,6 +85,8 @@ class GNTPipeline(VanillaPipeline):
         Raises:
             UserError: it holds another network.
         """
+        if stage_of(loaded_state) > self.model.stage:
+            self.enter_second_stage()
         try:
             super().load_pipeline(dict(loaded_state), step)
         except RuntimeError as error:

@@ -9,8 +9,9 @@ import torch
 import yaml
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.nerf.checkpoint import latest_checkpoint, read_checkpoint
 from shiftadd3d.nerf.pipeline import GNTPipeline, GNTPipelineConfig
-from shiftadd3d.nerf.trainer import GNTTrainerConfig, latest_checkpoint, read_checkpoint
+from shiftadd3d.nerf.trainer import GNTTrainerConfig
 
 
 class Run(NamedTuple):

@@ -17,51 +17,9 @@ from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.nerf.checkpoint import latest_checkpoint, read_checkpoint, stage_of, step_of
+from shiftadd3d.nerf.pipeline import GNTPipeline
 from shiftadd3d.nerf.schedulers import WarmupCosineSchedulerConfig
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A nerfstudio checkpoint, on the CPU; only tensors and plain containers are unpickled.
-
-    Raises:
-        UserError: no such file, damaged, or something else than a nerfstudio checkpoint.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; expected a nerfstudio_models/step-*.ckpt of an earlier run")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler meets foreign bytes with whatever its own code raises
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path}: damaged, or not a checkpoint that can be read safely ({reason}); "
-            "expected a nerfstudio_models/step-*.ckpt of an earlier run"
-        ) from None
-    if (
-        not isinstance(state, dict)
-        or not isinstance(state.get("step"), int)
-        or not isinstance(state.get("pipeline"), dict)
-    ):
-        raise UserError(
-            f"{path}: not a nerfstudio checkpoint (it has no `step` and `pipeline`); "
-            "expected a nerfstudio_models/step-*.ckpt of an earlier run"
-        )
-    return state
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.stem.removeprefix("step-"))
-
-
-def latest_checkpoint(folder: Path) -> Path:
-    """The checkpoint of the highest step in a run's `nerfstudio_models` folder.
-
-    Raises:
-        UserError: the folder does not exist or holds none.
-    """
-    checkpoints = sorted((path for path in folder.glob("step-*.ckpt") if path.stem[5:].isdecimal()), key=_step_of)
-    if not checkpoints:
-        raise UserError(f"{folder}: no step-*.ckpt in there; expected the nerfstudio_models folder of an earlier run")
-    return checkpoints[-1]
 
 
 @dataclass
@@ -110,7 +68,7 @@ class GNTTrainerConfig(TrainerConfig):
             read_checkpoint(newest)
             # nerfstudio would take the step that this run itself went on from, or one that it reads from the name of
             # whatever else lies in the folder.
-            self.load_step = _step_of(newest)
+            self.load_step = step_of(newest)
         return folder
 
 
@@ -118,11 +76,14 @@ class GNTTrainer(Trainer):
     """Checkpoints appear whole or not at all, Ctrl-C saves one, and schedules end where the run does."""
 
     config: GNTTrainerConfig
+    pipeline: GNTPipeline
+    _stage_of_checkpoint = 1
     _saved_step: int | None = None
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         # Whatever is wrong is found before minutes go into reading images.
         self._start_step = self._steps_done()
+        self._steps_of_run = self.config.max_num_iterations
         try:
             super().setup(test_mode)
         except KeyboardInterrupt:
@@ -140,8 +101,10 @@ class GNTTrainer(Trainer):
             step, folder = config.load_step, config.load_dir
             path = latest_checkpoint(folder) if step is None else folder / f"step-{step:09d}.ckpt"
             # nerfstudio would read a step from the name of whatever else lies in the folder.
-            config.load_step = _step_of(path)
-        done = 0 if path is None else read_checkpoint(path)["step"] + 1
+            config.load_step = step_of(path)
+        state = None if path is None else read_checkpoint(path)
+        self._stage_of_checkpoint = 1 if state is None else stage_of(state["pipeline"])
+        done = 0 if state is None else state["step"] + 1
         if config.max_num_iterations < 1:
             raise UserError(f"--max-num-iterations {config.max_num_iterations}: expected at least 1")
         if done >= config.max_num_iterations:
@@ -151,6 +114,8 @@ class GNTTrainer(Trainer):
         return done
 
     def _load_checkpoint(self) -> None:
+        if self._stage_of_checkpoint > self.pipeline.model.stage:
+            self._enter_second_stage()  # the optimizers' state is that of its parameters
         try:
             super()._load_checkpoint()
         except (KeyError, ValueError) as error:
@@ -200,6 +165,29 @@ class GNTTrainer(Trainer):
     def _where_to_go_on(self) -> str:
         kept = sorted(self.checkpoint_dir.glob("step-*.ckpt"))
         return f"mend that, and go on from {kept[-1]}" if kept else "there is no checkpoint to go on from yet"
+
+    def share_done(self, step: int) -> float:
+        """Which share of the run is behind when a step begins, 0 to 1."""
+        return step / self._steps_of_run
+
+    def train_iteration(self, step: int) -> Any:
+        model = self.pipeline.model
+        if model.stage == 1 and self.share_done(step) >= model.config.second_stage_at:
+            self._enter_second_stage()
+            CONSOLE.print(f"Second stage from step {step}: linear layers become what {model.config.recipe} says")
+        return super().train_iteration(step)
+
+    def _enter_second_stage(self) -> None:
+        """Let the model change its layers, and the optimizers follow."""
+        copies = self.pipeline.enter_second_stage()
+        for name, parameters in self.pipeline.get_param_groups().items():
+            optimizer = self.optimizers.optimizers[name]
+            (group,) = optimizer.param_groups
+            group["params"] = self.optimizers.parameters[name] = list(parameters)
+            # Copies go on as what they are copies of would, with its moments and its count of steps.
+            for copied, original in copies.items():
+                if original in optimizer.state:
+                    optimizer.state[copied] = copy.deepcopy(optimizer.state[original])
 
     @check_main_thread
     def save_checkpoint(self, step: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.models.gnt import GNTModel, load_official_checkpoint
-from shiftadd3d.nerf.trainer import latest_checkpoint, read_checkpoint
+from shiftadd3d.nerf.checkpoint import latest_checkpoint, read_checkpoint
 
 #: Where the network stands in the state dict of a nerfstudio pipeline.
 _PREFIX = "_model.gnt."

@@ -28,8 +28,10 @@ from nerfstudio.utils.eval_utils import eval_setup
 
 from shiftadd3d import UserError
 from shiftadd3d.models.gnt import GNTModel
+from shiftadd3d.nerf.checkpoint import latest_checkpoint, read_checkpoint, stage_of
 from shiftadd3d.nerf.datamanager import GNTDataManager
-from shiftadd3d.nerf.trainer import GNTTrainer, latest_checkpoint, read_checkpoint
+from shiftadd3d.nerf.trainer import GNTTrainer
+from shiftadd3d.nn import MoE
 
 METHODS = ["gnt", "gnt-tiny", "gnt-big", "shiftadd-gnt", "shiftadd-gnt-tiny", "shiftadd-gnt-big"]
 MODELS = "nerfstudio_models"
@@ -237,6 +239,65 @@ def test_the_learning_rate_of_a_resumed_run_is_down_at_the_new_end(
     assert rates[-1] == pytest.approx(schedule.final_fraction * optimizer.lr)
 
 
+def primitives(model) -> set[str]:
+    """What the linear layers of a network are."""
+    return {type(module).__name__ for module in model.gnt.net_coarse.modules()} & {"Linear", "ShiftLinear", "MoEMlp"}
+
+
+def test_linear_layers_become_shifts_and_mixtures_half_way(tiny_scene, make_config, ns_train, tmp_path, monkeypatch):
+    config = make_config(tiny_scene, tmp_path)
+    seen = []
+    iterate = GNTTrainer.train_iteration
+
+    def watch(self, step):
+        attention = self.pipeline.model.gnt.net_coarse.view_crosstrans[0].attn
+        before = attention.q_fc.weight
+        result = iterate(self, step)
+        model, adam = self.pipeline.model, self.optimizers.optimizers["transformers"]
+        seen.append((model.stage, primitives(model), attention.q_fc.weight is before))
+        groups = model.get_param_groups()
+        for name, optimizer in self.optimizers.optimizers.items():
+            assert [id(x) for x in optimizer.param_groups[0]["params"]] == [id(x) for x in groups[name]]
+        for mixture in (module for module in model.gnt.modules() if isinstance(module, MoE)):
+            first, second = (list(expert.parameters()) for expert in mixture.experts)
+            for original, copied in zip(first, second, strict=True):
+                assert adam.state[copied]["step"] == adam.state[original]["step"] == step + 1
+                assert not torch.equal(copied, original)  # each learns from its own tokens
+        return result
+
+    monkeypatch.setattr(GNTTrainer, "train_iteration", watch)
+    ns_train(config)
+    assert [stage for stage, _, _ in seen] == [1, 1, 2, 2]
+    assert seen[1][1] == {"Linear"}
+    assert seen[2][1] >= {"ShiftLinear", "MoEMlp"}
+    assert all(same for _, _, same in seen)  # shift layers take over the very weights
+
+
+def test_a_run_interrupted_in_its_first_stage_goes_on_in_it(tiny_scene, make_config, ns_train, tmp_path):
+    config = make_config(tiny_scene, tmp_path / "first", steps=2)
+    config.pipeline.model.second_stage_at = 0.9
+    folder = ns_train(config)
+    assert stage_of(read_checkpoint(latest_checkpoint(folder / MODELS))["pipeline"]) == 1
+    _, pipeline, _, _ = eval_setup(folder / "config.yml")
+    assert primitives(pipeline.model) == {"Linear"}
+
+    going_on = make_config(tiny_scene, tmp_path / "second", steps=6)
+    going_on.load_dir = folder / MODELS
+    folder = ns_train(going_on)  # half of its steps are in the second stage
+    assert stage_of(read_checkpoint(latest_checkpoint(folder / MODELS))["pipeline"]) == 2
+    _, pipeline, _, _ = eval_setup(folder / "config.yml")
+    assert primitives(pipeline.model) >= {"ShiftLinear", "MoEMlp"}
+
+
+@pytest.mark.parametrize("share", [1.0, -0.1])
+def test_a_second_stage_outside_the_run_is_refused(tiny_scene, make_config, tmp_path, share):
+    config = make_config(tiny_scene, tmp_path)
+    config.pipeline.model.second_stage_at = share
+    with pytest.raises(UserError, match="expected a share of the run") as caught:
+        pipeline_of(config)
+    one_line(caught.value)
+
+
 @pytest.mark.parametrize("steps", [3, 4])
 def test_a_run_that_is_as_long_already_trains_so_many_steps_more(tiny_run, make_config, ns_train, tmp_path, steps):
     run = ns_train(resumed(tiny_run, make_config, tmp_path, steps=steps))
@@ -281,7 +342,7 @@ def test_a_checkpoint_of_several_processes_is_a_warm_start_too(tiny_scene, dense
 
 
 def test_an_official_checkpoint_is_a_warm_start(tiny_scene, make_config, ns_train, tmp_path):
-    config = make_config(tiny_scene, tmp_path / "out", steps=1)
+    config = make_config(tiny_scene, tmp_path / "out", steps=2)  # the heads start at zero: the first has no gradient
     sizes = dataclasses.replace(config.pipeline.model.gnt, color_head=False, proposal_samples=0)
     official = GNTModel(sizes)
     parts = {part: getattr(official, part).state_dict() for part in ("net_coarse", "feature_net")}

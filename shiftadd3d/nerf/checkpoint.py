@@ -1,0 +1,62 @@
+"""Checkpoints as nerfstudio writes them, read without running what is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shiftadd3d._errors import UserError
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A nerfstudio checkpoint, on the CPU; only tensors and plain containers are unpickled.
+
+    Raises:
+        UserError: no such file, damaged, or something else than a nerfstudio checkpoint.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; expected a nerfstudio_models/step-*.ckpt of an earlier run")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler meets foreign bytes with whatever its own code raises
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path}: damaged, or not a checkpoint that can be read safely ({reason}); "
+            "expected a nerfstudio_models/step-*.ckpt of an earlier run"
+        ) from None
+    if (
+        not isinstance(state, dict)
+        or not isinstance(state.get("step"), int)
+        or not isinstance(state.get("pipeline"), dict)
+    ):
+        raise UserError(
+            f"{path}: not a nerfstudio checkpoint (it has no `step` and `pipeline`); "
+            "expected a nerfstudio_models/step-*.ckpt of an earlier run"
+        )
+    return state
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name, `step-<step>.ckpt`."""
+    return int(checkpoint.stem.removeprefix("step-"))
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    """The checkpoint of the highest step in a run's `nerfstudio_models` folder.
+
+    Raises:
+        UserError: the folder does not exist or holds none.
+    """
+    checkpoints = sorted((path for path in folder.glob("step-*.ckpt") if path.stem[5:].isdecimal()), key=step_of)
+    if not checkpoints:
+        raise UserError(f"{folder}: no step-*.ckpt in there; expected the nerfstudio_models folder of an earlier run")
+    return checkpoints[-1]
+
+
+def stage_of(state: Mapping[str, Any]) -> int:
+    """Which of the paper's two stages a pipeline's state dict is of; 1 if it is of another network."""
+    extra = state.get("_model._extra_state", state.get("_model.module._extra_state"))
+    return extra.get("stage", 1) if isinstance(extra, dict) else 1
