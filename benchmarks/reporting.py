@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import re
 import subprocess
 from pathlib import Path
 from typing import Any
+
+from shiftadd3d.profile.machine import machine_facts as machine_facts
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "docs" / "results"
 DATA = RESULTS / "data"
 PICTURES = RESULTS / "pictures"
 OUTPUTS = REPOSITORY / "outputs" / "benchmarks"
-
-
-def machine_facts() -> dict[str, Any]:
-    """Processor, cores, versions: what a number depends on besides the code."""
-    import torch
-
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        model = found.group(1).strip() if found else model
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 def git_commit() -> str:

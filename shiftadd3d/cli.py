@@ -331,6 +331,8 @@ class ListKernels(Verb):
 
     names: _KernelNames = ()
     """Which kernels; all if none is named."""
+    target: str | None = None
+    """What they are for: a GPU's generation, such as cuda-sm_90. By default, this CPU."""
     json: JsonFile = None
     """Write the same facts to this JSON file, too."""
 
@@ -338,15 +340,17 @@ class ListKernels(Verb):
         """Print the table."""
         from shiftadd3d.kernels import manage
 
-        manage.list_kernels(self.names, self.json)
+        manage.list_kernels(self.names, self.json, self.target)
 
 
 @dataclass(frozen=True)
 class BuildKernels(Verb):
-    """Compile kernels for this machine now, so that nothing has to wait for it later."""
+    """Compile kernels now, so that nothing has to wait for it later; those for GPUs without a GPU, too."""
 
     names: _KernelNames = ()
     """Which kernels; all if none is named."""
+    target: str | None = None
+    """What they are for: a GPU's generation, such as cuda-sm_90. By default, this CPU."""
     json: JsonFile = None
     """Write the same facts to this JSON file, too."""
 
@@ -354,7 +358,7 @@ class BuildKernels(Verb):
         """Compile what the cache does not hold."""
         from shiftadd3d.kernels import manage
 
-        manage.build_kernels(self.names, self.json)
+        manage.build_kernels(self.names, self.json, self.target)
 
 
 @dataclass(frozen=True)
@@ -363,6 +367,8 @@ class CheckKernels(Verb):
 
     names: _KernelNames = ()
     """Which kernels; all if none is named."""
+    target: str | None = None
+    """What they are for: a GPU's generation, such as cuda-sm_90. By default, this CPU."""
     json: JsonFile = None
     """Write the same facts to this JSON file, too."""
 
@@ -370,7 +376,7 @@ class CheckKernels(Verb):
         """Build what the cache does not hold, run everything on small problems."""
         from shiftadd3d.kernels import manage
 
-        manage.check_kernels(self.names, self.json)
+        manage.check_kernels(self.names, self.json, self.target)
 
 
 @dataclass(frozen=True)
@@ -394,6 +400,50 @@ class Kernels(Verb):
         self.action.run()
 
 
+@dataclass(frozen=True)
+class BenchKernels(Verb):
+    """Time kernels against torch in float32, bfloat16 and int8, compiled and not, and against TVM's own float32.
+
+    Everything that solves a problem takes turns; tables show speedups, times with quartiles, shares of what the machine
+    does at best, and what was to be reached. Takes a quarter of an hour for each number of threads.
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to compute."""
+    threads: str = "1"
+    """Numbers of CPU threads to measure with, with commas between: 1,2."""
+    groups: Annotated[tuple[str, ...], tyro.conf.arg(metavar="GROUP ...")] = ()
+    """What to measure: matshift, matadd, mlp, moe, view-attention, ray-block, gather. If not set, everything."""
+    json: JsonFile = None
+    """Write everything measured to this JSON file, too."""
+
+    def run(self) -> None:
+        """Measure, print tables."""
+        from shiftadd3d._report import write_json
+        from shiftadd3d.profile.kernel_benchmark import measure, parse_threads, tables
+
+        facts = measure(
+            self.device, parse_threads(self.threads), self.groups, report=lambda line: print(line, flush=True)
+        )
+        for threads in dict.fromkeys(row["threads"] for row in facts["rows"]):
+            for table in tables(facts, threads):
+                print(f"\n{table}")
+        if self.json is not None:
+            write_json(self.json, facts)
+
+
+@dataclass(frozen=True)
+class Bench(Verb):
+    """Measure how fast parts of this project are on the machine at hand."""
+
+    what: Annotated[Annotated[BenchKernels, tyro.conf.subcommand("kernels")], tyro.conf.arg(name="")]
+    """Which part."""
+
+    def run(self) -> None:
+        """Do it."""
+        self.what.run()
+
+
 def _need_nerfstudio() -> None:
     # It meets newer libraries than it was written for, and each of them says so.
     warnings.filterwarnings("ignore", module=r"nerfstudio|torch\.jit|torch\.functional|viser|websockets")
@@ -409,6 +459,7 @@ VERBS: dict[str, type[Verb]] = {
     "predict": Predict,
     "export": Export,
     "kernels": Kernels,
+    "bench": Bench,
     "info": Info,
 }
 

@@ -1,0 +1,1 @@
+"""Measuring: what things cost on the machine at hand."""

@@ -1,0 +1,128 @@
+"""Times of functions that do the same thing, taken so that they can be compared.
+
+A machine is not equally fast at all times: clocks change, and others use it. So the functions take turns, round after
+round, and medians are compared. Each round begins with a call that does not count, which brings a function's code and
+data into the caches that it would find them in if it were called again and again.
+
+With one thread, what counts is the time that the thread had a processor for, so that others' work on a busy machine
+disturbs caches but not clocks. With more threads it is the time on the wall: they have to wait for one another.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shiftadd3d._errors import UserError
+
+__all__ = ["Spread", "copy_rate", "interleaved", "product_rate"]
+
+_LEAST_ROUNDS, _MOST_ROUNDS = 7, 25
+# A round calls a short function again and again for so long: clocks tick in fractions of a microsecond.
+_SECONDS_OF_A_ROUND = 0.004
+# More than the second-level cache of a graphics card holds: what the last call left there is gone.
+_BYTES_TO_FLUSH = 256 << 20
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds for one call: the median over the rounds, and the quartiles."""
+
+    median: float
+    lower: float
+    upper: float
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]], device: str = "cpu", seconds: float = 2.0
+) -> dict[str, Spread]:
+    """Time functions in turns.
+
+    Args:
+        functions: by name; each has been called before, so that nothing is compiled or allocated now.
+        device: ``"cpu"`` or ``"cuda"``. On CUDA they are timed by events of the current stream, call by call, with
+            cold caches.
+        seconds: roughly how long to go on for; 7 rounds are gone through anyway, and 25 are enough.
+
+    Raises:
+        UserError: for other devices.
+    """
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"device must be cpu or cuda, not {device!r}")
+    sample = _cpu_sampler(functions) if device == "cpu" else _cuda_sampler()
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    began = time.perf_counter()
+    for done in range(_MOST_ROUNDS):
+        if done >= _LEAST_ROUNDS and time.perf_counter() - began > seconds:
+            break
+        for name, function in functions.items():
+            samples[name].append(sample(name, function))
+    return {name: _spread(values) for name, values in samples.items()}
+
+
+def _cpu_sampler(functions: Mapping[str, Callable[[], Any]]) -> Callable[[str, Callable[[], Any]], float]:
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def seconds(function: Callable[[], Any], calls: int) -> float:
+        began = clock()
+        for _ in range(calls):
+            function()
+        return (clock() - began) / calls
+
+    calls = {
+        name: max(1, round(_SECONDS_OF_A_ROUND / max(seconds(function, 1), 1e-7)))
+        for name, function in functions.items()
+    }
+
+    def sample(name: str, function: Callable[[], Any]) -> float:
+        function()
+        return seconds(function, calls[name])
+
+    return sample
+
+
+def _cuda_sampler() -> Callable[[str, Callable[[], Any]], float]:
+    flush = torch.empty(_BYTES_TO_FLUSH, dtype=torch.int8, device="cuda")
+
+    def sample(name: str, function: Callable[[], Any]) -> float:
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        function()
+        flush.zero_()
+        began.record()
+        function()
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1e3
+
+    return sample
+
+
+def _spread(values: list[float]) -> Spread:
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, lower, upper)
+
+
+def product_rate(device: str, dtype: torch.dtype, size: int | None = None) -> float:
+    """Operations a second, additions and multiplications, of torch's product of two large matrices.
+
+    This is what "share of the peak" refers to: what the machine has been seen to do, not what its maker states.
+
+    Args:
+        size: of the matrices; 1024 on a CPU and 8192 on a graphics card if not given.
+    """
+    size = size or (8192 if device == "cuda" else 1024)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a @ b
+    return 2 * size**3 / interleaved({"product": lambda: a @ b}, device)["product"].lower
+
+
+def copy_rate(device: str, size: int = 128 << 20) -> float:
+    """Bytes a second, read and written, of torch's copy of a large tensor onto another one."""
+    a = torch.zeros(size, dtype=torch.int8, device=device)
+    b = torch.zeros_like(a)
+    return 2 * size / interleaved({"copy": lambda: b.copy_(a)}, device)["copy"].lower
