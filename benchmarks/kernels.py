@@ -35,25 +35,26 @@ from reporting import (
 # Measuring
 # --------------------------------------------------------------------------------------------------------------------
 
-# What a process that runs a kernel spends before it has its first outcome, with a warm cache.
+# What a process that runs a kernel spends before it has its first outcome, with a warm cache. Processor time, so that it
+# makes no difference what else the machine does; what is read comes from memory then.
 START = """
 import time
-began = time.perf_counter()
+began = time.process_time()
 import torch
-torch_there = time.perf_counter()
+torch_there = time.process_time()
 import shiftadd3d.kernels
-kernels_there = time.perf_counter()
+kernels_there = time.process_time()
 from shiftadd3d.kernels import power_of_two
 torch.set_num_threads(1)
 codes, offset, _ = power_of_two.encode(torch.randn(64, 64))
 packed, x = power_of_two.pack(codes, 4), torch.randn(16, 64)
-before = time.perf_counter()
+before = time.process_time()
 shiftadd3d.kernels.matshift(x, packed, offset)
-first = time.perf_counter()
+first = time.process_time()
 shiftadd3d.kernels.matshift(x, packed, offset)
-print(torch_there - began, kernels_there - torch_there, first - before, time.perf_counter() - first)
+print(torch_there - began, kernels_there - torch_there, first - before, time.process_time() - first)
 """
-STARTS = 7
+STARTS = 5
 
 
 def measure_starts() -> dict[str, list[float]]:
@@ -72,7 +73,7 @@ def run(device: str, threads: str, groups: str, path: Path | None) -> None:
     commit = git_commit()  # now: it may move on while this runs
     words = ["python", "benchmarks/kernels.py", "--device", device, "--threads", threads]
     facts = {"commit": commit, "command": shlex.join([*words, *(["--groups", groups] if groups else [])])}
-    facts |= {"date": time.strftime("%Y-%m-%d"), "load": [round(os.getloadavg()[0], 1)], "starts": measure_starts()}
+    facts |= {"date": time.strftime("%Y-%m-%d"), "load": [round(os.getloadavg()[0], 1)], "starts": {}}
     path = path or DATA / f"kernels-{device}.json"
 
     def keep(measured: dict[str, Any]) -> None:
@@ -80,6 +81,8 @@ def run(device: str, threads: str, groups: str, path: Path | None) -> None:
 
     names = [word for word in groups.split(",") if word]
     measured = measure(device, parse_threads(threads), names, lambda line: print(line, flush=True), keep)
+    facts["starts"] = measure_starts()
+    keep(measured)
     for count in _thread_counts(measured):
         for table in tables(measured, count):
             print(f"\n{table}")
