@@ -591,7 +591,12 @@ def seed_everything(*words: int) -> None:
     state = np.random.SeedSequence([word & 0xFFFFFFFF for word in words]).generate_state(4)
     random.seed(int(state[0]))
     np.random.seed(state[1])
-    torch.manual_seed(int(state[2]) << 32 | int(state[3]))
+    seed = int(state[2]) << 32 | int(state[3])
+    # Not torch.manual_seed: where no GPU is in use, it stores a stack trace in case one will be, which takes
+    # milliseconds, here for every picture.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
 
 
 Transform = Callable[[Image.Image], Tensor]
@@ -732,6 +737,15 @@ def eval_loader(
         pin_memory=device.type == "cuda",
         worker_init_fn=_one_thread,
     )
+
+
+def example_inputs(pictures: PictureSet, config: InputConfig, count: int = 256, batch_size: int = 32) -> list[Tensor]:
+    """Some of the pictures as inputs [B, 3, size, size], without augmentation: every so many of them, so that all
+    classes have their share."""
+    transform = eval_transform(config)
+    positions = range(0, len(pictures), max(1, len(pictures) // count))[:count]
+    images = [transform(pictures.read(position)) for position in positions]
+    return list(torch.stack(images).split(batch_size))
 
 
 def count_workers(workers: int | None, device: torch.device) -> int:

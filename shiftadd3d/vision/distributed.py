@@ -1,10 +1,14 @@
 """Several processes, one model: what `torchrun` or `accelerate launch` start, torch.distributed connects.
 
-Alone, every function here does what one process needs.
+Each process holds a whole copy ("ddp": `DistributedDataParallel`) or a part of each block ("fsdp": `fully_shard`), for
+models that do not fit otherwise. States are saved by name and whole in either case, so that any number of processes can
+go on with them. Alone, every function here does what one process needs.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
 
@@ -58,15 +62,36 @@ def choose_device(device: str | None) -> torch.device:
     return chosen
 
 
+# The launcher's store, kept: a process that served it itself must not leave before the others are done with it.
+@functools.cache
+def _launcher_store() -> tuple[dist.Store, int, int]:
+    return next(dist.rendezvous("env://", timeout=_TIMEOUT))
+
+
+_connections = itertools.count()
+
+
 @contextmanager
 def connected(device: torch.device) -> Iterator[Process]:
-    """Join the processes that a launcher started, if one did: NCCL between GPUs, gloo between CPUs."""
+    """Join the processes that a launcher started, if one did: NCCL between GPUs, gloo between CPUs.
+
+    Processes may connect several times, one after the other; all of them as many times.
+    """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield this_process()
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    store, rank, world_size = _launcher_store()
+    # Each connection under keys of its own: under the same ones, a process could read where another listened the time
+    # before, and both would wait for ever.
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"shiftadd3d/{next(_connections)}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=_TIMEOUT,
+    )
     try:
         yield this_process()
     finally:
@@ -98,3 +123,62 @@ def add_up(*tensors: Tensor, device: torch.device) -> None:
         total = tensor.to(device)
         dist.all_reduce(total)
         tensor.copy_(total)
+
+
+def shard_(model: nn.Module, device: torch.device) -> None:
+    """Leave each process a part of every parameter of `model`, whose blocks are gathered one at a time to compute.
+
+    Raises:
+        UserError: this torch is too old for it.
+    """
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:
+        raise UserError("--parallel fsdp: expected torch 2.6 or later") from None
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor.data, src=0)  # as DistributedDataParallel does: parts of different wholes fit no model
+    mesh = dist.init_device_mesh(device.type, (this_process().world_size,))
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "blocks":
+            for block in module.children():
+                fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard_` has been here: all processes have to run such a model together."""
+    return dist.is_available() and any(type(p).__name__ == "DTensor" for p in model.parameters())
+
+
+def whole_model_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model, gathered from all processes onto the first one's CPU; others may get nothing."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    return get_model_state_dict(model, options=_whole_states())
+
+
+def load_whole_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load a whole state dict, which every process has, into a model of whatever kind."""
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict
+
+    set_model_state_dict(model, state, options=_whole_states(cpu_offload=False))
+
+
+def whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state by the names of the parameters, gathered like the model's."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    return dict(get_optimizer_state_dict(model, optimizer, options=_whole_states()))
+
+
+def load_whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load what `whole_optimizer_state` gave."""
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    set_optimizer_state_dict(model, optimizer, state, options=_whole_states(cpu_offload=False))
+
+
+def _whole_states(cpu_offload: bool = True) -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload)

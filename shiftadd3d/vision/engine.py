@@ -29,6 +29,7 @@ from shiftadd3d.nn import MoE, ShiftLinear, collect_moe_losses, reset_router_sta
 from shiftadd3d.vision.checkpoint import (
     WEIGHTS_FILE,
     ClassifierConfig,
+    load,
     read_weights,
     save_classifier,
     write_atomically,
@@ -43,12 +44,23 @@ from shiftadd3d.vision.data import (
     seed_everything,
     train_loader,
 )
-from shiftadd3d.vision.distributed import add_up, choose_device, from_first_process, this_process
+from shiftadd3d.vision.distributed import (
+    add_up,
+    choose_device,
+    from_first_process,
+    is_sharded,
+    load_whole_model_state,
+    load_whole_optimizer_state,
+    shard_,
+    this_process,
+    whole_model_state,
+    whole_optimizer_state,
+)
 from shiftadd3d.vision.metrics import ClassificationMetrics, MetricSums
 from shiftadd3d.vision.settings import StageSettings, TrainSettings
 
 BEST_FOLDER, STATE_FILE, HISTORY_FILE = "best", "state.pt", "history.json"
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -133,10 +145,19 @@ def evaluate(
             sums.add(model(images.to(device, non_blocking=True)), targets)
             if on_batch is not None:
                 on_batch(len(targets))
+        if is_sharded(model) and len(loader) < _most_batches(len(pictures), batch_size, process.world_size):
+            # The others have one more batch, and cannot gather the model without this process.
+            size = input_config.size
+            model(torch.zeros(1, 3, size, size, device=device))
     finally:
         model.train(was_training)
     add_up(*sums.sums(), device=device)
     return sums.result(pictures.classes)
+
+
+def _most_batches(pictures: int, batch_size: int, world_size: int) -> int:
+    """Batches of the process that has the most."""
+    return math.ceil(math.ceil(pictures / world_size) / batch_size)
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -168,6 +189,9 @@ class _Training:
         self.folder = folder
         self.console = console if self.process.is_first else None
         self.model = model.to(self.device)
+        self.sharded = settings.parallel == "fsdp" and self.process.world_size > 1
+        if self.sharded and folder is None:
+            raise UserError("a sharded training needs a folder for its checkpoints")
         self.teacher = None
         if teacher is not None and settings.distill_weight > 0:
             self.teacher = teacher.to(self.device).eval()
@@ -175,6 +199,8 @@ class _Training:
         self.loader = train_loader(data.train, self.batches, config.input, settings, self.device)
         self.steps = len(self.batches)
         self._set_trainable()
+        if self.sharded:
+            shard_(self.model, self.device)
         seed_everything(settings.seed, self.process.rank)
         self.optimizer = make_optimizer(self.model, stage, settings)
         self.scheduler = self._make_scheduler()
@@ -229,19 +255,21 @@ class _Training:
         self._restore()
         if self.epoch < self.stage.epochs:
             self._train()
+        model = self.model
         if self.folder is None:
-            self.model.load_state_dict(self.best_weights)
+            model.load_state_dict(self.best_weights)
+        elif self.sharded:
+            model = load(self.folder / BEST_FOLDER, self.device)
         else:
-            self.model.load_state_dict(read_weights(self.folder / BEST_FOLDER / WEIGHTS_FILE))
-        self.model.requires_grad_(True)
-        metrics = ClassificationMetrics.from_dict(self.best["metrics"])
-        return TrainResult(self.model.eval(), metrics, self.history)
+            model.load_state_dict(read_weights(self.folder / BEST_FOLDER / WEIGHTS_FILE))
+        model.requires_grad_(True)
+        return TrainResult(model.eval(), ClassificationMetrics.from_dict(self.best["metrics"]), self.history)
 
     def _train(self) -> None:
         wrapped = self.model
-        if self.process.world_size > 1:
+        if self.process.world_size > 1 and not self.sharded:
             wrapped = nn.parallel.DistributedDataParallel(
-                self.model, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False
+                self.model, device_ids=[self.device] if self.device.type == "cuda" else None
             )
         explained = explain_memory_errors(self.device, self.settings.batch_size, self.config.input.size, self._kept)
         with self._interruptible(), explained, self._tensorboard() as board, self._progress() as bar:
@@ -301,6 +329,8 @@ class _Training:
         self.scaler.unscale_(self.optimizer)
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(trained, settings.clip_grad or math.inf)
+        if self.sharded:
+            norm = cast(Any, norm).full_tensor()
         # The scaler leaves out such steps itself, and lowers its scale.
         if not self.scaler.is_enabled() and not torch.isfinite(norm):
             raise self._not_finite(f"the gradient's norm is {float(norm)}")
@@ -353,7 +383,7 @@ class _Training:
         if better:
             self.best = {**record, "metrics": metrics.as_dict()}
         if self.folder is not None:
-            from_first_process(lambda: self._write(evaluated if better else None))
+            self._save(evaluated if better else None)
         elif better:
             self.best_weights = {name: tensor.detach().clone() for name, tensor in evaluated.state_dict().items()}
         if board is not None:
@@ -376,12 +406,9 @@ class _Training:
     # State
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _write(self, best: nn.Module | None = None) -> None:
-        """Save the state, and the weights of `best` if there is one. For the first process."""
-        folder = self.folder
-        assert folder is not None
-        if best is not None:
-            save_classifier(folder / BEST_FOLDER, best.state_dict(), self.config)
+    def _save(self, best: nn.Module | None = None) -> None:
+        """Save the state, and the weights of `best` if there is one."""
+        best_weights = None if best is None else whole_model_state(best)
         state = {
             "version": _STATE_VERSION,
             "epoch": self.epoch,
@@ -390,14 +417,21 @@ class _Training:
             "sums": self.sums,
             "history": self.history,
             "best": self.best,
-            "model": self.model.state_dict(),
+            "model": whole_model_state(self.model),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole_optimizer_state(self.model, self.optimizer),
             "scaler": self.scaler.state_dict(),
             "latencies": {
                 name: module.latencies for name, module in self.model.named_modules() if isinstance(module, MoE)
             },
         }
+        from_first_process(lambda: self._write(state, best_weights))
+
+    def _write(self, state: dict[str, Any], best_weights: dict[str, Tensor] | None) -> None:
+        folder = self.folder
+        assert folder is not None
+        if best_weights is not None:
+            save_classifier(folder / BEST_FOLDER, best_weights, self.config)
         write_atomically(folder / STATE_FILE, lambda file: torch.save(state, file))
         facts = {
             "finished": self.epoch >= self.stage.epochs,
@@ -413,10 +447,10 @@ class _Training:
             return
         state = read_state(file)
         try:
-            self.model.load_state_dict(state["model"])
+            load_whole_model_state(self.model, state["model"])
             if self.ema is not None and state["ema"] is not None:
                 self.ema.module.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_whole_optimizer_state(self.model, self.optimizer, state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{file}: the state of another training than this one ({reason})") from None
@@ -441,7 +475,7 @@ class _Training:
             self._save_and_interrupt()
 
     def _save_and_interrupt(self) -> None:
-        from_first_process(self._write)
+        self._save()
         if self.console is not None:
             self.console.print(f"Interrupted; nothing is lost. The state is in {self.folder}", soft_wrap=True)
         raise KeyboardInterrupt

@@ -31,13 +31,10 @@ from shiftadd3d.vision.checkpoint import (
     write_atomically,
     write_json_atomically,
 )
-from shiftadd3d.vision.data import PictureSet, eval_loader, open_split
-from shiftadd3d.vision.distributed import choose_device
+from shiftadd3d.vision.data import example_inputs, open_split
 from shiftadd3d.vision.settings import DataSettings
 
 Format = Literal["packed", "onnx", "program"]
-_CALIBRATION_PICTURES = 256
-_CALIBRATION_BATCH = 32
 # Differences in the logits beyond this say that an exported file computes something else.
 _TOLERANCE = 1e-3
 
@@ -166,11 +163,7 @@ def _calibrate(
         raise UserError(f"--recipe {recipe_name}: the classifier is of recipe {config.recipe.name} already")
     chosen = recipe(recipe_name)
     pictures, _ = open_split(data, "train", config.classes)
-    # Every so many of them, so that all classes have their share.
-    step = max(1, len(pictures) // _CALIBRATION_PICTURES)
-    some = PictureSet(pictures.source, pictures.indices[::step][:_CALIBRATION_PICTURES], config.classes)
-    loader = eval_loader(some, config.input, _CALIBRATION_BATCH, 0, choose_device("cpu"))
-    report = calibrate_(model, [images for images, _ in loader], chosen, verbose=False)
+    report = calibrate_(model, example_inputs(pictures, config.input), chosen, verbose=False)
     if console is not None:
         console.print(report)
     return replace(config, recipe=chosen)

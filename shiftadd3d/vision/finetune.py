@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.nn import Recipe, recipe, reparameterize_
+from shiftadd3d.nn import Recipe, fit_binarizers_, recipe, reparameterize_
 from shiftadd3d.vision.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -31,9 +31,9 @@ from shiftadd3d.vision.checkpoint import (
     read_weights,
     write_json_atomically,
 )
-from shiftadd3d.vision.data import InputConfig, PictureData, open_data, seed_everything
+from shiftadd3d.vision.data import InputConfig, PictureData, example_inputs, open_data, seed_everything
 from shiftadd3d.vision.distributed import choose_device, connected, from_first_process, this_process
-from shiftadd3d.vision.engine import BEST_FOLDER, TrainResult, train
+from shiftadd3d.vision.engine import BEST_FOLDER, STATE_FILE, TrainResult, train
 from shiftadd3d.vision.metrics import ClassificationMetrics
 from shiftadd3d.vision.pictures import save_confusion, save_curves
 from shiftadd3d.vision.settings import (
@@ -90,6 +90,12 @@ def finetune(settings: FinetuneSettings, *, resume: bool = False, console: Conso
         KeyboardInterrupt: Ctrl-C; the state has been saved.
     """
     settings.validate()
+    # Going on from another working directory must find the same pictures.
+    settings = replace(
+        settings,
+        data=settings.data and settings.data.resolve(),
+        start_from=settings.start_from and settings.start_from.resolve(),
+    )
     chosen = recipe(settings.recipe, **settings.parsed_recipe_args())
     device = choose_device(settings.device)
     with connected(device):
@@ -161,7 +167,13 @@ def _run_stages(
         if number > finished and stage_recipe is not None:
             if config.recipe is None and settings.distill_weight > 0:
                 teacher = copy.deepcopy(model).requires_grad_(False)
+            seed_everything(settings.seed, number)  # routers are drawn: alike in every process, and on every way here
             report = reparameterize_(model, stage_recipe, verbose=False)
+            if number == 1 and stage_recipe.binarizer == "hash" and not (folder / name / STATE_FILE).exists():
+                # Hash functions that agree with the attention that they replace are what makes a good start.
+                fitted = fit_binarizers_(model, example_inputs(data.train, config.input), verbose=False)
+                if console is not None:
+                    console.print(fitted)
             config = replace(config, recipe=stage_recipe)
             describe_in(model, config)
             if console is not None:

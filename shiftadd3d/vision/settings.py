@@ -118,9 +118,13 @@ class TrainSettings:
     """Processes that read pictures. If not set, 0 on a CPU, up to 8 with a GPU."""
     device: str | None = None
     """Where to train: cpu, cuda, cuda:1. If not set, a GPU if there is one."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What several processes hold: each the whole model, or each a part of it, for models that are too large."""
 
     def validate(self) -> None:
         """Raise `UserError` for a value that cannot be."""
+        if self.parallel == "fsdp" and (self.ema is not None or self.amp == "float16"):
+            raise UserError("--parallel fsdp: expected no --ema, and --amp float32 or bfloat16")
         if self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: expected 1 or more")
         if not 0 <= self.distill_weight <= 1:
@@ -191,7 +195,9 @@ class FinetuneSettings(TrainSettings, DataSettings):
 
     def as_dict(self) -> dict[str, Any]:
         """The settings in plain types, for JSON."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        values = asdict(self)  # of a subclass, perhaps
+        own = {option.name: values[option.name] for option in fields(FinetuneSettings)}
+        return {key: str(value) if isinstance(value, Path) else value for key, value in own.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FinetuneSettings:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from shiftadd3d import UserError
+from shiftadd3d import UserError, cli
+from shiftadd3d.configs.classification import PRESETS
 from shiftadd3d.nn import MoEMlp, PackedShiftLinear, Recipe, Rule, ShiftLinear, recipe
 from shiftadd3d.vision import engine
+from shiftadd3d.vision import finetune as finetune_module
 from shiftadd3d.vision.checkpoint import ClassifierConfig, create_classifier, create_dense, load, save_classifier
 from shiftadd3d.vision.data import InputConfig
 from shiftadd3d.vision.finetune import finetune, run_folder, stage_recipes
@@ -194,6 +196,23 @@ def test_a_checkpoint_of_another_architecture_is_refused(run: Path, settings: Fi
         finetune(replace(settings, model="pvt_v2_b0", model_args=(), image_size=32, start_from=tmp_path / "w.pth"))
 
 
+def test_hash_functions_are_fitted_once_before_stage_1(settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch):
+    fits = []
+    fit = finetune_module.fit_binarizers_
+    monkeypatch.setattr(
+        finetune_module, "fit_binarizers_", lambda *args, **kw: (fits.append(args), fit(*args, **kw))[1]
+    )
+    settings = replace(settings, recipe_args=("binarizer=hash", *MEASURED))
+    result = finetune(settings)
+    assert len(fits) == 1
+    _, batches = fits[0]
+    assert sum(len(batch) for batch in batches) == 36 and batches[0].shape[1:] == (3, 16, 16)
+    assert result.model.classifier_config.recipe.binarizer == "hash"
+    finetune(settings, resume=True)
+    assert len(fits) == 1
+    assert torch.equal(load(result.stages[-1].best)(batches[0]), result.model(batches[0]))
+
+
 def test_distillation_compares_with_the_dense_model(settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch):
     compared = []
     loss = engine.distillation_loss
@@ -248,6 +267,76 @@ def test_settings_survive_a_round_through_json(settings: FinetuneSettings):
     assert FinetuneSettings.from_dict(json.loads(json.dumps(settings.as_dict()))) == settings
     with pytest.raises(UserError, match="there are no settings nonsense"):
         FinetuneSettings.from_dict({"nonsense": 1})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The command
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_of_models_that_timm_knows(name: str):
+    import timm
+
+    preset = PRESETS[name]
+    preset.validate()
+    assert timm.is_model(preset.model)
+    assert not preset.pretrained or timm.get_pretrained_cfg(preset.model).has_weights
+
+
+def test_defaults_come_from_the_preset_the_data_or_the_run(run: Path):
+    def changed(*args: str) -> FinetuneSettings:
+        return cli.Finetune.with_defaults(args)
+
+    assert changed().model_args == PRESETS["digits"].model_args
+    assert changed("--data", "somewhere").image_size == PRESETS["small"].image_size == 64
+    assert changed("--data", "somewhere", "--preset=pvt-v2-b3").model == "pvt_v2_b3"
+    resumed = changed("--stage2.epochs", "9", "--resume", str(run))
+    assert resumed.data == read_settings(run).data and resumed.stage0.epochs == 2
+    assert changed("--resume", "nowhere").model_args == PRESETS["digits"].model_args
+
+
+def test_the_command_runs_is_interrupted_and_resumed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    step = engine._Training._step
+
+    def interrupt(self, *args):
+        self.interrupted = self.batch == 1
+        return step(self, *args)
+
+    monkeypatch.setattr(engine._Training, "_step", interrupt)
+    monkeypatch.chdir(tmp_path)
+    model = ["patch_size=8", "embed_dim=16", "depth=1", "num_heads=2"]
+    epochs = [word for number in range(3) for word in (f"--stage{number}.epochs", "1")]
+    arguments = ["--data", str(folder), "--image-size", "16", "--batch-size", "12", "--name", "run", *epochs]
+    assert cli.main(["finetune", *arguments, "--recipe", "add", "--model-args", *model]) == 130
+    printed = capsys.readouterr()
+    assert "Interrupted; nothing is lost" in printed.out
+    assert printed.err == "go on with: shiftadd3d finetune --resume outputs/run\ninterrupted\n"
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path / "outputs")
+    assert cli.main(["finetune", "--resume", "run", "--stage1.epochs", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "going on at epoch 1, step 3" in printed and "stage1-add" in printed
+    history = json.loads((tmp_path / "outputs" / "run" / "stage1-add" / "history.json").read_text())
+    assert len(history["epochs"]) == 2
+    for arguments, complaint in (
+        (["--resume", "nowhere"], "nowhere: no settings.json in there; expected the folder of an earlier run"),
+        (["--resume", "run", "--recipe", "moe"], "was begun with other --recipe"),
+        (["--data", "nowhere"], "nowhere: no such file or folder"),
+        (["--batch-size", "0"], "--batch-size 0: expected 1 or more"),
+    ):
+        assert cli.main(["finetune", *arguments]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and complaint in error
+
+
+def test_wrong_options_of_the_command_exit_with_2():
+    for arguments in (["--preset", "huge"], ["--stage0.epochs", "many"], ["--stage3.epochs", "1"]):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["finetune", *arguments])
+        assert exit_.value.code == 2
 
 
 # --------------------------------------------------------------------------------------------------------------------
