@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-BLOCK = re.compile(r"^```(python)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+from shiftadd3d import cli
+
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["docs/calibration.md", "docs/recipes.md"])
+@pytest.mark.parametrize("page", ["docs/calibration.md", "docs/classification.md", "docs/recipes.md"])
 def test_the_code_of_a_page_runs_from_top_to_bottom(
     page: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -25,6 +28,25 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(
             exec(compile("\n" * line + code, str(repository / page), "exec"), namespace)
             ran += 1
             printed = capsys.readouterr().out
-        else:  # what the code before it prints
+        elif not language:  # what the code before it prints
             assert code.rstrip() == printed.rstrip()
     assert ran == text.count("```python") > 0
+
+
+def test_the_commands_of_the_pages_are_such_that_the_command_line_takes(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+    for verb in cli.VERBS.values():
+        monkeypatch.setattr(verb, "run", lambda self: ran.append(self))
+    commands = 0
+    for page in sorted((repository / "docs").glob("*.md")):
+        blocks = [code for language, code in BLOCK.findall(page.read_text(encoding="utf-8")) if language == "sh"]
+        for line in "".join(blocks).splitlines():
+            words = shlex.split(line, comments=True)
+            if "shiftadd3d" in words or "shiftadd3d.cli" in words:
+                start = words.index("shiftadd3d" if "shiftadd3d" in words else "shiftadd3d.cli")
+                if "--help" not in words:
+                    assert cli.main(words[start + 1 :]) == 0, line
+                    commands += 1
+    assert len(ran) == commands > 0
