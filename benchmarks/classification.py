@@ -2,11 +2,12 @@
 
     python benchmarks/classification.py train --data grocery_fruit --model deit --recipe moe --seed 0
     python benchmarks/classification.py all
+    python benchmarks/classification.py speed
     python benchmarks/classification.py report
 
-The first measures one cell, the second every cell that no JSON file in docs/results/data/ holds yet; the last one makes
-docs/results/classification.md from these files alone. Pictures are looked for in the folders that $SHIFTADD3D_PICTURES
-names.
+The first measures one cell of accuracy, the second every cell that no JSON file in docs/results/data/ holds yet, the
+third how long frozen models take on this CPU; the last one makes docs/results/classification.md from these files alone.
+Pictures are looked for in the folders that $SHIFTADD3D_PICTURES names.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from reporting import (
@@ -38,6 +40,9 @@ from reporting import (
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.vision.settings import DataSettings, FinetuneSettings, StageSettings
+
+if TYPE_CHECKING:  # it takes seconds to import, and `report` needs none of it
+    from torch import Tensor
 
 PICTURES_VARIABLE = "SHIFTADD3D_PICTURES"
 
@@ -265,6 +270,119 @@ class All:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Speed
+# --------------------------------------------------------------------------------------------------------------------
+
+SPEED_MODELS = ("deit_tiny_patch16_224", "pvt_v2_b0")
+SPEED_RECIPES: tuple[RecipeName, ...] = ("add+shift", "add+shift-attn+moe")
+SPEED_FILE = "classification-speed.json"
+EAGER, COMPILED, INT8 = "timm, float32, eager", "timm, bfloat16, torch.compile", "timm, torchao int8, torch.compile"
+OPERATIONS = 12  # that a breakdown names
+
+
+@dataclass
+class Speed:
+    """Measure how long frozen models take, against timm's originals. Weights are random: they cost what others do."""
+
+    models: tuple[str, ...] = SPEED_MODELS
+    """timm's names."""
+    batches: tuple[int, ...] = (1, 32)
+    """Pictures at once, of 224 px."""
+    recipes: tuple[RecipeName, ...] = SPEED_RECIPES
+    """What the models become."""
+    rounds: int = 7
+    """Timed runs of each, after an untimed one; all take turns, and the median counts."""
+    threads: int = 1
+    """CPU threads to compute with."""
+    out: Path = DATA
+    """Folder for the JSON file."""
+
+    def __call__(self) -> None:
+        import torch
+
+        commit = git_commit()  # now: it may move on while this runs
+        torch.set_num_threads(self.threads)
+        rows = [self._measure(model, batch) for model in self.models for batch in self.batches]
+        words = ["--rounds", str(self.rounds), "--threads", str(self.threads)]
+        facts = {
+            "kind": "speed",
+            "rows": rows,
+            "threads": self.threads,
+            "rounds": self.rounds,
+            "machine": machine_facts(),
+            "commit": commit,
+            "command": shlex.join(["python", "benchmarks/classification.py", "speed", *words]),
+        }
+        write_result(self.out / SPEED_FILE, facts)
+
+    def _measure(self, name: str, batch: int) -> dict[str, Any]:
+        import torch
+
+        images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        solutions = speed_solutions(name, self.recipes)
+        times: dict[str, list[float]] = {solution: [] for solution in solutions}
+        with torch.inference_mode():
+            for number in range(self.rounds + 1):
+                for solution, run in solutions.items():
+                    # Processor time: what else runs on the machine lengthens the other one.
+                    began = time.process_time()
+                    run(images)
+                    if number:
+                        times[solution].append(1000 * (time.process_time() - began) / self.threads)
+                    else:
+                        print(f"{name}, batch {batch}: {solution} is ready", flush=True)
+            breakdowns = {
+                solution: operation_times(run, images) for solution, run in solutions.items() if "timm" not in solution
+            }
+            breakdowns[EAGER] = operation_times(solutions[EAGER], images)
+        median = {solution: float(f"{statistics.median(runs):.4g}") for solution, runs in times.items()}
+        print(median, flush=True)
+        return {"model": name, "batch": batch, "ms": median, "breakdown": breakdowns}
+
+
+def speed_solutions(name: str, recipes: tuple[RecipeName, ...]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Ways to run a model, by name, each from images [B, 3, 224, 224] in float32 to logits."""
+    import timm
+    import torch
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    from shiftadd3d.nn import freeze_
+
+    frozen = {}
+    for recipe in recipes:
+        torch.manual_seed(0)
+        model = timm.create_model(f"shiftadd_{name}", recipe=recipe).eval()
+        freeze_(model, verbose=False)
+        frozen[f"shiftadd, {recipe}"] = model
+    int8 = timm.create_model(name).eval()
+    quantize_(int8, Int8DynamicActivationInt8WeightConfig())
+    half = torch.compile(timm.create_model(name).eval().bfloat16(), dynamic=False)
+    return {
+        EAGER: timm.create_model(name).eval(),
+        COMPILED: lambda images: half(images.bfloat16()),
+        INT8: torch.compile(int8, dynamic=False),
+        **frozen,
+    }
+
+
+def operation_times(run: Callable[[Tensor], Tensor], images: Tensor) -> list[dict[str, Any]]:
+    """Where the processor time of one run goes: share and calls of the operations that take most, and the rest."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run(images)
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    shares = [
+        {"name": event.key, "share": round(event.self_cpu_time_total / total, 4), "calls": event.count}
+        for event in events
+    ]
+    rest = shares[OPERATIONS:]
+    share, calls = (sum(other[key] for other in rest) for key in ("share", "calls"))
+    return [*shares[:OPERATIONS], {"name": "the rest", "share": round(share, 4), "calls": calls}]
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Report
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -282,13 +400,15 @@ class Report:
 
     def __call__(self) -> None:
         template = self.template.read_text(encoding="utf-8")
-        self.out.write_text(render_report(read_results(self.data), template), encoding="utf-8")
+        text = render_report(read_results(self.data), template, read_speed(self.data))
+        self.out.write_text(text, encoding="utf-8")
         print(f"wrote {self.out}")
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The results in a folder, in the order of the report."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("classification-*.json")]
+    """The results of training in a folder, in the order of the report."""
+    paths = [path for path in folder.glob("classification-*.json") if path.name != SPEED_FILE]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     order = (DATA_NAMES, MODEL_NAMES, RECIPE_NAMES)
 
     def place(facts: dict[str, Any]) -> tuple[int, ...]:
@@ -298,17 +418,26 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return sorted(results, key=place)
 
 
-def render_report(results: list[dict[str, Any]], template: str) -> str:
-    """Fill a template's `{{name}}` fields in from the results.
+def read_speed(folder: Path) -> dict[str, Any] | None:
+    """What `speed` wrote into a folder, if it did."""
+    path = folder / SPEED_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def render_report(results: list[dict[str, Any]], template: str, speed: dict[str, Any] | None = None) -> str:
+    """Fill a template's `{{name}}` fields in from the results of training and of speed.
 
     Raises:
         KeyError: the template has a field that there is no table for.
     """
+    measured = [*results, *([speed] if speed else [])]
     fields = {
         "accuracy": accuracy_tables(results),
         "experiments": experiment_table(results),
-        "commands": command_block("classification", results),
-        "machines": machine_list(results),
+        "speed": speed_table(speed),
+        "breakdown": breakdown_tables(speed),
+        "commands": command_block("classification", measured),
+        "machines": machine_list(measured),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match.group(1)], template)
 
@@ -406,8 +535,40 @@ def experiment_table(results: list[dict[str, Any]]) -> str:
     return markdown_table(header, rows)
 
 
+def speed_table(speed: dict[str, Any] | None) -> str:
+    """Milliseconds of each solution, and how many times faster than timm's each of ours is."""
+    if speed is None:
+        return NOT_MEASURED
+    rows = []
+    for row in speed["rows"]:
+        ms = row["ms"]
+        others = [solution for solution in ms if solution.startswith("timm")]
+        for solution, time_ in ms.items():
+            ratios = [f"{ms[other] / time_:.2f}" if solution not in others else "" for other in others]
+            rows.append([f"{row['model']}, batch {row['batch']}: {solution}", f"{time_:,.1f}", *ratios])
+    header = ["", "ms", *(f"times faster than {other}" for other in (EAGER, COMPILED, INT8))]
+    return markdown_table(header, rows)
+
+
+def breakdown_tables(speed: dict[str, Any] | None) -> str:
+    """Where the time goes: one table a model, batch and solution."""
+    if speed is None:
+        return NOT_MEASURED
+    blocks = []
+    for row in speed["rows"]:
+        for solution, operations in row["breakdown"].items():
+            header = [f"{row['model']}, batch {row['batch']}: {solution}", "share", "calls"]
+            lines = [
+                [f"`{operation['name']}`" if ":" in operation["name"] else operation["name"],
+                 f"{operation['share']:.1%}", f"{operation['calls']:,}"]
+                for operation in operations
+            ]  # fmt: skip
+            blocks.append(markdown_table(header, lines))
+    return "\n\n".join(blocks)
+
+
 def main() -> None:
-    commands = {"train": Train, "all": All, "report": Report}
+    commands = {"train": Train, "all": All, "speed": Speed, "report": Report}
     command = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
     try:
         command()

@@ -47,7 +47,7 @@ def test_the_committed_report_is_what_the_committed_measurements_make(classifica
     results = classification.read_results(RESULTS / "data")
     template = (RESULTS / "classification.template.md").read_text(encoding="utf-8")
     assert (RESULTS / "classification.md").read_text(encoding="utf-8") == classification.render_report(
-        results, template
+        results, template, classification.read_speed(RESULTS / "data")
     ), "run `python benchmarks/classification.py report`"
 
 
@@ -60,7 +60,8 @@ def test_the_template_states_no_result_of_its_own():
 def test_measurements_name_no_place_on_a_machine():
     for path in sorted((RESULTS / "data").glob("classification-*.json")):
         command = json.loads(path.read_text(encoding="utf-8"))["command"]
-        assert command.startswith("python benchmarks/classification.py train ") and " /" not in command, path.name
+        assert re.match(r"python benchmarks/classification\.py (train|speed) ", command), path.name
+        assert " /" not in command, path.name
 
 
 def test_rows_are_means_over_seeds_and_differences_are_within_a_seed(classification: ModuleType):
@@ -101,6 +102,16 @@ def test_pictures_are_found_by_the_variable(
         classification.find_pictures("grocery_fruit")
     (tmp_path / "grocery_fruit").mkdir()
     assert classification.find_pictures("grocery_fruit") == tmp_path / "grocery_fruit"
+
+
+def test_speeds_are_compared_with_each_of_timms(classification: ModuleType):
+    ms = {classification.EAGER: 30.0, classification.COMPILED: 20.0, classification.INT8: 15.0, "shiftadd, moe": 10.0}
+    operations = [{"name": "shiftadd3d::matshift", "share": 0.75, "calls": 48}]
+    row = {"model": "pvt_v2_b0", "batch": 32, "ms": ms, "breakdown": {"shiftadd, moe": operations}}
+    last = classification.speed_table({"rows": [row]}).splitlines()[-1]
+    assert last == "| pvt_v2_b0, batch 32: shiftadd, moe | 10.0 | 3.00 | 2.00 | 1.50 |"
+    assert "| `shiftadd3d::matshift` | 75.0% | 48 |" in classification.breakdown_tables({"rows": [row]})
+    assert classification.speed_table(None) == classification.NOT_MEASURED
 
 
 @pytest.mark.slow
