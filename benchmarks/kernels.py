@@ -1,10 +1,10 @@
 """The tables of docs/results/kernels.md: kernels against torch, and how soon they are there.
 
-    python benchmarks/kernels.py [--device cpu] [--threads 1,2] [--groups matshift,matadd] [--json FILE]
+    python benchmarks/kernels.py [--device cpu] [--threads 1,2] [--groups matshift,starts] [--json FILE]
     python benchmarks/kernels.py report
 
-The first measures, prints tables and writes FILE (docs/results/data/kernels-DEVICE.json unless it is given); it needs
-torch and TVM only. The second makes docs/results/kernels.md from all such files in docs/results/data.
+The first measures, prints tables and writes FILE (docs/results/data/kernels-DEVICE[-GROUPS].json unless it is given); it
+needs torch and TVM only. The second makes docs/results/kernels.md from all such files in docs/results/data.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from reporting import (
 # Measuring
 # --------------------------------------------------------------------------------------------------------------------
 
-# What a process that runs a kernel spends before it has its first outcome, with a warm cache. Processor time, so that it
-# makes no difference what else the machine does; what is read comes from memory then.
+# What a process that runs a kernel spends before it has its first outcome, with a warm cache. Processor time, so that
+# it makes no difference what else the machine does; what is read comes from memory then.
 START = """
 import time
 began = time.process_time()
@@ -55,6 +55,7 @@ shiftadd3d.kernels.matshift(x, packed, offset)
 print(torch_there - began, kernels_there - torch_there, first - before, time.process_time() - first)
 """
 STARTS = 5
+START_GROUP = "starts"
 
 
 def measure_starts() -> dict[str, list[float]]:
@@ -68,23 +69,28 @@ def measure_starts() -> dict[str, list[float]]:
 
 
 def run(device: str, threads: str, groups: str, path: Path | None) -> None:
-    from shiftadd3d.profile.kernel_benchmark import measure, parse_threads, tables
+    from shiftadd3d.profile.kernel_benchmark import describe, measure, parse_threads, tables
 
     commit = git_commit()  # now: it may move on while this runs
     words = ["python", "benchmarks/kernels.py", "--device", device, "--threads", threads]
     facts = {"commit": commit, "command": shlex.join([*words, *(["--groups", groups] if groups else [])])}
     facts |= {"date": time.strftime("%Y-%m-%d"), "load": [round(os.getloadavg()[0], 1)], "starts": {}}
-    path = path or DATA / f"kernels-{device}.json"
+    names = [word for word in groups.split(",") if word]
+    path = path or DATA / f"{'-'.join(['kernels', device, *names])}.json"
 
     def keep(measured: dict[str, Any]) -> None:
         write_result(path, facts | measured | {"load": [*facts["load"], round(os.getloadavg()[0], 1)]})
 
-    names = [word for word in groups.split(",") if word]
-    measured = measure(device, parse_threads(threads), names, lambda line: print(line, flush=True), keep)
-    facts["starts"] = measure_starts()
-    keep(measured)
-    for count in _thread_counts(measured):
-        for table in tables(measured, count):
+    timed = [name for name in names if name != START_GROUP]
+    if timed or not names:
+        facts |= measure(device, parse_threads(threads), timed, lambda line: print(line, flush=True), keep)
+    else:
+        facts |= describe(device)
+    if START_GROUP in names or not names:
+        facts["starts"] = measure_starts()
+    keep({})
+    for count in _thread_counts(facts):
+        for table in tables(facts, count):
             print(f"\n{table}")
 
 
@@ -97,15 +103,29 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("kernels-*.json"))]
 
 
+def combined(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Measurements of one machine in several files, as if they had been made in one go."""
+    machines: dict[str, dict[str, Any]] = {}
+    for facts in results:
+        key = json.dumps([facts["device"], facts["target"], facts["machine"]])
+        one = machines.setdefault(key, {**facts, "rows": [], "peaks": [], "starts": {}})
+        one["rows"] = one["rows"] + facts["rows"]
+        known = [peak["threads"] for peak in one["peaks"]]
+        one["peaks"] = one["peaks"] + [peak for peak in facts["peaks"] if peak["threads"] not in known]
+        one["starts"] = one["starts"] or facts["starts"]
+    return list(machines.values())
+
+
 def render_report(results: list[dict[str, Any]], template: str) -> str:
     """The text of docs/results/kernels.md."""
+    whole = combined(results)
     slots = {
-        "goals": _sections(results, "goals"),
-        "ratios": _sections(results, "ratios"),
-        "times": _sections(results, "times"),
-        "charts": _chart_list(results),
-        "peaks": _peaks(results),
-        "starts": _starts(results),
+        "goals": _sections(whole, "goals"),
+        "ratios": _sections(whole, "ratios"),
+        "times": _sections(whole, "times"),
+        "charts": _chart_list(whole),
+        "peaks": _peaks(whole),
+        "starts": _starts(whole),
         "notes": _notes(results),
         "commands": command_block("kernels", results) if results else NOT_MEASURED,
         "machines": machine_list(results),
@@ -174,7 +194,7 @@ def _notes(results: list[dict[str, Any]]) -> str:
         if "failed" in row
     )
     loads = [
-        f"- {facts['target']}, {facts['date']}: load average {facts['load'][0]} at the beginning and "
+        f"- `{facts['command']}`, {facts['date']}: load average {facts['load'][0]} at the beginning and "
         f"{facts['load'][-1]} at the end, this benchmark included"
         for facts in results
     ]
@@ -223,7 +243,7 @@ def report() -> None:
     template = (RESULTS / "kernels.template.md").read_text(encoding="utf-8")
     (RESULTS / "kernels.md").write_text(render_report(results, template), encoding="utf-8")
     print(f"wrote {RESULTS / 'kernels.md'}")
-    for facts in results:
+    for facts in combined(results):
         draw_chart(facts, PICTURES / f"kernels-{facts['device']}-{facts['target']}.png")
 
 

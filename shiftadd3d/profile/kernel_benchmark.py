@@ -23,7 +23,7 @@ from shiftadd3d.profile.kernel_cases import BASELINE, CASES, Case, cases
 from shiftadd3d.profile.machine import machine_facts
 from shiftadd3d.profile.timing import copy_rate, interleaved, product_rate
 
-__all__ = ["GOALS", "Goal", "Outcome", "Table", "goals", "measure", "parse_threads", "ratios", "tables"]
+__all__ = ["GOALS", "Goal", "Outcome", "Table", "describe", "goals", "measure", "parse_threads", "ratios", "tables"]
 
 _SECONDS_A_CASE = 2.0
 
@@ -64,8 +64,7 @@ def measure(
     groups = list(groups) or list(CASES)
     for group in groups:
         cases(group, device)
-    facts: dict[str, Any] = {"device": device, "machine": machine_facts(), "target": _target(device)}
-    facts |= {"peaks": [], "rows": [], "notes": []}
+    facts = describe(device)
     before = torch.get_num_threads()
     try:
         for count in threads if device == "cpu" else (before,):
@@ -74,6 +73,12 @@ def measure(
     finally:
         torch.set_num_threads(before)
     return facts
+
+
+def describe(device: str) -> dict[str, Any]:
+    """What `measure` begins with: the machine, and no measurement yet."""
+    facts: dict[str, Any] = {"device": device, "machine": machine_facts(), "target": _target(device)}
+    return facts | {"peaks": [], "rows": [], "notes": []}
 
 
 def parse_threads(text: str) -> list[int]:
@@ -113,11 +118,11 @@ def _measure_with(
                 rows = _measure_case(case, device)
                 facts["rows"] += [{"threads": threads, **row} for row in rows]
                 report(f"{threads} thread{'s' * (threads > 1)}, {group} {case.name}")
+                if "torch._dynamo" in sys.modules:  # else nothing was compiled, and this would import the compiler
+                    torch.compiler.reset()  # it compiles a function for eight problems, and no more after that
         # Where a kernel gave up, its twin has been measured: that has to be known.
         notes = {str(one.message) for one in told if str(one.message).startswith("kernel ")}
         facts["notes"] += sorted(notes - set(facts["notes"]))
-        if "torch._dynamo" in sys.modules:  # else nothing was compiled, and this would import the compiler
-            torch.compiler.reset()
         gc.collect()
         keep(facts)
 
