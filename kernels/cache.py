@@ -1,9 +1,10 @@
 """Compiled kernels on disk, one folder per user.
 
-An entry is two files: a shared library whose name carries the SHA-256 of its content, and a record ``<key>.json`` that
-names it. The record is renamed into place last, so an entry is there whole or not at all, and processes may race. A
-library is loaded only from a folder and a file that belong to this user and that nobody else can write to, and only
-if its content has the digest that its record states; anything else counts as missing and is built again.
+An entry is two files: a library (``.so``, or ``.cubin`` for a GPU), whose name carries the SHA-256 of its content, and
+a record ``<key>.json`` that names it. The record is renamed into place last, so an entry is there whole or not at all,
+and processes may race. A library is loaded only from a folder and a file that belong to this user and that nobody else
+can write to, and only if its content has the digest that its record states; anything else counts as missing and is
+built again.
 
 The folder is `SHIFTADD3D_CACHE`, else ``shiftadd3d/kernels`` in the platform's cache folder (`XDG_CACHE_HOME`). If it
 cannot be used, for instance because others can write to it, kernels live in a temporary folder that goes with the
@@ -44,13 +45,13 @@ def key(**facts: Any) -> str:
     return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:32]
 
 
-def find(entry: str) -> Path | None:
+def find(entry: str, suffix: str = ".so") -> Path | None:
     """The library of the entry with this key, checked, or None where there is none that can be trusted."""
     place = folder()
     record = read_record(entry)
     if record is None:
         return None
-    library = place / f"{entry}-{record.get('sha256')}.so"
+    library = place / f"{entry}-{record.get('sha256')}{suffix}"
     try:
         if _is_private(library) and hashlib.sha256(library.read_bytes()).hexdigest() == record.get("sha256"):
             os.utime(place / f"{entry}.json")
@@ -73,7 +74,7 @@ def read_record(entry: str) -> dict[str, Any] | None:
 def store(entry: str, library: Path, facts: dict[str, Any]) -> Path:
     """Take a library that lies in the cache's folder into the cache, with what `facts` say about it."""
     digest = hashlib.sha256(library.read_bytes()).hexdigest()
-    final = folder() / f"{entry}-{digest}.so"
+    final = folder() / f"{entry}-{digest}{library.suffix}"
     library.chmod(0o600)
     library.replace(final)
     record = folder() / f"{entry}.json"
@@ -81,7 +82,7 @@ def store(entry: str, library: Path, facts: dict[str, Any]) -> Path:
         written.write_text(json.dumps({**facts, "sha256": digest}, indent=1))
         written.chmod(0o600)
         written.replace(record)
-    for other in folder().glob(f"{entry}-*.so"):
+    for other in folder().glob(f"{entry}-*"):
         if other != final:
             other.unlink(missing_ok=True)
     _drop_unused()
@@ -93,7 +94,7 @@ def _drop_unused() -> None:
         with contextlib.suppress(OSError):
             if time.time() - record.stat().st_mtime > _SECONDS_UNUSED:
                 record.unlink()
-                for library in folder().glob(f"{record.stem}-*.so"):
+                for library in folder().glob(f"{record.stem}-*"):
                     library.unlink()
 
 
@@ -125,6 +126,11 @@ def first_run(entry: str) -> Iterator[bool]:
         yield True
     finally:
         note.unlink(missing_ok=True)
+
+
+def condemn(entry: str) -> None:
+    """Have every later process refuse to run this entry's code, as if it had killed one."""
+    (folder() / f"{entry}.trial").write_text("")
 
 
 def _is_running(note: Path) -> bool:

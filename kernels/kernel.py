@@ -72,11 +72,15 @@ class Kernel:
         name: str,
         build: Callable[..., Any],
         trial: Callable[..., None],
-        variants: Callable[[CpuTarget], Iterable[Mapping[str, Any]]],
+        variants: Callable[[Any], Iterable[Mapping[str, Any]]],
     ) -> None:
         self.name, self.build, self.trial, self.variants = name, build, trial, variants
         self._functions: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
-        KERNELS[name] = self
+        self.register()
+
+    def register(self) -> None:
+        """Let the command line find it."""
+        KERNELS[self.name] = self
 
     def function(self, **spec: Any) -> Callable[..., Any] | None:
         """The compiled function for this machine, from memory, from the cache or from the compiler.
@@ -85,7 +89,10 @@ class Kernel:
             A function of contiguous torch tensors and numbers that writes into its last arguments, or None where TVM is
             missing or the kernel failed its trial: then the twin has to do. That is said once.
         """
-        known = (targets.current().name, *spec.items())
+        target = targets.current()
+        return self._once((target.name, *spec.items()), lambda: _with_torch_threads(self.load(target, **spec)))
+
+    def _once(self, known: tuple[Any, ...], load: Callable[[], Callable[..., Any]]) -> Callable[..., Any] | None:
         try:
             return self._functions[known]
         except KeyError:
@@ -93,14 +100,18 @@ class Kernel:
         with _lock:
             if known not in self._functions:
                 try:
-                    self._functions[known] = _with_torch_threads(self.load(targets.current(), **spec))
+                    self._functions[known] = load()
                 except Exception as error:
                     self._functions[known] = None
-                    _say_once(
-                        f"kernel {self.name}: {_first_line(error)}; plain torch stands in, correct but slower "
-                        "(`shiftadd3d kernels check` tells more)"
-                    )
+                    self.decline(_first_line(error))
             return self._functions[known]
+
+    def decline(self, reason: str) -> None:
+        """Say, once, that the twin stands in, and why."""
+        _say_once(
+            f"kernel {self.name}: {reason}; plain torch stands in, correct but slower (`shiftadd3d kernels check` "
+            "tells more)"
+        )
 
     def load(self, target: CpuTarget, **spec: Any) -> Callable[..., Any]:
         """The compiled function for `target`, from the cache or from the compiler, having passed its trial.
@@ -145,16 +156,32 @@ class Kernel:
 
     def entry(self, target: CpuTarget, **spec: Any) -> str:
         """The key in the cache: everything that the machine code depends on."""
-        sources = _sources_digest(sys.modules[self.build.__module__])
         return cache.key(
-            kernel=self.name, target=target.name, spec=sorted(spec.items()), sources=sources, **_versions()
+            kernel=self.name,
+            target=target.name,
+            spec=sorted(spec.items()),
+            sources=self.sources_digest(),
+            **_versions(),
         )
+
+    def sources_digest(self) -> str:
+        """A digest of all source text of this package that it is built from."""
+        return _sources_digest(sys.modules[self.build.__module__])
+
+    def check(self, target: CpuTarget, **spec: Any) -> None:
+        """Run the trial once more on this machine.
+
+        Raises:
+            AssertionError: if the outcome is not the twin's.
+        """
+        self.trial(self.load(target, **spec), **spec)
 
 
 def define_op(
     schema: str,
     *,
     cpu: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
     twin: Callable[..., Any],
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
@@ -165,6 +192,7 @@ def define_op(
     Args:
         schema: name and types as torch writes them, ``"matshift(Tensor x, ...) -> Tensor"``.
         cpu: what runs on CPU tensors; it returns fresh tensors that share no memory with its arguments.
+        cuda: the same for CUDA tensors.
         twin: what runs on every other device.
         fake: the shapes and dtypes of the outcome, for `torch.compile` and `torch.export`.
         backward, setup_context: gradients, as `torch.library.register_autograd` takes them.
@@ -175,6 +203,8 @@ def define_op(
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, cpu, "CPU")
+    if cuda is not None:
+        _LIBRARY.impl(name, cuda, "CUDA")
     _LIBRARY.impl(name, twin, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{OP_NAMESPACE}::{name}", fake, lib=_LIBRARY)
     if backward is not None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.markup import escape
 
@@ -17,8 +17,9 @@ import shiftadd3d.kernels
 from shiftadd3d._errors import UserError
 from shiftadd3d._report import write_json
 from shiftadd3d.kernels import cache, targets
+from shiftadd3d.kernels.cuda import CUDA_KERNELS
 from shiftadd3d.kernels.kernel import KERNELS, Kernel
-from shiftadd3d.kernels.targets import CpuTarget
+from shiftadd3d.kernels.targets import CpuTarget, CudaTarget
 
 
 @dataclass(frozen=True)
@@ -26,82 +27,86 @@ class Variant:
     """One specialisation of a kernel for one target."""
 
     kernel: Kernel
-    target: CpuTarget
+    target: CpuTarget | CudaTarget
     spec: dict[str, Any]
 
     @property
     def entry(self) -> str:
         """Its key in the cache."""
-        return self.kernel.entry(self.target, **self.spec)
+        return self.kernel.entry(cast(Any, self.target), **self.spec)
 
     @property
     def is_cached(self) -> bool:
         """Whether the cache has it, whole."""
-        return cache.find(self.entry) is not None
+        return cache.find(self.entry, ".cubin" if isinstance(self.target, CudaTarget) else ".so") is not None
 
     def facts(self) -> dict[str, Any]:
         """What tables and JSON say about it."""
         return {"kernel": self.kernel.name, "target": self.target.name, "spec": self.spec}
 
 
-def all_variants(names: Iterable[str] = (), target: CpuTarget | None = None) -> Iterator[Variant]:
+def all_variants(names: Iterable[str] = (), target: str | None = None) -> Iterator[Variant]:
     """The specialisations that are built ahead, of all kernels or of those named.
 
     Args:
         names: kernels to take; all if empty.
-        target: what they are for; this machine's if None.
+        target: the name of what they are for, in particular of a GPU's; this machine's CPU if None.
 
     Raises:
-        UserError: if there is no kernel of a name.
+        UserError: if there is no kernel or target of a name, or it is a CPU's and not this process's.
     """
     for module in pkgutil.iter_modules(shiftadd3d.kernels.__path__):
         importlib.import_module(f"{shiftadd3d.kernels.__name__}.{module.name}")
-    target = target or targets.current()
-    names = list(names) or sorted(KERNELS)
-    for name in names:
-        if name not in KERNELS:
-            raise UserError(f"no kernel {name!r}: expected some of {', '.join(sorted(KERNELS))}")
-        for spec in KERNELS[name].variants(target):
-            yield Variant(KERNELS[name], target, dict(spec))
+    chosen = targets.current() if target is None else targets.find(target)
+    if isinstance(chosen, CpuTarget) and chosen != targets.current():
+        # Their trials run on this CPU, whose target is the process's.
+        raise UserError(f"target {target!r} is not this process's: {targets.ENVIRONMENT_VARIABLE}={target} makes it so")
+    kernels: Mapping[str, Kernel] = CUDA_KERNELS if isinstance(chosen, CudaTarget) else KERNELS
+    for name in list(names) or sorted(kernels):
+        if name not in kernels:
+            raise UserError(f"no kernel {name!r}: expected some of {', '.join(sorted(kernels))}")
+        for spec in kernels[name].variants(chosen):
+            yield Variant(kernels[name], chosen, dict(spec))
 
 
-def list_kernels(names: Iterable[str] = (), json: Path | None = None) -> None:
+def list_kernels(names: Iterable[str] = (), json: Path | None = None, target: str | None = None) -> None:
     """Print which variants there are and which of them the cache holds; write it to `json`, too.
 
     Raises:
-        UserError: if there is no kernel of a name, or the file cannot be written.
+        UserError: if there is no kernel or target of a name, or the file cannot be written.
     """
-    rows = [{**variant.facts(), "cached": variant.is_cached} for variant in all_variants(names)]
+    rows = [{**variant.facts(), "cached": variant.is_cached} for variant in all_variants(names, target)]
     _show(rows, json, "cached", lambda row: "yes" if row["cached"] else "[dim]no[/dim]")
 
 
-def build_kernels(names: Iterable[str] = (), json: Path | None = None) -> None:
-    """Have the cache hold all variants for this machine; print what was done, and write it to `json`, too.
+def build_kernels(names: Iterable[str] = (), json: Path | None = None, target: str | None = None) -> None:
+    """Have the cache hold all variants for a target; print what was done, and write it to `json`, too.
 
     Raises:
-        UserError: if there is no kernel of a name, or if one could not be built.
+        UserError: if there is no kernel or target of a name, or if one could not be built.
     """
 
     def build(variant: Variant) -> dict[str, Any]:
         if variant.is_cached:
             return {"built": False, "seconds": 0.0, "error": None}
-        return {"built": True, **_attempt(lambda: variant.kernel.load(variant.target, **variant.spec))}
+        return {"built": True, **_attempt(lambda: variant.kernel.load(cast(Any, variant.target), **variant.spec))}
 
-    rows = [{**variant.facts(), **build(variant)} for variant in _progress(all_variants(names))]
+    rows = [{**variant.facts(), **build(variant)} for variant in _progress(all_variants(names, target))]
     _show(rows, json, "built", lambda row: f"{row['seconds']:.1f} s" if row["built"] else "[dim]was there[/dim]")
 
 
-def check_kernels(names: Iterable[str] = (), json: Path | None = None) -> None:
+def check_kernels(names: Iterable[str] = (), json: Path | None = None, target: str | None = None) -> None:
     """Compare all variants with their twins on this machine; print the outcome, and write it to `json`, too.
 
     Raises:
-        UserError: if there is no kernel of a name, or if one differs from its twin or could not be built.
+        UserError: if there is no kernel or target of a name, or if one differs from its twin or could not be built.
     """
 
     def check(variant: Variant) -> None:
-        variant.kernel.trial(variant.kernel.load(variant.target, **variant.spec), **variant.spec)
+        variant.kernel.check(cast(Any, variant.target), **variant.spec)
 
-    rows = [{**variant.facts(), **_attempt(partial(check, variant))} for variant in _progress(all_variants(names))]
+    variants = _progress(all_variants(names, target))
+    rows = [{**variant.facts(), **_attempt(partial(check, variant))} for variant in variants]
     _show(rows, json, "as its twin", lambda row: "yes")
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels import activations, bfloat16, memory, power_of_two, targets
+from shiftadd3d.kernels import activations, bfloat16, cuda_matshift, memory, power_of_two, targets
 from shiftadd3d.kernels.activations import Activation
 from shiftadd3d.kernels.kernel import Kernel, define_op
 from shiftadd3d.kernels.numerics import Numerics, check_numerics, get_numerics
@@ -50,8 +50,8 @@ def matshift(
 ) -> Tensor:  # [*, outputs], dtype of x
     """A linear layer with power-of-two weights, and an activation function if one is named.
 
-    Runs compiled code on CPUs in float32 and bfloat16, and `matshift_twin` everywhere else. Differentiable with respect
-    to x and bias.
+    Runs compiled code on CPUs in float32 and bfloat16, on CUDA GPUs in these and float16 (see
+    `shiftadd3d.kernels.cuda_matshift`), and `matshift_twin` everywhere else. Differentiable with respect to x and bias.
 
     Args:
         x: activations, any leading shape.
@@ -204,6 +204,21 @@ def _matshift_cpu(
     return matshift_twin(x, codes, offset, bias, bits, activation)
 
 
+def _matshift_cuda(
+    x: Tensor, codes: Tensor, offset: Tensor, bias: Tensor | None, bits: int, activation: str, numerics: str
+) -> Tensor:
+    check_arguments(x, codes, offset, bias, bits, activation, numerics)
+    dtype = cuda_matshift.DTYPES.get(x.dtype)
+    if numerics == "twin" or dtype is None or not x.numel() or not codes.numel():
+        return matshift_twin(x, codes, offset, bias, bits, activation)
+    y = cuda_matshift.matshift(
+        x.reshape(-1, x.shape[-1]), codes, offset, bias, bits, cast(Activation, activation), cast(Numerics, numerics)
+    )
+    if y is None:
+        return matshift_twin(x, codes, offset, bias, bits, activation)
+    return y.view(*x.shape[:-1], codes.shape[1])
+
+
 @lru_cache(maxsize=256)
 def _zeros(outputs: int) -> Tensor:
     with torch.inference_mode(False):
@@ -291,6 +306,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 _matshift_op = define_op(
     "matshift(Tensor x, Tensor codes, Tensor offset, Tensor? bias, int bits, str activation, str numerics) -> Tensor",
     cpu=_matshift_cpu,
+    cuda=_matshift_cuda,
     twin=matshift_twin,
     fake=_fake,
     backward=_backward,

@@ -1,8 +1,8 @@
-"""Which instruction set the CPU kernels are compiled for.
+"""Which instruction set kernels are compiled for.
 
-A target is chosen when the first kernel runs, from the flags of the CPU that runs it, and never from TVM's own
+A CPU's target is chosen when the first kernel runs, from the flags of the CPU that runs it, and never from TVM's own
 detection, which leaves out what it does not know the processor's name for. `SHIFTADD3D_TARGET` names another one, for
-instance to see what a smaller CPU would do.
+instance to see what a smaller CPU would do. A GPU's target is its compute capability.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from shiftadd3d._errors import UserError
 
@@ -83,8 +85,46 @@ TARGETS: tuple[CpuTarget, ...] = (
 )
 
 
-def find(name: str) -> CpuTarget:
-    """The target called `name`.
+@dataclass(frozen=True)
+class CudaTarget:
+    """One generation of NVIDIA GPUs.
+
+    Attributes:
+        capability: its compute capability, times ten.
+    """
+
+    capability: int
+
+    @property
+    def name(self) -> str:
+        """What the command line calls it."""
+        return f"cuda-{self.arch}"
+
+    @property
+    def arch(self) -> str:
+        """What nvcc calls it."""
+        return f"sm_{self.capability}"
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether tensor cores multiply bfloat16; float16 they do everywhere."""
+        return self.capability >= 80
+
+    def tvm_target(self) -> Any:
+        """The `tvm.target.Target` to compile for; TVM asks for a host, too, whose code nobody uses."""
+        import tvm
+
+        return tvm.target.Target(
+            {"kind": "cuda", "arch": self.arch, "max_threads_per_block": 1024}, host={"kind": "llvm"}
+        )
+
+
+# The oldest is the first that nvcc 13 and tensor cores of whole warps go together on. Any later one can be named, too.
+CUDA_TARGETS = tuple(CudaTarget(capability) for capability in (75, 80, 89, 90))
+
+
+def find(name: str) -> CpuTarget | CudaTarget:
+    """The target called `name`; those of GPUs are spelled like ``cuda-sm_90``.
 
     Raises:
         UserError: if there is none.
@@ -92,7 +132,23 @@ def find(name: str) -> CpuTarget:
     for target in TARGETS:
         if target.name == name:
             return target
-    raise UserError(f"no target {name!r}: expected one of {', '.join(target.name for target in TARGETS)}")
+    gpu = re.fullmatch(r"cuda-sm_(\d{2,3})", name)
+    if gpu and int(gpu[1]) >= CUDA_TARGETS[0].capability:
+        return CudaTarget(int(gpu[1]))
+    names = ", ".join(target.name for target in (*TARGETS, *CUDA_TARGETS))
+    raise UserError(f"no target {name!r}: expected one of {names} or a later GPU's")
+
+
+def of_gpu(device: torch.device) -> CudaTarget:
+    """The target of a CUDA device.
+
+    Raises:
+        UserError: if kernels are not made for its like.
+    """
+    target = CudaTarget(int("{}{}".format(*torch.cuda.get_device_capability(device))))
+    if target.capability < CUDA_TARGETS[0].capability:
+        raise UserError(f"this GPU is {target.arch}, and kernels are for {CUDA_TARGETS[0].arch} and later")
+    return target
 
 
 @lru_cache(maxsize=1)
@@ -126,6 +182,8 @@ def current() -> CpuTarget:
         target = find(name)
     except UserError as error:
         raise UserError(f"{ENVIRONMENT_VARIABLE}: {error}") from None
+    if isinstance(target, CudaTarget):
+        raise UserError(f"{ENVIRONMENT_VARIABLE}: {name!r} is no CPU's target; a GPU's follows from the GPU")
     if not runs_here(target):
         able = ", ".join(other.name for other in TARGETS if runs_here(other))
         missing = ", ".join(sorted(target.flags - cpu_flags())) or "the system's permission to use AMX"

@@ -1,0 +1,470 @@
+"""CUDA kernels: compiled for each GPU offline, their arithmetic on an emulated GPU, and all of it on a real one."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import json
+import shutil
+import struct
+import subprocess
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from shiftadd3d import UserError, cli, kernels
+from shiftadd3d.kernels import cache, cuda, cuda_matshift, manage, power_of_two, targets
+from shiftadd3d.kernels.cuda import CUDA_KERNELS, CudaCode, CudaKernel
+from shiftadd3d.kernels.targets import CUDA_TARGETS, CudaTarget
+
+pytest.importorskip("tvm")
+
+needs_nvcc = pytest.mark.skipif(cuda.find_nvcc() is None, reason="no nvcc")
+needs_gcc = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to emulate a GPU with")
+HOPPER = targets.CudaTarget(90)
+
+SHIFT = {"bits": 4, "terms": 1, "activation": "gelu"}
+# Of each kernel, one specialisation of every way it works in.
+SPECS = [
+    ("matshift", {"form": "float32", "dtype": "float32", **SHIFT}),
+    ("matshift", {"form": "tensor", "dtype": "bfloat16", **SHIFT}),
+    ("matshift", {"form": "tensor", "dtype": "float32", **SHIFT}),
+    ("matshift", {"form": "tensor", "dtype": "float16", **SHIFT, "bits": 5, "terms": 2}),
+    ("matshift", {"form": "float32", "dtype": "float16", **SHIFT, "bits": 6, "terms": 2}),
+]
+SLOW = {2, 3, 4}
+
+
+def describe(item: Any) -> str:
+    kernel, spec = item
+    return "-".join([kernel, *(str(value) for value in spec.values())])
+
+
+def each_spec(**marks: Any) -> Any:
+    """One test for each of `SPECS`; some of them are slow."""
+    parameters = [
+        pytest.param(*spec, id=describe(spec), marks=[pytest.mark.slow] if number in SLOW else [])
+        for number, spec in enumerate(SPECS)
+    ]
+    return pytest.mark.parametrize(("name", "spec"), parameters, **marks)
+
+
+@functools.lru_cache
+def compiled(name: str, target: CudaTarget, spec: tuple[tuple[str, Any], ...]) -> CudaCode:
+    return CUDA_KERNELS[name].compile(target, **dict(spec))
+
+
+def compile_spec(name: str, spec: dict[str, Any], target: CudaTarget = HOPPER) -> CudaCode:
+    return compiled(name, target, tuple(spec.items()))
+
+
+class EmulatedFunction:
+    """Takes the place of a `CudaFunction`, and runs its source on the CPU under a sanitizer (`cuda_emulator.hpp`)."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, code: CudaCode, folder: Path, sanitizer: str) -> None:
+        self._code, self._program, self._file = code, folder / "kernel", folder / "arguments"
+        header = Path(__file__).with_name("cuda_emulator.hpp")
+        body = code.source[code.source.index('extern "C" __global__') :]
+        main = f"int main(int, char **arguments) {{ return emulate({code.symbol}, arguments[1]); }}"
+        text = folder / "kernel.cpp"
+        text.write_text(f'#include "{header}"\n{body}\n{main}\n')
+        options = ["-std=c++17", "-O1", "-g1", "-w", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+        subprocess.run(["g++", *options, "-o", self._program, text], check=True)
+
+    def __call__(self, *grid: int, **arguments: Any) -> None:
+        content = bytearray(struct.pack("5q", *(*grid, 1, 1)[:3], self._code.threads, len(self._code.parameters)))
+        places = {}
+        for (name, kind), value in zip(
+            self._code.parameters, cuda.pack_arguments(self._code.parameters, arguments), strict=True
+        ):
+            x = arguments[name]
+            data = x.view(-1).view(torch.uint8).numpy().tobytes() if kind == "pointer" else bytes(value)
+            content += struct.pack("2q", len(data), kind == "pointer")
+            if kind == "pointer":
+                assert x.is_contiguous()
+                places[name] = slice(len(content), len(content) + len(data))
+            content += data
+        self._file.write_bytes(content)
+        done = subprocess.run([self._program, self._file], capture_output=True, text=True)
+        assert not done.returncode, done.stderr[:4000]
+        content = bytearray(self._file.read_bytes())
+        for name, place in places.items():
+            arguments[name].view(-1).view(torch.uint8).copy_(torch.frombuffer(content[place], dtype=torch.uint8))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Without a GPU
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_all_kernels_for_gpus_have_variants_and_those_tested_here_are_all():
+    found = {variant.kernel.name for variant in manage.all_variants(target="cuda-sm_90")}
+    assert found == set(CUDA_KERNELS) == {name for name, _ in SPECS}
+
+
+@needs_nvcc
+@each_spec()
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(target, id=target.arch, marks=[] if target == HOPPER else [pytest.mark.slow])
+        for target in CUDA_TARGETS
+    ],
+)
+def test_kernels_compile_offline_and_keep_their_numbers_in_registers(name: str, spec: Any, target: CudaTarget):
+    if spec.get("form") == "tensor" and spec["dtype"] != "float16" and not target.has_bfloat16:
+        pytest.skip("tensor cores without bfloat16")
+    code = compile_spec(name, spec, target)
+    cubin, resources = cuda.assemble(code.source, target.arch)
+    assert cubin.startswith(b"\x7fELF")
+    assert resources.spilled_bytes == 0
+    assert 16 <= resources.registers <= 168  # three blocks of 128 threads, at least, on one multiprocessor
+    assert resources.shared_bytes <= 48 << 10
+    assert ("mma_sync" in code.source) == (spec.get("form") == "tensor")
+
+
+@needs_gcc
+@each_spec()
+@pytest.mark.parametrize("sanitizer", ["thread", pytest.param("address", marks=pytest.mark.slow)])
+def test_an_emulated_gpu_computes_what_the_twin_does(name: str, spec: Any, sanitizer: str, tmp_path: Path):
+    CUDA_KERNELS[name].trial(EmulatedFunction(compile_spec(name, spec), tmp_path, sanitizer), **spec)
+
+
+REVERSE = """
+extern "C" __global__ void __launch_bounds__(64) reverse_kernel(float* __restrict__ X_ptr, float* __restrict__ Y_ptr) {
+  __shared__ alignas(64) float staged[64];
+  staged[((int)threadIdx.x)] = X_ptr[((int)threadIdx.x)];
+  BARRIER
+  Y_ptr[((int)threadIdx.x)] = staged[63 - ((int)threadIdx.x)];
+}"""
+
+
+@needs_gcc
+@pytest.mark.parametrize(
+    ("sanitizer", "barrier", "size", "complaint"),
+    [
+        ("thread", "__syncthreads();", 64, None),
+        ("thread", "", 64, "data race"),
+        ("thread", "if (threadIdx.x) __syncthreads();", 64, "does not come to a barrier that others wait at"),
+        ("address", "__syncthreads();", 63, "heap-buffer-overflow"),
+    ],
+)
+def test_the_emulated_gpu_sees_what_a_real_one_may_hide(sanitizer, barrier, size, complaint, tmp_path: Path):
+    function = EmulatedFunction(CudaCode.of(REVERSE.replace("BARRIER", barrier)), tmp_path, sanitizer)
+    x, y = torch.randn(64), torch.zeros(64)
+    if complaint is None:
+        function(1, X=x, Y=y)
+        assert torch.equal(y, x.flip(0))
+    else:
+        with pytest.raises(AssertionError, match=complaint):
+            function(1, X=x, Y=y[:size])
+
+
+def test_a_signature_is_read_by_name():
+    source = """
+extern "C" __global__ void __launch_bounds__(128) f_kernel(float* __restrict__ X_ptr, int rows, float scale);
+extern "C" __global__ void __launch_bounds__(128) f_kernel(float* __restrict__ X_ptr, int rows, float scale) {
+}"""
+    code = CudaCode.of(source)
+    assert (code.symbol, code.threads) == ("f_kernel", 128)
+    assert code.parameters == (("X", "pointer"), ("rows", "int"), ("scale", "float"))
+    x = torch.zeros(3)
+    address, rows, scale = cuda.pack_arguments(code.parameters, {"scale": 0.5, "X": x, "rows": 7})
+    assert (address.value, rows.value, scale.value) == (x.data_ptr(), 7, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "numerics", "dtype", "bits", "form"),
+    [
+        (90, "exact", "float32", 4, "float32"),
+        (90, "fast", "float32", 4, "tensor"),
+        (75, "fast", "float32", 4, "float32"),
+        (80, "exact", "bfloat16", 6, "tensor"),
+        (75, "exact", "bfloat16", 4, "float32"),
+        (75, "exact", "float16", 5, "tensor"),
+        (90, "exact", "float16", 6, "float32"),
+    ],
+)
+def test_tensor_cores_are_used_where_they_are_exact_enough(capability, numerics, dtype, bits, form):
+    assert cuda_matshift.form(CudaTarget(capability), numerics, bits, dtype) == form
+
+
+@needs_nvcc
+def test_kernels_are_built_and_listed_for_a_gpu_that_is_not_there(
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    spec = SPECS[0][1]
+    monkeypatch.setattr(CUDA_KERNELS["matshift"], "variants", lambda target: [spec])
+    file = tmp_path / "kernels.json"
+
+    def run(verb: str) -> dict[str, Any]:
+        assert cli.main(["kernels", verb, "matshift", "--target", "cuda-sm_80", "--json", str(file)]) == 0
+        (row,) = json.loads(file.read_text())["variants"]
+        return row
+
+    assert run("list")["cached"] is False
+    assert run("build")["built"] is True
+    assert run("list") == {"kernel": "matshift", "target": "cuda-sm_80", "spec": spec, "cached": True}
+    assert run("build")["built"] is False
+    record = cache.read_record(CUDA_KERNELS["matshift"].entry(targets.find("cuda-sm_80"), **spec))
+    assert record is not None
+    assert record["passed_on"] == []
+    assert record["spilled_bytes"] == 0
+    cubin = cache.find(CUDA_KERNELS["matshift"].entry(targets.find("cuda-sm_80"), **spec), ".cubin")
+    assert cubin is not None
+    assert cubin.read_bytes().startswith(b"\x7fELF")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_check_says_that_there_is_no_such_gpu(empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(CUDA_KERNELS["matshift"], "variants", lambda target: [SPECS[0][1]])
+    monkeypatch.setattr(cuda, "assemble", lambda source, arch: (b"\x7fELF", cuda.Resources(32, 0, 0)))
+    file = tmp_path / "checked.json"
+    assert cli.main(["kernels", "check", "matshift", "--target", "cuda-sm_90", "--json", str(file)]) == 1
+    (row,) = json.loads(file.read_text())["variants"]
+    assert row["error"] == "UserError: there is no GPU here to run cuda-sm_90 on"
+
+
+def test_the_target_of_a_gpu_is_no_cpus(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SHIFTADD3D_TARGET", "cuda-sm_90")
+    targets.current.cache_clear()
+    with pytest.raises(UserError, match="'cuda-sm_90' is no CPU's target; a GPU's follows from the GPU"):
+        targets.current()
+    targets.current.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["cuda-sm_70", "cuda-90", "cuda", "cuda-sm_"])
+def test_a_gpu_that_kernels_are_not_made_for_is_refused(name: str):
+    with pytest.raises(UserError, match=f"no target '{name}': expected one of .*cuda-sm_75.* or a later GPU's"):
+        targets.find(name)
+
+
+def test_a_cpus_target_is_built_by_its_own_process():
+    other = next(target.name for target in targets.TARGETS if target != targets.current())
+    with pytest.raises(UserError, match=f"SHIFTADD3D_TARGET={other} makes it so"):
+        next(manage.all_variants(target=other))
+
+
+class RecordingDriver:
+    """Takes the place of libcuda."""
+
+    def __init__(self) -> None:
+        self.launches: list[dict[str, Any]] = []
+        self.contexts: list[int | None] = []
+        self.status = 0
+
+    def cuDeviceGet(self, device: Any, number: int) -> int:
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, device: Any) -> int:
+        context._obj.value = 11
+        return 0
+
+    def cuCtxPushCurrent_v2(self, context: Any) -> int:
+        self.contexts.append(context.value)
+        return 0
+
+    def cuCtxPopCurrent_v2(self, context: Any) -> int:
+        self.contexts.pop()
+        return 0
+
+    def cuModuleLoadData(self, module: Any, image: bytes) -> int:
+        assert self.contexts == [11]
+        assert image == b"cubin"
+        module._obj.value = 22
+        return 0
+
+    def cuModuleGetFunction(self, function: Any, module: Any, name: bytes) -> int:
+        assert (module.value, name) == (22, b"f_kernel")
+        function._obj.value = 33
+        return 0
+
+    def cuLaunchKernel(self, function: Any, *arguments: Any) -> int:
+        assert self.contexts == [11]
+        *sizes, shared, stream, values, extra = arguments
+        assert (shared, extra) == (0, None)
+        pointer = ctypes.c_void_p.from_address(values[0]).value
+        number = ctypes.c_int.from_address(values[1]).value
+        self.launches.append(
+            {"function": function.value, "sizes": sizes, "stream": stream.value, "values": (pointer, number)}
+        )
+        return self.status
+
+    def cuGetErrorString(self, status: int, message: Any) -> int:
+        message._obj.value = b"an illegal memory access was encountered"
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> RecordingDriver:
+    recording = RecordingDriver()
+    monkeypatch.setattr(cuda, "_load_driver", lambda: recording)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=44))
+    return recording
+
+
+RECORD = {"symbol": "f_kernel", "threads": 128, "parameters": [["X", "pointer"], ["rows", "int"]]}
+
+
+def test_a_function_is_queued_on_torchs_current_stream_in_torchs_context(driver: RecordingDriver):
+    function = cuda.CudaFunction(b"cubin", RECORD, torch.device("cuda", 0))
+    x = torch.zeros(3)
+    function(5, 2, X=x, rows=7)
+    sizes = [5, 2, 1, 128, 1, 1]
+    assert driver.launches == [{"function": 33, "sizes": sizes, "stream": 44, "values": (x.data_ptr(), 7)}]
+    assert driver.contexts == []
+
+
+def test_what_the_driver_complains_of_is_raised(driver: RecordingDriver):
+    function = cuda.CudaFunction(b"cubin", RECORD, torch.device("cuda", 0))
+    driver.status = 700
+    with pytest.raises(RuntimeError, match="cuLaunchKernel: an illegal memory access was encountered"):
+        function(1, X=torch.zeros(3), rows=7)
+    assert driver.contexts == []
+
+
+@pytest.fixture
+def pretended_gpu(driver: RecordingDriver, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A GPU that can be asked for its name and can do nothing."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Pretended")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture
+def pretended_kernel(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaKernel]:
+    """A kernel without code whose trial passes; each trial is noted in `tried`."""
+    tried: list[dict[str, Any]] = []
+    kernel = CudaKernel("test_pretended", RecordingDriver, lambda function, **spec: tried.append(spec), lambda _: [])
+    monkeypatch.setattr(kernel, "tried", tried, raising=False)
+    monkeypatch.setattr(kernel, "compile", lambda target, **spec: CudaCode("", "f_kernel", 128, (("X", "pointer"),)))
+    monkeypatch.setattr(cuda, "assemble", lambda source, arch: (b"cubin", cuda.Resources(32, 0, 0)))
+    yield kernel
+    del CUDA_KERNELS["test_pretended"]
+
+
+def test_a_cubin_is_tried_once_on_each_kind_of_gpu(pretended_kernel: Any, pretended_gpu: torch.device, monkeypatch):
+    assert pretended_kernel.function(device=pretended_gpu, size=3) is not None
+    assert pretended_kernel.function(device=pretended_gpu, size=3) is not None
+    monkeypatch.setattr(pretended_kernel, "_functions", {})  # as in the next process
+    assert pretended_kernel.function(device=pretended_gpu, size=3) is not None
+    assert pretended_kernel.tried == [{"size": 3}]
+    monkeypatch.setattr(pretended_kernel, "_functions", {})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Another")
+    assert pretended_kernel.function(device=pretended_gpu, size=3) is not None
+    assert pretended_kernel.tried == [{"size": 3}] * 2
+    record = cache.read_record(pretended_kernel.entry(HOPPER, size=3))
+    assert record is not None
+    assert record["passed_on"] == ["Pretended", "Another"]
+
+
+def test_a_kernel_that_differs_from_its_twin_is_not_used(pretended_kernel: Any, pretended_gpu, monkeypatch):
+    def trial(function: Any, **spec: Any) -> None:
+        raise AssertionError("it is off by 1 more than it may be")
+
+    monkeypatch.setattr(pretended_kernel, "trial", trial)
+    with pytest.warns(RuntimeWarning, match="test_pretended: it is off by 1 .*; plain torch stands in"):
+        assert pretended_kernel.function(device=pretended_gpu, size=3) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pretended_kernel.function(device=pretended_gpu, size=3) is None
+
+
+def test_a_kernel_that_breaks_the_device_is_not_run_by_the_next_process(
+    pretended_kernel: Any, pretended_gpu, monkeypatch
+):
+    def trial(function: Any, **spec: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(pretended_kernel, "trial", trial)
+    with pytest.warns(RuntimeWarning, match="illegal memory access"):
+        assert pretended_kernel.function(device=pretended_gpu, size=3) is None
+    monkeypatch.setattr(pretended_kernel, "trial", lambda function, **spec: pytest.fail("it was run again"))
+    monkeypatch.setattr(pretended_kernel, "_functions", {})
+    with pytest.warns(RuntimeWarning, match=r"crashed an earlier process; to try again, remove .*\.trial"):
+        assert pretended_kernel.function(device=pretended_gpu, size=3) is None
+
+
+def test_a_gpu_that_is_too_old_gets_the_twin(pretended_kernel: Any, pretended_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    with pytest.warns(RuntimeWarning, match="this GPU is sm_70, and kernels are for sm_75 and later; plain torch"):
+        assert pretended_kernel.function(device=pretended_gpu, size=3) is None
+
+
+def test_nothing_is_loaded_while_a_graph_is_captured(pretended_kernel: Any, pretended_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.warns(RuntimeWarning, match="while a CUDA graph is captured; call it once before"):
+        assert pretended_kernel.function(device=pretended_gpu, size=3) is None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert pretended_kernel.function(device=pretended_gpu, size=3) is not None
+
+
+def test_without_nvcc_the_twin_stands_in(pretended_kernel: Any, pretended_gpu, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(cuda, "find_nvcc", lambda: None)
+    with pytest.raises(RuntimeError, match="no nvcc found to compile it with"):
+        cuda.assemble("", "sm_90")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# On a GPU
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def shift_layer(inputs: int, outputs: int, bits: int = 4, terms: int = 1, dtype: torch.dtype = torch.float32) -> Any:
+    generator = torch.Generator().manual_seed(inputs)
+    codes, offset, _ = power_of_two.encode(torch.randn(outputs, inputs, generator=generator), bits, terms)
+    x = torch.randn(3, 67, inputs, generator=generator).to(dtype)
+    bias = torch.randn(outputs, generator=generator)
+    return [tensor.cuda() for tensor in (x, power_of_two.pack(codes, bits), offset, bias)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+@pytest.mark.parametrize(("bits", "terms"), [(4, 1), (5, 2), (6, 1)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (33, 65), (256, 192)])
+def test_matshift_is_its_twin_on_a_gpu(dtype, numerics, bits, terms, inputs, outputs):
+    x, codes, offset, bias = shift_layer(inputs, outputs, bits, terms, dtype)
+    with warnings.catch_warnings(), kernels.numerics(numerics):
+        warnings.simplefilter("error")  # no twin stands in
+        y = kernels.matshift(x, codes, offset, bias, bits, "gelu")
+    twin = kernels.matshift_twin(x.double(), codes, offset, bias, bits, "gelu")
+    error = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    assert (y.double() - twin).norm() <= error * twin.norm()
+
+
+@pytest.mark.gpu
+def test_kernels_run_on_the_current_stream_and_in_graphs():
+    x, codes, offset, bias = shift_layer(256, 64)
+    expected = kernels.matshift(x, codes, offset, bias)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        late = x * 2  # what the kernel must wait for
+        assert torch.equal(kernels.matshift(late, codes, offset, bias) - bias, (expected - bias) * 2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = kernels.matshift(x, codes, offset, bias)
+    captured.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, expected)
+
+
+@pytest.mark.gpu
+def test_check_passes_on_a_gpu(tmp_path: Path):
+    target = targets.of_gpu(torch.device("cuda", torch.cuda.current_device()))
+    assert cli.main(["kernels", "check", "--target", target.name, "--json", str(tmp_path / "checked.json")]) == 0
