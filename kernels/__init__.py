@@ -9,6 +9,19 @@ the case, the twin runs. This package is the only one that imports TVM, and does
 from __future__ import annotations
 
 from shiftadd3d.kernels.matshift import matshift, matshift_twin
+from shiftadd3d.kernels.mlp import shift_mlp, shift_mlp_twin
+from shiftadd3d.kernels.moe import moe_mlp, moe_mlp_twin
 from shiftadd3d.kernels.numerics import Numerics, get_numerics, numerics, set_numerics
 
-__all__ = ["Numerics", "get_numerics", "matshift", "matshift_twin", "numerics", "set_numerics"]
+__all__ = [
+    "Numerics",
+    "get_numerics",
+    "matshift",
+    "matshift_twin",
+    "moe_mlp",
+    "moe_mlp_twin",
+    "numerics",
+    "set_numerics",
+    "shift_mlp",
+    "shift_mlp_twin",
+]

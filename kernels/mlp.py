@@ -93,10 +93,10 @@ def shift_mlp_twin(
     return matshift_twin(hidden, codes, offset, bias, bits)
 
 
-def emit_mlp(
+def emit_layers(
     vectors: Vectors,
-    products: tuple[ShiftProduct, ShiftProduct],
-    layers: tuple[Weights, Weights],
+    products: Sequence[ShiftProduct],
+    layers: Sequence[Weights],
     activation: Activation,
     block_rows: Any,
     rows: Any,
@@ -104,34 +104,40 @@ def emit_mlp(
     store: Store,
     flag: Any,
 ) -> None:
-    """Emit what takes a block of tokens through two layers.
+    """Emit what takes a block of tokens through linear layers with an activation function between them.
 
     Args:
-        block_rows: rows to allocate memory for, a multiple of the products' tiles.
+        products: of each layer.
+        block_rows: rows to allocate memory for.
         rows: how many there are.
         load, store, flag: see `ShiftProduct.stage` and `ShiftProduct.panels`.
     """
     import tvm.script
 
     T: Any = tvm.script.tirx
-    hidden = T.alloc_buffer((block_rows, layers[0].outputs), "float32", align=64)
 
     def at(start: Any, count: int) -> Any:
         return start if count == 1 else T.ramp(start, 1, count)
 
-    def load_hidden(row: Any, start: Any, count: int) -> Any:
-        return hidden[row, at(start, count)]
+    for product, weights in zip(products, layers, strict=True):
+        sink, apply = store, lambda y: y
+        if weights is not layers[-1]:
+            hidden = T.alloc_buffer((block_rows, weights.outputs), "float32", align=64)
+            apply = partial(activations.emit, vectors, activation)
 
-    def store_hidden(row: Any, column: Any, value: Any, count: int) -> None:
-        T.buffer_store(hidden, value, [row, at(column, count)])
+            def sink(row: Any, column: Any, value: Any, count: int, hidden: Any = hidden) -> None:
+                T.buffer_store(hidden, value, [row, at(column, count)])
 
-    ends = ((load, partial(activations.emit, vectors, activation), store_hidden), (load_hidden, lambda y: y, store))
-    for product, weights, (source, apply, sink) in zip(products, layers, ends, strict=True):
-        scratch = product.scratch(block_rows, weights.inputs)
-        product.stage(scratch, rows, weights.inputs, source, flag)
-        panels = (weights.outputs + (product.columns - 1)) // product.columns
-        product.panels(scratch, rows, weights, T.int64(0), T.bind(panels), apply, sink)
+        tiles = T.bind((block_rows + (product.rows - 1)) // product.rows)
+        scratch = product.scratch(tiles * product.rows, weights.inputs)
+        product.stage(scratch, rows, weights.inputs, load, flag)
+        panels = T.bind((weights.outputs + (product.columns - 1)) // product.columns)
+        product.panels(scratch, rows, weights, T.int64(0), panels, apply, sink)
         product.release()
+        if weights is not layers[-1]:
+
+            def load(row: Any, start: Any, count: int, hidden: Any = hidden) -> Any:
+                return hidden[row, at(start, count)]
 
 
 def build(target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype, activation: Activation) -> Any:
@@ -159,7 +165,7 @@ def build(target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype, ac
             T.buffer_store(Y, y, [first + row, at(column, count)])
 
         rows = T.bind(T.min(block_rows, X.shape[0] - first))
-        emit_mlp(vectors, products, layers, activation, block_rows, rows, load, store, flag)
+        emit_layers(vectors, products, layers, activation, block_rows, rows, load, store, flag)
 
     @T.prim_func(s_tir=True)
     def shift_mlp(

@@ -273,7 +273,7 @@ class ShiftProduct(ABC):
                     T.buffer_store(scratch.codes, codes, [column, T.ramp(0, 1, _GROUP)])
                 for half in range(0, self.columns, _GROUP):
                     rows = [scratch.codes[half + i, T.ramp(0, 1, _GROUP)] for i in range(_GROUP)]
-                    codes = self._transpose([T.bind(row) for row in rows])
+                    codes = transpose([T.bind(row) for row in rows])
                     for j in range(0, min(_GROUP, self.columns - half), self.lanes):
                         lanes = list(range(j, j + self.lanes))
                         wide = [T.bind(T.cast(T.Shuffle([c], lanes), f"int32x{self.lanes}")) for c in codes]
@@ -404,21 +404,13 @@ class ShiftProduct(ABC):
         packed = T.bind(packed)
         if self.bits == 4:
             halves = [packed & T.broadcast(T.uint8(15), _GROUP), packed >> T.broadcast(T.uint8(4), _GROUP)]
-            return T.Shuffle([T.bind(half) for half in halves], _interleaved(0))
+            return T.Shuffle([T.bind(half) for half in halves], _interleaved(0, _GROUP))
         # Every code lies within two bytes: gather those, and shift them by as much as each needs.
         first = [i * self.bits // 8 for i in range(_GROUP)]
         low, high = (T.cast(T.Shuffle([packed], [i + j for i in first]), "uint16x16") for j in range(2))
         shifts = T.Shuffle([T.uint16(i * self.bits % 8) for i in range(_GROUP)], list(range(_GROUP)))
         both = low | (high << T.broadcast(T.uint16(8), _GROUP))
         return T.cast((both >> shifts) & T.broadcast(T.uint16((1 << self.bits) - 1), _GROUP), "uint8x16")
-
-    def _transpose(self, rows: list[Any]) -> list[Any]:
-        """16 vectors of 16 bytes, transposed: four rounds of a perfect shuffle."""
-        T = self._T
-        for _ in range(4):
-            pairs = [[rows[i], rows[i + _GROUP // 2]] for i in range(_GROUP // 2)]
-            rows = [T.bind(T.Shuffle(pair, _interleaved(half))) for pair in pairs for half in range(2)]
-        return rows
 
 
 class Float32Product(ShiftProduct):
@@ -690,6 +682,18 @@ def shift_product(target: CpuTarget, form: Form, bits: int, terms: int, dtype: D
     return makers.get(form, _Bfloat16Tiles)(target, form, bits, terms, dtype)
 
 
-def _interleaved(half: int) -> list[int]:
-    """Lanes of the lower (0) or upper (1) halves of two vectors of 16, taken in turn."""
-    return [i + j for i in range(8 * half, 8 * half + 8) for j in (0, _GROUP)]
+def transpose(rows: list[Any]) -> list[Any]:
+    """Vectors of as many lanes as there are vectors, a power of two, transposed: rounds of a perfect shuffle."""
+    import tvm.script
+
+    T: Any = tvm.script.tirx
+    size = len(rows)
+    for _ in range(size.bit_length() - 1):
+        pairs = [[rows[i], rows[i + size // 2]] for i in range(size // 2)]
+        rows = [T.bind(T.Shuffle(pair, _interleaved(half, size))) for pair in pairs for half in range(2)]
+    return rows
+
+
+def _interleaved(half: int, size: int) -> list[int]:
+    """Lanes of the lower (0) or upper (1) halves of two vectors of `size`, taken in turn."""
+    return [i + j for i in range(size // 2 * half, size // 2 * (half + 1)) for j in (0, size)]

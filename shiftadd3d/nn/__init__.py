@@ -23,6 +23,7 @@ from shiftadd3d.nn.cost import (
 )
 from shiftadd3d.nn.fit import BinarizerReport, FittedBinarizer, fit_binarizers_
 from shiftadd3d.nn.freeze import FreezeReport, FrozenLayer, freeze_
+from shiftadd3d.nn.mlp import FrozenMlp
 from shiftadd3d.nn.moe import (
     FrozenMoE,
     MoE,
@@ -80,6 +81,7 @@ __all__ = [
     "FittedRouter",
     "FreezeReport",
     "FrozenLayer",
+    "FrozenMlp",
     "FrozenMoE",
     "HashBinarizer",
     "LayerOperations",

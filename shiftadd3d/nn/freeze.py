@@ -1,6 +1,7 @@
 """`freeze_`: one verb that turns a trained model into its form for inference, in place.
 
-Shift layers become packed codes, mixtures lose what only training needs, binarizers their straight-through estimator.
+Shift layers become packed codes, mixtures lose what only training needs, binarizers their straight-through estimator,
+and perceptrons of shift layers become ready to run as one kernel.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from torch import nn
 from shiftadd3d._errors import UserError
 from shiftadd3d._report import RichReport
 from shiftadd3d.nn.binarize import Binarizer
+from shiftadd3d.nn.mlp import FrozenMlp, is_plain_mlp
 from shiftadd3d.nn.moe import FrozenMoE, MoE
 from shiftadd3d.nn.reparam import make_replacement
-from shiftadd3d.nn.shift import ShiftConv2d, ShiftLinear
+from shiftadd3d.nn.shift import PackedShiftLinear, ShiftConv2d, ShiftLinear
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -37,9 +39,11 @@ class FreezeReport(RichReport):
     """What `freeze_` did. Printing shows a table."""
 
     layers: tuple[FrozenLayer, ...]
-    """What was replaced, the experts of mixtures as well as the mixtures around them."""
+    """Shift layers and mixtures that were replaced, the experts of mixtures as well as the mixtures around them."""
     binarizers: int
     """How many binarizers give codes without a gradient from now on."""
+    perceptrons: int
+    """How many perceptrons, experts of mixtures among them, became a `FrozenMlp`."""
     bytes_before: int
     """Of the whole model's state dict; what stands in several places counts once."""
     bytes_after: int
@@ -55,6 +59,8 @@ class FreezeReport(RichReport):
             sizes = f"{layer.bytes_before:,}", f"{layer.bytes_after:,}"
             table.add_row(layer.name, layer.before, layer.after, *sizes)
         lines = [f"{self.binarizers} binarizers frozen"] if self.binarizers else []
+        if self.perceptrons:
+            lines.append(f"{self.perceptrons} perceptrons ready to run as one kernel")
         lines.append(f"the model: {self.bytes_before:,} bytes before, {self.bytes_after:,} after")
         return Group(*([table] if self.layers else ["no layers to freeze"]), *lines)
 
@@ -63,8 +69,11 @@ def freeze_(model: nn.Module, verbose: bool = True) -> FreezeReport:
     """Turn `model` into its form for inference, in place: smaller, and equal to what it computed in evaluation.
 
     `ShiftLinear` becomes `PackedShiftLinear`, `ShiftConv2d` becomes `PackedShiftConv2d`, `MoE` becomes `FrozenMoE`, and
-    binarizers stop giving gradients; everything else stays and goes to evaluation mode. Outputs are the same bit for
-    bit. A state dict saved afterwards loads into a new model that has been reparameterized and frozen in the same way.
+    binarizers stop giving gradients. A perceptron of two packed layers `fc1` and `fc2` with an activation `act` between
+    them, of timm's class or any other that computes just that, becomes a `FrozenMlp`. Everything else stays and goes to
+    evaluation mode. Outputs are the same bit for bit in plain torch (``numerics("twin")``); on CPUs kernels run, which
+    sum in another order. A state dict saved afterwards loads into a new model that has been reparameterized and frozen
+    in the same way.
 
     There is no way back: keep the state dict from before to train on. Doing it twice changes nothing more.
 
@@ -100,6 +109,7 @@ def freeze_(model: nn.Module, verbose: bool = True) -> FreezeReport:
     sizes_before = {module: _stored_bytes(module) for module in new}
     for parent, attribute, replacement in places:
         setattr(parent, attribute, replacement)
+    perceptrons = _freeze_mlps(model)
     binarizers = [module for module in model.modules() if isinstance(module, Binarizer) and not module.frozen]
     for binarizer in binarizers:
         binarizer.frozen = True
@@ -108,7 +118,7 @@ def freeze_(model: nn.Module, verbose: bool = True) -> FreezeReport:
         FrozenLayer(names[old], type(old).__name__, type(frozen).__name__, sizes_before[old], _stored_bytes(frozen))
         for old, frozen in new.items()
     )
-    report = FreezeReport(layers, len(binarizers), bytes_before, _stored_bytes(model))
+    report = FreezeReport(layers, len(binarizers), perceptrons, bytes_before, _stored_bytes(model))
     if verbose:
         from rich.console import Console
 
@@ -118,6 +128,24 @@ def freeze_(model: nn.Module, verbose: bool = True) -> FreezeReport:
 
 def _frozen(module: ShiftLinear | ShiftConv2d | MoE, name: str) -> nn.Module:
     return FrozenMoE(module) if isinstance(module, MoE) else module.freeze(name=name)
+
+
+def _freeze_mlps(model: nn.Module) -> int:
+    """Put a `FrozenMlp` wherever there is something for a kernel to fuse, and count them."""
+    experts = {expert for module in model.modules() if isinstance(module, FrozenMoE) for expert in module.experts}
+    frozen: dict[nn.Module, FrozenMlp] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        linear = [getattr(module, attribute, None) for attribute in ("fc1", "fc2")]
+        packed = all(isinstance(layer, PackedShiftLinear) for layer in linear)
+        if not name or not (packed or module in experts):
+            continue
+        if module not in frozen:
+            if not is_plain_mlp(module):
+                continue
+            frozen[module] = FrozenMlp(module)
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, frozen[module])
+    return len(frozen)
 
 
 def _stored_bytes(module: nn.Module) -> int:

@@ -14,7 +14,7 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -24,7 +24,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.nn.shift import ShiftLinear
+from shiftadd3d.kernels.activations import Activation
+from shiftadd3d.kernels.moe import moe_mlp
+from shiftadd3d.kernels.numerics import uses_kernels
+from shiftadd3d.nn.mlp import FrozenMlp, activation_name, is_watched
+from shiftadd3d.nn.shift import PackedShiftLinear, ShiftLinear
 
 Gate = Literal["unit", "probability"]
 GATES = ("unit", "probability")
@@ -399,7 +403,10 @@ class FrozenMoE(nn.Module):
 
     Args:
         mixture: whose experts and router it takes over (the very modules, under the same names); it computes what
-            `mixture` does in evaluation, bit for bit.
+            `mixture` does in evaluation, bit for bit in plain torch.
+
+    On a CPU and without gradients, experts that are linear or packed shift layers, or perceptrons of two such layers
+    (`FrozenMlp`), run as one kernel with the dispatch around them (see `shiftadd3d.kernels`).
 
     Shapes: x [*, dim] to [*, dim'].
 
@@ -416,16 +423,48 @@ class FrozenMoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [*, dim] -> [*, dim']
         tokens = x.reshape(-1, x.shape[-1])
         logits = _router_logits(tokens, self.router, self.temperature)
-        assignment = logits.argmax(-1)
-        out, _ = dispatch(tokens, assignment, list(self.experts))
-        if self.gate == "probability":
-            out = out * _chosen_probability(logits, assignment).to(out.dtype)
+        chains = _chains(self.experts) if uses_kernels(x) and not is_watched(self.experts) else None
+        if chains is not None:
+            out, assignment = moe_mlp(tokens, logits, *chains, self.gate == "probability")
+        else:
+            assignment = logits.argmax(-1)
+            out, _ = dispatch(tokens, assignment, list(self.experts))
+            if self.gate == "probability":
+                out = out * _chosen_probability(logits, assignment).to(out.dtype)
         if self.keep_assignment:
             self.last_assignment = assignment.reshape(x.shape[:-1])
         return out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out
 
     def extra_repr(self) -> str:
         return f"experts={self.expert_names}, gate={self.gate!r}"
+
+
+def _chains(experts: Iterable[nn.Module]) -> tuple[list[Tensor | None], int, int, Activation] | None:
+    """What `moe_mlp` has to know of experts: all tensors, how many layers each has, bits of a code, and the activation.
+
+    None if they are not chains of as many linear layers each, with codes of one format.
+    """
+    tensors: list[Tensor | None] = []
+    depths, formats, between = set(), set(), set()
+    for expert in experts:
+        layers = (expert,)
+        if isinstance(expert, FrozenMlp):
+            layers = (expert.fc1, expert.fc2)
+            between.add(activation_name(expert.act))
+        depths.add(len(layers))
+        for layer in layers:
+            if isinstance(layer, PackedShiftLinear):
+                formats.add((layer.bits, layer.terms))
+                tensors += [layer.codes, layer.offset, layer.bias]
+            elif type(layer) is nn.Linear:
+                tensors += [layer.weight, None, layer.bias]
+            else:
+                return None
+    activation = between.pop() if between else "none"
+    if len(depths) != 1 or len(formats) > 1 or between or activation is None:
+        return None
+    bits = formats.pop()[0] if formats else 4
+    return tensors, depths.pop(), bits, activation
 
 
 class MoELinear(MoE):

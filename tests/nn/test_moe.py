@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shiftadd3d import UserError
+from shiftadd3d.kernels.numerics import numerics
 from shiftadd3d.nn import (
     FrozenMoE,
     MoE,
@@ -27,6 +28,7 @@ from shiftadd3d.nn import (
     balance_loss,
     collect_moe_losses,
     dispatch,
+    freeze_,
     latency_weights,
     measure_latencies,
     reset_router_statistics,
@@ -398,6 +400,41 @@ def test_a_frozen_mixture_computes_what_the_mixture_does_in_evaluation(gate: str
     frozen.train()
     assert torch.equal(frozen(x), expected) and collect_moe_losses(frozen).item() == 0
     assert frozen(torch.empty(0, 6)).shape == (0, 6)
+
+
+@pytest.mark.parametrize("make", [MoELinear, MoEMlp])
+@pytest.mark.parametrize("gate", ["unit", "probability"])
+def test_on_a_cpu_one_kernel_computes_a_frozen_mixture(make, gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(make(6, 12, gate=gate, temperature=3.0))
+    x = torch.randn(4, 25, 6)
+    freeze_(model, verbose=False)
+    frozen = model[0]
+    frozen.keep_assignment = True
+    with torch.no_grad():
+        expected, assignment = frozen(x), frozen.last_assignment
+        monkeypatch.setattr("shiftadd3d.nn.moe.dispatch", lambda *_: pytest.fail("dispatch in plain torch"))
+        with numerics("exact"):
+            torch.testing.assert_close(frozen(x), expected)
+            assert torch.equal(frozen.last_assignment, assignment) and 0 < assignment.float().mean() < 1
+            frozen.keep_assignment = False
+            torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+            program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        torch.testing.assert_close(program.module()(x[:3]), expected[:3])
+
+
+def test_mixtures_that_no_kernel_knows_run_as_they_are() -> None:
+    for experts in ([nn.Linear(6, 6), nn.Identity()], [PackedShiftLinear(6, 6), PackedShiftLinear(6, 6, bits=5)]):
+        frozen = FrozenMoE(MoE(experts, 6).eval())
+        x = torch.randn(9, 6)
+        with torch.no_grad():
+            expected = frozen(x)
+            with numerics("exact"):
+                torch.testing.assert_close(frozen(x), expected)
+    watched, seen = FrozenMoE(MoELinear(6, 6).eval()), []
+    watched.experts[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad(), numerics("exact"):
+        watched(x)
+    assert seen
 
 
 def test_any_module_can_be_an_expert() -> None:

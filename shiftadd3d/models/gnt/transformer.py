@@ -21,7 +21,7 @@ from shiftadd3d.kernels.view_embedding import view_embedding
 from shiftadd3d.models.gnt.color_head import ImageColorHead
 from shiftadd3d.models.gnt.fused import codes_and_convolution, is_free, weights_and_biases
 from shiftadd3d.models.gnt.projection import PointSamples
-from shiftadd3d.nn import AddAttention, Recipe, register_attention
+from shiftadd3d.nn import AddAttention, FrozenMlp, Recipe, register_attention
 
 
 class FeedForward(nn.Module):
@@ -164,7 +164,9 @@ class RayTransformer(nn.Module):
         if plain is None:
             return None
         weights, biases = plain
-        perceptron = weights_and_biases((self.ff_norm, ff.fc1, ff.fc2)) if type(ff) is FeedForward else None
+        perceptron = None
+        if type(ff) is FeedForward or (type(ff) is FrozenMlp and type(ff.act) is nn.ReLU):
+            perceptron = weights_and_biases((self.ff_norm, ff.fc1, ff.fc2))
         if perceptron is not None:
             weights, biases = weights + perceptron[0], biases + perceptron[1]
         x, first = ray_block(x, weights, biases, kind[1], attn.num_heads, kind[0], self.attn_norm.eps, return_weights)

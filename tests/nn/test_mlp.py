@@ -1,0 +1,153 @@
+"""`FrozenMlp`: what becomes one, and that its kernel computes what its layers do."""
+
+from __future__ import annotations
+
+import pytest
+import timm.layers
+import torch
+from torch import Tensor, nn
+
+from shiftadd3d import UserError, kernels
+from shiftadd3d.models.gnt.transformer import FeedForward
+from shiftadd3d.nn import FrozenMlp, FrozenMoE, MoEMlp, PackedShiftLinear, freeze_, shift_twin
+from shiftadd3d.nn.mlp import is_plain_mlp
+
+
+class Custom(nn.Module):
+    """A perceptron of a user's own; subclasses compute something else."""
+
+    def __init__(self, act: nn.Module | None = None, hidden: int = 12) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(6, 12), act or nn.GELU(), nn.Linear(hidden, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Residual(Custom):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class OnImages(Custom):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Masked(Custom):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x if mask is None else x * mask)
+
+
+class Scaled(Custom):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(6))
+
+
+def frozen(mlp: nn.Module) -> nn.Module:
+    model = nn.Sequential(shift_twin(mlp))
+    freeze_(model, verbose=False)
+    return model[0]
+
+
+@pytest.mark.parametrize(
+    "mlp", [Custom(), Custom(nn.ReLU()), timm.layers.Mlp(6, 12, drop=0.5), FeedForward(6, 12, 0.1)], ids=repr
+)
+def test_perceptrons_become_frozen_and_keep_their_state_dict(mlp: nn.Module) -> None:
+    twin = shift_twin(mlp).eval()
+    x = torch.randn(2, 5, 6)
+    expected = twin(x)
+    layer = frozen(mlp)
+    assert type(layer) is FrozenMlp and torch.equal(layer(x), expected)
+    assert list(layer.state_dict()) == [f"fc{i}.{name}" for i in (1, 2) for name in ("codes", "offset", "bias")]
+
+
+@pytest.mark.parametrize(
+    "mlp",
+    [
+        Residual(),
+        OnImages(),
+        Masked(),
+        Scaled(),
+        Custom(nn.SiLU()),
+        Custom(nn.GELU(approximate="tanh")),
+        timm.layers.GluMlp(6, 12),
+        timm.layers.Mlp(6, 12, norm_layer=nn.LayerNorm),
+    ],
+    ids=lambda mlp: type(mlp).__name__,
+)
+def test_what_computes_something_else_stays_what_it_is(mlp: nn.Module) -> None:
+    assert not is_plain_mlp(mlp)
+    assert type(frozen(mlp)) is type(mlp)
+
+
+def test_a_trial_does_not_rely_on_the_weights_and_leaves_the_random_state_alone() -> None:
+    class Halved(Custom):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) / 2
+
+    halved, whole = Halved(), Custom()
+    for parameter in halved.parameters():
+        nn.init.zeros_(parameter)
+    state = torch.get_rng_state()
+    assert not is_plain_mlp(halved) and is_plain_mlp(whole)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_layers_that_do_not_fit_together_are_none() -> None:
+    assert not is_plain_mlp(Custom(hidden=11))
+
+
+def test_multiplying_perceptrons_stay_but_in_mixtures() -> None:
+    model = nn.Sequential(Custom(), MoEMlp(6, 12), shift_twin(Custom()))
+    report = freeze_(model, verbose=False)
+    assert report.perceptrons == 3 and "3 perceptrons ready" in str(report)
+    assert type(model[0]) is Custom and type(model[2]) is FrozenMlp and type(model[1]) is FrozenMoE
+    assert [type(expert) for expert in model[1].experts] == [FrozenMlp, FrozenMlp]
+    assert type(model[1].experts[0].fc1) is nn.Linear
+    assert freeze_(model, verbose=False).perceptrons == 0
+
+
+def test_a_perceptron_in_two_places_stays_one() -> None:
+    mlp = shift_twin(Custom())
+    model = nn.ModuleDict({"a": mlp, "b": nn.Sequential(mlp)})
+    assert freeze_(model, verbose=False).perceptrons == 1
+    assert model["b"][0] is model["a"] and type(model["a"]) is FrozenMlp
+
+
+def test_on_a_cpu_one_kernel_computes_it_unless_gradients_or_hooks_want_the_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = frozen(Custom())
+    x = torch.randn(2, 5, 6)
+    expected = layer(x)
+    calls = []
+    fused = kernels.mlp.shift_mlp
+    monkeypatch.setattr("shiftadd3d.nn.mlp.shift_mlp", lambda *args: (calls.append(args), fused(*args))[1])
+    with kernels.numerics("exact"):
+        layer(x)
+        assert not calls
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), expected)
+            assert len(calls) == 1
+            seen = []
+            layer.act.register_forward_hook(lambda module, args, output: seen.append(output))
+            torch.testing.assert_close(layer(x), expected)
+            assert len(calls) == 1 and len(seen) == 1
+
+
+def test_inputs_of_another_width_are_refused_as_by_the_layer() -> None:
+    layer = frozen(Custom())
+    with torch.no_grad(), kernels.numerics("exact"), pytest.raises(UserError, match=r"takes \[..., 6\], not \[2, 7\]"):
+        layer(torch.randn(2, 7))
+
+
+def test_layers_of_two_formats_run_one_by_one() -> None:
+    layer = frozen(Custom())
+    layer.fc2 = PackedShiftLinear(12, 6, bits=5)
+    with torch.no_grad():
+        x = torch.randn(3, 6)
+        expected = layer(x)
+        with kernels.numerics("exact"):
+            torch.testing.assert_close(layer(x), expected)
