@@ -52,7 +52,12 @@ class GNTPipeline(VanillaPipeline):
         local_rank: int = 0,
         grad_scaler: GradScaler | None = None,
     ) -> None:
-        super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
+        # On CPUs, nerfstudio would ask the wrapper for devices that it has none of.
+        on_cpus = world_size > 1 and torch.device(device).type == "cpu"
+        super().__init__(config, device, test_mode, 1 if on_cpus else world_size, local_rank, grad_scaler)
+        if on_cpus:
+            self.world_size = world_size
+            self._model = cast(Model, DistributedDataParallel(self._model, find_unused_parameters=True))
         self.model.set_sources(self.datamanager.source_bank, config.datamanager.num_source_views)
         if test_mode == "val":  # training; otherwise a checkpoint brings the range and the weights
             self.model.near_far.copy_(torch.tensor(self.datamanager.near_far))

@@ -18,6 +18,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.nerf.checkpoint import latest_checkpoint, read_checkpoint, stage_of, step_of
+from shiftadd3d.nerf.distributed import check_processes, is_first_process, join_processes
 from shiftadd3d.nerf.pipeline import GNTPipeline
 from shiftadd3d.nerf.schedulers import WarmupCosineSchedulerConfig
 
@@ -35,16 +36,19 @@ class GNTTrainerConfig(TrainerConfig):
     _trains = False  # no field: it is about this process, not about the run
 
     def setup(self, **kwargs: Any) -> Any:
-        """The trainer."""
+        """The trainer, one of several where torchrun started this process."""
         self._trains = True
-        return super().setup(**kwargs)
+        return super().setup(**{**kwargs, **join_processes(self.machine)})
 
     def save_config(self) -> None:
-        """Write the run's config.yml.
+        """Write the run's config.yml. It is the last thing that ns-train does before it starts processes.
 
         Raises:
-            UserError: its folder cannot be written to.
+            UserError: its folder cannot be written to, or nerfstudio cannot start that many processes.
         """
+        check_processes(self.machine)
+        if not is_first_process():
+            return
         try:
             super().save_config()
         except OSError as error:

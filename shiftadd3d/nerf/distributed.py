@@ -1,0 +1,60 @@
+"""Several processes train one network.
+
+On GPUs nerfstudio starts them itself, `ns-train shiftadd-gnt --machine.num-devices 8`. On CPUs it refuses to; there
+torchrun starts an ns-train each, and they find one another here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from nerfstudio.configs.base_config import MachineConfig
+from nerfstudio.utils import comms
+
+from shiftadd3d._errors import UserError
+
+
+def is_first_process() -> bool:
+    """Whether this process, of those that torchrun started, is the one that writes; alone, it is."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_processes(machine: MachineConfig) -> None:
+    """See whether nerfstudio can start the processes that are asked for, before it tries.
+
+    Raises:
+        UserError: it cannot, and what can.
+    """
+    if machine.num_devices * machine.num_machines > 1 and machine.device_type != "cuda":
+        raise UserError(
+            f"--machine.num-devices {machine.num_devices}: nerfstudio starts several processes on GPUs only; on CPUs "
+            f"use torchrun --nproc-per-node {machine.num_devices} --no-python ns-train ..., without that option"
+        )
+
+
+def join_processes(machine: MachineConfig) -> dict[str, int]:
+    """Connect with the other processes that torchrun started, if it did: gloo between CPUs, NCCL between GPUs.
+
+    Returns:
+        What a trainer takes, `local_rank` and `world_size`; nothing in a process of its own, or of nerfstudio's.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        return {}
+    on_gpus = machine.device_type == "cuda"
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if on_gpus:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if on_gpus else "gloo")
+    atexit.register(dist.destroy_process_group)
+    comms.LOCAL_PROCESS_GROUP = dist.group.WORLD
+    # Each process draws rays of its own. nerfstudio seeded all of them as the first one.
+    seed = machine.seed + dist.get_rank()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return {"local_rank": local_rank, "world_size": dist.get_world_size()}
