@@ -3,8 +3,8 @@
     python benchmarks/kernels.py [--device cpu] [--threads 1,2] [--groups matshift,starts] [--json FILE]
     python benchmarks/kernels.py report
 
-The first measures, prints tables and writes FILE (docs/results/data/kernels-DEVICE[-GROUPS].json unless it is given); it
-needs torch and TVM only. The second makes docs/results/kernels.md from all such files in docs/results/data.
+The first measures, prints tables and writes FILE (if it is not given, docs/results/data/kernels-DEVICE[-GROUPS].json);
+it needs torch and TVM only. The second makes docs/results/kernels.md from all such files in docs/results/data.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels import cache, targets
+from shiftadd3d.kernels import bundle, cache, targets
 from shiftadd3d.kernels.kernel import Kernel
 from shiftadd3d.kernels.targets import CudaTarget
 
@@ -145,6 +145,7 @@ class CudaKernel(Kernel):
     """
 
     build: Callable[..., Any]
+    suffix = ".cubin"
 
     def register(self) -> None:
         CUDA_KERNELS[self.name] = self
@@ -175,7 +176,11 @@ class CudaKernel(Kernel):
             Exception: whatever kept it from being compiled or loaded, or the trial's `AssertionError`.
         """
         entry = self.entry(target, **spec)
-        cubin = cache.find(entry, ".cubin")
+        cubin = cache.find(entry, self.suffix)
+        if cubin is None:
+            packed = bundle.find(**self.identity(target, **spec))
+            if packed is not None:
+                cubin = _store(entry, packed.file.read_bytes(), packed.facts | {"passed_on": []})
         if cubin is None:
             code = self.compile(target, **spec)
             binary, resources = assemble(code.source, target.arch)

@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import sys
 import threading
 import warnings
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from shiftadd3d.kernels import cache, targets, threads
+from shiftadd3d.kernels import bundle, cache, targets, threads
 from shiftadd3d.kernels.targets import CpuTarget
 
 if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__") and not hasattr(torch.Tensor, "__c_dlpack_exchange_api__"):
@@ -36,7 +37,7 @@ try:
 except ImportError:
     tvm_ffi: Any = None
 
-__all__ = ["KERNELS", "Kernel", "define_op"]
+__all__ = ["KERNELS", "Kernel", "define_op", "link", "load_library", "packed_launcher", "runtime_library"]
 
 PACKAGE = __name__.rpartition(".")[0]
 OP_NAMESPACE = "shiftadd3d"
@@ -66,6 +67,9 @@ class Kernel:
             machine at hand enters the cache or is ever used.
         variants: the specs that `shiftadd3d kernels build` compiles ahead, for a target.
     """
+
+    suffix = ".so"
+    """Of its libraries in the cache."""
 
     def __init__(
         self,
@@ -122,22 +126,26 @@ class Kernel:
         entry = self.entry(target, **spec)
         library = cache.find(entry)
         if library is not None:
-            return _load_library(library)[self.name]
-        executable = self.compile(target, **spec)
+            return load_library(library)[self.name]
+        packed = bundle.find(**self.identity(target, **spec))
+        executable = None if packed else self.compile(target, **spec)
         with cache.first_run(entry) as may_run:
             if not may_run:
                 raise RuntimeError(
                     f"its code crashed an earlier process; to try again, remove {entry}.trial from {cache.folder()}"
                 )
-            if not has_linker():
+            if executable is not None and not has_linker():
                 _say_once("no C compiler found to link kernels with: they are compiled anew in each process")
                 _install_launcher(executable)
                 function = executable[self.name]
                 self.trial(function, **spec)
                 return function
             with cache.scratch_file(".so") as library:
-                _link(executable.mod, library)
-                function = _load_library(library)[self.name]
+                if executable is None:
+                    shutil.copyfile(packed.file, library)
+                else:
+                    link(executable.mod, library)
+                function = load_library(library)[self.name]
                 self.trial(function, **spec)
                 cache.store(entry, library, {"kernel": self.name, "target": target.name, "spec": spec} | _versions())
             return function
@@ -163,6 +171,24 @@ class Kernel:
             sources=self.sources_digest(),
             **_versions(),
         )
+
+    def identity(self, target: Any, **spec: Any) -> dict[str, Any]:
+        """What a bundle knows it by: all that it was compiled from, but for the compiler."""
+        names = {"part": "kernel", "kernel": self.name, "target": target.name}
+        return {**names, "spec": spec, "sources": self.sources_digest()}
+
+    def packed(self, target: Any, **spec: Any) -> bundle.Packed:
+        """The compiled library for `target`, to be put into a bundle.
+
+        Raises:
+            Exception: whatever kept it from being compiled.
+        """
+        self.load(target, **spec)
+        entry = self.entry(target, **spec)
+        library, record = cache.find(entry, self.suffix), cache.read_record(entry)
+        if library is None or record is None:
+            raise RuntimeError("it is not in the cache: a bundle takes a C compiler to make")
+        return bundle.Packed(library, self.identity(target, **spec), record)
 
     def sources_digest(self) -> str:
         """A digest of all source text of this package that it is built from."""
@@ -227,13 +253,38 @@ def _with_torch_threads(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def runtime_library() -> Path | None:
+    """What compiled code calls while it runs, as TVM comes with it; None where TVM is not installed."""
+    package = find_spec("tvm")
+    if package is None or not package.submodule_search_locations:
+        return None
+    return next(Path(package.submodule_search_locations[0]).glob("lib/libtvm_runtime.*"), None)
+
+
+def packed_launcher() -> bundle.Packed:
+    """What starts parallel work (see `threads`), to be put into a bundle."""
+    _install_launcher()
+    library = cache.find(_launcher_entry())
+    if library is None:
+        raise RuntimeError("it is not in the cache: a bundle takes a C compiler to make")
+    return bundle.Packed(library, _launcher_identity(), {})
+
+
+def _launcher_entry() -> str:
+    return cache.key(launcher=threads.LAUNCHER_LLVM, machine=platform.machine(), **_versions())
+
+
+def _launcher_identity() -> dict[str, Any]:
+    source = hashlib.sha256(threads.LAUNCHER_LLVM.encode()).hexdigest()
+    return {"part": threads.LAUNCHER_NAME, "sources": source}
+
+
 @lru_cache(maxsize=1)
 def _load_runtime() -> None:
     """Load what compiled kernels are linked against, and not the rest of TVM, which takes seconds to import."""
-    package = find_spec("tvm")
-    if tvm_ffi is None or package is None or not package.submodule_search_locations:
-        raise RuntimeError("TVM is not installed")
-    (runtime,) = Path(package.submodule_search_locations[0]).glob("lib/libtvm_runtime.*")
+    runtime = runtime_library() or bundle.runtime()
+    if tvm_ffi is None or runtime is None:
+        raise RuntimeError(f"TVM is not installed, and {bundle.ENVIRONMENT_VARIABLE} names no bundle of kernels")
     ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
 
 
@@ -250,8 +301,10 @@ def _install_launcher(neighbour: Any = None) -> None:
     if _launcher_is_installed:
         return
     _load_runtime()
-    entry = cache.key(launcher=threads.LAUNCHER_LLVM, machine=platform.machine(), **_versions())
+    entry = _launcher_entry()
     library, module = cache.find(entry), None
+    if library is None and (packed := bundle.find(**_launcher_identity())):
+        library = packed.file
     if library is None:
         import tvm
 
@@ -260,18 +313,19 @@ def _install_launcher(neighbour: Any = None) -> None:
             source.write_text("\n".join([*header, threads.LAUNCHER_LLVM]))
             module = tvm.runtime.load_module(str(source))
             if neighbour is None:
-                _link(module, built)
+                link(module, built)
                 library = cache.store(entry, built, {"kernel": threads.LAUNCHER_NAME} | _versions())
     threads.install(module if library is None else tvm_ffi.load_module(str(library)))
     _launcher_is_installed = True
 
 
-def _load_library(library: Path) -> Any:
+def load_library(library: Path) -> Any:
+    """A compiled library, whose functions are items by name, ready to be called."""
     _install_launcher()
     return tvm_ffi.load_module(str(library))
 
 
-def _link(module: Any, library: Path) -> None:
+def link(module: Any, library: Path) -> None:
     """Put compiled code into a shared library: the linker is all that a C compiler is needed for."""
     from tvm.support import cc
 

@@ -16,9 +16,9 @@ from rich.markup import escape
 import shiftadd3d.kernels
 from shiftadd3d._errors import UserError
 from shiftadd3d._report import write_json
-from shiftadd3d.kernels import cache, targets
+from shiftadd3d.kernels import bundle, cache, targets
 from shiftadd3d.kernels.cuda import CUDA_KERNELS
-from shiftadd3d.kernels.kernel import KERNELS, Kernel
+from shiftadd3d.kernels.kernel import KERNELS, Kernel, packed_launcher, runtime_library
 from shiftadd3d.kernels.targets import CpuTarget, CudaTarget
 
 
@@ -38,7 +38,7 @@ class Variant:
     @property
     def is_cached(self) -> bool:
         """Whether the cache has it, whole."""
-        return cache.find(self.entry, ".cubin" if isinstance(self.target, CudaTarget) else ".so") is not None
+        return cache.find(self.entry, self.kernel.suffix) is not None
 
     def facts(self) -> dict[str, Any]:
         """What tables and JSON say about it."""
@@ -79,11 +79,16 @@ def list_kernels(names: Iterable[str] = (), json: Path | None = None, target: st
     _show(rows, json, "cached", lambda row: "yes" if row["cached"] else "[dim]no[/dim]")
 
 
-def build_kernels(names: Iterable[str] = (), json: Path | None = None, target: str | None = None) -> None:
+def build_kernels(
+    names: Iterable[str] = (), json: Path | None = None, target: str | None = None, out: Path | None = None
+) -> None:
     """Have the cache hold all variants for a target; print what was done, and write it to `json`, too.
 
+    Args:
+        out: a folder that is to become a bundle of them (see `shiftadd3d.kernels.bundle`).
+
     Raises:
-        UserError: if there is no kernel or target of a name, or if one could not be built.
+        UserError: if there is no kernel or target of a name, if one could not be built, or the folder not be written.
     """
 
     def build(variant: Variant) -> dict[str, Any]:
@@ -91,7 +96,14 @@ def build_kernels(names: Iterable[str] = (), json: Path | None = None, target: s
             return {"built": False, "seconds": 0.0, "error": None}
         return {"built": True, **_attempt(lambda: variant.kernel.load(cast(Any, variant.target), **variant.spec))}
 
-    rows = [{**variant.facts(), **build(variant)} for variant in _progress(all_variants(names, target))]
+    variants = list(all_variants(names, target))
+    rows = [{**variant.facts(), **build(variant)} for variant in _progress(variants)]
+    if out is not None and not any(row["error"] for row in rows):
+        libraries = [variant.kernel.packed(variant.target, **variant.spec) for variant in variants]
+        on_cpu = [variant for variant in variants if isinstance(variant.target, CpuTarget)]
+        if on_cpu:
+            libraries.append(packed_launcher())
+        bundle.write(out, libraries, runtime_library() if on_cpu else None)
     _show(rows, json, "built", lambda row: f"{row['seconds']:.1f} s" if row["built"] else "[dim]was there[/dim]")
 
 

@@ -7,7 +7,9 @@ problem of one kernel; where there is none, kernels go by their own rules.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 from shiftadd3d._report import write_json
 from shiftadd3d.kernels import cache
 
-__all__ = ["PACKAGED", "choice", "read", "user_folder", "write"]
+__all__ = ["PACKAGED", "choice", "read", "trying", "user_folder", "write"]
 
 PACKAGED = Path(__file__).parent / "records"
 
@@ -25,9 +27,25 @@ def user_folder() -> Path:
     return cache.folder() / "records"
 
 
+# What is tried out at the moment: it goes before all records.
+_tried: dict[str, dict[str, Any] | None] = {}
+
+
 def choice(target: str, kernel: str, **problem: Any) -> dict[str, Any] | None:
     """What was found best for a problem of a kernel on a target, or None."""
-    return _choices(user_folder(), target).get(_key(kernel, problem))
+    key = _key(kernel, problem)
+    return _tried[key] if key in _tried else _choices(user_folder(), target).get(key)
+
+
+@contextlib.contextmanager
+def trying(kernel: str, choice: dict[str, Any] | None, **problem: Any) -> Iterator[None]:
+    """Have a choice count, or None as if there were none, for the length of a ``with`` block."""
+    key = _key(kernel, problem)
+    _tried[key] = choice
+    try:
+        yield
+    finally:
+        del _tried[key]
 
 
 def read(folder: Path, target: str) -> list[dict[str, Any]]:

@@ -351,6 +351,9 @@ class BuildKernels(Verb):
     """Which kernels; all if none is named."""
     target: str | None = None
     """What they are for: a GPU's generation, such as cuda-sm_90. By default, this CPU."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Also put them into this folder, with all they need but torch, this package and apache-tvm-ffi. Where
+    SHIFTADD3D_BUNDLE names the folder, neither TVM nor a compiler has to be installed."""
     json: JsonFile = None
     """Write the same facts to this JSON file, too."""
 
@@ -358,7 +361,7 @@ class BuildKernels(Verb):
         """Compile what the cache does not hold."""
         from shiftadd3d.kernels import manage
 
-        manage.build_kernels(self.names, self.json, self.target)
+        manage.build_kernels(self.names, self.json, self.target, self.out)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,11 @@ from shiftadd3d._errors import UserError
 
 __all__ = ["Spread", "copy_rate", "interleaved", "product_rate"]
 
-_LEAST_ROUNDS, _MOST_ROUNDS = 7, 25
+_LEAST_ROUNDS, _MOST_ROUNDS = 5, 25
 # A round calls a short function again and again for so long: clocks tick in fractions of a microsecond.
 _SECONDS_OF_A_ROUND = 0.004
+# What takes longer has no use for caches that are warm.
+_SECONDS_OF_A_LONG_CALL = 0.1
 # More than the second-level cache of a graphics card holds: what the last call left there is gone.
 _BYTES_TO_FLUSH = 256 << 20
 
@@ -47,7 +49,7 @@ def interleaved(
         functions: by name; each has been called before, so that nothing is compiled or allocated now.
         device: ``"cpu"`` or ``"cuda"``. On CUDA they are timed by events of the current stream, call by call, with
             cold caches.
-        seconds: roughly how long to go on for; 7 rounds are gone through anyway, and 25 are enough.
+        seconds: roughly how long to go on for; 5 rounds are gone through anyway, and 25 are enough.
 
     Raises:
         UserError: for other devices.
@@ -74,13 +76,12 @@ def _cpu_sampler(functions: Mapping[str, Callable[[], Any]]) -> Callable[[str, C
             function()
         return (clock() - began) / calls
 
-    calls = {
-        name: max(1, round(_SECONDS_OF_A_ROUND / max(seconds(function, 1), 1e-7)))
-        for name, function in functions.items()
-    }
+    once = {name: seconds(function, 1) for name, function in functions.items()}
+    calls = {name: max(1, round(_SECONDS_OF_A_ROUND / max(first, 1e-7))) for name, first in once.items()}
 
     def sample(name: str, function: Callable[[], Any]) -> float:
-        function()
+        if once[name] < _SECONDS_OF_A_LONG_CALL:
+            function()
         return seconds(function, calls[name])
 
     return sample
