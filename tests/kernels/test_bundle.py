@@ -1,0 +1,156 @@
+"""Kernels that were compiled elsewhere: what a bundle holds, where it runs, and when it is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shiftadd3d import UserError, cli
+from shiftadd3d.kernels import bundle, targets
+from shiftadd3d.kernels.bundle import Bundle
+from shiftadd3d.kernels.kernel import KERNELS, Kernel
+from shiftadd3d.kernels.literal import LITERAL
+
+pytest.importorskip("tvm")
+
+SPEC = {"bits": 4, "terms": 1}
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A bundle with one kernel in it, made by the command."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LITERAL, "variants", lambda target: [SPEC])
+        folder = tmp_path_factory.mktemp("bundle") / "kernels"
+        assert cli.main(["kernels", "build", "matshift_literal", "--out", str(folder)]) == 0
+        yield folder
+
+
+@pytest.fixture
+def copy(bundled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_cache: Path) -> Path:
+    """A copy of it that the environment names, beside an empty cache."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    for file in bundled.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setenv("SHIFTADD3D_BUNDLE", str(folder))
+    bundle._open.cache_clear()
+    monkeypatch.setattr(Kernel, "compile", lambda *args, **spec: pytest.fail("compiled"))
+    return folder
+
+
+def edit_manifest(folder: Path, **changes: Any) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+
+def test_it_says_what_it_holds(bundled: Path):
+    manifest = json.loads((bundled / "manifest.json").read_text())
+    parts = {row["identity"]["part"]: row for row in manifest["libraries"]}
+    assert parts.keys() == {"kernel", "parallel_launch", "runtime"}
+    assert parts["kernel"]["identity"]["spec"] == SPEC
+    assert parts["kernel"]["identity"]["target"] == targets.current().name
+    assert {row["file"] for row in manifest["libraries"]} | {"manifest.json"} == {f.name for f in bundled.iterdir()}
+
+
+def test_without_tvm_and_without_a_compiler_its_kernels_run(
+    bundled: Path, tmp_path: Path, repository: Path, empty_cache: Path
+):
+    """A process whose packages are all there but TVM's compiler, and whose search path is empty."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for place in Path(sysconfig.get_path("purelib")).iterdir():
+        if not place.name.startswith(("tvm", "apache_tvm-")) or place.name.startswith("tvm_ffi"):
+            (packages / place.name).symlink_to(place)
+    code = """
+import importlib.util, sys, warnings
+warnings.simplefilter("error", RuntimeWarning)
+assert importlib.util.find_spec("tvm") is None
+import torch
+from shiftadd3d.kernels import literal, power_of_two
+codes, offset, _ = power_of_two.encode(torch.randn(24, 48))
+x = torch.randint(-50, 50, (100, 48), dtype=torch.int32)
+y = literal.matshift_literal(x, power_of_two.pack(codes, 4), offset)
+assert torch.equal(y, x.float() @ power_of_two.decode(codes, offset, 4).T)
+assert literal.LITERAL.function(bits=4, terms=1) is not None
+print("ran")
+"""
+    environment = {
+        "PYTHONPATH": f"{repository}{os.pathsep}{packages}",
+        "SHIFTADD3D_CACHE": str(empty_cache),
+        "SHIFTADD3D_BUNDLE": str(bundled),
+        "PATH": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-S", "-c", code]
+    for _ in range(2):  # from the bundle, then from the cache
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout == "ran\n", done.stderr
+    assert len(list(empty_cache.glob("*.so"))) == 1
+
+
+def test_a_kernel_has_to_pass_its_trial_where_it_is_run(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    def trial(function: Any, **spec: Any) -> None:
+        raise AssertionError("it computes nonsense here")
+
+    monkeypatch.setattr(LITERAL, "trial", trial)
+    with pytest.raises(AssertionError, match="nonsense"):
+        LITERAL.load(targets.current(), **SPEC)
+
+
+def test_a_damaged_library_is_not_loaded(copy: Path):
+    (library,) = copy.glob("matshift_literal-*.so")
+    library.write_bytes(library.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"matshift_literal-.*\.so is damaged or missing: build the bundle again"):
+        LITERAL.load(targets.current(), **SPEC)
+
+
+def test_what_it_does_not_hold_is_compiled(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    for change in ({"sources_digest": lambda: "newer"}, {}):
+        with monkeypatch.context() as patch:
+            for name, value in change.items():
+                patch.setattr(LITERAL, name, value)
+            spec = SPEC if change else {"bits": 5, "terms": 1}
+            with pytest.raises(pytest.fail.Exception, match="compiled"):
+                LITERAL.load(targets.current(), **spec)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"machine": "riscv64"}, "does not fit this machine: it has machine riscv64, not "),
+        ({"tvm_ffi": "0.0.1"}, "it has tvm_ffi 0.0.1, not "),
+        ({"format": 2}, "it has format 2, not 1"),
+    ],
+)
+def test_a_bundle_for_something_else_is_refused(copy: Path, changes: dict[str, Any], complaint: str):
+    edit_manifest(copy, **changes)
+    with pytest.raises(UserError, match=complaint):
+        Bundle.open(copy)
+
+
+def test_a_folder_that_is_no_bundle_is_said_once_and_the_twin_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_cache: Path
+):
+    monkeypatch.setenv("SHIFTADD3D_BUNDLE", str(tmp_path))
+    bundle._open.cache_clear()
+    kernel = Kernel("test_bundle", LITERAL.build, LITERAL.trial, LITERAL.variants)
+    try:
+        with pytest.warns(RuntimeWarning, match="is no bundle of kernels: manifest.json cannot be read"):
+            assert kernel.function(**SPEC) is None
+    finally:
+        del KERNELS["test_bundle"]
+
+
+def test_other_files_are_not_buried_in_libraries(tmp_path: Path):
+    (tmp_path / "holiday.jpg").touch()
+    with pytest.raises(UserError, match="holds other files: name a new folder for the bundle"):
+        bundle.write(tmp_path, [], None)
