@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels import bfloat16, targets
+from shiftadd3d.kernels import bfloat16, cuda_matadd, targets
 from shiftadd3d.kernels.kernel import Kernel, define_op
 from shiftadd3d.kernels.numerics import get_numerics
 from shiftadd3d.kernels.targets import CpuTarget
@@ -834,6 +834,54 @@ def _matadd_cpu(
     )
 
 
+def _kv_cuda(
+    k: Tensor, v: Tensor, mask: Tensor | None = None, codes: str = "pm1", features: int | None = None
+) -> Tensor:
+    features = _check(k, v, mask, codes, features)
+    state = None
+    if k.numel() and v.numel():
+        keys, values, mask_of_heads = _heads(k), _heads(v), _mask_of_heads(mask, k)
+        state = cuda_matadd.sums(keys, values, mask_of_heads, LOW[codes], features, attention=False)
+    if state is None:
+        return matadd_kv_twin(k, v, mask, codes, features)
+    return state.to(v.dtype).view(*v.shape[:-2], features, v.shape[-1])
+
+
+def _q_cuda(q: Tensor, kv: Tensor, codes: str = "pm1") -> Tensor:
+    features = kv.shape[-2]
+    _check(q, kv, None, codes, features, rows=False)
+    queries = _heads(q)
+    out = _empty_like(queries, _heads(kv))
+    if q.numel() and kv.numel():
+        state = kv.float().reshape(-1, features, kv.shape[-1]).contiguous()
+        if cuda_matadd.products(queries, state, LOW[codes], features, out, attention=False):
+            return _unheaded(out, q)
+    return matadd_q_twin(q, kv, codes)
+
+
+def _matadd_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    codes: str = "pm1",
+    features: int | None = None,
+    *,
+    attention: bool = False,
+) -> Tensor:
+    features = _check(k, v, mask, codes, features)
+    _check(q, v, None, codes, features, rows=False)
+    if q.numel() and k.numel() and v.numel():
+        queries, values, low = _heads(q), _heads(v), LOW[codes]
+        out = _empty_like(queries, values)
+        state = cuda_matadd.sums(_heads(k), values, _mask_of_heads(mask, k), low, features, attention)
+        if state is not None and cuda_matadd.products(
+            queries, state, low, features, out, attention=attention, least=LEAST_ROW_SUM
+        ):
+            return _unheaded(out, q)
+    return (add_attention_twin if attention else matadd_twin)(q, k, v, mask, codes, features)
+
+
 @cache
 def _function(
     kernel: Kernel, target: CpuTarget, dtype: torch.dtype, features: int, columns: int, *spec: tuple[str, Any]
@@ -954,6 +1002,7 @@ def _refuse(asked: bool) -> None:
 _kv_op = define_op(
     "matadd_kv(Tensor k, Tensor v, Tensor? mask=None, str codes='pm1', int? features=None) -> Tensor",
     cpu=_kv_cpu,
+    cuda=_kv_cuda,
     twin=matadd_kv_twin,
     fake=_fake_kv,
     backward=_backward_kv,
@@ -962,6 +1011,7 @@ _kv_op = define_op(
 _q_op = define_op(
     "matadd_q(Tensor q, Tensor kv, str codes='pm1') -> Tensor",
     cpu=_q_cpu,
+    cuda=_q_cuda,
     twin=matadd_q_twin,
     fake=_fake_q,
     backward=_backward_q,
@@ -970,12 +1020,14 @@ _q_op = define_op(
 _matadd_op = define_op(
     "matadd(Tensor q, Tensor k, Tensor v, Tensor? mask=None, str codes='pm1', int? features=None) -> Tensor",
     cpu=_matadd_cpu,
+    cuda=_matadd_cuda,
     twin=matadd_twin,
     fake=_fake_matadd,
 )
 _attention_op = define_op(
     "add_attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, str codes='pm1', int? features=None) -> Tensor",
     cpu=partial(_matadd_cpu, attention=True),
+    cuda=partial(_matadd_cuda, attention=True),
     twin=add_attention_twin,
     fake=_fake_matadd,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib
 import json
 import shutil
 import struct
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 from shiftadd3d import UserError, cli, kernels
-from shiftadd3d.kernels import cache, cuda, cuda_matshift, manage, power_of_two, targets
+from shiftadd3d.kernels import cache, cuda, cuda_matshift, manage, matadd, power_of_two, targets
 from shiftadd3d.kernels.cuda import CUDA_KERNELS, CudaCode, CudaKernel
 from shiftadd3d.kernels.targets import CUDA_TARGETS, CudaTarget
 
@@ -28,6 +29,8 @@ pytest.importorskip("tvm")
 needs_nvcc = pytest.mark.skipif(cuda.find_nvcc() is None, reason="no nvcc")
 needs_gcc = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to emulate a GPU with")
 HOPPER = targets.CudaTarget(90)
+
+matshift_module = importlib.import_module("shiftadd3d.kernels.matshift")  # the package has a function of that name
 
 SHIFT = {"bits": 4, "terms": 1, "activation": "gelu"}
 # Of each kernel, one specialisation of every way it works in.
@@ -38,7 +41,13 @@ SPECS = [
     ("matshift", {"form": "tensor", "dtype": "float16", **SHIFT, "bits": 5, "terms": 2}),
     ("matshift", {"form": "float32", "dtype": "float16", **SHIFT, "bits": 6, "terms": 2}),
 ]
-SLOW = {2, 3, 4}
+SPECS += [
+    ("matadd_kv", {"codes": "float32", "dtype": "float32", "masked": True, "attention": True}),
+    ("matadd_kv", {"codes": "uint8", "dtype": "float16", "masked": False, "attention": False}),
+    ("matadd_q", {"codes": "float32", "dtype": "bfloat16", "attention": True}),
+    ("matadd_q", {"codes": "uint8", "dtype": "float32", "attention": False}),
+]
+SLOW = {2, 3, 4, 6, 8}
 
 
 def describe(item: Any) -> str:
@@ -85,11 +94,9 @@ class EmulatedFunction:
         for (name, kind), value in zip(
             self._code.parameters, cuda.pack_arguments(self._code.parameters, arguments), strict=True
         ):
-            x = arguments[name]
-            data = x.view(-1).view(torch.uint8).numpy().tobytes() if kind == "pointer" else bytes(value)
+            data = stored(arguments[name]).numpy().tobytes() if kind == "pointer" else bytes(value)
             content += struct.pack("2q", len(data), kind == "pointer")
             if kind == "pointer":
-                assert x.is_contiguous()
                 places[name] = slice(len(content), len(content) + len(data))
             content += data
         self._file.write_bytes(content)
@@ -97,7 +104,13 @@ class EmulatedFunction:
         assert not done.returncode, done.stderr[:4000]
         content = bytearray(self._file.read_bytes())
         for name, place in places.items():
-            arguments[name].view(-1).view(torch.uint8).copy_(torch.frombuffer(content[place], dtype=torch.uint8))
+            stored(arguments[name]).copy_(torch.frombuffer(content[place], dtype=torch.uint8))
+
+
+def stored(x: torch.Tensor) -> torch.Tensor:
+    """The bytes from a tensor's first element to its last."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((span,), (1,)).view(torch.uint8)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -136,6 +149,53 @@ def test_kernels_compile_offline_and_keep_their_numbers_in_registers(name: str, 
 @pytest.mark.parametrize("sanitizer", ["thread", pytest.param("address", marks=pytest.mark.slow)])
 def test_an_emulated_gpu_computes_what_the_twin_does(name: str, spec: Any, sanitizer: str, tmp_path: Path):
     CUDA_KERNELS[name].trial(EmulatedFunction(compile_spec(name, spec), tmp_path, sanitizer), **spec)
+
+
+@pytest.fixture
+def emulated_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have kernels for GPUs run on CPU tensors."""
+
+    def function(kernel: CudaKernel, *, device: torch.device, **spec: Any) -> EmulatedFunction:
+        folder = tmp_path / describe((kernel.name, spec))
+        folder.mkdir(exist_ok=True)
+        return EmulatedFunction(compile_spec(kernel.name, spec), folder, "address")
+
+    monkeypatch.setattr(CudaKernel, "function", function)
+    monkeypatch.setattr(targets, "of_gpu", lambda device: HOPPER)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=2))
+
+
+@needs_gcc
+@pytest.mark.slow
+def test_matshift_takes_any_leading_shape_and_no_bias(emulated_gpu: None):
+    codes, offset, _ = power_of_two.encode(torch.randn(5, 33))
+    x, codes = torch.randn(2, 0, 33), power_of_two.pack(codes, 4)
+    on_gpu = functools.partial(matshift_module._matshift_cuda, bits=4, activation="relu", numerics="exact")
+    assert on_gpu(x, codes, offset, None).shape == (2, 0, 5)
+    x = torch.randn(3, 2, 66)[..., ::2]
+    torch.testing.assert_close(
+        on_gpu(x, codes, offset, None), kernels.matshift_twin(x, codes, offset, activation="relu")
+    )
+
+
+@needs_gcc
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["kv", "q", "matadd", "attention"])
+def test_matadd_takes_strided_heads_masks_and_packed_codes(op: str, emulated_gpu: None):
+    q, k = (torch.randn(2, 130, 3, 11).transpose(1, 2) for _ in range(2))
+    v, mask, kv = torch.randn(2, 3, 130, 7), torch.rand(2, 1, 130) > 0.3, torch.randn(2, 3, 11, 7)
+    mask[0] = False  # queries that see no key
+    packed = matadd.pack_signs(k)
+    found, twin = {
+        "kv": lambda: (matadd._kv_cuda(packed, v, mask, "01", 11), matadd.matadd_kv_twin(packed, v, mask, "01", 11)),
+        "q": lambda: (matadd._q_cuda(q[0, 0], kv[0, 0]), matadd.matadd_q_twin(q[0, 0], kv[0, 0])),
+        "matadd": lambda: (matadd._matadd_cuda(q, k, v), matadd.matadd_twin(q, k, v)),
+        "attention": lambda: (
+            matadd._matadd_cuda(q, k, v, mask, attention=True),
+            matadd.add_attention_twin(q, k, v, mask),
+        ),
+    }[op]()
+    torch.testing.assert_close(found, twin, rtol=1e-5, atol=1e-4)
 
 
 REVERSE = """
@@ -443,6 +503,27 @@ def test_matshift_is_its_twin_on_a_gpu(dtype, numerics, bits, terms, inputs, out
     twin = kernels.matshift_twin(x.double(), codes, offset, bias, bits, "gelu")
     error = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
     assert (y.double() - twin).norm() <= error * twin.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("codes", ["pm1", "01"])
+@pytest.mark.parametrize(("tokens", "features", "columns"), [(1, 1, 1), (197, 64, 64), (3136, 33, 65)])
+def test_matadd_is_its_twin_on_a_gpu(dtype, codes, tokens, features, columns):
+    q, k = (torch.randn(2, tokens, 3, features, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(2))
+    v = torch.randn(2, 3, tokens, columns, device="cuda", dtype=dtype)
+    mask = torch.rand(2, 1, tokens, device="cuda") > 0.2
+    error = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    for op in ("matadd_kv", "matadd", "add_attention"):
+        inputs = (k, v) if op == "matadd_kv" else (q, k, v)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # no twin stands in
+            found = getattr(matadd, op)(*inputs, mask, codes)
+        twin = getattr(matadd, f"{op}_twin")(*inputs[:-1], v.double(), mask, codes)
+        assert (found.double() - twin).norm() <= error * twin.norm(), op
+    kv = torch.randn(2, 3, features, columns, device="cuda", dtype=dtype)
+    found, twin = (f(matadd.pack_signs(q), kv, codes) for f in (matadd.matadd_q, matadd.matadd_q_twin))
+    assert (found - twin).norm() <= error * twin.norm()
 
 
 @pytest.mark.gpu
