@@ -40,12 +40,13 @@ def choice(target: str, kernel: str, **problem: Any) -> dict[str, Any] | None:
 @contextlib.contextmanager
 def trying(kernel: str, choice: dict[str, Any] | None, **problem: Any) -> Iterator[None]:
     """Have a choice count, or None as if there were none, for the length of a ``with`` block."""
-    key = _key(kernel, problem)
-    _tried[key] = choice
+    before = dict(_tried)
+    _tried[_key(kernel, problem)] = choice
     try:
         yield
     finally:
-        del _tried[key]
+        _tried.clear()
+        _tried.update(before)
 
 
 def read(folder: Path, target: str) -> list[dict[str, Any]]:
