@@ -23,6 +23,8 @@ Source: Varma T. et al., "Is Attention All That NeRF Needs?" (ICLR 2023), sectio
 # ruff: noqa: B023 (the loops of a TIR function are gone through once, while it is parsed)
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,9 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels import memory, power_of_two
+from shiftadd3d.kernels import cuda_view_attention, memory, power_of_two
+from shiftadd3d.kernels.cuda import MAX_ELEMENTS, CudaFunction, CudaKernel
 from shiftadd3d.kernels.kernel import Kernel, define_op
-from shiftadd3d.kernels.targets import CpuTarget, current
+from shiftadd3d.kernels.targets import CpuTarget, CudaTarget, current
 from shiftadd3d.kernels.vector import ACCUMULATORS, ROW_PADDING, Vectors
 
 MAX_VIEWS = 32
@@ -275,6 +278,14 @@ def _build(target: CpuTarget, *, width: int, hidden: int) -> Any:
 
 
 def _trial(function: Any, *, width: int, hidden: int) -> None:
+    _compare(partial(_run, function), torch.device("cpu"), width, hidden)
+
+
+def _trial_cuda(function: CudaFunction, *, width: int, hidden: int) -> None:
+    _compare(partial(_run_cuda, function), function.device, width, hidden)
+
+
+def _compare(run: Callable[..., Tensor], device: torch.device, width: int, hidden: int) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -287,11 +298,13 @@ def _trial(function: Any, *, width: int, hidden: int) -> None:
     sizes = _weight_sizes(width, hidden)
     weights = [draw(*size) / size[1] ** 0.5 for size in sizes]
     biases = [draw(sizes[i][0]) for i in (3, 4, 5, 6, 7)]
+    on_device = (
+        *(x.to(device) for x in (*inputs, mask)),
+        [weight.to(device) for weight in weights],
+        [bias.to(device) for bias in biases],
+    )
     torch.testing.assert_close(
-        _run(function, *inputs, mask, weights, biases),
-        view_attention_twin(*inputs, mask, weights, biases),
-        rtol=1e-4,
-        atol=1e-5,
+        run(*on_device).cpu(), view_attention_twin(*inputs, mask, weights, biases), rtol=1e-4, atol=1e-5
     )
 
 
@@ -323,11 +336,36 @@ def _run(
     return out.to(query.dtype)
 
 
-def _variants(target: CpuTarget) -> list[dict[str, int]]:
+def _run_cuda(
+    function: Any,
+    query: Tensor,
+    views: Tensor,
+    ray_diff: Tensor,
+    mask: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+) -> Tensor:
+    count, width = views.shape[-2:]
+    out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+    cuda_view_attention.run(
+        function,
+        query.float().reshape(-1, width).contiguous(),
+        views.float().reshape(-1, width).contiguous(),
+        ray_diff.float().reshape(-1, 4).contiguous(),
+        mask.reshape(-1).contiguous().view(torch.uint8),
+        _panels(weights, biases, lanes=1),
+        count,
+        out.view(-1, width),
+    )
+    return out.to(query.dtype)
+
+
+def _variants(target: CpuTarget | CudaTarget) -> list[dict[str, int]]:
     return [{"width": width, "hidden": width // 8} for width in (32, 64)]
 
 
 KERNEL = Kernel("view_attention", _build, _trial, _variants)
+CUDA_KERNEL = CudaKernel("view_attention", cuda_view_attention.build, _trial_cuda, _variants)
 
 
 def _check(
@@ -379,17 +417,44 @@ def _cpu(
     return _run(function, query, views, ray_diff, mask, weights, biases)
 
 
-def _cpu_shift(
+def _cuda(
     query: Tensor,
     views: Tensor,
     ray_diff: Tensor,
     mask: Tensor,
-    codes: list[Tensor],
-    offsets: list[Tensor],
+    weights: list[Tensor],
     biases: list[Tensor],
-    bits: int,
 ) -> Tensor:
-    return _cpu(query, views, ray_diff, mask, _decoded(codes, offsets, bits, query.shape[-1]), biases)
+    _check(query, views, ray_diff, mask, weights, biases)
+    if query.numel() == 0:
+        return torch.empty_like(query)
+    function, width, hidden = None, query.shape[-1], weights[3].shape[0]
+    if not cuda_view_attention.fits(width, hidden) or views.numel() > MAX_ELEMENTS:
+        CUDA_KERNEL.decline(f"views {list(views.shape)} are too large for it")
+    elif query.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        function = CUDA_KERNEL.function(device=query.device, width=width, hidden=hidden)
+    if function is None:
+        return view_attention_twin(query, views, ray_diff, mask, weights, biases)
+    return _run_cuda(function, query, views, ray_diff, mask, weights, biases)
+
+
+def _with_codes(view_attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same with packed weights."""
+
+    def shift(
+        query: Tensor,
+        views: Tensor,
+        ray_diff: Tensor,
+        mask: Tensor,
+        codes: list[Tensor],
+        offsets: list[Tensor],
+        biases: list[Tensor],
+        bits: int,
+    ) -> Tensor:
+        weights = _decoded(codes, offsets, bits, query.shape[-1])
+        return view_attention(query, views, ray_diff, mask, weights, biases)
+
+    return shift
 
 
 _SCHEMA = "Tensor query, Tensor views, Tensor ray_diff, Tensor mask"
@@ -399,6 +464,7 @@ _SCHEMA = "Tensor query, Tensor views, Tensor ray_diff, Tensor mask"
 view_attention = define_op(
     f"view_attention({_SCHEMA}, Tensor[] weights, Tensor[] biases) -> Tensor",
     cpu=_cpu,
+    cuda=_cuda,
     twin=view_attention_twin,
     fake=lambda query, *_: torch.empty_like(query),
 )
@@ -406,7 +472,8 @@ view_attention = define_op(
 #: them: codes [terms, out, ceil(in * bits / 8)] uint8 and offsets [terms, out] int8.
 view_attention_shift = define_op(
     f"view_attention_shift({_SCHEMA}, Tensor[] codes, Tensor[] offsets, Tensor[] biases, int bits) -> Tensor",
-    cpu=_cpu_shift,
+    cpu=_with_codes(_cpu),
+    cuda=_with_codes(_cuda),
     twin=view_attention_shift_twin,
     fake=lambda query, *_: torch.empty_like(query),
 )

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from shiftadd3d import UserError, cli, kernels
-from shiftadd3d.kernels import cache, cuda, cuda_matshift, manage, matadd, power_of_two, targets
+from shiftadd3d.kernels import cache, cuda, cuda_matshift, manage, matadd, power_of_two, targets, view_attention
 from shiftadd3d.kernels.cuda import CUDA_KERNELS, CudaCode, CudaKernel
 from shiftadd3d.kernels.targets import CUDA_TARGETS, CudaTarget
 
@@ -47,7 +47,8 @@ SPECS += [
     ("matadd_q", {"codes": "float32", "dtype": "bfloat16", "attention": True}),
     ("matadd_q", {"codes": "uint8", "dtype": "float32", "attention": False}),
 ]
-SLOW = {2, 3, 4, 6, 8}
+SPECS += [("view_attention", {"width": 32, "hidden": 4}), ("view_attention", {"width": 64, "hidden": 8})]
+SLOW = {2, 3, 4, 6, 8, 10}
 
 
 def describe(item: Any) -> str:
@@ -524,6 +525,25 @@ def test_matadd_is_its_twin_on_a_gpu(dtype, codes, tokens, features, columns):
     kv = torch.randn(2, 3, features, columns, device="cuda", dtype=dtype)
     found, twin = (f(matadd.pack_signs(q), kv, codes) for f in (matadd.matadd_q, matadd.matadd_q_twin))
     assert (found - twin).norm() <= error * twin.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("points", "count", "width"), [(1, 1, 32), (101, 8, 64), (70, 32, 64)])
+def test_view_attention_is_its_twin_on_a_gpu(dtype, points, count, width):
+    sizes = view_attention._weight_sizes(width, width // 8)
+    weights = [torch.randn(*size, device="cuda") / size[1] ** 0.5 for size in sizes]
+    biases = [torch.randn(sizes[number][0], device="cuda") for number in (3, 4, 5, 6, 7)]
+    query, views, ray_diff = (
+        torch.randn(*shape, device="cuda", dtype=dtype)
+        for shape in ((points, width), (points, count, width), (points, count, 4))
+    )
+    mask = torch.rand(points, count, device="cuda") > 0.3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no twin stands in
+        out = view_attention.view_attention(query, views, ray_diff, mask, weights, biases)
+    twin = view_attention.view_attention_twin(query.double(), views.double(), ray_diff.double(), mask, weights, biases)
+    assert (out.double() - twin).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * twin.norm()
 
 
 @pytest.mark.gpu
