@@ -19,9 +19,9 @@ from torch import Tensor
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels import targets
+from shiftadd3d.kernels.timing import copy_rate, interleaved, product_rate
 from shiftadd3d.profile.kernel_cases import BASELINE, CASES, Case, cases
 from shiftadd3d.profile.machine import machine_facts
-from shiftadd3d.kernels.timing import copy_rate, interleaved, product_rate
 
 __all__ = ["GOALS", "Goal", "Outcome", "Table", "describe", "goals", "measure", "parse_threads", "ratios", "tables"]
 
@@ -47,7 +47,7 @@ def measure(
         threads: numbers of CPU threads to measure with, one after the other; has no meaning on CUDA.
         groups: of problems, keys of `CASES`; all if empty.
         report: called with a line of text for every problem.
-        keep: called with the facts so far after every group, since all of them take long.
+        keep: called with the facts so far after every problem, since all of them take long.
 
     Returns:
         Facts for JSON: the machine, its peaks, and ``rows``, one for each solution of each problem: group, case,
@@ -118,13 +118,13 @@ def _measure_with(
                 rows = _measure_case(case, device)
                 facts["rows"] += [{"threads": threads, **row} for row in rows]
                 report(f"{threads} thread{'s' * (threads > 1)}, {group} {case.name}")
+                keep(facts)
                 if "torch._dynamo" in sys.modules:  # else nothing was compiled, and this would import the compiler
                     torch.compiler.reset()  # it compiles a function for eight problems, and no more after that
         # Where a kernel gave up, its twin has been measured: that has to be known.
         notes = {str(one.message) for one in told if str(one.message).startswith("kernel ")}
         facts["notes"] += sorted(notes - set(facts["notes"]))
         gc.collect()
-        keep(facts)
 
 
 def _measure_case(case: Case, device: str) -> list[dict[str, Any]]:
