@@ -276,7 +276,12 @@ class All:
 SPEED_MODELS = ("deit_tiny_patch16_224", "pvt_v2_b0")
 SPEED_RECIPES: tuple[RecipeName, ...] = ("add+shift", "add+shift-attn+moe")
 SPEED_FILE = "classification-speed.json"
-EAGER, COMPILED, INT8 = "timm, float32, eager", "timm, bfloat16, torch.compile", "timm, torchao int8, torch.compile"
+Baseline = Literal["eager", "bfloat16", "int8"]
+BASELINES: dict[Baseline, str] = {
+    "eager": "timm, float32, eager",
+    "bfloat16": "timm, bfloat16, torch.compile",
+    "int8": "timm, torchao int8, torch.compile",
+}
 OPERATIONS = 12  # that a breakdown names
 
 
@@ -290,6 +295,10 @@ class Speed:
     """Pictures at once, of 224 px."""
     recipes: tuple[RecipeName, ...] = SPEED_RECIPES
     """What the models become."""
+    against: tuple[Baseline, ...] = tuple(BASELINES)
+    """Which of timm's forms to compare with. Compiling takes a minute for each model and batch."""
+    numerics: tuple[Literal["exact", "fast"], ...] = ("exact",)
+    """What the kernels compute in: float32 throughout, or activations rounded on the way in."""
     rounds: int = 7
     """Timed runs of each, after an untimed one; all take turns, and the median counts."""
     threads: int = 1
@@ -303,7 +312,16 @@ class Speed:
         commit = git_commit()  # now: it may move on while this runs
         torch.set_num_threads(self.threads)
         rows = [self._measure(model, batch) for model in self.models for batch in self.batches]
-        words = ["--rounds", str(self.rounds), "--threads", str(self.threads)]
+        options = {
+            "--models": self.models,
+            "--batches": self.batches,
+            "--recipes": self.recipes,
+            "--against": self.against,
+            "--numerics": self.numerics,
+            "--rounds": (self.rounds,),
+            "--threads": (self.threads,),
+        }
+        words = [word for name, values in options.items() for word in (name, *map(str, values))]
         facts = {
             "kind": "speed",
             "rows": rows,
@@ -319,7 +337,7 @@ class Speed:
         import torch
 
         images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-        solutions = speed_solutions(name, self.recipes)
+        solutions = speed_solutions(name, self.against, self.recipes, self.numerics)
         times: dict[str, list[float]] = {solution: [] for solution in solutions}
         with torch.inference_mode():
             for number in range(self.rounds + 1):
@@ -331,38 +349,48 @@ class Speed:
                         times[solution].append(1000 * (time.process_time() - began) / self.threads)
                     else:
                         print(f"{name}, batch {batch}: {solution} is ready", flush=True)
+            compiled = BASELINES["bfloat16"], BASELINES["int8"]  # a profiler sees next to nothing of them
             breakdowns = {
-                solution: operation_times(run, images) for solution, run in solutions.items() if "timm" not in solution
+                solution: operation_times(run, images)
+                for solution, run in solutions.items()
+                if solution not in compiled
             }
-            breakdowns[EAGER] = operation_times(solutions[EAGER], images)
         median = {solution: float(f"{statistics.median(runs):.4g}") for solution, runs in times.items()}
         print(median, flush=True)
         return {"model": name, "batch": batch, "ms": median, "breakdown": breakdowns}
 
 
-def speed_solutions(name: str, recipes: tuple[RecipeName, ...]) -> dict[str, Callable[[Tensor], Tensor]]:
+def speed_solutions(
+    name: str, against: tuple[Baseline, ...], recipes: tuple[RecipeName, ...], numerics: tuple[str, ...]
+) -> dict[str, Callable[[Tensor], Tensor]]:
     """Ways to run a model, by name, each from images [B, 3, 224, 224] in float32 to logits."""
     import timm
     import torch
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
+    from shiftadd3d.kernels import numerics as in_numerics
     from shiftadd3d.nn import freeze_
 
-    frozen = {}
+    solutions: dict[str, Callable[[Tensor], Tensor]] = {}
+    for baseline in against:
+        model = timm.create_model(name).eval()
+        if baseline == "bfloat16":
+            half = torch.compile(model.bfloat16(), dynamic=False)
+            solutions[BASELINES[baseline]] = lambda images, half=half: half(images.bfloat16())
+            continue
+        if baseline == "int8":
+            quantize_(model, Int8DynamicActivationInt8WeightConfig())
+            model = torch.compile(model, dynamic=False)
+        solutions[BASELINES[baseline]] = model
     for recipe in recipes:
         torch.manual_seed(0)
         model = timm.create_model(f"shiftadd_{name}", recipe=recipe).eval()
         freeze_(model, verbose=False)
-        frozen[f"shiftadd, {recipe}"] = model
-    int8 = timm.create_model(name).eval()
-    quantize_(int8, Int8DynamicActivationInt8WeightConfig())
-    half = torch.compile(timm.create_model(name).eval().bfloat16(), dynamic=False)
-    return {
-        EAGER: timm.create_model(name).eval(),
-        COMPILED: lambda images: half(images.bfloat16()),
-        INT8: torch.compile(int8, dynamic=False),
-        **frozen,
-    }
+        if "exact" in numerics:
+            solutions[f"shiftadd, {recipe}"] = in_numerics("exact")(model)
+        if "fast" in numerics:
+            solutions[f"shiftadd, {recipe}, fast"] = in_numerics("fast")(model)
+    return solutions
 
 
 def operation_times(run: Callable[[Tensor], Tensor], images: Tensor) -> list[dict[str, Any]]:
@@ -539,15 +567,13 @@ def speed_table(speed: dict[str, Any] | None) -> str:
     """Milliseconds of each solution, and how many times faster than timm's each of ours is."""
     if speed is None:
         return NOT_MEASURED
+    baselines = [solution for solution in BASELINES.values() if solution in speed["rows"][0]["ms"]]
     rows = []
     for row in speed["rows"]:
-        ms = row["ms"]
-        others = [solution for solution in ms if solution.startswith("timm")]
-        for solution, time_ in ms.items():
-            ratios = [f"{ms[other] / time_:.2f}" if solution not in others else "" for other in others]
-            rows.append([f"{row['model']}, batch {row['batch']}: {solution}", f"{time_:,.1f}", *ratios])
-    header = ["", "ms", *(f"times faster than {other}" for other in (EAGER, COMPILED, INT8))]
-    return markdown_table(header, rows)
+        for solution, ms in row["ms"].items():
+            ratios = ["" if solution in baselines else f"{row['ms'][baseline] / ms:.2f}" for baseline in baselines]
+            rows.append([f"{row['model']}, batch {row['batch']}: {solution}", f"{ms:,.1f}", *ratios])
+    return markdown_table(["", "ms", *(f"times faster than {baseline}" for baseline in baselines)], rows)
 
 
 def breakdown_tables(speed: dict[str, Any] | None) -> str:
