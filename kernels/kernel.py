@@ -141,9 +141,9 @@ class Kernel:
                 self.trial(function, **spec)
                 return function
             with cache.scratch_file(".so") as library:
-                if executable is None:
+                if packed is not None:
                     shutil.copyfile(packed.file, library)
-                else:
+                elif executable is not None:
                     link(executable.mod, library)
                 function = load_library(library)[self.name]
                 self.trial(function, **spec)

@@ -295,7 +295,12 @@ def _view_attention_cases(device: str) -> Iterator[Case]:
     mask = torch.rand(POINTS, VIEWS, device=device) > 0.1
     inputs = (query, views, ray_diff)
     narrow = (*(x.bfloat16() for x in inputs), mask, [w.bfloat16() for w in weights], [b.bfloat16() for b in biases])
-    exact = (*(x.double() for x in inputs), mask, [w.double() for w in weights], [b.double() for b in biases])
+    exact: tuple[Any, ...] = (
+        *(x.double() for x in inputs),
+        mask,
+        [w.double() for w in weights],
+        [b.double() for b in biases],
+    )
     arguments = (*inputs, mask, weights, biases)
     encoded = [power_of_two.encode(weight.cpu()) for weight in weights]
     codes = [power_of_two.pack(one.codes, 4).to(device) for one in encoded]
@@ -373,7 +378,7 @@ def _gather_cases(device: str) -> Iterator[Case]:
     scene = gather.random_scene(
         0, rays=POINTS // SAMPLES, samples=SAMPLES, views=VIEWS, channels=channels, with_valid=False
     )
-    wide = tuple(x if x is None else x.to(device) for x in scene)
+    wide: tuple[Any, ...] = tuple(x if x is None else x.to(device) for x in scene)
     yield Case(
         group="gather",
         name=f"{POINTS} x {VIEWS} x {channels}",
@@ -428,8 +433,8 @@ def _mlp_case(tokens: int, width: int, hidden: int, device: str) -> Case:
 def _moe_cases(device: str) -> Iterator[Case]:
     width, hidden = 64, 256
     dense_mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)).to(device).eval()
-    mixture = nn.Sequential(MoEMlp(width, hidden)).to(device)
-    router = mixture[0].router
+    moe = MoEMlp(width, hidden)
+    mixture, router = nn.Sequential(moe).to(device), moe.router
     with torch.no_grad():
         # One expert where a random projection is positive, the other where it is negative: half of the tokens each.
         router.weight.copy_(torch.randn(1, width, device=device) * torch.tensor([[1.0], [-1.0]], device=device))
