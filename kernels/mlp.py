@@ -27,8 +27,10 @@ from shiftadd3d.kernels.matshift import DTYPES, check_arguments, matshift_twin
 from shiftadd3d.kernels.numerics import Numerics, get_numerics
 from shiftadd3d.kernels.shift_product import (
     Dtype,
+    Float32Product,
     Form,
     Load,
+    Scratch,
     ShiftProduct,
     Store,
     Weights,
@@ -42,9 +44,9 @@ from shiftadd3d.kernels.vector import Vectors
 
 __all__ = ["MLP", "shift_mlp", "shift_mlp_twin"]
 
-# What a block of tokens takes up with all its activations, of a second-level cache of 512 KiB to 2 MiB, and how many
-# tokens it has at most. Decoding the weights for fewer costs more than reaching beyond that cache.
-_BLOCK_BYTES, _BLOCK_ROWS = 1 << 20, 192
+# What a block of tokens takes up with all its activations, and how many tokens it has at most. Decoding the weights
+# for fewer tokens costs more than reaching beyond a second-level cache of 512 KiB to 2 MiB.
+_BLOCK_BYTES, _BLOCK_ROWS = 2 << 20, 192
 
 
 def shift_mlp(
@@ -116,28 +118,55 @@ def emit_layers(
 
     T: Any = tvm.script.tirx
 
-    def at(start: Any, count: int) -> Any:
-        return start if count == 1 else T.ramp(start, 1, count)
-
-    for product, weights in zip(products, layers, strict=True):
-        sink, apply = store, lambda y: y
-        if weights is not layers[-1]:
-            hidden = T.alloc_buffer((block_rows, weights.outputs), "float32", align=64)
-            apply = partial(activations.emit, vectors, activation)
-
-            def sink(row: Any, column: Any, value: Any, count: int, hidden: Any = hidden) -> None:
-                T.buffer_store(hidden, value, [row, at(column, count)])
-
+    def allocate(product: ShiftProduct, inputs: Any) -> Scratch:
         tiles = T.bind((block_rows + (product.rows - 1)) // product.rows)
-        scratch = product.scratch(tiles * product.rows, weights.inputs)
-        product.stage(scratch, rows, weights.inputs, load, flag)
+        return product.scratch(tiles * product.rows, inputs)
+
+    staged = None  # where the layer before has stored its outputs in the form that the next one takes
+    for number, (product, weights) in enumerate(zip(products, layers, strict=True)):
+        if isinstance(product, Float32Product) and staged is not None:
+            scratch = staged
+            product.finish_stage(scratch, rows, weights.inputs)
+        else:
+            scratch = allocate(product, weights.inputs)
+            product.stage(scratch, rows, weights.inputs, load, flag)
+        apply, sink = partial(activations.emit, vectors, activation), store
+        following = products[number + 1] if number + 1 < len(products) else None
+        if following is None:
+            apply = partial(activations.emit, vectors, "none")
+        elif isinstance(following, Float32Product):
+            staged = allocate(following, weights.outputs)
+            sink = following.stage_store(staged)
+        else:
+            load, sink = _hidden(block_rows, weights.outputs)
         panels = T.bind((weights.outputs + (product.columns - 1)) // product.columns)
         product.panels(scratch, rows, weights, T.int64(0), panels, apply, sink)
         product.release()
-        if weights is not layers[-1]:
 
-            def load(row: Any, start: Any, count: int, hidden: Any = hidden) -> Any:
-                return hidden[row, at(start, count)]
+
+def _hidden(rows: Any, width: Any) -> tuple[Load, Store]:
+    """What reads from, and stores to, memory for hidden activations that have to be complete before they are staged."""
+    import tvm.script
+
+    T: Any = tvm.script.tirx
+    hidden = T.alloc_buffer((rows, width), "float32", align=64)
+
+    def at(start: Any, count: int) -> Any:
+        return start if count == 1 else T.ramp(start, 1, count)
+
+    def load(row: Any, start: Any, count: int) -> Any:
+        return hidden[row, at(start, count)]
+
+    def store(row: Any, column: Any, value: Any, count: int) -> None:
+        T.buffer_store(hidden, value, [row, at(column, count)])
+
+    return load, store
+
+
+def floats_of_row(form: Form, widths: Sequence[int]) -> int:
+    """What a row takes up in the memory of `emit_layers` with activations of these widths, in floats."""
+    inputs, *hidden = widths
+    return inputs + (1 if form == "float32" else 2) * max(hidden, default=0)
 
 
 def build(target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype, activation: Activation) -> Any:
@@ -224,7 +253,7 @@ def trial(function: Any, form: Form, bits: int, terms: int, dtype: Dtype, activa
     y = _run(function, x, layers, block_rows=2 * rows)
     assert y is not None, "it found an activation that it cannot express"
     # The twin in float32, so that its hidden activations are not rounded.
-    twin = shift_mlp_twin(x.float(), *layers, bits, activation)
+    twin = shift_mlp_twin(x.float(), *layers, bits=bits, activation=activation)
     hidden = error_bound(form, bits) * x.float().abs().amax(-1, keepdim=True) * weights[0] * 1.2  # gelu's steepest
     largest = (x.float().abs().amax(-1, keepdim=True) * weights[0] + 4) * weights[1]
     bound = hidden * weights[1] + (error_bound(form, bits) + 1e-6) * largest
@@ -268,23 +297,23 @@ def _mlp_cpu(
         function = MLP.function(form=form, bits=bits, terms=terms, dtype=dtype, activation=activation)
         if function is None:
             continue
-        widths = rows.shape[1] + 2 * hidden_codes.shape[1]
-        y = _run(function, rows, layers, block_rows(targets.current(), form, rows.shape[0], widths))
+        floats = floats_of_row(form, (rows.shape[1], hidden_codes.shape[1]))
+        y = _run(function, rows, layers, block_rows(targets.current(), form, rows.shape[0], floats))
         if y is not None:
             return y.view(*x.shape[:-1], outputs)
     return shift_mlp_twin(x, *layers, bits, activation)
 
 
-def _run(function: Any, x: Tensor, layers: Sequence[Tensor | None], block_rows: int) -> Tensor | None:
+def _run(function: Any, x: Tensor, layers: Sequence[Any], block_rows: int) -> Tensor | None:
     """Call a compiled function; None if its form cannot express an activation."""
     y = memory.empty(x.shape[0], layers[3].shape[1], dtype=x.dtype)
     flag = torch.zeros(1, dtype=torch.int32)
     numbers = [tensor.view(torch.int16) if x.dtype == torch.bfloat16 else tensor for tensor in (x, y)]
-    function(numbers[0], *contiguous_layers(layers), numbers[1], flag, block_rows)
+    function(numbers[0], *_contiguous(layers), numbers[1], flag, block_rows)
     return None if flag.item() else y
 
 
-def contiguous_layers(layers: Sequence[Tensor | None]) -> list[Tensor]:
+def _contiguous(layers: Sequence[Any]) -> list[Tensor]:
     """Codes, offset and bias of each layer as functions take them: every layer has a bias, in float32."""
     ready = []
     for codes, offset, bias in zip(layers[0::3], layers[1::3], layers[2::3], strict=True):

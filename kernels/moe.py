@@ -28,7 +28,7 @@ from shiftadd3d.kernels import activations, bfloat16, memory, power_of_two, targ
 from shiftadd3d.kernels.activations import Activation
 from shiftadd3d.kernels.kernel import Kernel, define_op
 from shiftadd3d.kernels.matshift import DTYPES, check_arguments, matshift_twin
-from shiftadd3d.kernels.mlp import block_rows, emit_layers
+from shiftadd3d.kernels.mlp import block_rows, emit_layers, floats_of_row
 from shiftadd3d.kernels.numerics import Numerics, check_numerics, get_numerics
 from shiftadd3d.kernels.shift_product import (
     Dtype,
@@ -393,13 +393,13 @@ def _moe_cpu(
         "dtype": dtype,
         "activation": activation if depth > 1 else "none",
     }
-    widest = rows.shape[1] + 2 * max((_width(layer) for expert in experts for layer in expert[:-1]), default=0)
+    widths = [rows.shape[1], *(_width(layer) for expert in experts for layer in expert[:-1])]
     expected = math.ceil(len(rows) / len(experts))  # tokens of an expert
     for form in forms(targets.current(), cast(Numerics, numerics), bits, spec["terms"], dtype):
         function = MOE.function(**spec, form=form)
         if function is None:
             continue
-        block = block_rows(targets.current(), form, expected, widest)
+        block = block_rows(targets.current(), form, expected, floats_of_row(form, widths))
         outcome = _run(function, rows, logits.reshape(len(rows), -1), layers, depth, gated, block)
         if outcome is not None:
             y, assignment = outcome

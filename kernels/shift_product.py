@@ -176,10 +176,13 @@ class ShiftProduct(ABC):
                 a scalar if `count` is 1.
             flag: [1] int32 buffer, set to 1 if the form cannot express an activation.
         """
-        T = self._T
-        with T.serial(rows) as row:
+        with self._T.serial(rows) as row:
             self.stage_row(scratch, row, inputs, load, flag)
-        # Rows that only fill up the last tile: their sums go nowhere, but must not be slow to form.
+        self.fill_up(scratch, rows)
+
+    def fill_up(self, scratch: Scratch, rows: Any) -> None:
+        """Stage rows of zeros up to the end of the last tile: their sums go nowhere, but must not be slow to form."""
+        T = self._T
         parts, blocks = self.stride // self.lanes, self.pieces * scratch.blocks
         with T.serial(-rows % self.rows) as spare, T.serial(blocks) as block, T.serial(parts) as part:
             index = [block * scratch.rows + rows + spare, self.at(part * self.lanes)]
@@ -450,6 +453,25 @@ class Float32Product(ShiftProduct):
                 T.buffer_store(scratch.activations, T.float32(0), [place, count + rest])
 
         self.each_block(scratch, inputs, copy)
+
+    def stage_store(self, scratch: Scratch) -> Store:
+        """What stores outputs of a product before this one where `stage` would bring them; then call `finish_stage`."""
+        T = self._T
+
+        def store(row: Any, column: Any, value: Any, count: int) -> None:
+            block, position = column // self.block, column % self.block
+            place = position if count == 1 else self.at(position)
+            T.buffer_store(scratch.activations, value, [block * scratch.rows + row, place])
+
+        return store
+
+    def finish_stage(self, scratch: Scratch, rows: Any, inputs: Any) -> None:
+        """Do the rest of `stage` once all outputs are stored."""
+        T = self._T
+        block, count = T.bind((inputs - 1) // self.block), T.bind((inputs - 1) % self.block + 1)
+        with T.serial(rows) as row, T.serial(-count % self.unroll) as rest:
+            T.buffer_store(scratch.activations, T.float32(0), [block * scratch.rows + row, count + rest])
+        self.fill_up(scratch, rows)
 
     def multiply(self, scratch: Scratch, row: Any, turn: Any, count: Any) -> list[Any]:
         T, lanes = self._T, self.lanes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ def is_plain_mlp(module: nn.Module) -> bool:
     what does nothing in evaluation, no hooks, and it takes one tensor. What its forward pass makes of them is tried
     out, on a copy with random weights.
     """
-    first, second, act = (getattr(module, name, None) for name in ("fc1", "fc2", "act"))
+    first, second, act = (cast(Any, getattr(module, name, None)) for name in ("fc1", "fc2", "act"))
     if isinstance(module, FrozenMlp) or not isinstance(act, nn.Module) or activation_name(act) is None:
         return False
     if not all(type(layer) in (nn.Linear, PackedShiftLinear) for layer in (first, second)):
@@ -94,11 +95,11 @@ def _computes_an_mlp(module: nn.Module) -> bool:
         torch.manual_seed(0)
         trial = copy.deepcopy(module).eval()
         for name in ("fc1", "fc2"):
-            layer = trial.get_submodule(name)
+            layer = cast(nn.Linear, trial.get_submodule(name))
             setattr(trial, name, nn.Linear(layer.in_features, layer.out_features))
         expected = FrozenMlp(trial)
         for shape in ((3,), (2, 3), (1, 2, 3)):
-            x = torch.randn(*shape, trial.fc1.in_features)
+            x = torch.randn(*shape, expected.fc1.in_features)
             try:
                 if not torch.equal(trial(x), expected(x)):
                     return False
