@@ -210,7 +210,7 @@ class CudaKernel(Kernel):
                     self.trial(function, **spec)
                     torch.cuda.synchronize()
                 return
-            except (AssertionError, torch.OutOfMemoryError):
+            except (AssertionError, torch.cuda.OutOfMemoryError):
                 raise
             except Exception as error:
                 broken = error

@@ -119,7 +119,7 @@ class CudaTarget:
         )
 
 
-# The oldest is the first that nvcc 13 and tensor cores of whole warps go together on. Any later one can be named, too.
+# From the oldest that nvcc 13 compiles for. Any later one can be named, too.
 CUDA_TARGETS = tuple(CudaTarget(capability) for capability in (75, 80, 89, 90))
 
 
