@@ -150,14 +150,14 @@ def is_sharded(model: nn.Module) -> bool:
     return dist.is_available() and any(type(p).__name__ == "DTensor" for p in model.parameters())
 
 
-def whole_model_state(model: nn.Module) -> dict[str, Tensor]:
+def whole_model_state(model: nn.Module) -> dict[str, Any]:
     """The state dict of a model, gathered from all processes onto the first one's CPU; others may get nothing."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     return get_model_state_dict(model, options=_whole_states())
 
 
-def load_whole_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+def load_whole_model_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Load a whole state dict, which every process has, into a model of whatever kind."""
     from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
