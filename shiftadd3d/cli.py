@@ -431,13 +431,17 @@ class Kernels(Verb):
 
 
 @dataclass(frozen=True)
-class BenchKernels(Verb):
-    """Time kernels against torch in float32, bfloat16 and int8, compiled and not, and against TVM's own float32.
+class Bench(Verb):
+    """Measure how fast parts of this project are on the machine at hand.
+
+    kernels: time them against torch in float32, bfloat16 and int8, compiled and not, and against TVM's own float32.
 
     Everything that solves a problem takes turns; tables show speedups, times with quartiles, shares of what the machine
     does at best, and what was to be reached. Takes a quarter of an hour for each number of threads.
     """
 
+    what: Annotated[Literal["kernels"], tyro.conf.Positional]
+    """Which part."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
     threads: str = "1"
@@ -460,18 +464,6 @@ class BenchKernels(Verb):
                 print(f"\n{table}")
         if self.json is not None:
             write_json(self.json, facts)
-
-
-@dataclass(frozen=True)
-class Bench(Verb):
-    """Measure how fast parts of this project are on the machine at hand."""
-
-    what: Annotated[Annotated[BenchKernels, tyro.conf.subcommand("kernels")], tyro.conf.arg(name="")]
-    """Which part."""
-
-    def run(self) -> None:
-        """Do it."""
-        self.what.run()
 
 
 def _need_nerfstudio() -> None:
