@@ -185,7 +185,9 @@ def _in_this_process(work: Path, run: Callable[[Any], Any]) -> tuple[Any, Any]:
             return [self._build(one) for one in build_inputs]
 
         def _build(self, one: Any) -> Any:
-            library = work / f"{next(numbers)}.so"
+            # MetaSchedule removes the folder of what it has timed.
+            library = work / str(next(numbers)) / "candidate.so"
+            library.parent.mkdir()
             try:
                 link(tvm.compile(one.mod, target=one.target).mod, library)
             except Exception as error:
