@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -218,12 +218,6 @@ def _matshift_cuda(
     if y is None:
         return matshift_twin(x, codes, offset, bias, bits, activation)
     return y.view(*x.shape[:-1], codes.shape[1])
-
-
-@lru_cache(maxsize=256)
-def _zeros(outputs: int) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.zeros(outputs)
 
 
 def _run(

@@ -31,7 +31,7 @@ def test_functions_take_turns_and_the_slower_one_is_found(torch_threads: int):
         times = interleaved({"short": lambda: work("short", 50), "long": lambda: work("long", 600)}, seconds=0.0)
     finally:
         torch.set_num_threads(before)
-    assert times["long"].median > times["short"].median  # more than a thousand times the work
+    assert times["long"].median > 4 * times["short"].median  # it has more than a thousand times the work
     assert all(0 < spread.lower <= spread.median <= spread.upper for spread in times.values())
     rounds = "".join(name[0] for name in order).split("l")  # the short one is called again and again for a round
     assert len([calls for calls in rounds if calls]) >= 5
