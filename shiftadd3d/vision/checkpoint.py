@@ -220,7 +220,9 @@ def read_config(folder: Path) -> ClassifierConfig:
     try:
         return ClassifierConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise UserError(f"{folder}: no {CONFIG_FILE} there; {_EXPECTED}") from None
+        below = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{CONFIG_FILE}"))
+        expected = f"there is one in {', '.join(map(str, below[:_LISTED]))}" if below else _EXPECTED
+        raise UserError(f"{folder}: no {CONFIG_FILE} there; {expected}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error}); {_EXPECTED}") from None
     except UserError as error:

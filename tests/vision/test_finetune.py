@@ -389,6 +389,9 @@ def test_what_is_no_classifier_is_refused_in_one_line(config: ClassifierConfig, 
         return str(caught.value)
 
     assert "no config.json there; expected a folder that" in complaint(tmp_path)
+    (tmp_path / "run" / "stage1-add" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "stage1-add" / "best" / "config.json").write_text("{}")
+    assert f"no config.json there; there is one in {tmp_path}/run/stage1-add/best" in complaint(tmp_path / "run")
     file = tmp_path / "config.json"
     file.write_text("{")
     assert "config.json: not JSON" in complaint(tmp_path)
