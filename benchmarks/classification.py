@@ -29,12 +29,12 @@ from reporting import (
     DATA,
     NOT_MEASURED,
     OUTPUTS,
-    RESULTS,
     command_block,
     git_commit,
     machine_facts,
     machine_list,
     markdown_table,
+    write_page,
     write_result,
 )
 
@@ -419,18 +419,9 @@ def operation_times(run: Callable[[Tensor], Tensor], images: Tensor) -> list[dic
 class Report:
     """Make docs/results/classification.md from the JSON files."""
 
-    data: Path = DATA
-    """Folder of the JSON files."""
-    template: Path = RESULTS / "classification.template.md"
-    """The text around the tables."""
-    out: Path = RESULTS / "classification.md"
-    """The file to write."""
-
     def __call__(self) -> None:
-        template = self.template.read_text(encoding="utf-8")
-        text = render_report(read_results(self.data), template, read_speed(self.data))
-        self.out.write_text(text, encoding="utf-8")
-        print(f"wrote {self.out}")
+        results, speed = read_results(DATA), read_speed(DATA)
+        write_page("classification", lambda template: render_report(results, template, speed))
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

@@ -23,11 +23,11 @@ from reporting import (
     DATA,
     NOT_MEASURED,
     PICTURES,
-    RESULTS,
     command_block,
     git_commit,
     machine_list,
     markdown_table,
+    write_page,
     write_result,
 )
 
@@ -241,9 +241,7 @@ def draw_chart(facts: dict[str, Any], path: Path) -> None:
 
 def report() -> None:
     results = read_results(DATA)
-    template = (RESULTS / "kernels.template.md").read_text(encoding="utf-8")
-    (RESULTS / "kernels.md").write_text(render_report(results, template), encoding="utf-8")
-    print(f"wrote {RESULTS / 'kernels.md'}")
+    write_page("kernels", lambda template: render_report(results, template))
     for facts in combined(results):
         draw_chart(facts, PICTURES / f"kernels-{facts['device']}-{facts['target']}.png")
 

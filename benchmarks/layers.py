@@ -30,12 +30,12 @@ from reporting import (
     DATA,
     NOT_MEASURED,
     OUTPUTS,
-    RESULTS,
     command_block,
     git_commit,
     machine_facts,
     machine_list,
     markdown_table,
+    write_page,
     write_result,
 )
 
@@ -367,17 +367,8 @@ class Nerf:
 class Report:
     """Make docs/results/layers.md from the JSON files."""
 
-    data: Path = DATA
-    """Folder of the JSON files."""
-    template: Path = RESULTS / "layers.template.md"
-    """The text around the tables."""
-    out: Path = RESULTS / "layers.md"
-    """The file to write."""
-
     def __call__(self) -> None:
-        text = render_report(read_results(self.data), self.template.read_text(encoding="utf-8"))
-        self.out.write_text(text, encoding="utf-8")
-        print(f"wrote {self.out}")
+        write_page("layers", lambda template: render_report(read_results(DATA), template))
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

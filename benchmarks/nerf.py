@@ -33,12 +33,12 @@ from reporting import (
     NOT_MEASURED,
     OUTPUTS,
     PICTURES,
-    RESULTS,
     command_block,
     git_commit,
     machine_facts,
     machine_list,
     markdown_table,
+    write_page,
     write_result,
 )
 
@@ -640,19 +640,11 @@ def peak_memory() -> int:
 class Report:
     """Make docs/results/nerf.md, and the plot in it, from the JSON files."""
 
-    data: Path = DATA
-    """Folder of the JSON files."""
-    template: Path = RESULTS / "nerf.template.md"
-    """The text around the tables."""
-    out: Path = RESULTS / "nerf.md"
-    """The file to write. The plot goes into pictures/ beside it."""
-
     def __call__(self) -> None:
-        results = read_results(self.data)
+        results = read_results(DATA)
         if results["memory"]:
-            plot_memory(results["memory"][0], self.out.parent / "pictures" / "nerf-memory.png")
-        self.out.write_text(render_report(results, self.template.read_text(encoding="utf-8")), encoding="utf-8")
-        print(f"wrote {self.out}")
+            plot_memory(results["memory"][0], PICTURES / "nerf-memory.png")
+        write_page("nerf", lambda template: render_report(results, template))
 
 
 def read_results(folder: Path) -> dict[str, list[dict[str, Any]]]:

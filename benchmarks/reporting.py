@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,14 @@ def write_result(path: Path, facts: dict[str, Any]) -> None:
 
     write_json(path, facts)
     print(f"wrote {path}")
+
+
+def write_page(name: str, fill_in: Callable[[str], str]) -> None:
+    """Make the page docs/results/NAME.md: what `fill_in` makes of its template."""
+    page = RESULTS / f"{name}.md"
+    template = (RESULTS / f"{name}.template.md").read_text(encoding="utf-8")
+    page.write_text(fill_in(template), encoding="utf-8")
+    print(f"wrote {page}")
 
 
 NOT_MEASURED = "*Not measured yet.*"
