@@ -82,6 +82,8 @@ class Subject:
     """Names of layers that keep their multiplications, as in `Recipe`."""
     score: Callable[[nn.Module], float]
     """How good a model is, on held-out data."""
+    divergence: Callable[[nn.Module], float] | None
+    """How far its outputs there are from those of `model`, where that says more than the score."""
     finetune: Callable[[nn.Module, Recipe], nn.Module]
     """Trains a reparameterized model a little further."""
     inputs: int
@@ -136,6 +138,7 @@ def measure(subject: Subject, on_row: Callable[[dict[str, Any]], None]) -> None:
         calibrate_(calibrated, subject.batches, row, forward=subject.forward, verbose=False)
         seconds = time.perf_counter() - began
         operations = subject.operations(calibrated)
+        untuned = {"nearest": nearest, "calibrated": calibrated}
         facts["rows"].append(
             {
                 "name": row.name,
@@ -147,6 +150,8 @@ def measure(subject: Subject, on_row: Callable[[dict[str, Any]], None]) -> None:
                 "energy_share": round(operations.cost() / baseline.cost(), 4),
                 "bytes": operations.bytes,
                 "calibration_seconds": round(seconds, 1),
+                "divergence": subject.divergence
+                and {name: round(subject.divergence(each), 6) for name, each in untuned.items()},
             }
         )
         print({key: value for key, value in facts["rows"][-1].items() if key != "recipe"}, flush=True)
@@ -197,6 +202,9 @@ class Classifier:
     def __call__(self) -> None:
         commit = git_commit()  # now: it may move on while this runs
         use_threads(self.threads)
+        import torch
+        import torch.nn.functional as F
+
         from shiftadd3d.vision.checkpoint import ClassifierConfig, create_dense
         from shiftadd3d.vision.data import InputConfig, PictureSet, eval_loader, open_data, seed_everything
         from shiftadd3d.vision.distributed import choose_device, this_process
@@ -222,12 +230,25 @@ class Classifier:
             stage = StageSettings(self.finetune_epochs, self.finetune_lr, warmup_epochs=0.5)
             return train(copy.deepcopy(model), data, config, stage, settings).model
 
+        def probabilities(model: nn.Module) -> list[torch.Tensor]:
+            loader = eval_loader(data.val, config.input, 64, 0, device, *this_process())
+            with torch.no_grad():
+                return [model.eval()(images).log_softmax(-1) for images, _ in loader]
+
+        expected = probabilities(trained.model)
+
+        def divergence(model: nn.Module) -> float:
+            pairs = zip(probabilities(model), expected, strict=True)
+            sums = [F.kl_div(found, wanted, reduction="sum", log_target=True).item() for found, wanted in pairs]
+            return sum(sums) / len(data.val)
+
         subject = Subject(
             model=trained.model,
             batches=[images for images, _ in eval_loader(seen, config.input, 64, 0, device, *this_process())],
             forward=lambda model, images: model(images),
             exclude=(),
             score=lambda model: round(evaluate(model, data.val, config.input, workers=0).top1, 4),
+            divergence=divergence,
             finetune=finetune,
             inputs=64,
             dwconv=3,
@@ -335,6 +356,7 @@ class Nerf:
             forward=forward,
             exclude=kept,
             score=score,
+            divergence=None,
             finetune=finetune,
             inputs=pipeline.datamanager.get_train_rays_per_batch(),
             dwconv=3,
@@ -445,8 +467,11 @@ def kept_table(results: list[dict[str, Any]]) -> str:
             if row["recipe"]["attention"] == "add":
                 continue
             losses = [loss_text(facts, row[stage]) for stage in ("nearest", "calibrated", "finetuned")]
-            rows.append([f"`{facts['model']}` on {facts['data']}, {row['name']}", *losses, unit])
-    return markdown_table(["lost", "nearest", "calibrated", "fine-tuned", "in"], rows)
+            divergence = row["divergence"] or {}
+            moved = [f"{divergence[stage]:.4f}" if divergence else "" for stage in ("nearest", "calibrated")]
+            rows.append([f"`{facts['model']}` on {facts['data']}, {row['name']}", *losses, unit, *moved])
+    header = ["lost", "nearest", "calibrated", "fine-tuned", "in", "divergence, nearest", "divergence, calibrated"]
+    return markdown_table(header, rows)
 
 
 def search_table(results: list[dict[str, Any]]) -> str:

@@ -37,7 +37,7 @@ _SECONDS_UNUSED = 90 * 24 * 3600
 
 def folder() -> Path:
     """The folder of compiled kernels, made if it was not there; only its owner may look into it."""
-    return _prepare(os.environ.get(ENVIRONMENT_VARIABLE) or str(_platform_folder()))
+    return _prepare(os.environ.get(ENVIRONMENT_VARIABLE) or _platform_folder())
 
 
 def key(**facts: Any) -> str:
@@ -143,13 +143,14 @@ def _is_running(note: Path) -> bool:
     return True
 
 
-def _platform_folder() -> Path:
+def _platform_folder() -> str:
+    # Without pathlib, which takes longer than some kernels do: records are looked up with every call.
     if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
+        base = os.path.expanduser("~/Library/Caches")
     else:
         named = os.environ.get("XDG_CACHE_HOME", "")
-        base = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
-    return base / "shiftadd3d" / "kernels"
+        base = named if os.path.isabs(named) else os.path.expanduser("~/.cache")
+    return os.path.join(base, "shiftadd3d", "kernels")
 
 
 @lru_cache(maxsize=8)

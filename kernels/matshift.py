@@ -205,9 +205,10 @@ def _matshift_cpu(
     return matshift_twin(x, codes, offset, bias, bits, activation)
 
 
-def _matshift_cuda(
+def matshift_cuda(
     x: Tensor, codes: Tensor, offset: Tensor, bias: Tensor | None, bits: int, activation: str, numerics: str
 ) -> Tensor:
+    """`matshift` of CUDA tensors."""
     check_arguments(x, codes, offset, bias, bits, activation, numerics)
     dtype = cuda_matshift.DTYPES.get(x.dtype)
     if numerics == "twin" or dtype is None or not x.numel() or not codes.numel():
@@ -302,9 +303,10 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 _matshift_op = define_op(
     "matshift(Tensor x, Tensor codes, Tensor offset, Tensor? bias, int bits, str activation, str numerics) -> Tensor",
     cpu=_matshift_cpu,
-    cuda=_matshift_cuda,
+    cuda=matshift_cuda,
     twin=matshift_twin,
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
+    activations=1,
 )

@@ -1,6 +1,6 @@
 """Fused MLP: ``y = act(x W1^T + b1) W2^T + b2`` with weights of powers of two, in one pass over the tokens.
 
-Each task takes a block of tokens through both layers, so that what lies between the two is never written to memory.
+On a CPU, each task takes a block of tokens through both layers, so that what lies between the two is never written to memory.
 
 Accuracy: that of two calls of `matshift`, except that hidden activations of a bfloat16 layer stay in float32.
 
@@ -23,7 +23,7 @@ from shiftadd3d._errors import UserError
 from shiftadd3d.kernels import activations, bfloat16, memory, power_of_two, targets
 from shiftadd3d.kernels.activations import Activation
 from shiftadd3d.kernels.kernel import Kernel, define_op
-from shiftadd3d.kernels.matshift import DTYPES, check_arguments, matshift_twin
+from shiftadd3d.kernels.matshift import DTYPES, check_arguments, matshift_cuda, matshift_twin
 from shiftadd3d.kernels.numerics import Numerics, get_numerics
 from shiftadd3d.kernels.shift_product import (
     Dtype,
@@ -62,7 +62,8 @@ def shift_mlp(
 ) -> Tensor:  # [*, outputs], dtype of x
     """Two linear layers with power-of-two weights and an activation function between them.
 
-    Runs compiled code on CPUs in float32 and bfloat16, and `shift_mlp_twin` everywhere else.
+    Runs compiled code on CPUs in float32 and bfloat16, on CUDA GPUs as two calls of `matshift`, and `shift_mlp_twin`
+    everywhere else.
 
     Args:
         x: activations, any leading shape.
@@ -304,6 +305,28 @@ def _mlp_cpu(
     return shift_mlp_twin(x, *layers, bits, activation)
 
 
+def _mlp_cuda(
+    x: Tensor,
+    hidden_codes: Tensor,
+    hidden_offset: Tensor,
+    hidden_bias: Tensor | None,
+    codes: Tensor,
+    offset: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    activation: str,
+    numerics: str,
+) -> Tensor:
+    """Two products, the first with the activation function in it.
+
+    One kernel for both would have to keep all outputs of its tokens in registers, which 64 of them allow and 192 do
+    not; and what lies between the products mostly stays in a GPU's second-level cache of tens of megabytes.
+    """
+    _check(x, hidden_codes, hidden_offset, hidden_bias, codes, offset, bias, bits, activation, numerics)
+    hidden = matshift_cuda(x, hidden_codes, hidden_offset, hidden_bias, bits, activation, numerics)
+    return matshift_cuda(hidden, codes, offset, bias, bits, "none", numerics)
+
+
 def _run(function: Any, x: Tensor, layers: Sequence[Any], block_rows: int) -> Tensor | None:
     """Call a compiled function; None if its form cannot express an activation."""
     y = memory.empty(x.shape[0], layers[3].shape[1], dtype=x.dtype)
@@ -378,6 +401,8 @@ _mlp_op = define_op(
     "shift_mlp(Tensor x, Tensor hidden_codes, Tensor hidden_offset, Tensor? hidden_bias, Tensor codes, Tensor offset, "
     "Tensor? bias, int bits, str activation, str numerics) -> Tensor",
     cpu=_mlp_cpu,
+    cuda=_mlp_cuda,
     twin=shift_mlp_twin,
     fake=_fake,
+    activations=1,
 )

@@ -525,4 +525,5 @@ _moe_op = define_op(
     cpu=_moe_cpu,
     twin=moe_mlp_twin,
     fake=_fake,
+    activations=1,
 )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.kernel import KERNEL_DEVICES
 
 Numerics = Literal["exact", "fast", "twin"]
 NUMERICS: tuple[Numerics, ...] = get_args(Numerics)
@@ -70,10 +71,17 @@ def numerics(name: Numerics) -> Iterator[None]:
         set_numerics(before)
 
 
-def uses_kernels(*tensors: Tensor) -> bool:
-    """Whether layers should run a kernel for inference on these: on the CPU, no gradients wanted, not ``"twin"``."""
+def uses_kernels(op: str, *tensors: Tensor) -> bool:
+    """Whether layers should call an op on these tensors for inference, in place of the plain torch that they are.
+
+    So it is where the op has a kernel for their device, no gradients are wanted, and numerics are not ``"twin"``.
+
+    Args:
+        op: its name, such as ``"matshift"``.
+    """
+    devices = KERNEL_DEVICES[op]
     return (
         get_numerics() != "twin"
         and not torch.is_grad_enabled()
-        and all(tensor.device.type == "cpu" for tensor in tensors)
+        and all(tensor.device.type in devices for tensor in tensors)
     )

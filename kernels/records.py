@@ -33,8 +33,8 @@ _tried: dict[str, dict[str, Any] | None] = {}
 
 def choice(target: str, kernel: str, **problem: Any) -> dict[str, Any] | None:
     """What was found best for a problem of a kernel on a target, or None."""
-    key = _key(kernel, problem)
-    return _tried[key] if key in _tried else _choices(user_folder(), target).get(key)
+    key = _known_key(kernel, *problem.items())
+    return _tried[key] if key in _tried else _choices(cache.folder(), target).get(key)
 
 
 @contextlib.contextmanager
@@ -77,9 +77,14 @@ def write(folder: Path, target: str, found: list[dict[str, Any]]) -> Path:
 
 
 @lru_cache(maxsize=8)
-def _choices(user: Path, target: str) -> dict[str, dict[str, Any]]:
-    records = [*read(PACKAGED, target), *read(user, target)]
+def _choices(cached: Path, target: str) -> dict[str, dict[str, Any]]:
+    records = [*read(PACKAGED, target), *read(cached / "records", target)]
     return {_key(one["kernel"], one["problem"]): one["choice"] for one in records}
+
+
+@lru_cache(maxsize=256)
+def _known_key(kernel: str, *problem: tuple[str, Any]) -> str:
+    return _key(kernel, dict(problem))
 
 
 def _key(kernel: str, problem: dict[str, Any]) -> str:

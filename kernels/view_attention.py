@@ -467,6 +467,7 @@ view_attention = define_op(
     cuda=_cuda,
     twin=view_attention_twin,
     fake=lambda query, *_: torch.empty_like(query),
+    activations=3,
 )
 #: ``torch.ops.shiftadd3d.view_attention_shift``: the same with packed power-of-two weights, as `PackedShiftLinear` has
 #: them: codes [terms, out, ceil(in * bits / 8)] uint8 and offsets [terms, out] int8.
@@ -476,4 +477,5 @@ view_attention_shift = define_op(
     cuda=_with_codes(_cuda),
     twin=view_attention_shift_twin,
     fake=lambda query, *_: torch.empty_like(query),
+    activations=3,
 )

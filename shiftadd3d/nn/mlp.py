@@ -18,8 +18,8 @@ from shiftadd3d.nn.shift import PackedShiftLinear
 class FrozenMlp(nn.Module):
     """``fc2(act(fc1(x)))``: the layers of a perceptron, without what it has for training only.
 
-    On a CPU and without gradients, packed shift layers of one format run as one kernel, which keeps what lies between
-    them in the cache (see `shiftadd3d.kernels`).
+    Without gradients, packed shift layers of one format run as one op: on CPUs as one kernel, which keeps what lies
+    between them in the cache (see `shiftadd3d.kernels`).
 
     Args:
         mlp: whose layers it takes over, the very modules under the same names; one that `is_plain_mlp` accepts.
@@ -45,7 +45,7 @@ class FrozenMlp(nn.Module):
             and (first.bits, first.terms) == (second.bits, second.terms)
             and activation is not None
             and x.shape[-1:] == (first.in_features,)
-            and uses_kernels(x)
+            and uses_kernels("shift_mlp", x)
             and not is_watched(self)
         ):
             layers = (first.codes, first.offset, first.bias, second.codes, second.offset, second.bias)

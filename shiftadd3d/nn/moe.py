@@ -423,7 +423,7 @@ class FrozenMoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [*, dim] -> [*, dim']
         tokens = x.reshape(-1, x.shape[-1])
         logits = _router_logits(tokens, self.router, self.temperature)
-        chains = _chains(self.experts) if uses_kernels(x) and not is_watched(self.experts) else None
+        chains = _chains(self.experts) if uses_kernels("moe_mlp", x) and not is_watched(self.experts) else None
         if chains is not None:
             out, assignment = moe_mlp(tokens, logits, *chains, self.gate == "probability")
         else:

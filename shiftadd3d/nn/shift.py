@@ -497,9 +497,9 @@ class PackedShiftLayer(nn.Module):
     def product(self, x: Tensor) -> Tensor:  # [*, in_features] -> [*, out_features]
         """``x W^T + b``, the weight decoded for this call only: a layer keeps no float copy of it.
 
-        On a CPU and without gradients, compiled code computes it from the codes (see `shiftadd3d.kernels`).
+        Without gradients, on CPUs and CUDA GPUs, compiled code computes it from the codes (see `shiftadd3d.kernels`).
         """
-        if uses_kernels(x):
+        if uses_kernels("matshift", x):
             return matshift(x, self.codes, self.offset, self.bias, self.bits)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.quantized_weight(x.dtype), bias)

@@ -18,11 +18,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shiftadd3d import UserError, cli, kernels
 from shiftadd3d.kernels import cache, cuda, cuda_matshift, manage, matadd, power_of_two, targets, view_attention
 from shiftadd3d.kernels.cuda import CUDA_KERNELS, CudaCode, CudaKernel
+from shiftadd3d.kernels.kernel import KERNEL_DEVICES
 from shiftadd3d.kernels.targets import CUDA_TARGETS, CudaTarget
+from shiftadd3d.models.gnt.projection import PointSamples
+from shiftadd3d.models.gnt.transformer import GNT, FeedForward
+from shiftadd3d.nn import FrozenMlp, MoEMlp, Recipe, ShiftLinear, freeze_, reparameterize_
 
 pytest.importorskip("tvm")
 
@@ -171,7 +183,7 @@ def emulated_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_matshift_takes_any_leading_shape_and_no_bias(emulated_gpu: None):
     codes, offset, _ = power_of_two.encode(torch.randn(5, 33))
     x, codes = torch.randn(2, 0, 33), power_of_two.pack(codes, 4)
-    on_gpu = functools.partial(matshift_module._matshift_cuda, bits=4, activation="relu", numerics="exact")
+    on_gpu = functools.partial(matshift_module.matshift_cuda, bits=4, activation="relu", numerics="exact")
     assert on_gpu(x, codes, offset, None).shape == (2, 0, 5)
     x = torch.randn(3, 2, 66)[..., ::2]
     torch.testing.assert_close(
@@ -476,6 +488,126 @@ def test_without_nvcc_the_twin_stands_in(pretended_kernel: Any, pretended_gpu, m
     monkeypatch.setattr(cuda, "find_nvcc", lambda: None)
     with pytest.raises(RuntimeError, match="no nvcc found to compile it with"):
         cuda.assemble("", "sm_90")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Layers on a GPU that is only pretended: tensors without numbers, which cannot be waited for
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Ops(TorchDispatchMode):
+    """The names of the ops of this project that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "shiftadd3d":
+            self.called.add(func._schema.name.partition("::")[2])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def fake_cuda() -> Iterator[None]:
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        yield
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    freeze_(module.eval(), verbose=False)
+    return module
+
+
+def to_fake_cuda(module: nn.Module) -> nn.Module:
+    return module._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"))
+
+
+def ops_of(module: nn.Module, *inputs: Any) -> set[str]:
+    with Ops() as ops:
+        module(*inputs)
+    return ops.called
+
+
+FROZEN_LAYERS = ("matshift", "shift_mlp")
+
+
+def frozen_layer(op: str) -> nn.Module:
+    """A layer from 8 channels to 8 that runs as this op."""
+    mlp = FeedForward(8, 16, dropout=0.0)
+    for name in ("fc1", "fc2"):
+        setattr(mlp, name, ShiftLinear.from_linear(getattr(mlp, name)))
+    return frozen(nn.Sequential({"matshift": ShiftLinear(8, 8), "shift_mlp": mlp, "moe_mlp": MoEMlp(8, 16)}[op]))
+
+
+@pytest.mark.parametrize("op", FROZEN_LAYERS)
+def test_frozen_layers_on_a_gpu_call_their_kernels_without_waiting_for_it(op: str, fake_cuda: None):
+    with unset_fake_temporarily():
+        layer = frozen_layer(op)
+    to_fake_cuda(layer)
+    x = torch.empty(2, 5, 8, device="cuda")
+    assert ops_of(layer, x) == {op}
+    with kernels.numerics("twin"), contextlib.suppress(DynamicOutputShapeException, DataDependentOutputException):
+        assert ops_of(layer, x) == set()
+    with torch.enable_grad(), contextlib.suppress(DynamicOutputShapeException, DataDependentOutputException):
+        assert ops_of(layer, x) == set()
+
+
+def test_where_a_gpu_has_no_kernel_a_network_runs_as_it_is_written(fake_cuda: None):
+    recipe = Recipe(attention="add")
+    with unset_fake_temporarily():
+        network = GNT(depth=1, width=32, feature_dim=4, color_head=True)
+        reparameterize_(network, recipe, verbose=False)
+        frozen(network)
+
+    def samples(device: str) -> tuple[Any, ...]:
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        seen = PointSamples(empty(3, 6, 5, 7), empty(3, 6, 5, 4), empty(3, 6, 5, 1, dtype=torch.bool))
+        return seen, empty(3, 6, 3), empty(3, 3)
+
+    on_cpu = ops_of(network, *samples("cpu"))
+    assert on_cpu >= {"view_attention", "ray_block", "position_layer", "view_embedding", "color_blend"}
+    on_gpu = ops_of(to_fake_cuda(network), *samples("cuda"))
+    assert on_gpu >= {"view_attention"}
+    assert all("cuda" in KERNEL_DEVICES[op] for op in on_gpu)
+
+
+def test_a_model_and_its_input_on_different_devices_are_a_clear_error(fake_cuda: None):
+    with unset_fake_temporarily():
+        layer = frozen_layer("matshift")
+    with pytest.raises(UserError, match="matshift: x is on cuda:0, but codes on cpu; move the input to the device of"):
+        layer(torch.empty(2, 8, device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("op", FROZEN_LAYERS)
+def test_autocast_makes_frozen_layers_compute_in_its_dtype(op: str, dtype: torch.dtype, fake_cuda: None, monkeypatch):
+    with unset_fake_temporarily():
+        layer = frozen_layer(op)
+    to_fake_cuda(layer)
+    x = torch.empty(2, 5, 8, device="cuda")
+    was = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_dtype("cuda", dtype)
+    torch.set_autocast_enabled("cuda", True)  # what torch.autocast leaves undone where there is no GPU
+    try:
+        assert layer(x).dtype == dtype
+        assert layer(x.double()).dtype == torch.float64
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", was)
+
+
+@pytest.mark.parametrize("op", FROZEN_LAYERS)
+def test_autocast_casts_the_input_and_nothing_else(op: str):
+    layer, x = frozen_layer(op), torch.randn(7, 8)
+    with torch.no_grad():
+        expected = layer(x.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            found = layer(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
 # --------------------------------------------------------------------------------------------------------------------

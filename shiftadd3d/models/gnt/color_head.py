@@ -66,7 +66,7 @@ class ImageColorHead(nn.Module):
         mask = samples.mask[..., 0]
         scales = (self.angle_scale, self.agreement_scale)
         plain = None
-        if uses_kernels(x, samples.values) and is_free(self.children()):
+        if uses_kernels("color_blend", x, samples.values) and is_free(self.children()):
             plain = weights_and_biases((self.point_fc, self.view_fc, self.view_logit_fc, self.sample_logit_fc))
         if plain is not None:
             rgb, weights = color_blend(x, samples.values, samples.ray_diff, mask, *plain, *scales)

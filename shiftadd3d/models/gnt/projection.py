@@ -157,7 +157,7 @@ def sample_sources(points: Tensor, target_center: Tensor, sources: SourceViews, 
         feature_maps: [V, C, h, w], those of `sources` to look at.
     """
     scene = scene_of(points, target_center, sources, feature_maps)
-    look_up = gather.point_samples if uses_kernels(points, feature_maps) else gather.point_samples_twin
+    look_up = gather.point_samples if uses_kernels("point_samples", points, feature_maps) else gather.point_samples_twin
     values, ray_diff, mask = look_up(*scene)
     return PointSamples(values, ray_diff, mask.unsqueeze(-1))
 

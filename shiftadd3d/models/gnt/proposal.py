@@ -61,7 +61,7 @@ class PlaneSweepProposal(nn.Module):
             rgb [R, 3] and weights [R, P], as `forward` does, and whether any view sees a point, [R, P] bool.
         """
         feature_maps = sources.features[0]
-        if uses_kernels(points, feature_maps) and is_free(self.children()):
+        if uses_kernels("plane_sweep", points, feature_maps) and is_free(self.children()):
             plain = weights_and_biases((self.score[0], self.score[2]))
             if plain is not None:
                 (hidden, last), (hidden_bias, last_bias) = plain

@@ -68,7 +68,7 @@ class ViewAttention(nn.Module):
         Returns:
             [R, S, C].
         """
-        if uses_kernels(query, views) and views.shape[2] <= MAX_VIEWS and is_free(self.children()):
+        if uses_kernels("view_attention", query, views) and views.shape[2] <= MAX_VIEWS and is_free(self.children()):
             (pos_1, _, pos_2), (attn_1, _, attn_2) = self.pos_fc, self.attn_fc
             layers = (self.q_fc, self.k_fc, self.v_fc, pos_1, pos_2, attn_1, attn_2, self.out_fc)
             plain = weights_and_biases(layers)
@@ -140,7 +140,7 @@ class RayTransformer(nn.Module):
         self.attn = RayAttention(dim, num_heads, dropout)
 
     def forward(self, x: Tensor, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        if uses_kernels(x) and is_free(self.children()):
+        if uses_kernels("ray_block", x) and is_free(self.children()):
             outcome = self._fused(x, return_weights)
             if outcome is not None:
                 return outcome
@@ -233,7 +233,7 @@ class GNT(nn.Module):
             x = view_transformer(x, views, samples.ray_diff, samples.mask)
             if i % 2 == 0:
                 plain = None
-                if uses_kernels(x, points) and is_free([q_fc]):
+                if uses_kernels("position_layer", x, points) and is_free([q_fc]):
                     first, _, second = q_fc.children()
                     plain = weights_and_biases((first, second))
                 if plain is not None:
@@ -252,7 +252,7 @@ class GNT(nn.Module):
     def _embed(self, samples: PointSamples) -> tuple[Tensor, Tensor]:
         """What the views show, embedded, [R, S, V, width], and the first queries [R, S, width]."""
         head = [] if self.color_head is None else [self.color_head.consistency_fc]
-        if uses_kernels(samples.values) and is_free((self.rgbfeat_fc, *head)):
+        if uses_kernels("view_embedding", samples.values) and is_free((self.rgbfeat_fc, *head)):
             plain = weights_and_biases((self.rgbfeat_fc[0], self.rgbfeat_fc[2], *head))
             if plain is not None:
                 return view_embedding(samples.values, samples.mask[..., 0], *plain)
