@@ -6,6 +6,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,12 @@ class EmulatedCpu:
         subprocess.run(["g++", *options, "-o", library, source], check=True)
         self.instructions: Any = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
         self._functions: dict[str, dict[Any, Any]] = {}
+        self._lock, self._running = threading.Lock(), 0
         self._load, self._link = kernel_module.load_library, kernel_module.link
         kernel_module._install_launcher()  # which is not emulated
 
     def become(self, target: CpuTarget, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Have this process take its CPU for the target's until the patches are undone; then clear `targets.current`."""
+        """Have this process take its CPU for the target's, until the patches are undone."""
         monkeypatch.setenv("SHIFTADD3D_CACHE", str(self.folder / "kernels"))
         monkeypatch.setenv(targets.ENVIRONMENT_VARIABLE, target.name)
         monkeypatch.setattr(targets, "cpu_flags", lambda: target.flags)
@@ -92,8 +94,16 @@ class EmulatedCpu:
         """The function, which now fails if one of its instructions does."""
 
         def call(*arguments: Any) -> None:
-            function(*arguments)
-            assert not (fault := self.fault()), fault
+            with self._lock:
+                self._running += 1
+            try:
+                function(*arguments)
+            finally:
+                with self._lock:
+                    self._running -= 1
+                    # While others run, they have tiles configured.
+                    fault = "" if self._running else self.fault()
+            assert not fault, fault
 
         return call
 
@@ -161,6 +171,7 @@ def emulated_cpu(emulator: EmulatedCpu, monkeypatch: pytest.MonkeyPatch) -> Iter
 
     yield become
     targets.current.cache_clear()
+
 
 @pytest.fixture(autouse=True)
 def cpu_under_test(request: pytest.FixtureRequest) -> None:
