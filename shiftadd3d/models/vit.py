@@ -77,12 +77,10 @@ class ViTAddAttention(AddAttention):
         Returns:
             [B, N, C'].
         """
-        q, k, v = (self.split_heads(fc(x)) for fc in (self.q_fc, self.k_fc, self.v_fc))
+        q, k, v = self.project(x, x)
         mask, bias = _mask_and_bias(attn_mask, is_causal, x)
         out, _ = self.attend(self.q_norm(q), self.k_norm(k), v, mask, bias)
-        if self.dwconv is not None:
-            out = out + self.dwconv(v)
-        out = self.norm(out.transpose(1, 2).flatten(-2))
+        out = self.norm(self.add_convolution(out, v).transpose(1, 2).flatten(-2))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return F.dropout(self.out_fc(out), self.dropout, self.training)
@@ -140,13 +138,19 @@ class SpatialReductionAddAttention(AddAttention):
             [B, N, C].
         """
         reduced, grid = self.reduce(x, feat_size)
-        q, k, v = (self.split_heads(fc(t)) for fc, t in ((self.q_fc, x), (self.k_fc, reduced), (self.v_fc, reduced)))
+        q, k, v = self.project(x, reduced)
         out, _ = self.attend(q, k, v)
         out = out.transpose(1, 2).flatten(-2)
         if isinstance(self.dwconv, TokenConv2d):
-            local = self.dwconv(v, grid).transpose(-2, -1).flatten(1, 2).unflatten(-1, grid)  # [B, C, h, w]
-            out = out + F.interpolate(local, feat_size).flatten(2).transpose(1, 2)
+            out = out + self._at_queries(self.dwconv(v, grid).transpose(1, 2).flatten(-2), grid, feat_size)
         return F.dropout(self.out_fc(out), self.dropout, self.training)
+
+    def _at_queries(self, local: Tensor, grid: tuple[int, int], feat_size: tuple[int, int]) -> Tensor:
+        """Of reduced tokens [B, M, C], the one where each query lies, [B, N, C]."""
+        if grid == tuple(feat_size):
+            return local
+        image = local.transpose(1, 2).unflatten(-1, grid)
+        return F.interpolate(image, feat_size).flatten(2).transpose(1, 2)
 
     def reduce(self, x: Tensor, feat_size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         """The tokens attended to, [B, M, C], and their grid."""

@@ -19,7 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.depthwise import depthwise_conv
+from shiftadd3d.kernels.matadd import add_attention
+from shiftadd3d.kernels.numerics import uses_kernels
 from shiftadd3d.nn.binarize import Codes, make_binarizer
+from shiftadd3d.nn.mlp import has_hooks
+from shiftadd3d.nn.shift import joint_product
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -182,6 +187,8 @@ class TokenConv2d(nn.Module):
     `TokenConv` for images: it starts at zero too. Class and register tokens lie on no grid; they get zeros, and no
     neighbour sees them.
 
+    A `frozen` one (`freeze_` sets it) runs as a kernel where there is one (see `shiftadd3d.kernels`).
+
     Args:
         channels: H * E, all heads together.
         kernel_size: odd number of tokens along either side.
@@ -195,14 +202,16 @@ class TokenConv2d(nn.Module):
         super().__init__()
         self.channels, self.kernel_size = channels, _checked_kernel_size(kernel_size)
         self.num_prefix_tokens, self.grid = num_prefix_tokens, grid
+        self.frozen = False
         self.weight = nn.Parameter(torch.zeros(channels, 1, kernel_size, kernel_size))
 
-    def forward(self, v: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, v: Tensor, grid: tuple[int, int] | None = None, addend: Tensor | None = None) -> Tensor:
         """Convolve.
 
         Args:
             v: [B, H, prefix + h * w, E], the grid row by row.
             grid: (h, w), where it is another one than that of the constructor.
+            addend: added to the outcome, of which it has the shape.
 
         Returns:
             The shape of `v`.
@@ -217,16 +226,25 @@ class TokenConv2d(nn.Module):
                 f"{v.shape[-2]} tokens are not {prefix} prefix tokens and a grid of {height} x {width}; a grid that "
                 "is no square must be given to the convolution on the values"
             )
+        if self.frozen and uses_kernels("depthwise_conv", v):
+            added = None if addend is None else _join_heads(addend)
+            out = depthwise_conv(_join_heads(v), self.weight, None, (height, width), addend=added)
+            return out.unflatten(-1, (v.shape[1], -1)).transpose(1, 2)
         image = v[:, :, prefix:].transpose(-2, -1).reshape(v.shape[0], -1, height, width)  # [B, H * E, h, w]
         image = F.conv2d(image, self.weight, padding=self.kernel_size // 2, groups=self.channels)
         out = image.unflatten(1, (v.shape[1], -1)).flatten(-2).transpose(-2, -1)
-        return F.pad(out, (0, 0, prefix, 0)) if prefix else out
+        out = F.pad(out, (0, 0, prefix, 0)) if prefix else out
+        return out if addend is None else addend + out
 
     def extra_repr(self) -> str:
         return (
             f"channels={self.channels}, kernel_size={self.kernel_size}, num_prefix_tokens={self.num_prefix_tokens}, "
             f"grid={self.grid}"
         )
+
+
+def _join_heads(x: Tensor) -> Tensor:  # [B, H, N, E] -> [B, N, H * E]
+    return x.transpose(1, 2).flatten(-2)
 
 
 def _checked_kernel_size(kernel_size: int) -> int:
@@ -372,16 +390,25 @@ class AddAttention(nn.Module):
         if context is not None and self.dwconv is not None:
             raise UserError("cross attention has no convolution on the values: make the layer with dwconv=0")
         context = x if context is None else context
-        q, k, v = (
-            self.split_heads(self.q_fc(x)),
-            self.split_heads(self.k_fc(context)),
-            self.split_heads(self.v_fc(context)),
-        )
+        q, k, v = self.project(x, context)
         out, weights = self.attend(q, k, v, mask, bias, return_weights)
-        if self.dwconv is not None:
-            out = out + self.dwconv(v)
-        out = F.dropout(self.out_fc(out.transpose(1, 2).flatten(-2)), self.dropout, self.training)
+        out = _join_heads(self.add_convolution(out, v))
+        out = F.dropout(self.out_fc(out), self.dropout, self.training)
         return out if weights is None else (out, weights)
+
+    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, N, D] of x [B, N, C], and keys and values [B, H, M, D] of a context [B, M, context_dim]."""
+        if x is context:
+            q, k, v = joint_product((self.q_fc, self.k_fc, self.v_fc), x)
+        else:
+            q, (k, v) = self.q_fc(x), joint_product((self.k_fc, self.v_fc), context)
+        return self.split_heads(q), self.split_heads(k), self.split_heads(v)
+
+    def add_convolution(self, out: Tensor, v: Tensor) -> Tensor:
+        """The heads' outputs plus the convolution on the values, where there is one; [B, H, N, D] all."""
+        if self.dwconv is None:
+            return out
+        return self.dwconv(v, addend=out) if isinstance(self.dwconv, TokenConv2d) else out + self.dwconv(v)
 
     def split_heads(self, x: Tensor) -> Tensor:  # [B, N, H * D] -> [B, H, N, D]
         """The heads of a projection."""
@@ -402,6 +429,20 @@ class AddAttention(nn.Module):
         value is the first query's attention [B, M], None unless asked for.
         """
         key_binarizer = self.q_code if self.k_code is None else self.k_code
+        mask = broadcastable_mask(mask)
+        if (
+            self.q_code.frozen
+            and not self.training
+            and self.order != "quadratic"
+            and not return_weights
+            and bias is None
+            and (mask is None or mask.shape[-2] == 1)
+            and uses_kernels("add_attention", q, k, v)
+            and not has_hooks(self.q_code, key_binarizer)
+        ):
+            # Signs are taken in the kernel.
+            key_mask = None if mask is None else mask.squeeze(-2)
+            return add_attention(self.q_code.project(q), key_binarizer.project(k), v, key_mask, self.q_code.codes), None
         q_code, k_code = self.q_code(q).to(v.dtype), key_binarizer(k).to(v.dtype)
         dropout_p = self.attn_dropout if self.training else 0.0
         out = linear_add_attention(q_code, k_code, v, mask=mask, bias=bias, order=self.order, dropout_p=dropout_p)

@@ -1,7 +1,7 @@
 """`freeze_`: one verb that turns a trained model into its form for inference, in place.
 
 Shift layers become packed codes, mixtures lose what only training needs, binarizers their straight-through estimator,
-and perceptrons of shift layers become ready to run as one kernel.
+and perceptrons of shift layers and additive attention become ready to run as kernels.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import nn
 
 from shiftadd3d._errors import UserError
 from shiftadd3d._report import RichReport
+from shiftadd3d.nn.add import TokenConv2d
 from shiftadd3d.nn.binarize import Binarizer
-from shiftadd3d.nn.mlp import FrozenMlp, is_plain_mlp
+from shiftadd3d.nn.mlp import FrozenConvMlp, FrozenMlp, is_conv_mlp, is_plain_mlp
 from shiftadd3d.nn.moe import FrozenMoE, MoE
 from shiftadd3d.nn.reparam import make_replacement
 from shiftadd3d.nn.shift import PackedShiftLinear, ShiftConv2d, ShiftLinear
@@ -43,7 +44,7 @@ class FreezeReport(RichReport):
     binarizers: int
     """How many binarizers give codes without a gradient from now on."""
     perceptrons: int
-    """How many perceptrons, experts of mixtures among them, became a `FrozenMlp`."""
+    """How many perceptrons, experts of mixtures among them, became a `FrozenMlp` or a `FrozenConvMlp`."""
     bytes_before: int
     """Of the whole model's state dict; what stands in several places counts once."""
     bytes_after: int
@@ -60,7 +61,7 @@ class FreezeReport(RichReport):
             table.add_row(layer.name, layer.before, layer.after, *sizes)
         lines = [f"{self.binarizers} binarizers frozen"] if self.binarizers else []
         if self.perceptrons:
-            lines.append(f"{self.perceptrons} perceptrons ready to run as one kernel")
+            lines.append(f"{self.perceptrons} perceptrons ready to run as kernels")
         lines.append(f"the model: {self.bytes_before:,} bytes before, {self.bytes_after:,} after")
         return Group(*([table] if self.layers else ["no layers to freeze"]), *lines)
 
@@ -70,10 +71,10 @@ def freeze_(model: nn.Module, verbose: bool = True) -> FreezeReport:
 
     `ShiftLinear` becomes `PackedShiftLinear`, `ShiftConv2d` becomes `PackedShiftConv2d`, `MoE` becomes `FrozenMoE`, and
     binarizers stop giving gradients. A perceptron of two packed layers `fc1` and `fc2` with an activation `act` between
-    them, of timm's class or any other that computes just that, becomes a `FrozenMlp`. Everything else stays and goes to
-    evaluation mode. Outputs are the same bit for bit in plain torch (``numerics("twin")``); on CPUs kernels run, which
-    sum in another order. A state dict saved afterwards loads into a new model that has been reparameterized and frozen
-    in the same way.
+    them, of timm's class or any other that computes just that, becomes a `FrozenMlp`; one with a depthwise convolution
+    `dwconv` before the activation, a `FrozenConvMlp`. Everything else stays and goes to evaluation mode. Outputs are
+    the same bit for bit in plain torch (``numerics("twin")``); on CPUs kernels run, which sum in another order. A state
+    dict saved afterwards loads into a new model that has been reparameterized and frozen in the same way.
 
     There is no way back: keep the state dict from before to train on. Doing it twice changes nothing more.
 
@@ -111,8 +112,8 @@ def freeze_(model: nn.Module, verbose: bool = True) -> FreezeReport:
         setattr(parent, attribute, replacement)
     perceptrons = _freeze_mlps(model)
     binarizers = [module for module in model.modules() if isinstance(module, Binarizer) and not module.frozen]
-    for binarizer in binarizers:
-        binarizer.frozen = True
+    for module in (*binarizers, *(module for module in model.modules() if isinstance(module, TokenConv2d))):
+        module.frozen = True
     model.eval()
     layers = tuple(
         FrozenLayer(names[old], type(old).__name__, type(frozen).__name__, sizes_before[old], _stored_bytes(frozen))
@@ -131,18 +132,21 @@ def _frozen(module: ShiftLinear | ShiftConv2d | MoE, name: str) -> nn.Module:
 
 
 def _freeze_mlps(model: nn.Module) -> int:
-    """Put a `FrozenMlp` wherever there is something for a kernel to fuse, and count them."""
+    """Put a `FrozenMlp` or `FrozenConvMlp` wherever there is something for a kernel to fuse, and count them."""
     experts = {expert for module in model.modules() if isinstance(module, FrozenMoE) for expert in module.experts}
-    frozen: dict[nn.Module, FrozenMlp] = {}
+    frozen: dict[nn.Module, FrozenMlp | FrozenConvMlp] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         linear = [getattr(module, attribute, None) for attribute in ("fc1", "fc2")]
         packed = all(isinstance(layer, PackedShiftLinear) for layer in linear)
         if not name or not (packed or module in experts):
             continue
         if module not in frozen:
-            if not is_plain_mlp(module):
+            if is_plain_mlp(module):
+                frozen[module] = FrozenMlp(module)
+            elif is_conv_mlp(module):
+                frozen[module] = FrozenConvMlp(module)
+            else:
                 continue
-            frozen[module] = FrozenMlp(module)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, frozen[module])
     return len(frozen)

@@ -1,4 +1,4 @@
-"""Perceptrons of two layers in their form for inference, which runs as one fused kernel."""
+"""Perceptrons of two layers in their form for inference, which runs as few kernels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd3d.kernels.activations import Activation
+from shiftadd3d.kernels.depthwise import depthwise_conv
 from shiftadd3d.kernels.mlp import shift_mlp
 from shiftadd3d.kernels.numerics import numerics, uses_kernels
 from shiftadd3d.nn.shift import PackedShiftLinear
@@ -53,6 +54,51 @@ class FrozenMlp(nn.Module):
         return second(self.act(first(x)))
 
 
+class FrozenConvMlp(nn.Module):
+    """``fc2(act(dwconv(fc1(x))))``: a perceptron that looks at neighbours, without what it has for training only.
+
+    Without gradients, on CPUs, the convolution and the activation function run as one kernel on tokens as they are (see
+    `shiftadd3d.kernels`).
+
+    Args:
+        mlp: whose layers it takes over, the very modules under the same names; one that `is_conv_mlp` accepts.
+
+    Shapes: x [B, height * width, in_features] to [B, height * width, out_features].
+
+    Source: Wang et al., PVT v2 (2022), section 3.3.
+    """
+
+    fc1: nn.Linear | PackedShiftLinear
+    dwconv: nn.Conv2d
+    act: nn.Module
+    fc2: nn.Linear | PackedShiftLinear
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        for name in ("fc1", "dwconv", "act", "fc2"):
+            self.add_module(name, mlp.get_submodule(name))
+        self.training = mlp.training
+
+    def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
+        """Look at each token and its neighbours.
+
+        Args:
+            x: [B, N, in_features], the grid row by row.
+            feat_size: its height and width, N = height * width.
+
+        Returns:
+            [B, N, out_features].
+        """
+        hidden, (height, width) = self.fc1(x), feat_size
+        activation = activation_name(self.act)
+        if activation is not None and uses_kernels("depthwise_conv", hidden) and not has_hooks(self.dwconv, self.act):
+            hidden = depthwise_conv(hidden, self.dwconv.weight, self.dwconv.bias, (height, width), activation)
+        else:
+            image = self.dwconv(hidden.transpose(1, 2).unflatten(-1, (height, width)))
+            hidden = self.act(image.flatten(2).transpose(1, 2))
+        return self.fc2(hidden)
+
+
 def activation_name(module: nn.Module) -> Activation | None:
     """What kernels call this activation function; None if they do not have it."""
     if type(module) is nn.ReLU:
@@ -60,9 +106,14 @@ def activation_name(module: nn.Module) -> Activation | None:
     return "gelu" if type(module) is nn.GELU and module.approximate == "none" else None
 
 
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether someone sees or changes what goes into and comes out of these modules."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether someone sees or changes what goes into and comes out of the parts of `module`."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules() if part is not module)
+    return has_hooks(*(part for part in module.modules() if part is not module))
 
 
 def is_plain_mlp(module: nn.Module) -> bool:
@@ -72,36 +123,66 @@ def is_plain_mlp(module: nn.Module) -> bool:
     what does nothing in evaluation, no hooks, and it takes one tensor. What its forward pass makes of them is tried
     out, on a copy with random weights.
     """
+    return _consists_of(module, "fc1", "act", "fc2") and _computes(
+        module, FrozenMlp, [(torch.Size(shape), ()) for shape in ((3,), (2, 3), (1, 2, 3))]
+    )
+
+
+def is_conv_mlp(module: nn.Module) -> bool:
+    """Whether a `FrozenConvMlp` may stand in for a module in evaluation.
+
+    As `is_plain_mlp`, with a depthwise convolution `dwconv` that keeps the size of its images, and the size as a second
+    argument.
+    """
+    conv = getattr(module, "dwconv", None)
+    if (
+        type(conv) is not nn.Conv2d
+        or conv.groups != conv.in_channels
+        or conv.in_channels != conv.out_channels
+        or conv.kernel_size[0] != conv.kernel_size[1]
+        or conv.kernel_size[0] % 2 == 0
+        or conv.padding != (conv.kernel_size[0] // 2,) * 2
+        or (conv.stride, conv.dilation, conv.padding_mode) != ((1, 1), (1, 1), "zeros")
+    ):
+        return False
+    return _consists_of(module, "fc1", "dwconv", "act", "fc2") and _computes(
+        module, FrozenConvMlp, [(torch.Size((batch, 12)), ((3, 4),)) for batch in (1, 2)]
+    )
+
+
+def _consists_of(module: nn.Module, *names: str) -> bool:
+    """Whether a module has these parts, of the kinds that their names stand for, and nothing else that counts."""
     first, second, act = (cast(Any, getattr(module, name, None)) for name in ("fc1", "fc2", "act"))
-    if isinstance(module, FrozenMlp) or not isinstance(act, nn.Module) or activation_name(act) is None:
+    if isinstance(module, FrozenMlp | FrozenConvMlp) or not isinstance(act, nn.Module) or activation_name(act) is None:
         return False
     if not all(type(layer) in (nn.Linear, PackedShiftLinear) for layer in (first, second)):
         return False
-    rest = [child for name, child in module.named_children() if name not in ("fc1", "fc2", "act")]
+    rest = [child for name, child in module.named_children() if name not in names]
     if not all(type(child) in (nn.Identity, nn.Dropout) for child in rest):
         return False
     if list(module.parameters(recurse=False)) or list(module.buffers(recurse=False)):
         return False
-    if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
-        return False
-    if first.out_features != second.in_features:
-        return False
+    return not has_hooks(*module.modules()) and first.out_features == second.in_features
+
+
+def _computes(
+    module: nn.Module, frozen: type[FrozenMlp | FrozenConvMlp], calls: list[tuple[torch.Size, tuple[Any, ...]]]
+) -> bool:
+    """Whether a module and its frozen form agree on tokens of some shapes, and further arguments."""
     inputs = inspect.signature(module.forward).parameters.values()
-    return len(inputs) == 1 and _computes_an_mlp(module)
-
-
-def _computes_an_mlp(module: nn.Module) -> bool:
+    if len(inputs) != 1 + len(calls[0][1]):
+        return False
     with torch.random.fork_rng(devices=()), torch.no_grad(), numerics("twin"):
         torch.manual_seed(0)
-        trial = copy.deepcopy(module).eval()
+        trial = copy.deepcopy(module).eval().to("cpu", torch.float32)
         for name in ("fc1", "fc2"):
             layer = cast(nn.Linear, trial.get_submodule(name))
             setattr(trial, name, nn.Linear(layer.in_features, layer.out_features))
-        expected = FrozenMlp(trial)
-        for shape in ((3,), (2, 3), (1, 2, 3)):
-            x = torch.randn(*shape, expected.fc1.in_features)
+        expected = frozen(trial)
+        for tokens, further in calls:
+            x = torch.randn(*tokens, expected.fc1.in_features)
             try:
-                if not torch.equal(trial(x), expected(x)):
+                if not torch.equal(trial(x, *further), expected(x, *further)):
                     return False
             except Exception:  # whatever a module raises that wants something else
                 return False

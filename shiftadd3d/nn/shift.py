@@ -10,7 +10,7 @@ Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.2; Elhoushi et al., De
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -536,6 +536,28 @@ class PackedShiftLinear(PackedShiftLayer):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._format_repr()}"
+
+
+def joint_product(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
+    """What each of some layers makes of the same x [*, in_features].
+
+    Packed shift layers of one format run as one product, of which the outcomes are slices: a small product takes less
+    time than a call.
+    """
+    if (
+        all(type(layer) is PackedShiftLinear for layer in layers)
+        and len({(layer.bits, layer.terms, layer.bias is None) for layer in layers}) == 1
+        and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+        and uses_kernels("matshift", x)
+    ):
+        packed = cast(Sequence[PackedShiftLinear], layers)
+        for layer in packed:
+            _check_width(layer, x)
+        biases = [layer.bias for layer in packed if layer.bias is not None]
+        codes, offset = (torch.cat([getattr(layer, name) for layer in packed], 1) for name in ("codes", "offset"))
+        y = matshift(x, codes, offset, torch.cat(biases) if biases else None, packed[0].bits)
+        return y.split([layer.out_features for layer in packed], -1)
+    return tuple(layer(x) for layer in layers)
 
 
 class PackedShiftConv2d(_Patches, PackedShiftLayer):

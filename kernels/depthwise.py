@@ -1,0 +1,327 @@
+"""Depthwise convolution of tokens that lie on a grid: what vision transformers look at neighbours with.
+
+Images are tokens [B, H * W, C] between linear layers, and torch convolves images [B, C, H, W]: around each depthwise
+convolution everything would be transposed twice. This one reads tokens where they are, a vector of channels at a time,
+and does what follows it, the activation function and the sum with something else, before it stores.
+
+Accuracy: results differ from the twin's by the order of summation only, whatever the numerics; bfloat16 is summed in
+float32.
+
+Inference only: no gradients flow through this op.
+
+Source: Wang et al., PVT v2 (2022), section 3.3; You et al., ShiftAddViT (NeurIPS 2023), section 4.2, for the
+convolution on the values of additive attention.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.kernels import activations, bfloat16, memory, targets
+from shiftadd3d.kernels.activations import Activation
+from shiftadd3d.kernels.kernel import Kernel, define_op
+from shiftadd3d.kernels.numerics import get_numerics
+from shiftadd3d.kernels.targets import CpuTarget
+from shiftadd3d.kernels.vector import Vectors
+
+__all__ = ["DEPTHWISE_CONV", "depthwise_conv", "depthwise_conv_twin"]
+
+_COLUMNS = 4  # outcomes side by side whose sums stay in registers, and that share what they read
+_STORAGE = {torch.float32: "float32", torch.bfloat16: "int16"}
+
+
+def depthwise_conv(
+    x: Tensor,  # [B, prefix + height * width, C]
+    weight: Tensor,  # [C, 1, k, k]
+    bias: Tensor | None,  # [C]
+    grid: tuple[int, int],
+    activation: Activation = "none",
+    addend: Tensor | None = None,  # [B, prefix + height * width, C]
+) -> Tensor:  # [B, prefix + height * width, C], dtype of x
+    """``activation(convolution of x + bias) + addend``, one kernel a channel, over the grid that tokens lie on.
+
+    Beyond the grid there are zeros. What comes before the grid (class and register tokens) lies on none: it gets the
+    addend alone, and no neighbour sees it.
+
+    Runs compiled code on CPUs in float32 and bfloat16 for at least as many channels as a vector register holds, and
+    `depthwise_conv_twin` everywhere else.
+
+    Args:
+        x: tokens, the grid row by row; read where they are if the channels of each lie side by side.
+        weight: as in `torch.nn.Conv2d`, the size k of its kernels odd.
+        grid: (height, width).
+        activation: one of ``"none"``, ``"relu"``, ``"gelu"`` (with erf).
+
+    Raises:
+        UserError: if shapes, dtypes or names do not fit together.
+    """
+    if get_numerics() == "twin":
+        return depthwise_conv_twin(x, weight, bias, *grid, activation, addend)
+    return _depthwise_op(x, weight, bias, *grid, activation, addend)
+
+
+def depthwise_conv_twin(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    height: int,
+    width: int,
+    activation: str = "none",
+    addend: Tensor | None = None,
+) -> Tensor:
+    """What `depthwise_conv` computes, in plain torch."""
+    prefix = _check(x, weight, bias, height, width, activation, addend)
+    image = x[:, prefix:].transpose(1, 2).unflatten(-1, (height, width))
+    bias = None if bias is None else bias.to(x.dtype)
+    image = F.conv2d(image, weight.to(x.dtype), bias, padding=weight.shape[-1] // 2, groups=x.shape[-1])
+    y = activations.apply(cast(Activation, activation), image.flatten(2).transpose(1, 2))
+    y = F.pad(y, (0, 0, prefix, 0))
+    return y if addend is None else y + addend
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# TIR
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def build(target: CpuTarget, *, dtype: str, kernel_size: int, activation: Activation, added: bool) -> Any:
+    """The function ``(x, weight, bias, addend, height, width, y)``; it does not look at an addend unless `added`.
+
+    x, addend and y [B, tokens, C] are float32, or the bits of bfloat16 as int16; weight [C, k * k] and bias [C] are
+    float32. C is at least a vector.
+    """
+    from tvm.script import tirx as T
+
+    vec = Vectors(target)
+    lanes, reach = vec.lanes, kernel_size // 2
+
+    def read(buffer: Any, batch: Any, token: Any, start: Any) -> Any:
+        value = buffer[batch, token, vec.at(start)]
+        return bfloat16.widen(value, lanes) if dtype == "int16" else value
+
+    def each_vector(channels: Any, use: Any) -> None:
+        """Emit ``use(first channel)``; the last vector overlaps the one before it rather than end in a shorter one."""
+        with T.serial((channels + (lanes - 1)) // lanes) as number:
+            use(T.bind(T.min(number * lanes, channels - lanes)))
+
+    def tile(
+        X: Any, W: Any, bias: Any, addend: Any, Y: Any, batch: Any, i: Any, j: Any, height: Any, width: Any, count: int
+    ) -> None:
+        """`count` outcomes of row i from column j on. Several lie where kernels do not reach beyond the row."""
+        channels = X.shape[2]
+        prefix = X.shape[1] - height * width
+
+        def of_channels(start: Any) -> None:
+            sums = [T.alloc_buffer((lanes,), "float32", align=64) for _ in range(count)]
+
+            def add(row: Any, column: Any, values: list[Any]) -> None:
+                """Every outcome's product with the weight at a place of the kernel."""
+                weight = T.bind(W[row * kernel_size + column, vec.at(start)])
+                for total, value in zip(sums, values, strict=True):
+                    T.buffer_store(total, vec.multiply_add(value, weight, total[vec.at(0)]), [vec.at(0)])
+
+            for total in sums:
+                T.buffer_store(total, bias[vec.at(start)], [vec.at(0)])
+            first, last = T.max(T.int64(0), reach - i), T.min(T.int64(kernel_size), height + reach - i)
+            with T.serial(last - first) as step:
+                row = T.bind(first + step)
+                token = T.bind(prefix + (i + row - reach) * width + j - reach)
+                if count > 1:
+                    values = [T.bind(read(X, batch, token + k, start)) for k in range(count + kernel_size - 1)]
+                    for column in range(kernel_size):
+                        add(row, column, values[column : column + count])
+                else:
+                    left, right = T.max(T.int64(0), reach - j), T.min(T.int64(kernel_size), width + reach - j)
+                    with T.serial(right - left) as k:
+                        add(row, left + k, [read(X, batch, token + left + k, start)])
+            for number, total in enumerate(sums):
+                token = T.bind(prefix + i * width + j + number)
+                y = activations.emit(vec, activation, T.bind(total[vec.at(0)]))
+                store(addend, Y, batch, token, start, y)
+
+        each_vector(channels, of_channels)
+
+    def store(addend: Any, Y: Any, batch: Any, token: Any, start: Any, y: Any) -> None:
+        y = y + read(addend, batch, token, start) if added else y
+        y = bfloat16.narrow(y, lanes) if dtype == "int16" else y
+        T.buffer_store(Y, y, [batch, token, vec.at(start)])
+
+    def task(X: Any, W: Any, bias: Any, addend: Any, Y: Any, number: Any, height: Any, width: Any) -> None:
+        """One row of one image, and with the first one the tokens before the grid."""
+        batch, i = T.bind(T.truncdiv(number, height)), T.bind(T.truncmod(number, height))
+        with T.If(i == 0), T.Then(), T.serial(X.shape[1] - height * width) as token:
+            each_vector(X.shape[2], lambda start: store(addend, Y, batch, token, start, vec.splat(0.0)))
+        groups = T.bind(T.max(T.int64(0), width - 2 * reach) // _COLUMNS)
+        put = partial(tile, X, W, bias, addend, Y, batch, i)
+        with T.serial(groups) as group:
+            put(T.bind(reach + group * _COLUMNS), height, width, _COLUMNS)
+        with T.serial(width - groups * _COLUMNS) as rest:
+            put(T.bind(T.if_then_else(rest < reach, rest, rest + groups * _COLUMNS)), height, width, 1)
+
+    @T.prim_func(s_tir=True)
+    def depthwise_conv(
+        x: T.handle,
+        weight: T.handle,
+        b: T.handle,
+        a: T.handle,
+        height: T.int64,
+        width: T.int64,
+        y: T.handle,
+    ) -> None:
+        T.func_attr({"tirx.noalias": True})
+        B = T.int64()
+        N = T.int64()
+        C = T.int64()
+        S = [T.int64(), T.int64()]
+        A = [T.int64(), T.int64(), T.int64()]
+        R = [T.int64(), T.int64()]
+        X = T.match_buffer(x, (B, N, C), dtype, strides=[*S, T.int64(1)], align=1)
+        given = T.match_buffer(weight, (C, kernel_size * kernel_size), "float32", align=4)
+        bias = T.match_buffer(b, (C,), "float32", align=4)
+        addend = T.match_buffer(a, A, dtype, strides=[*R, T.int64(1)], align=1)
+        Y = T.match_buffer(y, (B, N, C), dtype, align=4)
+        W = T.alloc_buffer((kernel_size * kernel_size, C), "float32", align=64)
+        for channel in T.serial(C):
+            for place in T.serial(kernel_size * kernel_size):
+                W[place, channel] = given[channel, place]
+        for number in T.parallel(B * height):
+            task(X, W, bias, addend, Y, number, height, width)
+
+    return depthwise_conv
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Trial and op
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def trial(function: Any, *, dtype: str, kernel_size: int, activation: Activation, added: bool) -> None:
+    """A grid with groups of columns and without, tokens before it, channels that are no whole vectors, strides."""
+    generator = torch.Generator().manual_seed(0)
+    channels = 2 * targets.current().lanes + 3
+    number = next(one for one, stored in _STORAGE.items() if stored == dtype)
+    for height, width in ((3, 2 * _COLUMNS + kernel_size), (kernel_size // 2 + 1, 1)):
+        tokens = 2 + height * width
+        wide, addend = (torch.randn(2, tokens, 2 * channels, generator=generator).to(number) for _ in range(2))
+        x, addend = wide[..., channels:], addend[..., :channels] if added else None
+        weight = torch.randn(channels, 1, kernel_size, kernel_size, generator=generator)
+        bias = torch.randn(channels, generator=generator)
+        found = _run(function, x, weight, bias, height, width, addend)
+        as_float = addend if addend is None else addend.float()
+        expected = depthwise_conv_twin(x.float(), weight, bias, height, width, activation, as_float)
+        rtol, atol = (1e-2, 1e-2) if dtype == "int16" else (1e-5, 2e-5)
+        torch.testing.assert_close(found.float(), expected, rtol=rtol, atol=atol)
+
+
+def variants(target: CpuTarget) -> Iterator[dict[str, Any]]:
+    """3 x 3 kernels in both dtypes: those between the layers of a perceptron, and those on values."""
+    for dtype, (activation, added) in itertools.product(_STORAGE.values(), (("gelu", False), ("none", True))):
+        yield {"dtype": dtype, "kernel_size": 3, "activation": activation, "added": added}
+
+
+DEPTHWISE_CONV = Kernel("depthwise_conv", build, trial, variants)
+
+
+def _run(
+    function: Any, x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, addend: Tensor | None
+) -> Tensor:
+    y = memory.empty(*x.shape, dtype=x.dtype)
+    weight = weight.to(torch.float32).flatten(1).contiguous()
+    bias = torch.zeros(x.shape[-1]) if bias is None else bias.to(torch.float32).contiguous()
+    function(_stored(x), weight, bias, _stored(x if addend is None else addend), height, width, _stored(y))
+    return y
+
+
+def _stored(x: Tensor) -> Tensor:
+    """What a compiled function takes: the channels of a token side by side, bfloat16 as bits."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
+
+
+def _depthwise_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    height: int,
+    width: int,
+    activation: str = "none",
+    addend: Tensor | None = None,
+) -> Tensor:
+    _check(x, weight, bias, height, width, activation, addend)
+    function = None
+    if x.numel() and x.dtype in _STORAGE and x.shape[-1] >= targets.current().lanes:
+        function = DEPTHWISE_CONV.function(
+            dtype=_STORAGE[x.dtype],
+            kernel_size=weight.shape[-1],
+            activation=activation,
+            added=addend is not None,
+        )
+    if function is None:
+        return depthwise_conv_twin(x, weight, bias, height, width, activation, addend)
+    return _run(function, x, weight, bias, height, width, addend)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    height: int,
+    width: int,
+    activation: str,
+    addend: Tensor | None,
+) -> int:
+    """How many tokens come before the grid.
+
+    Raises:
+        UserError: for arguments that do not go together.
+    """
+    activations.check_activation(activation)
+    if x.dim() != 3 or not x.is_floating_point():
+        raise UserError(f"x must be floating point [B, tokens, C], not {_describe(x)}")
+    channels = x.shape[-1]
+    if weight.dim() != 4 or weight.shape[:2] != (channels, 1) or weight.shape[2] != weight.shape[3]:
+        raise UserError(f"weight must be [{channels}, 1, k, k] beside x {list(x.shape)}, not {list(weight.shape)}")
+    if weight.shape[-1] % 2 == 0:
+        raise UserError(f"the size of the kernels must be odd, not {weight.shape[-1]}")
+    if bias is not None and bias.shape != (channels,):
+        raise UserError(f"bias must be [{channels}], not {list(bias.shape)}")
+    if height < 1 or width < 1 or height * width > x.shape[1]:
+        raise UserError(f"{x.shape[1]} tokens hold no grid of {height} x {width}")
+    if addend is not None and (addend.shape != x.shape or addend.dtype != x.dtype):
+        raise UserError(f"the addend must be as x, {_describe(x)}, not {_describe(addend)}")
+    return x.shape[1] - height * width
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    height: int,
+    width: int,
+    activation: str = "none",
+    addend: Tensor | None = None,
+) -> Tensor:
+    _check(x, weight, bias, height, width, activation, addend)
+    return x.new_empty(x.shape)
+
+
+_depthwise_op = define_op(
+    "depthwise_conv(Tensor x, Tensor weight, Tensor? bias, SymInt height, SymInt width, str activation='none', "
+    "Tensor? addend=None) -> Tensor",
+    cpu=_depthwise_cpu,
+    twin=depthwise_conv_twin,
+    fake=_fake,
+    activations=1,
+)
