@@ -3,10 +3,10 @@
 The op takes the buffers of a `PackedShiftLinear` as they are. The same compiled code serves any number of rows, inputs
 and outputs: only the weights' format, the dtype and the activation are compiled in.
 
-Accuracy (see `shiftadd3d.kernels.numerics`): ``"exact"`` computes in float32 throughout. ``"fast"`` does too, but for
-one term of at most 5 bits on CPUs with AVX2: there every row of x is rounded to 16-bit integers (see `shift_product`),
-and before the activation ``|y - exact y| <= 2**-15 * max |row of x| * sum |row of W|``, with 5 bits 2**-11 in place of
-2**-15.
+Accuracy (see `shiftadd3d.kernels.numerics`): ``"exact"`` computes as float32 does throughout. ``"fast"`` does too, but
+for two cases (see `shift_product`). With one term of at most 5 bits on CPUs with AVX2, every row of x is rounded to
+16-bit integers, and before the activation ``|y - exact y| <= 2**-15 * max |row of x| * sum |row of W|``, with 5 bits
+2**-11 in place of 2**-15. On CPUs with AMX, x is rounded to bfloat16, and the bound is that with 2**-8.
 
 Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.2.
 """
@@ -23,7 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels import activations, bfloat16, cuda_matshift, memory, power_of_two, records, targets
+from shiftadd3d.kernels import (
+    activations,
+    bfloat16,
+    cuda_matshift,
+    cuda_product,
+    memory,
+    power_of_two,
+    records,
+    targets,
+)
 from shiftadd3d.kernels.activations import Activation
 from shiftadd3d.kernels.kernel import Kernel, define_op
 from shiftadd3d.kernels.numerics import Numerics, check_numerics, get_numerics
@@ -33,10 +42,12 @@ from shiftadd3d.kernels.vector import Vectors
 
 __all__ = ["MATSHIFT", "matshift", "matshift_twin"]
 
-# What a block of staged activations takes up of a second-level cache of 512 KiB or more, and how long it gets at most:
-# by then, decoding the weights for it costs next to nothing.
+# What a block of staged activations takes up, and how long it gets at most: by then, decoding the weights for it costs
+# next to nothing. Decoding them for fewer rows costs more than reaching beyond a second-level cache of 512 KiB.
 # `shiftadd3d kernels tune` finds out whether others suit a machine better.
-_BLOCK = {"bytes": 192 << 10, "rows": 192}
+_BLOCK = {"bytes": 768 << 10, "rows": 384}
+# Matrix tiles leave decoding less time to hide in, and CPUs that have them have 2 MiB of such cache.
+_BLOCK_OF_TILES = {"bytes": 768 << 10, "rows": 512}
 
 DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -52,7 +63,7 @@ def matshift(
     """A linear layer with power-of-two weights, and an activation function if one is named.
 
     Runs compiled code on CPUs in float32 and bfloat16, on CUDA GPUs in these and float16 (see
-    `shiftadd3d.kernels.cuda_matshift`), and `matshift_twin` everywhere else. Differentiable with respect to x and bias.
+    `shiftadd3d.kernels.cuda_product`), and `matshift_twin` everywhere else. Differentiable with respect to x and bias.
 
     Args:
         x: activations, any leading shape.
@@ -210,7 +221,7 @@ def matshift_cuda(
 ) -> Tensor:
     """`matshift` of CUDA tensors."""
     check_arguments(x, codes, offset, bias, bits, activation, numerics)
-    dtype = cuda_matshift.DTYPES.get(x.dtype)
+    dtype = cuda_product.DTYPES.get(x.dtype)
     if numerics == "twin" or dtype is None or not x.numel() or not codes.numel():
         return matshift_twin(x, codes, offset, bias, bits, activation)
     y = cuda_matshift.matshift(
@@ -236,7 +247,8 @@ def _division(form: Form, rows: int, inputs: int, outputs: int) -> tuple[int, in
     """Rows of a block, and shares of the outputs, for as many tasks as there are threads, or a multiple."""
     tile, columns = tile_shape(targets.current(), form)
     threads = torch.get_num_threads()
-    tuned = records.choice(targets.current().name, "matshift", form=form) or _BLOCK
+    usual = _BLOCK_OF_TILES if form.startswith("bfloat16") else _BLOCK
+    tuned = records.choice(targets.current().name, "matshift", form=form) or usual
     longest = max(tile, min(tuned["rows"], tuned["bytes"] // (4 * inputs)) // tile * tile)
     blocks = -(-rows // longest)
     if blocks % threads:

@@ -2,8 +2,8 @@
 
 Experts are chains of linear layers with an activation function between them, of ordinary weights or of powers of two
 ({Mult, Shift} in the paper). A token runs through the expert with its largest logit, and through no other. A counting
-sort lists the tokens of each expert; each task then reads a block of one expert's tokens from where they lie, takes it
-through all layers, and writes the outcome to where it belongs: no sorted copy of the tokens is ever made.
+sort lists the tokens of each expert; each task on a CPU then reads a block of one expert's tokens from where they lie,
+takes it through all layers, and writes the outcome to where it belongs: no sorted copy of the tokens is ever made.
 
 Accuracy: that of `shift_mlp` for experts of powers of two; the others are computed in float32 throughout.
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels import activations, bfloat16, memory, power_of_two, targets
+from shiftadd3d.kernels import activations, bfloat16, cuda_moe, cuda_product, memory, power_of_two, targets
 from shiftadd3d.kernels.activations import Activation
 from shiftadd3d.kernels.kernel import Kernel, define_op
 from shiftadd3d.kernels.matshift import DTYPES, check_arguments, matshift_twin
@@ -63,7 +63,8 @@ def moe_mlp(
 ) -> tuple[Tensor, Tensor]:  # [*, outputs] in the dtype of x, [*] int64
     """A mixture of perceptrons that sends each token to the expert with the largest logit.
 
-    Runs compiled code on CPUs in float32 and bfloat16, and `moe_mlp_twin` everywhere else.
+    Runs compiled code on CPUs in float32 and bfloat16, on CUDA GPUs in these and float16 (see
+    `shiftadd3d.kernels.cuda_moe`), and `moe_mlp_twin` everywhere else.
 
     Args:
         x: tokens, any leading shape.
@@ -407,6 +408,36 @@ def _moe_cpu(
     return moe_mlp_twin(x, logits, layers, depth, bits, activation, gated)
 
 
+def _moe_cuda(
+    x: Tensor,
+    logits: Tensor,
+    layers: list[Tensor | None],
+    depth: int,
+    bits: int,
+    activation: str,
+    gated: bool,
+    numerics: str,
+) -> tuple[Tensor, Tensor]:
+    experts = _check(x, logits, layers, depth, bits, activation, numerics)
+    all_layers = [layer for expert in experts for layer in expert]
+    terms = {layer.weight.shape[0] for layer in all_layers if layer.offset is not None}
+    empty = not x.numel() or any(layer.weight.numel() == 0 for layer in all_layers)
+    y, assignment = None, logits.argmax(-1)
+    if numerics != "twin" and x.dtype in cuda_product.DTYPES and not empty and len(terms) <= 1:
+        y = cuda_moe.mixture(
+            x.reshape(-1, x.shape[-1]),
+            assignment.flatten(),
+            _gates(logits.float()) if gated else None,
+            experts,
+            bits,
+            cast(Activation, activation),
+            cast(Numerics, numerics),
+        )
+    if y is None:
+        return moe_mlp_twin(x, logits, layers, depth, bits, activation, gated)
+    return y.view(*x.shape[:-1], y.shape[-1]), assignment
+
+
 def _run(
     function: Any,
     x: Tensor,
@@ -523,6 +554,7 @@ _moe_op = define_op(
     "moe_mlp(Tensor x, Tensor logits, Tensor?[] layers, int depth, int bits, str activation, bool gated, "
     "str numerics) -> (Tensor, Tensor)",
     cpu=_moe_cpu,
+    cuda=_moe_cuda,
     twin=moe_mlp_twin,
     fake=_fake,
     activations=1,

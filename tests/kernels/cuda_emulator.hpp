@@ -2,8 +2,8 @@
 // it finds what wrong results would not show: reads and writes beyond a tensor or a shared buffer (address), and shared
 // memory that is used without a barrier (thread).
 //
-// It knows what the kernels use: __syncthreads, shared memory of a fixed size, float16, bfloat16, and fragments of
-// 16 x 16 x 16 on tensor cores. The first thread of a warp holds all 256 numbers of a fragment, and works for the others.
+// It knows what the kernels use: __syncthreads, shared memory of a fixed size, atomicAdd, float16, bfloat16, and
+// fragments of 16 x 16 x 16 on tensor cores. The first thread of a warp holds all 256 numbers of a fragment, and works for the others.
 //
 // Usage: program FILE. FILE holds int64 numbers (blocks along x, y and z, threads of a block, parameters), then for
 // each parameter its size in bytes, whether it is a pointer, and its bytes. The bytes of pointers are written back.
@@ -100,6 +100,8 @@ template <class T>
 static inline T min(T a, T b) {
   return b < a ? b : a;
 }
+
+static inline int atomicAdd(int *to, int value) { return __atomic_fetch_add(to, value, __ATOMIC_RELAXED); }
 
 using half = _Float16;
 
