@@ -23,7 +23,7 @@ from shiftadd3d.nn.cost import (
 )
 from shiftadd3d.nn.fit import BinarizerReport, FittedBinarizer, fit_binarizers_
 from shiftadd3d.nn.freeze import FreezeReport, FrozenLayer, freeze_
-from shiftadd3d.nn.mlp import FrozenMlp
+from shiftadd3d.nn.mlp import FrozenConvMlp, FrozenMlp
 from shiftadd3d.nn.moe import (
     FrozenMoE,
     MoE,
@@ -80,6 +80,7 @@ __all__ = [
     "FittedBinarizer",
     "FittedRouter",
     "FreezeReport",
+    "FrozenConvMlp",
     "FrozenLayer",
     "FrozenMlp",
     "FrozenMoE",

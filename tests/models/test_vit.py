@@ -21,6 +21,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
 from shiftadd3d import UserError
+from shiftadd3d.kernels import numerics
 from shiftadd3d.nn import (
     MoELinear,
     MoEMlp,
@@ -29,6 +30,7 @@ from shiftadd3d.nn import (
     TokenConv2d,
     collect_moe_losses,
     fit_binarizers_,
+    freeze_,
     recipe,
     reparameterize_,
 )
@@ -344,3 +346,78 @@ def test_attention_of_other_families_is_left_alone_and_listed() -> None:
     report = reparameterize_(model, "add+shift-attn", verbose=False)
     assert not report.layers
     assert any(layer.name == "blocks.0.attn.qkv" for layer in report.untouched)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Frozen, on kernels
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def frozen(make, binarizer: str = "sign") -> nn.Module:
+    """A frozen model whose convolutions on the values, which start at zero, count."""
+    model = make()
+    reparameterize_(model, recipe("add+shift", binarizer=binarizer), verbose=False)
+    for module in model.modules():
+        if isinstance(module, TokenConv2d):
+            nn.init.normal_(module.weight, std=0.3)
+    freeze_(model.eval(), verbose=False)
+    return model
+
+
+def operations(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
+    """How often a model calls each op of ours."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        model(x)
+    events = profiler.key_averages()
+    return {e.key.removeprefix("shiftadd3d::"): e.count for e in events if e.key.startswith("shiftadd3d::")}
+
+
+@pytest.mark.parametrize("binarizer", ["sign", "hash"])
+@pytest.mark.parametrize(("make", "side"), [(vit, 32), (pvt, 64)])
+def test_frozen_models_compute_on_kernels_what_plain_torch_does(make, side: int, binarizer: str):
+    model, x = frozen(make, binarizer), torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        with numerics("twin"):
+            expected = model(x)
+        torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_block_of_a_frozen_vit_is_five_ops():
+    with torch.no_grad():
+        found = operations(frozen(vit), torch.randn(2, 3, 32, 32))
+    # Queries, keys and values are one product, as the output is, and the perceptron another op.
+    assert found == {"matshift": 2 * 2, "add_attention": 2, "depthwise_conv": 2, "shift_mlp": 2}
+
+
+def test_a_frozen_pvt_convolves_tokens():
+    with torch.no_grad():
+        found = operations(frozen(pvt), torch.randn(2, 3, 64, 64))
+    # On values and within perceptrons. The first block reads its keys and values from fewer tokens than its queries.
+    assert (found["add_attention"], found["depthwise_conv"]) == (2, 4)
+    first, second = (3 + 2, 2 + 2)  # products: attention's and the perceptron's
+    assert found["matshift"] == first + second
+
+
+@pytest.mark.parametrize(("make", "side"), [(vit, 32), (pvt, 64)])
+def test_frozen_models_on_kernels_compile_and_export(make, side: int):
+    model, x = frozen(make), torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
+        batch = torch.export.Dim("batch")
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
+        torch.testing.assert_close(program(x), expected)
+        assert program(torch.cat((x, x))).shape == (4, 5)
+
+
+def test_a_frozen_attention_with_what_kernels_do_not_have_runs_in_plain_torch():
+    model = frozen(vit)
+    attention, x = model.blocks[0].attn, torch.randn(2, 17, 48)
+    attention.dwconv = None  # it looks ahead
+    with torch.no_grad():
+        expected = attention(x)
+        everything = torch.ones(17, 17, dtype=torch.bool)
+        torch.testing.assert_close(attention(x, attn_mask=everything), expected, rtol=1e-4, atol=1e-5)
+        causal = attention(x, is_causal=True)
+        x[:, 9:] = 0
+        torch.testing.assert_close(attention(x, is_causal=True)[:, :8], causal[:, :8], rtol=1e-4, atol=1e-5)

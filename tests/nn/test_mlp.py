@@ -1,16 +1,17 @@
-"""`FrozenMlp`: what becomes one, and that its kernel computes what its layers do."""
+"""`FrozenMlp` and `FrozenConvMlp`: what becomes one, and that their kernels compute what their layers do."""
 
 from __future__ import annotations
 
 import pytest
 import timm.layers
 import torch
+from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
 
 from shiftadd3d import UserError, kernels
 from shiftadd3d.models.gnt.transformer import FeedForward
-from shiftadd3d.nn import FrozenMlp, FrozenMoE, MoEMlp, PackedShiftLinear, freeze_, shift_twin
-from shiftadd3d.nn.mlp import is_plain_mlp
+from shiftadd3d.nn import FrozenConvMlp, FrozenMlp, FrozenMoE, MoEMlp, PackedShiftLinear, freeze_, shift_twin
+from shiftadd3d.nn.mlp import is_conv_mlp, is_plain_mlp
 
 
 class Custom(nn.Module):
@@ -151,3 +152,83 @@ def test_layers_of_two_formats_run_one_by_one() -> None:
         expected = layer(x)
         with kernels.numerics("exact"):
             torch.testing.assert_close(layer(x), expected)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# With a depthwise convolution
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class ResidualConvMlp(MlpWithDepthwiseConv):
+    def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
+        return x + super().forward(x, feat_size)
+
+
+def conv_mlp(**options) -> MlpWithDepthwiseConv:
+    return MlpWithDepthwiseConv(6, 20, **options)
+
+
+def test_a_perceptron_with_a_convolution_becomes_frozen_and_keeps_its_state_dict() -> None:
+    mlp = shift_twin(conv_mlp(drop=0.5))
+    x = torch.randn(2, 15, 6)
+    expected = mlp.eval()(x, (3, 5))
+    model = nn.Sequential(mlp)
+    assert freeze_(model, verbose=False).perceptrons == 1
+    ready = model[0]
+    assert type(ready) is FrozenConvMlp and not ready.training
+    assert torch.equal(ready(x, (3, 5)), expected)
+    other = frozen(conv_mlp())
+    assert isinstance(other, FrozenConvMlp)
+    other.load_state_dict(ready.state_dict(), strict=True)
+    assert torch.equal(other(x, (3, 5)), expected)
+
+
+@pytest.mark.parametrize(
+    "mlp",
+    [
+        conv_mlp(extra_relu=True),
+        conv_mlp(act_layer=nn.SiLU),
+        ResidualConvMlp(6, 20),
+        Custom(),
+    ],
+    ids=["another activation before", "an activation no kernel has", "a sum", "no convolution"],
+)
+def test_what_computes_something_else_is_no_perceptron_with_a_convolution(mlp: nn.Module) -> None:
+    assert is_conv_mlp(conv_mlp()) and not is_conv_mlp(mlp)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(20, 20, 3, 1, 1),
+        nn.Conv2d(20, 20, 3, 1, 0, groups=20),
+        nn.Conv2d(20, 20, 3, 2, 1, groups=20),
+        nn.Conv2d(20, 20, 3, 1, 1, groups=20, padding_mode="circular"),
+        nn.Conv2d(20, 20, (1, 3), 1, (0, 1), groups=20),
+    ],
+    ids=["not depthwise", "unpadded", "strided", "circular", "oblong"],
+)
+def test_convolutions_of_other_kinds_stay(conv: nn.Conv2d) -> None:
+    mlp = conv_mlp()
+    mlp.dwconv = conv
+    assert not is_conv_mlp(mlp)
+
+
+def test_on_a_cpu_a_kernel_convolves_tokens_unless_hooks_want_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from shiftadd3d.nn import mlp as module
+
+    ready = frozen(conv_mlp())
+    x = torch.randn(2, 15, 6)
+    expected = ready(x, (3, 5))
+    calls = []
+    kernel = module.depthwise_conv
+    monkeypatch.setattr(module, "depthwise_conv", lambda *args: calls.append(args) or kernel(*args))
+    with kernels.numerics("exact"):
+        assert ready(x, (3, 5)).requires_grad and not calls
+        with torch.no_grad():
+            torch.testing.assert_close(ready(x, (3, 5)), expected, rtol=1e-4, atol=1e-5)
+            assert len(calls) == 1
+            seen = []
+            ready.act.register_forward_hook(lambda *args: seen.append(args))
+            torch.testing.assert_close(ready(x, (3, 5)), expected, rtol=1e-4, atol=1e-5)
+            assert len(calls) == 1 and len(seen) == 1
