@@ -46,8 +46,6 @@ __all__ = ["MATSHIFT", "matshift", "matshift_twin"]
 # next to nothing. Decoding them for fewer rows costs more than reaching beyond a second-level cache of 512 KiB.
 # `shiftadd3d kernels tune` finds out whether others suit a machine better.
 _BLOCK = {"bytes": 768 << 10, "rows": 384}
-# Matrix tiles leave decoding less time to hide in, and CPUs that have them have 2 MiB of such cache.
-_BLOCK_OF_TILES = {"bytes": 768 << 10, "rows": 512}
 
 DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -247,8 +245,7 @@ def _division(form: Form, rows: int, inputs: int, outputs: int) -> tuple[int, in
     """Rows of a block, and shares of the outputs, for as many tasks as there are threads, or a multiple."""
     tile, columns = tile_shape(targets.current(), form)
     threads = torch.get_num_threads()
-    usual = _BLOCK_OF_TILES if form.startswith("bfloat16") else _BLOCK
-    tuned = records.choice(targets.current().name, "matshift", form=form) or usual
+    tuned = records.choice(targets.current().name, "matshift", form=form) or _BLOCK
     longest = max(tile, min(tuned["rows"], tuned["bytes"] // (4 * inputs)) // tile * tile)
     blocks = -(-rows // longest)
     if blocks % threads:

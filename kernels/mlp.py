@@ -48,7 +48,6 @@ __all__ = ["MLP", "shift_mlp", "shift_mlp_twin"]
 # What a block of tokens takes up with all its activations, and how many tokens it has at most. Decoding the weights
 # for fewer tokens costs more than reaching beyond a second-level cache of 512 KiB to 2 MiB.
 _BLOCK_BYTES, _BLOCK_ROWS = 2 << 20, 384
-_BLOCK_ROWS_OF_TILES = 384  # which leave decoding less time to hide in
 
 
 def shift_mlp(
@@ -355,8 +354,7 @@ def block_rows(target: CpuTarget, form: Form, rows: int, floats: int) -> int:
     """
     tile, _ = tile_shape(target, form)
     threads = torch.get_num_threads()
-    most = _BLOCK_ROWS_OF_TILES if form.startswith("bfloat16") else _BLOCK_ROWS
-    longest = max(tile, min(most, _BLOCK_BYTES // (4 * floats)) // tile * tile)
+    longest = max(tile, min(_BLOCK_ROWS, _BLOCK_BYTES // (4 * floats)) // tile * tile)
     blocks = -(-rows // longest)
     blocks = min(-(-blocks // threads) * threads, max(blocks, rows // (4 * tile)))
     return -(-rows // blocks // tile) * tile

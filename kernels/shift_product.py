@@ -19,7 +19,9 @@ A power of two is exact in every format here, so only activations may round. The
   most ``2**(e - 15)``, and by ``2**(e - 11)`` with codes of 5 bits, whose 15 powers leave less room for sums. The
   largest magnitude has to be zero or within ``2**-64`` and ``2**64``; infinity and NaN have no place in such a row.
 - ``"bfloat16x1"``: matrix tiles (AMX) of bfloat16; activations in float32 are off by at most ``2**-8`` of themselves.
-- ``"bfloat16x3"``: the same on three pieces of each activation, which together hold all its bits: exact.
+- ``"bfloat16x3"``: the same on three pieces of each activation, which together hold all its bits: exact. As tiles take
+  denormals for zero, the largest magnitude of a row has to be as for ``"int16"``, and what is off then is less than
+  ``2**-62`` of it.
 
 Where a form cannot express an activation, `stage` raises a flag, and another form has to do the work.
 
@@ -43,6 +45,8 @@ Dtype = Literal["float32", "bfloat16"]
 _GROUP = 16  # codes are transposed 16 inputs by 16 outputs at a time, which fits 128-bit registers
 _FRACTION_BITS, _EXPONENT_BIAS = 23, 127
 _MAGNITUDE = 0x7FFFFFFF
+# The bits of 2**-64 and 2**64.
+_LOWEST, _HIGHEST = ((_EXPONENT_BIAS + exponent) << _FRACTION_BITS for exponent in (-64, 64))
 
 
 def forms(target: CpuTarget, numerics: Numerics, bits: int, terms: int, dtype: Dtype) -> tuple[Form, ...]:
@@ -101,8 +105,9 @@ class Scratch:
     bytes: Any  # [columns, bytes of a block of inputs] uint8: the codes of a panel
     codes: Any  # [columns or 16, 16] uint8: codes of as many outputs and 16 inputs
     panel: Any  # [numbers of a block of inputs, columns], the form's numbers
-    units: Any  # [columns] int32 or float32: what the offset of a channel makes of its levels
+    units: Any  # [columns] int32: what the offset of a channel makes of its levels
     bias: Any  # [columns] float32
+    factors: Any  # [columns] float32: what sums of a channel are multiplied by
     sums: Any  # [rows, columns] float32
     scales: Any  # [rows] float32: what sums of integers are multiplied by
 
@@ -127,6 +132,8 @@ class ShiftProduct(ABC):
     """How many numbers there are for each activation."""
     passes = 1
     """How often the sums go through all inputs."""
+    has_factors = False
+    """Whether weights lack their channel's offset, which sums are then multiplied by."""
 
     def __init__(self, target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype, block: int) -> None:
         import tvm.script
@@ -161,6 +168,7 @@ class ShiftProduct(ABC):
             panel=buffer(decoded // self.pair, self.columns, dtype=self.number),
             units=buffer(self.columns, dtype="int32"),
             bias=buffer(self.columns, dtype="float32"),
+            factors=buffer(self.columns, dtype="float32"),
             sums=buffer(rows, self.columns, dtype="float32"),
             scales=buffer(rows, dtype="float32"),
         )
@@ -208,19 +216,25 @@ class ShiftProduct(ABC):
         turns = scratch.blocks * self.passes
 
         def outputs(sums: Any, j: int) -> Any:
-            return apply(T.bind(self.scaled(scratch, sums, j) + scratch.bias[self.at(j)]))
+            scaled = sums * scratch.factors[self.at(j)] if self.has_factors else sums
+            return apply(T.bind(scaled + scratch.bias[self.at(j)]))
 
         with T.serial(last - first) as step:
             start = T.bind((first + step) * self.columns)
             with T.serial(self.columns) as column:
-                bias = T.if_then_else(start + column < weights.outputs, weights.bias[start + column], T.float32(0))
-                T.buffer_store(scratch.bias, bias, [column])
+                inside, output = start + column < weights.outputs, start + column
+                T.buffer_store(scratch.bias, T.if_then_else(inside, weights.bias[output], T.float32(0)), [column])
+                if self.has_factors:
+                    exponent = T.if_then_else(inside, self.factor(weights, output), T.int32(0))
+                    factor = T.reinterpret("float32", (exponent + _EXPONENT_BIAS) << _FRACTION_BITS)
+                    T.buffer_store(scratch.factors, factor, [column])
             with T.serial(turns) as turn:
                 block = T.bind(turn // self.passes)
                 count = T.bind(T.min(weights.inputs - block * self.block, T.int64(self.block)))
                 self.decode(scratch, weights, start, turn, count)
                 with T.serial((rows + (self.rows - 1)) // self.rows) as tile:
                     row = T.bind(tile * self.rows)
+                    place = T.bind(self.place_of_sums(scratch, row))
                     sums = self.multiply(scratch, row, turn, count)
                     in_memory = turn + 1 == turns  # the sums are complete, and are not in registers
                     if sums:
@@ -233,18 +247,18 @@ class ShiftProduct(ABC):
                             with T.Else():
                                 for i in range(self.rows):
                                     for j in self.vectors:
-                                        T.buffer_store(scratch.sums, sums[i][self.at(j)], [row + i, self.at(j)])
+                                        T.buffer_store(scratch.sums, sums[i][self.at(j)], [place + i, self.at(j)])
                         in_memory = T.And(in_memory, T.Not(whole))
                     with T.If(in_memory), T.Then(), T.serial(T.min(rows - row, T.int64(self.rows))) as i:
                         for j in self.vectors:
-                            value = outputs(scratch.sums[row + i, self.at(j)], j)
+                            value = outputs(scratch.sums[place + i, self.at(j)], j)
                             with T.If(start + (j + lanes) <= weights.outputs):
                                 with T.Then():
                                     store(row + i, start + j, value, lanes)
                                 with T.Else():
-                                    T.buffer_store(scratch.sums, value, [row + i, self.at(j)])
+                                    T.buffer_store(scratch.sums, value, [place + i, self.at(j)])
                                     with T.serial(T.max(weights.outputs - start - j, T.int64(0))) as rest:
-                                        store(row + i, start + j + rest, scratch.sums[row + i, j + rest], 1)
+                                        store(row + i, start + j + rest, scratch.sums[place + i, j + rest], 1)
 
     def decode(self, scratch: Scratch, weights: Weights, start: Any, turn: Any, count: Any) -> None:
         """Decode into `scratch.panel` the weights of the outputs from `start` on and of the block of inputs at hand.
@@ -258,8 +272,7 @@ class ShiftProduct(ABC):
         for term in range(self.terms) if self.passes == 1 else (turn % self.passes,):
             with T.serial(self.columns) as column, T.If(start + column < weights.outputs):
                 with T.Then():
-                    unit = self.unit(T.cast(weights.offset[term, start + column], "int32"))
-                    T.buffer_store(scratch.units, unit, [column])
+                    T.buffer_store(scratch.units, self.unit(weights, term, start + column), [column])
                     with T.serial(length // _GROUP) as part:
                         codes = weights.codes[term, start + column, T.ramp(first + part * _GROUP, 1, _GROUP)]
                         T.buffer_store(scratch.bytes, codes, [column, T.ramp(part * _GROUP, 1, _GROUP)])
@@ -268,24 +281,36 @@ class ShiftProduct(ABC):
                         code = weights.codes[term, start + column, first + position]
                         T.buffer_store(scratch.bytes, code, [column, position])
                 with T.Else():
-                    T.buffer_store(scratch.units, self.unit(T.int32(0)), [column])
-            # By twos, for the sake of products that take 32 inputs at a time.
-            with T.serial((count + (2 * _GROUP - 1)) // (2 * _GROUP) * 2) as group:
-                with T.serial(self.columns) as column:
-                    codes = self._unpacked(scratch.bytes[column, T.ramp(group * (2 * self.bits), 1, _GROUP)])
-                    T.buffer_store(scratch.codes, codes, [column, T.ramp(0, 1, _GROUP)])
-                for half in range(0, self.columns, _GROUP):
-                    rows = [scratch.codes[half + i, T.ramp(0, 1, _GROUP)] for i in range(_GROUP)]
-                    codes = transpose([T.bind(row) for row in rows])
-                    for j in range(0, min(_GROUP, self.columns - half), self.lanes):
-                        lanes = list(range(j, j + self.lanes))
-                        wide = [T.bind(T.cast(T.Shuffle([c], lanes), f"int32x{self.lanes}")) for c in codes]
-                        add = isinstance(term, int) and term > 0
-                        self.store_weights(scratch, wide, group, self.at(half + j), add)
+                    T.buffer_store(scratch.units, T.int32(_EXPONENT_BIAS), [column])
+            self.expand(scratch, count, isinstance(term, int) and term > 0)
 
-    @abstractmethod
-    def unit(self, offset: Any) -> Any:
-        """What `scratch.units` keeps of a channel's offset, int32 both."""
+    def expand(self, scratch: Scratch, count: Any, add: bool) -> None:
+        """Make weights of the codes in `scratch.bytes`."""
+        T = self._T
+        # By twos, for the sake of products that take 32 inputs at a time.
+        with T.serial((count + (2 * _GROUP - 1)) // (2 * _GROUP) * 2) as group:
+            with T.serial(self.columns) as column:
+                codes = self._unpacked(scratch.bytes[column, T.ramp(group * (2 * self.bits), 1, _GROUP)])
+                T.buffer_store(scratch.codes, codes, [column, T.ramp(0, 1, _GROUP)])
+            for half in range(0, self.columns, _GROUP):
+                rows = [scratch.codes[half + i, T.ramp(0, 1, _GROUP)] for i in range(_GROUP)]
+                codes = transpose([T.bind(row) for row in rows])
+                for j in range(0, min(_GROUP, self.columns - half), self.lanes):
+                    lanes = list(range(j, j + self.lanes))
+                    wide = [T.bind(T.cast(T.Shuffle([c], lanes), f"int32x{self.lanes}")) for c in codes]
+                    self.store_weights(scratch, wide, group, self.at(half + j), add)
+
+    def unit(self, weights: Weights, term: Any, output: Any) -> Any:
+        """What `scratch.units` keeps of a channel's offset, int32: the exponent that level 0 would have, biased."""
+        return self.offset(weights, term, output) + (_EXPONENT_BIAS - self.levels)
+
+    def factor(self, weights: Weights, output: Any) -> Any:
+        """Where `has_factors`: the exponent, int32, of what a channel's sums are multiplied by."""
+        raise NotImplementedError
+
+    def offset(self, weights: Weights, term: Any, output: Any) -> Any:
+        """A channel's offset, int32."""
+        return self._T.cast(weights.offset[term, output], "int32")
 
     @abstractmethod
     def store_weights(self, scratch: Scratch, codes: list[Any], group: Any, column: Any, add: bool) -> None:
@@ -306,9 +331,12 @@ class ShiftProduct(ABC):
             None if the sums are in `scratch.sums`.
         """
 
-    def scaled(self, scratch: Scratch, sums: Any, column: int) -> Any:
-        """What a vector of sums has to be multiplied by to be the product."""
-        return sums
+    def place_of_sums(self, scratch: Scratch, row: Any) -> Any:
+        """The row of `scratch.sums` that the sums of a tile begin at; one place serves all if it is for one turn only.
+
+        They then stay in the first-level cache on their way to the outcome.
+        """
+        return self._T.Select(scratch.blocks * self.passes == 1, self._T.int64(0), row)
 
     # Vocabulary.
 
@@ -340,11 +368,18 @@ class ShiftProduct(ABC):
         magnitude = T.Select(level == self.splat(0), self.splat(0), (level + unit) << self.splat(_FRACTION_BITS))
         return magnitude | (self.negative(codes) << self.splat(31))
 
-    def refuse(self, condition: Any, flag: Any) -> None:
-        """Raise the flag on a condition."""
+    def refuse_extremes(self, magnitudes: Any, flag: Any) -> Any:
+        """Raise the flag unless the largest of the magnitudes in a buffer is zero or in the middle of float32's range.
+
+        Returns:
+            Its bits, int32.
+        """
         T = self._T
-        with T.If(condition), T.Then():
+        maximum = f"llvm.vector.reduce.smax.v{self.lanes}i32"
+        peak = T.bind(T.call_llvm_pure_intrin("int32", maximum, magnitudes[self.at(0)]))
+        with T.If(T.Or(peak >= _HIGHEST, T.And(peak > 0, peak < _LOWEST))), T.Then():
             T.buffer_store(flag, T.int32(1), [0])
+        return peak
 
     def pairs_of_vectors(
         self, row: Any, first: Any, count: Any, load: Load, use: Callable[[Any, Any, Any], None]
@@ -424,9 +459,6 @@ class Float32Product(ShiftProduct):
         # the errors of rounding would exceed those of torch's products.
         super().__init__(target, form, bits, terms, dtype, block=128)
 
-    def unit(self, offset: Any) -> Any:
-        return offset + (_EXPONENT_BIAS - self.levels)
-
     def store_weights(self, scratch: Scratch, codes: list[Any], group: Any, column: Any, add: bool) -> None:
         T = self._T
         unit = T.bind(scratch.units[column])
@@ -489,17 +521,16 @@ class Float32Product(ShiftProduct):
 
 
 class _Int16(ShiftProduct):
+    has_factors = True
+
     def __init__(self, target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype) -> None:
         # Sums stay below 2**31: they reach 2**15 * 2**6 * 512 with 4 bits, 2**11 * 2**14 * 48 with 5.
         self.activation_bits, block = (15, 512) if bits <= 4 else (11, 48)
         super().__init__(target, form, bits, terms, dtype, block)
 
-    def unit(self, offset: Any) -> Any:
-        """The bits of the float32 weight of level 1, which integers count in."""
-        return (offset + (_EXPONENT_BIAS - self.levels + 1)) << _FRACTION_BITS
-
-    def scaled(self, scratch: Scratch, sums: Any, column: int) -> Any:
-        return sums * self.as_float(scratch.units[self.at(column)])
+    def factor(self, weights: Weights, output: Any) -> Any:
+        """The weight of level 1, which integers count in."""
+        return self.offset(weights, 0, output) - (self.levels - 1)
 
     def store_weights(self, scratch: Scratch, codes: list[Any], group: Any, column: Any, add: bool) -> None:
         T = self._T
@@ -524,12 +555,9 @@ class _Int16(ShiftProduct):
 
         T.buffer_store(largest, self.splat(0), [self.at(0)])
         self.pairs_of_vectors(row, T.int64(0), inputs, load, compare)
-        maximum = f"llvm.vector.reduce.smax.v{lanes}i32"
-        peak = T.bind(T.call_llvm_pure_intrin("int32", maximum, largest[self.at(0)]))
         # Within these bounds neither the scale, nor its reciprocal, nor sums times either overflow.
-        lowest, highest = ((_EXPONENT_BIAS + exponent) << _FRACTION_BITS for exponent in (-64, 64))
-        self.refuse(T.Or(peak >= highest, T.And(peak > 0, peak < lowest)), flag)
-        exponent = T.bind(T.max(peak, T.int32(lowest)) >> _FRACTION_BITS)
+        peak = self.refuse_extremes(largest, flag)
+        exponent = T.bind(T.max(peak, T.int32(_LOWEST)) >> _FRACTION_BITS)
         fraction = self.activation_bits - 1
         scale = T.reinterpret("float32", (exponent - fraction) << _FRACTION_BITS)
         T.buffer_store(scratch.scales, scale, [row])
@@ -585,11 +613,17 @@ class _Int16(ShiftProduct):
 
 
 class _Bfloat16Tiles(ShiftProduct):
-    """AMX: tiles 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights. Each tile has 16 rows of 64 bytes."""
+    """AMX: tiles 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights. Each tile has 16 rows of 64 bytes.
+
+    No weight is larger than 1, and so neither sums nor their parts come near to where tiles lose bits: denormals.
+    """
+
+    has_factors = True
 
     def __init__(self, target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype) -> None:
         self.pieces = 1 if form == "bfloat16x1" else 3
         self.passes = terms  # a sum of two powers is more than one bfloat16 can hold
+        self._by_pairs = bits == 4 and terms == 1
         super().__init__(target, form, bits, terms, dtype, block=256)
 
     def scratch(self, rows: Any, inputs: Any) -> Scratch:
@@ -608,16 +642,87 @@ class _Bfloat16Tiles(ShiftProduct):
     def release(self) -> None:
         self._tile("tilerelease")
 
-    def unit(self, offset: Any) -> Any:
-        return offset + (_EXPONENT_BIAS - self.levels)
+    def factor(self, weights: Weights, output: Any) -> Any:
+        offsets = [self.offset(weights, term, output) for term in range(self.terms)]
+        return self._T.max(offsets[0], offsets[-1])
+
+    def unit(self, weights: Weights, term: Any, output: Any) -> Any:
+        return super().unit(weights, term, output) - self.factor(weights, output)
+
+    def decode(self, scratch: Scratch, weights: Weights, start: Any, turn: Any, count: Any) -> None:
+        if not self._by_pairs:
+            super().decode(scratch, weights, start, turn, count)
+            return
+        T = self._T
+        first = T.bind(turn * (self.block // 2))
+
+        def load(column: int, step: Any) -> Any:
+            return weights.codes[0, start + column, T.ramp(first + step * _GROUP, 1, _GROUP)]
+
+        with T.If(T.And(start + self.columns <= weights.outputs, count % (2 * _GROUP) == 0)):
+            with T.Then():
+                self._expand_pairs(scratch, count, load)
+            with T.Else():
+                super().decode(scratch, weights, start, turn, count)
+
+    def expand(self, scratch: Scratch, count: Any, add: bool) -> None:
+        def load(column: int, step: Any) -> Any:
+            return scratch.bytes[column, self._T.ramp(step * _GROUP, 1, _GROUP)]
+
+        if self._by_pairs:
+            self._expand_pairs(scratch, count, load)
+        else:
+            super().expand(scratch, count, add)
+
+    def _expand_pairs(self, scratch: Scratch, count: Any, load: Callable[[int, Any], Any]) -> None:
+        """Make weights of codes of 4 bits. A byte holds a pair of them, as an entry of a tile does.
+
+        The pairs change places four at a time, and a table makes weights of them.
+
+        Args:
+            load: ``load(column, step)``: 16 bytes, the codes of 32 inputs.
+        """
+        T = self._T
+        levels = [0, *((_EXPONENT_BIAS - self.levels + level) << 7 for level in range(1, self.levels + 1))]
+        # Twice, as it is looked up by five bits, and the fifth one is another code's.
+        entries = 2 * [T.int16(level - sign) for sign in (0, 1 << 15) for level in levels]
+        table = T.bind(T.Shuffle(entries, list(range(len(entries)))))
+        low, high = (T.broadcast(T.uint32(half), _GROUP) for half in (0xFFFF, 0xFFFF0000))
+        with T.serial((count + (2 * _GROUP - 1)) // (2 * _GROUP)) as step:
+            for half in range(0, self.columns, _GROUP):
+                rows = [T.bind(T.reinterpret("uint32x4", load(half + i, step))) for i in range(_GROUP)]
+                for word, codes in enumerate(self._words(rows)):
+                    for byte in range(4):
+                        pair = T.bind(codes >> T.broadcast(T.uint32(8 * byte), _GROUP))
+                        pair = (pair & low) | ((pair << T.broadcast(T.uint32(12), _GROUP)) & high)
+                        look_up = "llvm.x86.avx512.permvar.hi.512"
+                        pair = T.call_llvm_pure_intrin("int16x32", look_up, table, T.reinterpret("int16x32", pair))
+                        pair = T.reinterpret("int32x16", pair)
+                        T.buffer_store(scratch.panel, pair, [step * _GROUP + 4 * word + byte, self.at(half)])
+
+    def _words(self, rows: list[Any]) -> list[Any]:
+        """The first words of 16 vectors of four words in one vector, the second ones in another, and so on."""
+        T = self._T
+
+        def shuffle(vectors: list[Any], order: list[int]) -> Any:
+            return T.bind(T.Shuffle(vectors, [part + i for part in range(0, _GROUP, 4) for i in order]))
+
+        # Matrices of four by four words, one in every 128-bit part: no word has to leave its part.
+        a, b, c, d = (shuffle(rows[i::4], [0, 1, 2, 3]) for i in range(4))
+        pairs = [(shuffle([a, b], order), shuffle([c, d], order)) for order in ([0, 16, 1, 17], [2, 18, 3, 19])]
+        return [shuffle(list(pair), order) for pair in pairs for order in ([0, 1, 16, 17], [2, 3, 18, 19])]
 
     def store_weights(self, scratch: Scratch, codes: list[Any], group: Any, column: Any, add: bool) -> None:
         T = self._T
-        unit = T.bind(scratch.units[column])
-        bits = [T.bind(T.reinterpret(f"uint32x{self.lanes}", self.float_bits(code, unit))) for code in codes]
-        sixteen, upper = (T.broadcast(T.uint32(x), self.lanes) for x in (16, 0xFFFF0000))
+        unit, zero = T.bind(scratch.units[column]), self.splat(0)
+
+        def bits(code: Any) -> Any:
+            level = T.bind(self.level(code))
+            exponent = T.Select(level == zero, zero, T.max(level + unit, zero))
+            return T.bind((exponent << self.splat(7)) | (self.negative(code) << self.splat(15)))
+
         for k in range(0, _GROUP, 2):
-            pair = T.reinterpret(f"int32x{self.lanes}", (bits[k] >> sixteen) | (bits[k + 1] & upper))
+            pair = bits(codes[k]) | (bits(codes[k + 1]) << self.splat(16))
             T.buffer_store(scratch.panel, pair, [group * (_GROUP // 2) + k // 2, column])
 
     def stage_row(self, scratch: Scratch, row: Any, inputs: Any, load: Load, flag: Any) -> None:
@@ -641,13 +746,13 @@ class _Bfloat16Tiles(ShiftProduct):
             self.pairs_of_vectors(row, first, count, load, use)
 
         self.each_block(scratch, inputs, convert)
-        maximum = f"llvm.vector.reduce.smax.v{lanes}i32"
-        # Just below infinity, where rounding to bfloat16 would overflow, and the pieces of it be NaN.
-        self.refuse(T.call_llvm_pure_intrin("int32", maximum, largest[self.at(0)]) >= 0x7F000000, flag)
+        # Pieces of these are no denormals, or too small to count.
+        self.refuse_extremes(largest, flag)
 
     def multiply(self, scratch: Scratch, row: Any, turn: Any, count: Any) -> None:
         T = self._T
-        sums = [(i, j, T.address_of(scratch.sums[row + 16 * i, 16 * j])) for i in range(2) for j in range(2)]
+        place = T.bind(self.place_of_sums(scratch, row))
+        sums = [(i, j, T.address_of(scratch.sums[place + 16 * i, 16 * j])) for i in range(2) for j in range(2)]
         with T.If(turn == 0):
             with T.Then():
                 for i, j, _ in sums:

@@ -66,6 +66,10 @@ EMULATED void emulated_avx512_packssdw_512(int16_t *result, const int32_t *a, co
   }
 }
 
+EMULATED void emulated_avx512_permvar_hi_512(uint16_t *result, const uint16_t *table, const uint16_t *index) {
+  for (int i = 0; i < 32; i++) result[i] = table[index[i] & 31];
+}
+
 static uint16_t to_bfloat16(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);

@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shiftadd3d.kernels import manage
+from shiftadd3d import kernels
+from shiftadd3d.kernels import manage, power_of_two
 from shiftadd3d.kernels.kernel import KERNELS
 from shiftadd3d.kernels.targets import CpuTarget
 
@@ -106,7 +107,7 @@ def test_bfloat16_is_rounded_as_in_torch_but_for_denormals(emulator: Any):
     low, high = torch.randn(16) * 2.0 ** torch.randint(-120, 120, (16,)), torch.tensor(special * 2)
     found = torch.zeros(32, dtype=torch.bfloat16)
     emulator.instructions.emulated_avx512bf16_cvtne2ps2bf16_512(Address(found), Address(high), Address(low))
-    torch.testing.assert_close(found, torch.cat([low, high]).bfloat16(), rtol=0, atol=0, equal_nan=True)
+    assert torch.allclose(found, torch.cat([low, high]).bfloat16(), rtol=0, atol=0, equal_nan=True)
     assert torch.equal(found.signbit(), torch.cat([low, high]).signbit())
     low[:] = 2.0**-127
     emulator.instructions.emulated_avx512bf16_cvtne2ps2bf16_512(Address(found), Address(high), Address(low))
@@ -218,6 +219,30 @@ TRIALS = [
 @pytest.mark.parametrize(("name", "kernel", "spec"), TRIALS, ids=lambda value: value if isinstance(value, str) else "")
 def test_each_kind_of_product_passes_its_trial(emulated_cpu: Cpu, name: str, kernel: str, spec: dict[str, Any]):
     KERNELS[kernel].check(emulated_cpu(name), **spec)
+
+
+@pytest.mark.parametrize("exponent", [-110, -70, -40, 0, 40, 70, 100])
+def test_matrix_tiles_are_exact_for_numbers_of_any_size(emulated_cpu: Cpu, exponent: int, torch_threads: int):
+    """They take denormals for zero, so the pieces of small numbers and products of small numbers are at risk."""
+    emulated_cpu("amx")
+    weight = torch.randn(37, 70) * 2.0 ** torch.randint(-9, 5, (37, 1))
+    codes, offset, _ = power_of_two.encode(weight * 2.0**-exponent)
+    weight = power_of_two.decode(codes, offset, 4)
+    x = torch.randn(75, 70) * 2.0 ** torch.randint(exponent - 9, exponent + 9, (75, 1))
+    x[3], x[4, 5] = 0, -(2.0 ** (exponent - 30))
+    y = kernels.matshift(x, power_of_two.pack(codes, 4), offset)
+    error = (y - x.double() @ weight.double().T).abs()
+    assert (error <= 1e-6 * (x.abs().double() @ weight.abs().double().T)).all()
+
+
+def test_matrix_tiles_leave_infinity_and_nan_to_others(emulated_cpu: Cpu):
+    emulated_cpu("amx")
+    codes, offset, _ = power_of_two.encode(torch.randn(20, 33))
+    x = torch.randn(9, 33)
+    x[2, 5], x[7, 31], x[7, 32] = float("nan"), float("inf"), -float("inf")
+    packed = power_of_two.pack(codes, 4)
+    y, twin = kernels.matshift(x, packed, offset), kernels.matshift_twin(x, packed, offset)
+    assert torch.allclose(y, twin, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.slow

@@ -7,13 +7,18 @@ import pytest
 from shiftadd3d import UserError
 from shiftadd3d.kernels import targets
 
+AVX2 = "fpu sse2 avx avx2 fma f16c bmi1 bmi2 abm movbe popcnt"
+AVX512 = f"{AVX2} avx512f avx512bw avx512dq avx512vl avx512cd"
+SAPPHIRE_RAPIDS = (
+    f"{AVX512} avx512_vnni avx512_bf16 avx512_fp16 avx512_bitalg avx512_vbmi2 avx512_vpopcntdq avx512ifma avx512vbmi "
+    "avx_vnni gfni vaes vpclmulqdq amx_tile amx_bf16 amx_int8"
+)
 FLAGS = {
     "generic": "fpu sse2",
-    "avx2": "fpu sse2 avx avx2 fma f16c bmi2",
-    "avx512": "fpu sse2 avx avx2 fma f16c bmi2 avx512f avx512bw avx512dq avx512vl avx512cd",
-    "avx512_vnni": "fpu sse2 avx avx2 fma f16c bmi2 avx512f avx512bw avx512dq avx512vl avx512cd avx512_vnni",
-    "amx": "fpu sse2 avx avx2 fma f16c bmi2 avx512f avx512bw avx512dq avx512vl avx512cd avx512_vnni avx512_bf16 "
-    "amx_tile amx_bf16 amx_int8",
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_vnni": f"{AVX512} avx512_vnni",
+    "amx": SAPPHIRE_RAPIDS,
 }
 
 
@@ -35,6 +40,12 @@ def cpu(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("name", FLAGS)
 def test_the_best_that_the_cpu_has_is_taken(cpu, name: str):
     cpu(FLAGS[name])
+    assert targets.current().name == name
+
+
+@pytest.mark.parametrize(("lacking", "name"), [("gfni", "avx512_vnni"), ("avx512vl", "avx2"), ("movbe", "generic")])
+def test_what_a_virtual_machine_hides_is_not_used(cpu, lacking: str, name: str):
+    cpu(FLAGS["amx"].replace(f" {lacking}", ""))
     assert targets.current().name == name
 
 
