@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd3d.kernels.activations import Activation
-from shiftadd3d.kernels.depthwise import depthwise_conv
+from shiftadd3d.kernels.conv_mlp import shift_conv_mlp
 from shiftadd3d.kernels.mlp import shift_mlp
 from shiftadd3d.kernels.numerics import numerics, uses_kernels
 from shiftadd3d.nn.shift import PackedShiftLinear
@@ -57,8 +57,8 @@ class FrozenMlp(nn.Module):
 class FrozenConvMlp(nn.Module):
     """``fc2(act(dwconv(fc1(x))))``: a perceptron that looks at neighbours, without what it has for training only.
 
-    Without gradients, on CPUs, the convolution and the activation function run as one kernel on tokens as they are (see
-    `shiftadd3d.kernels`).
+    Without gradients, on CPUs, packed shift layers of one format and the convolution between them run as one op, which
+    reads tokens as they are (see `shiftadd3d.kernels`).
 
     Args:
         mlp: whose layers it takes over, the very modules under the same names; one that `is_conv_mlp` accepts.
@@ -89,14 +89,22 @@ class FrozenConvMlp(nn.Module):
         Returns:
             [B, N, out_features].
         """
-        hidden, (height, width) = self.fc1(x), feat_size
+        first, second, conv, (height, width) = self.fc1, self.fc2, self.dwconv, feat_size
         activation = activation_name(self.act)
-        if activation is not None and uses_kernels("depthwise_conv", hidden) and not has_hooks(self.dwconv, self.act):
-            hidden = depthwise_conv(hidden, self.dwconv.weight, self.dwconv.bias, (height, width), activation)
-        else:
-            image = self.dwconv(hidden.transpose(1, 2).unflatten(-1, (height, width)))
-            hidden = self.act(image.flatten(2).transpose(1, 2))
-        return self.fc2(hidden)
+        if (
+            isinstance(first, PackedShiftLinear)
+            and isinstance(second, PackedShiftLinear)
+            and (first.bits, first.terms) == (second.bits, second.terms)
+            and activation is not None
+            and x.shape[-1:] == (first.in_features,)
+            and uses_kernels("shift_conv_mlp", x)
+            and not is_watched(self)
+        ):
+            layers = (first.codes, first.offset, first.bias, conv.weight, conv.bias)
+            layers += (second.codes, second.offset, second.bias)
+            return shift_conv_mlp(x, *layers, (height, width), first.bits, activation)
+        image = conv(first(x).transpose(1, 2).unflatten(-1, (height, width)))
+        return second(self.act(image.flatten(2).transpose(1, 2)))
 
 
 def activation_name(module: nn.Module) -> Activation | None:

@@ -393,7 +393,7 @@ def test_a_frozen_pvt_convolves_tokens():
     with torch.no_grad():
         found = operations(frozen(pvt), torch.randn(2, 3, 64, 64))
     # On values and within perceptrons. The first block reads its keys and values from fewer tokens than its queries.
-    assert (found["add_attention"], found["depthwise_conv"]) == (2, 4)
+    assert (found["add_attention"], found["shift_conv_mlp"], found["depthwise_conv"]) == (2, 2, 4)
     first, second = (3 + 2, 2 + 2)  # products: attention's and the perceptron's
     assert found["matshift"] == first + second
 

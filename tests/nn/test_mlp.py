@@ -214,15 +214,16 @@ def test_convolutions_of_other_kinds_stay(conv: nn.Conv2d) -> None:
     assert not is_conv_mlp(mlp)
 
 
-def test_on_a_cpu_a_kernel_convolves_tokens_unless_hooks_want_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_one_op_convolves_tokens_unless_hooks_want_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     from shiftadd3d.nn import mlp as module
 
-    ready = frozen(conv_mlp())
-    x = torch.randn(2, 15, 6)
+    model = nn.Sequential(shift_twin(conv_mlp()))
+    freeze_(model, verbose=False)
+    ready, x = model[0], torch.randn(2, 15, 6)
     expected = ready(x, (3, 5))
     calls = []
-    kernel = module.depthwise_conv
-    monkeypatch.setattr(module, "depthwise_conv", lambda *args: calls.append(args) or kernel(*args))
+    fused = module.shift_conv_mlp
+    monkeypatch.setattr(module, "shift_conv_mlp", lambda *args: calls.append(args) or fused(*args))
     with kernels.numerics("exact"):
         assert ready(x, (3, 5)).requires_grad and not calls
         with torch.no_grad():
