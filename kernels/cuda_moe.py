@@ -217,6 +217,8 @@ def _share_out(experts: int, tile: Any, thread: Any, counts: Any, order: Any, to
         before = after
     with T.If(thread < ROWS), T.Then():
         T.buffer_store(token_of, token, [thread])
+    # A block without tokens does not come by where TVM would have its threads wait.
+    T.evaluate(T.tvm_storage_sync("shared"))
     return applies
 
 
@@ -249,7 +251,7 @@ def trial(
             codes, offset, _ = power_of_two.encode(weight, bits, terms)
             layers.append(Layer(power_of_two.pack(codes, bits), offset, bias, inputs))
             exact_weights.append(power_of_two.decode(codes, offset, bits).double())
-    assignment = torch.randint(len(kinds), (tokens,), generator=generator)
+    assignment = (torch.randperm(tokens, generator=generator) // ROWS).clamp(max=len(kinds) - 1)
     counts = assignment.bincount(minlength=len(kinds)).int()
     order = torch.zeros(len(kinds), tokens, dtype=torch.int32)
     tiles, first = _tiles(tokens, len(kinds)), 0
@@ -264,8 +266,8 @@ def trial(
     given = x if gathers else x[sorted_rows].where(sorted_rows[:, None] >= 0, torch.nan)
     device = function.device
     layers = [Layer(w.to(device), e if e is None else e.to(device), b.to(device), k) for w, e, b, k in layers]
-    tensors = (tensor.to(device) for tensor in (given, counts, order))
-    y = run(function, *tensors, layers, scatters=scatters, gates=gates.to(device) if gated else None).cpu()
+    on_device = (given.to(device), counts.to(device), order.to(device))
+    y = run(function, *on_device, layers, scatters=scatters, gates=gates.to(device) if gated else None).cpu()
     found = y.double() if scatters else torch.zeros(tokens, outputs).double()
     if not scatters:
         found[sorted_rows[sorted_rows >= 0]] = y[sorted_rows >= 0].double()

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import itertools
 import json
 import shutil
 import struct
@@ -43,6 +44,8 @@ needs_gcc = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to em
 HOPPER = targets.CudaTarget(90)
 
 matshift_module = importlib.import_module("shiftadd3d.kernels.matshift")  # the package has a function of that name
+mlp_module = importlib.import_module("shiftadd3d.kernels.mlp")
+moe_module = importlib.import_module("shiftadd3d.kernels.moe")
 
 SHIFT = {"bits": 4, "terms": 1, "activation": "gelu"}
 # Of each kernel, one specialisation of every way it works in.
@@ -220,6 +223,46 @@ def test_matadd_takes_strided_heads_masks_and_packed_codes(op: str, emulated_gpu
         ),
     }[op]()
     torch.testing.assert_close(found, twin, rtol=1e-5, atol=1e-4)
+
+
+def random_layers(chains: str, widths: dict[str, tuple[int, ...]], bias: bool = True) -> list[Any]:
+    """Tensors of experts as `moe_mlp` takes them: ``"mult mult, shift shift"``, with the widths of each expert."""
+    layers: list[Any] = []
+    for chain in chains.split(","):
+        for kind, (inputs, outputs) in zip(chain.split(), itertools.pairwise(widths[chain]), strict=True):
+            weight = torch.randn(outputs, inputs) / inputs**0.5
+            if kind == "mult":
+                layers += [weight, None]
+            else:
+                codes, offset, _ = power_of_two.encode(weight)
+                layers += [power_of_two.pack(codes, 4), offset]
+            layers.append(torch.randn(outputs) if bias else None)
+    return layers
+
+
+@needs_gcc
+@pytest.mark.slow
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_mixture_takes_experts_of_other_widths_kinds_and_numbers(gated: bool, emulated_gpu: None):
+    widths = {"shift mult": (37, 70, 9), "mult shift": (37, 5, 9), "mult mult": (37, 11, 9)}
+    layers = random_layers(",".join(widths), widths, bias=gated)
+    x, logits = torch.randn(150, 2, 37).transpose(0, 1), torch.randn(2, 150, 3)
+    logits[..., 1] = -1e9  # nobody goes there
+    logits[0, 0] = torch.nan
+    found, assignment = moe_module._moe_cuda(x, logits, layers, 2, 4, "relu", gated, "exact")
+    twin, expected = kernels.moe_mlp_twin(x, logits, layers, 2, 4, "relu", gated)
+    assert torch.equal(assignment, expected)
+    torch.testing.assert_close(found, twin, rtol=1e-5, atol=1e-5, equal_nan=True)
+    nothing, _ = moe_module._moe_cuda(x[:, :0], logits[:, :0], layers, 2, 4, "relu", gated, "exact")
+    assert nothing.shape == (2, 0, 9)
+
+
+@needs_gcc
+@pytest.mark.slow
+def test_a_perceptron_of_shifts_is_two_products(emulated_gpu: None):
+    x, layers = torch.randn(3, 30, 33), random_layers("shift shift", {"shift shift": (33, 70, 9)})
+    found = mlp_module._mlp_cuda(x, *layers, 4, "gelu", "exact")
+    torch.testing.assert_close(found, kernels.shift_mlp_twin(x, *layers, 4, "gelu"), rtol=1e-5, atol=1e-5)
 
 
 REVERSE = """
@@ -687,6 +730,49 @@ def test_view_attention_is_its_twin_on_a_gpu(dtype, points, count, width):
         out = view_attention.view_attention(query, views, ray_diff, mask, weights, biases)
     twin = view_attention.view_attention_twin(query.double(), views.double(), ray_diff.double(), mask, weights, biases)
     assert (out.double() - twin).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * twin.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+@pytest.mark.parametrize(
+    ("tokens", "chains"), [(1, "shift,mult"), (3137, "mult mult,shift shift"), (777, "mult,shift")]
+)
+def test_a_mixture_is_its_twin_on_a_gpu(dtype, numerics, tokens, chains):
+    torch.manual_seed(0)
+    depth = len(chains.split(",")[0].split())
+    layers = random_layers(chains, dict.fromkeys(chains.split(","), (65, 192, 65)[: depth + 1]))
+    layers = [None if tensor is None else tensor.cuda() for tensor in layers]
+    x, logits = torch.randn(tokens, 65, device="cuda", dtype=dtype), torch.randn(tokens, 2, device="cuda")
+    with warnings.catch_warnings(), kernels.numerics(numerics):
+        warnings.simplefilter("error")  # no twin stands in
+        found, assignment = kernels.moe_mlp(x, logits, layers, depth, gated=True)
+    twin, expected = kernels.moe_mlp_twin(x.double(), logits, layers, depth, gated=True)
+    assert torch.equal(assignment, expected)
+    error = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    assert (found.double() - twin).norm() <= error * twin.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", FROZEN_LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_frozen_layers_on_a_gpu_agree_with_plain_torch_compiled_captured_and_under_autocast(op: str, dtype):
+    layer = frozen_layer(op).cuda()
+    x = torch.randn(300, 8, device="cuda")
+    with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        with kernels.numerics("twin"):
+            expected = layer(x)
+        found = layer(x)
+        assert found.dtype == expected.dtype == dtype
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}[dtype]
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), found)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = layer(x)
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, found)
 
 
 @pytest.mark.gpu
