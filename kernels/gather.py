@@ -15,6 +15,7 @@ Source: Wang et al., "IBRNet" (CVPR 2021), section 3.2.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels import memory
+from shiftadd3d.kernels import cuda_gather, memory
+from shiftadd3d.kernels.cuda import MAX_ELEMENTS, CudaFunction, CudaKernel
 from shiftadd3d.kernels.kernel import Kernel, define_op
 from shiftadd3d.kernels.targets import CpuTarget
 from shiftadd3d.kernels.vector import Vectors
@@ -383,9 +385,13 @@ def _run(
     return values, ray_diff, mask
 
 
-def as_bytes(valid: Tensor | None) -> Tensor:
-    """The valid pixels as the functions take them; none where all are."""
-    return torch.empty(0, dtype=torch.uint8) if valid is None else valid.contiguous().view(-1).view(torch.uint8)
+def as_bytes(valid: Tensor | None, device: torch.device | None = None) -> Tensor:
+    """The valid pixels as the functions take them; none, on `device`, where all are."""
+    return (
+        torch.empty(0, dtype=torch.uint8, device=device)
+        if valid is None
+        else valid.contiguous().view(-1).view(torch.uint8)
+    )
 
 
 def random_scene(seed: int, *, rays: int, samples: int, views: int, channels: int, with_valid: bool) -> tuple[Any, ...]:
@@ -406,13 +412,33 @@ def random_scene(seed: int, *, rays: int, samples: int, views: int, channels: in
     return points, 0.3 * draw(rays, 3), projection, pose[:, :3, 3].contiguous(), images, maps, valid
 
 
+def _run_cuda(function: Any, *scene: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, valid = scene
+    return cuda_gather.run(function, *tensors, as_bytes(valid, tensors[0].device))
+
+
 def _trial(function: Any, *, with_valid: bool) -> None:
+    _compare(partial(_run, function), torch.device("cpu"), with_valid)
+
+
+def _trial_cuda(function: CudaFunction, *, with_valid: bool, least_valid: float) -> None:
+    _compare(partial(_run_cuda, function), function.device, with_valid)
+
+
+def _compare(run: Callable[..., Any], device: torch.device, with_valid: bool) -> None:
     scene = random_scene(0, rays=7, samples=5, views=3, channels=19, with_valid=with_valid)
-    for out, expected in zip(_run(function, *scene), point_samples_twin(*scene), strict=True):
-        torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+    found = run(*(None if tensor is None else tensor.to(device) for tensor in scene))
+    for out, expected in zip(found, point_samples_twin(*scene), strict=True):
+        torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-3)
 
 
 KERNEL = Kernel("point_samples", _build, _trial, lambda target: [{"with_valid": False}, {"with_valid": True}])
+CUDA_KERNEL = CudaKernel(
+    "point_samples",
+    cuda_gather.build,
+    _trial_cuda,
+    lambda target: [{"with_valid": with_valid, "least_valid": VALID} for with_valid in (False, True)],
+)
 
 
 def check_scene(
@@ -467,6 +493,29 @@ def _cpu(
     return _run(function, *scene, valid)
 
 
+def _cuda(
+    points: Tensor,
+    origins: Tensor,
+    projection: Tensor,
+    centers: Tensor,
+    images: Tensor,
+    maps: Tensor,
+    valid: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    scene = (points, origins, projection, centers, images, maps)
+    check_scene(*scene, valid)
+    function = None
+    if is_served(*scene):
+        rows = points[..., 0].numel() * len(images)
+        if max(rows * (3 + maps.shape[-1]), images.numel(), maps.numel()) > MAX_ELEMENTS:
+            CUDA_KERNEL.decline(f"points {list(points.shape)} in maps {list(maps.shape)} are too many for it")
+        else:
+            function = CUDA_KERNEL.function(device=points.device, with_valid=valid is not None, least_valid=VALID)
+    if function is None:
+        return point_samples_twin(*scene, valid)
+    return _run_cuda(function, *scene, valid)
+
+
 def _fake(
     points: Tensor,
     origins: Tensor,
@@ -490,6 +539,7 @@ point_samples = define_op(
     "point_samples(Tensor points, Tensor origins, Tensor projection, Tensor centers, Tensor images, Tensor maps, "
     "Tensor? valid) -> (Tensor, Tensor, Tensor)",
     cpu=_cpu,
+    cuda=_cuda,
     twin=point_samples_twin,
     fake=_fake,
 )

@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shiftadd3d import UserError, cli, kernels
-from shiftadd3d.kernels import cache, cuda, cuda_product, manage, matadd, power_of_two, targets, view_attention
+from shiftadd3d.kernels import cache, cuda, cuda_product, gather, manage, matadd, power_of_two, targets, view_attention
 from shiftadd3d.kernels.cuda import CUDA_KERNELS, CudaCode, CudaKernel
 from shiftadd3d.kernels.kernel import KERNEL_DEVICES
 from shiftadd3d.kernels.targets import CUDA_TARGETS, CudaTarget
@@ -74,6 +74,7 @@ SPECS += [
     ("moe_layer", {**MIXTURE, **FIRST, "form": "tensor", "dtype": "float16"}),
     ("moe_layer", {**MIXTURE, **LAST, "form": "tensor", "dtype": "bfloat16"}),
 ]
+SPECS += [("point_samples", {"with_valid": True, "least_valid": gather.VALID})]
 SLOW = {2, 3, 4, 6, 8, 10, 13, 14}
 
 
@@ -255,6 +256,17 @@ def test_a_mixture_takes_experts_of_other_widths_kinds_and_numbers(gated: bool, 
     torch.testing.assert_close(found, twin, rtol=1e-5, atol=1e-5, equal_nan=True)
     nothing, _ = moe_module._moe_cuda(x[:, :0], logits[:, :0], layers, 2, 4, "relu", gated, "exact")
     assert nothing.shape == (2, 0, 9)
+
+
+@needs_gcc
+@pytest.mark.slow
+def test_points_are_looked_up_among_valid_and_among_all_pixels(emulated_gpu: None):
+    for with_valid in (False, True):
+        scene = gather.random_scene(1, rays=13, samples=3, views=4, channels=1, with_valid=with_valid)
+        scene[0][0, 0] = torch.nan
+        for found, twin in zip(gather._cuda(*scene), gather.point_samples_twin(*scene), strict=True):
+            torch.testing.assert_close(found[1:], twin[1:], rtol=1e-3, atol=1e-3)
+        assert not found[0, 0].any()
 
 
 @needs_gcc
@@ -773,6 +785,20 @@ def test_frozen_layers_on_a_gpu_agree_with_plain_torch_compiled_captured_and_und
         captured.zero_()
         graph.replay()
         assert torch.equal(captured, found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_valid", [False, True])
+@pytest.mark.parametrize("channels", [1, 32])
+def test_points_are_looked_up_as_the_twin_does_on_a_gpu(with_valid: bool, channels: int):
+    scene = gather.random_scene(0, rays=65, samples=33, views=10, channels=channels, with_valid=with_valid)
+    scene = [None if tensor is None else tensor.cuda() for tensor in scene]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no twin stands in
+        found = gather.point_samples(*scene)
+    for one, twin in zip(found[:2], gather.point_samples_twin(*scene)[:2], strict=True):
+        torch.testing.assert_close(one, twin, rtol=1e-3, atol=1e-3)
+    assert (found[2] == gather.point_samples_twin(*scene)[2]).float().mean() > 0.999  # a border may be a rounding away
 
 
 @pytest.mark.gpu
