@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -113,41 +112,53 @@ def build(target: CpuTarget, *, dtype: str, kernel_size: int, activation: Activa
             use(T.bind(T.min(number * lanes, channels - lanes)))
 
     def tile(
-        X: Any, W: Any, bias: Any, addend: Any, Y: Any, batch: Any, i: Any, j: Any, height: Any, width: Any, count: int
+        X: Any,
+        W: Any,
+        bias: Any,
+        addend: Any,
+        Y: Any,
+        batch: Any,
+        i: Any,
+        j: Any,
+        height: Any,
+        width: Any,
+        count: int,
+        begins: bool,
+        ends: bool,
     ) -> None:
-        """`count` outcomes of row i from column j on. Several lie where kernels do not reach beyond the row."""
+        """`count` outcomes of row i from column j on, which the row begins with, or ends with, or neither."""
         channels = X.shape[2]
         prefix = X.shape[1] - height * width
+        # Columns, counted from the leftmost one that kernels reach to, that the row has.
+        inside = range(reach if begins else 0, count + (reach if ends else kernel_size - 1))
 
         def of_channels(start: Any) -> None:
             sums = [T.alloc_buffer((lanes,), "float32", align=64) for _ in range(count)]
-
-            def add(row: Any, column: Any, values: list[Any]) -> None:
-                """Every outcome's product with the weight at a place of the kernel."""
-                weight = T.bind(W[row * kernel_size + column, vec.at(start)])
-                for total, value in zip(sums, values, strict=True):
-                    T.buffer_store(total, vec.multiply_add(value, weight, total[vec.at(0)]), [vec.at(0)])
-
             for total in sums:
                 T.buffer_store(total, bias[vec.at(start)], [vec.at(0)])
             first, last = T.max(T.int64(0), reach - i), T.min(T.int64(kernel_size), height + reach - i)
             with T.serial(last - first) as step:
                 row = T.bind(first + step)
                 token = T.bind(prefix + (i + row - reach) * width + j - reach)
-                if count > 1:
-                    values = [T.bind(read(X, batch, token + k, start)) for k in range(count + kernel_size - 1)]
-                    for column in range(kernel_size):
-                        add(row, column, values[column : column + count])
-                else:
-                    left, right = T.max(T.int64(0), reach - j), T.min(T.int64(kernel_size), width + reach - j)
-                    with T.serial(right - left) as k:
-                        add(row, left + k, [read(X, batch, token + left + k, start)])
+                values = {k: T.bind(read(X, batch, token + k, start)) for k in inside}
+                for column in range(kernel_size):
+                    weight = T.bind(W[row * kernel_size + column, vec.at(start)])
+                    for k, total in enumerate(sums, column):
+                        if k in values:
+                            x = vec.multiply_add(values[k], weight, total[vec.at(0)])
+                            T.buffer_store(total, x, [vec.at(0)])
             for number, total in enumerate(sums):
                 token = T.bind(prefix + i * width + j + number)
                 y = activations.emit(vec, activation, T.bind(total[vec.at(0)]))
                 store(addend, Y, batch, token, start, y)
 
         each_vector(channels, of_channels)
+
+    def narrow_row(X: Any, W: Any, bias: Any, addend: Any, Y: Any, batch: Any, i: Any, height: Any, width: Any) -> None:
+        """A row that is too short to have a first and a last tile, whatever its length."""
+        for length in range(1, _COLUMNS + reach):
+            with T.If(width == length), T.Then():
+                tile(X, W, bias, addend, Y, batch, i, T.int64(0), height, width, length, begins=True, ends=True)
 
     def store(addend: Any, Y: Any, batch: Any, token: Any, start: Any, y: Any) -> None:
         y = y + read(addend, batch, token, start) if added else y
@@ -159,12 +170,20 @@ def build(target: CpuTarget, *, dtype: str, kernel_size: int, activation: Activa
         batch, i = T.bind(T.truncdiv(number, height)), T.bind(T.truncmod(number, height))
         with T.If(i == 0), T.Then(), T.serial(X.shape[1] - height * width) as token:
             each_vector(X.shape[2], lambda start: store(addend, Y, batch, token, start, vec.splat(0.0)))
-        groups = T.bind(T.max(T.int64(0), width - 2 * reach) // _COLUMNS)
-        put = partial(tile, X, W, bias, addend, Y, batch, i)
-        with T.serial(groups) as group:
-            put(T.bind(reach + group * _COLUMNS), height, width, _COLUMNS)
-        with T.serial(width - groups * _COLUMNS) as rest:
-            put(T.bind(T.if_then_else(rest < reach, rest, rest + groups * _COLUMNS)), height, width, 1)
+        buffers = X, W, bias, addend, Y, batch, i
+        with T.If(width < _COLUMNS + reach):
+            with T.Then():
+                narrow_row(*buffers, height, width)
+            with T.Else():
+                # A first tile, and then as many as leave the last one no fewer columns than kernels reach.
+                groups = T.bind(T.truncdiv(width - _COLUMNS - reach, T.int64(_COLUMNS)))
+                behind = T.bind((groups + 1) * _COLUMNS)
+                tile(*buffers, T.int64(0), height, width, _COLUMNS, begins=True, ends=False)
+                with T.serial(groups) as group:
+                    tile(*buffers, (group + 1) * _COLUMNS, height, width, _COLUMNS, begins=False, ends=False)
+                for count in range(max(1, reach), _COLUMNS + reach):
+                    with T.If(width - behind == count), T.Then():
+                        tile(*buffers, behind, height, width, count, begins=False, ends=True)
 
     @T.prim_func(s_tir=True)
     def depthwise_conv(
@@ -204,11 +223,11 @@ def build(target: CpuTarget, *, dtype: str, kernel_size: int, activation: Activa
 
 
 def trial(function: Any, *, dtype: str, kernel_size: int, activation: Activation, added: bool) -> None:
-    """A grid with groups of columns and without, tokens before it, channels that are no whole vectors, strides."""
+    """Rows of all lengths, tokens before the grid, channels that are no whole vectors, strides."""
     generator = torch.Generator().manual_seed(0)
     channels = 2 * targets.current().lanes + 3
     number = next(one for one, stored in _STORAGE.items() if stored == dtype)
-    for height, width in ((3, 2 * _COLUMNS + kernel_size), (kernel_size // 2 + 1, 1)):
+    for height, width in ((kernel_size // 2 + 1, width) for width in range(1, 3 * _COLUMNS + kernel_size)):
         tokens = 2 + height * width
         wide, addend = (torch.randn(2, tokens, 2 * channels, generator=generator).to(number) for _ in range(2))
         x, addend = wide[..., channels:], addend[..., :channels] if added else None

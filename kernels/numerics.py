@@ -79,9 +79,7 @@ def uses_kernels(op: str, *tensors: Tensor) -> bool:
     Args:
         op: its name, such as ``"matshift"``.
     """
+    if get_numerics() == "twin" or torch.is_grad_enabled():
+        return False
     devices = KERNEL_DEVICES[op]
-    return (
-        get_numerics() != "twin"
-        and not torch.is_grad_enabled()
-        and all(tensor.device.type in devices for tensor in tensors)
-    )
+    return all(tensor.device.type in devices for tensor in tensors)

@@ -229,7 +229,7 @@ class TokenConv2d(nn.Module):
         if self.frozen and uses_kernels("depthwise_conv", v):
             added = None if addend is None else _join_heads(addend)
             out = depthwise_conv(_join_heads(v), self.weight, None, (height, width), addend=added)
-            return out.unflatten(-1, (v.shape[1], -1)).transpose(1, 2)
+            return out.view(*out.shape[:-1], v.shape[1], v.shape[-1]).transpose(1, 2)
         image = v[:, :, prefix:].transpose(-2, -1).reshape(v.shape[0], -1, height, width)  # [B, H * E, h, w]
         image = F.conv2d(image, self.weight, padding=self.kernel_size // 2, groups=self.channels)
         out = image.unflatten(1, (v.shape[1], -1)).flatten(-2).transpose(-2, -1)
@@ -412,7 +412,7 @@ class AddAttention(nn.Module):
 
     def split_heads(self, x: Tensor) -> Tensor:  # [B, N, H * D] -> [B, H, N, D]
         """The heads of a projection."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads).transpose(1, 2)
 
     def attend(
         self,

@@ -47,7 +47,7 @@ class FrozenMlp(nn.Module):
             and activation is not None
             and x.shape[-1:] == (first.in_features,)
             and uses_kernels("shift_mlp", x)
-            and not is_watched(self)
+            and not has_hooks(first, self.act, second)
         ):
             layers = (first.codes, first.offset, first.bias, second.codes, second.offset, second.bias)
             return shift_mlp(x, *layers, first.bits, activation)
@@ -98,7 +98,7 @@ class FrozenConvMlp(nn.Module):
             and activation is not None
             and x.shape[-1:] == (first.in_features,)
             and uses_kernels("shift_conv_mlp", x)
-            and not is_watched(self)
+            and not has_hooks(first, conv, self.act, second)
         ):
             layers = (first.codes, first.offset, first.bias, conv.weight, conv.bias)
             layers += (second.codes, second.offset, second.bias)

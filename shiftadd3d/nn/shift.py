@@ -538,25 +538,32 @@ class PackedShiftLinear(PackedShiftLayer):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._format_repr()}"
 
 
+def _go_together(first: nn.Module, layer: nn.Module) -> bool:
+    """Whether two are packed layers of one format and input, and nobody watches or changes what the second one does."""
+    return (
+        isinstance(first, PackedShiftLinear)
+        and type(layer) is PackedShiftLinear
+        and (layer.in_features, layer.bits, layer.terms) == (first.in_features, first.bits, first.terms)
+        and (layer.bias is None) == (first.bias is None)
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+    )
+
+
 def joint_product(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     """What each of some layers makes of the same x [*, in_features].
 
     Packed shift layers of one format run as one product, of which the outcomes are slices: a small product takes less
     time than a call.
     """
-    if (
-        all(type(layer) is PackedShiftLinear for layer in layers)
-        and len({(layer.bits, layer.terms, layer.bias is None) for layer in layers}) == 1
-        and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
-        and uses_kernels("matshift", x)
-    ):
+    first = layers[0]
+    if uses_kernels("matshift", x) and all(_go_together(first, layer) for layer in layers):
         packed = cast(Sequence[PackedShiftLinear], layers)
-        for layer in packed:
-            _check_width(layer, x)
-        biases = [layer.bias for layer in packed if layer.bias is not None]
-        codes, offset = (torch.cat([getattr(layer, name) for layer in packed], 1) for name in ("codes", "offset"))
-        y = matshift(x, codes, offset, torch.cat(biases) if biases else None, packed[0].bits)
-        return y.split([layer.out_features for layer in packed], -1)
+        _check_width(packed[0], x)
+        codes = torch.cat([layer.codes for layer in packed], 1)
+        offset = torch.cat([layer.offset for layer in packed], 1)
+        bias = None if packed[0].bias is None else torch.cat([cast(Tensor, layer.bias) for layer in packed])
+        y = matshift(x, codes, offset, bias, packed[0].bits)
+        return torch.split_with_sizes(y, [layer.out_features for layer in packed], -1)
     return tuple(layer(x) for layer in layers)
 
 
