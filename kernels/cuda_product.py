@@ -42,7 +42,7 @@ ROWS, COLUMNS = 64, 64  # of a block
 INPUTS = {"tensor": 32, "float32": 16}  # staged at once
 _FRAGMENT = 16  # side of what one instruction of the tensor cores multiplies
 _PADDING = {"tensor": 8, "float32": 4}  # elements between rows in shared memory, against conflicts of banks
-_LOADS = 4  # that a thread has under way at once: with more, registers run short
+_LOADS = 4  # of activations that a thread has under way at once; with more, or as many of weights, registers run short
 # Of the numbers that a thread computes without tensor cores, so many are below one another, and side by side.
 _DOWN, _ACROSS = 8, 4
 _SMALLEST_EXPONENT = {"float16": -24, "bfloat16": -126}
@@ -338,7 +338,7 @@ def _stage(
         row = T.bind(i * per_pass + thread // depth)
         x = T.cast(rows.load(row, index), dtype)
         stage_row(row, at, T.Select(T.And(rows.exists(row), k < weights.inputs), x, T.cast(T.float32(0), dtype)))
-    with T.serial(COLUMNS // per_pass, unroll=_LOADS) as i:
+    with T.serial(COLUMNS // per_pass, unroll=_LOADS // 2) as i:
         column = T.bind(i * per_pass + thread // depth)
         channel = T.bind(block_column * COLUMNS + column)
         is_there = T.bind(T.And(channel < weights.outputs, k < weights.inputs))

@@ -405,8 +405,8 @@ class FrozenMoE(nn.Module):
         mixture: whose experts and router it takes over (the very modules, under the same names); it computes what
             `mixture` does in evaluation, bit for bit in plain torch.
 
-    On a CPU and without gradients, experts that are linear or packed shift layers, or perceptrons of two such layers
-    (`FrozenMlp`), run as one kernel with the dispatch around them (see `shiftadd3d.kernels`).
+    Without gradients, on CPUs and CUDA GPUs, experts that are linear or packed shift layers, or perceptrons of two such
+    layers (`FrozenMlp`), run as one op with the dispatch around them (see `shiftadd3d.kernels`); no GPU is waited for.
 
     Shapes: x [*, dim] to [*, dim'].
 
