@@ -216,8 +216,23 @@ class ShiftProduct(ABC):
         turns = scratch.blocks * self.passes
 
         def outputs(sums: Any, j: int) -> Any:
-            scaled = sums * scratch.factors[self.at(j)] if self.has_factors else sums
-            return apply(T.bind(scaled + scratch.bias[self.at(j)]))
+            factors, bias = scratch.factors[self.at(j)], scratch.bias[self.at(j)]
+            return apply(T.bind(self.multiply_add(sums, factors, bias) if self.has_factors else sums + bias))
+
+        def store_from_memory(row: Any, place: Any, start: Any, has_all_columns: bool) -> None:
+            with T.serial(T.min(rows - row, T.int64(self.rows))) as i:
+                for j in self.vectors:
+                    value = outputs(scratch.sums[place + i, self.at(j)], j)
+                    if has_all_columns:
+                        store(row + i, start + j, value, lanes)
+                        continue
+                    with T.If(start + (j + lanes) <= weights.outputs):
+                        with T.Then():
+                            store(row + i, start + j, value, lanes)
+                        with T.Else():
+                            T.buffer_store(scratch.sums, value, [place + i, self.at(j)])
+                            with T.serial(T.max(weights.outputs - start - j, T.int64(0))) as rest:
+                                store(row + i, start + j + rest, scratch.sums[place + i, j + rest], 1)
 
         with T.serial(last - first) as step:
             start = T.bind((first + step) * self.columns)
@@ -249,16 +264,15 @@ class ShiftProduct(ABC):
                                     for j in self.vectors:
                                         T.buffer_store(scratch.sums, sums[i][self.at(j)], [place + i, self.at(j)])
                         in_memory = T.And(in_memory, T.Not(whole))
-                    with T.If(in_memory), T.Then(), T.serial(T.min(rows - row, T.int64(self.rows))) as i:
-                        for j in self.vectors:
-                            value = outputs(scratch.sums[place + i, self.at(j)], j)
-                            with T.If(start + (j + lanes) <= weights.outputs):
+                    with T.If(in_memory), T.Then():
+                        if sums:
+                            store_from_memory(row, place, start, has_all_columns=False)
+                        else:
+                            with T.If(start + self.columns <= weights.outputs):
                                 with T.Then():
-                                    store(row + i, start + j, value, lanes)
+                                    store_from_memory(row, place, start, has_all_columns=True)
                                 with T.Else():
-                                    T.buffer_store(scratch.sums, value, [place + i, self.at(j)])
-                                    with T.serial(T.max(weights.outputs - start - j, T.int64(0))) as rest:
-                                        store(row + i, start + j + rest, scratch.sums[place + i, j + rest], 1)
+                                    store_from_memory(row, place, start, has_all_columns=False)
 
     def decode(self, scratch: Scratch, weights: Weights, start: Any, turn: Any, count: Any) -> None:
         """Decode into `scratch.panel` the weights of the outputs from `start` on and of the block of inputs at hand.
@@ -352,6 +366,12 @@ class ShiftProduct(ABC):
     def as_float(self, bits: Any) -> Any:
         """A vector of int32 taken for the bits of float32."""
         return self._T.reinterpret(f"float32x{self.lanes}", bits)
+
+    def multiply_add(self, x: Any, y: Any, total: Any) -> Any:
+        """``total + x * y``, rounded once where the target can."""
+        if not self.target.has_fma:
+            return total + x * y
+        return self._T.call_llvm_pure_intrin(f"float32x{self.lanes}", f"llvm.fma.v{self.lanes}f32", x, y, total)
 
     def level(self, codes: Any) -> Any:
         """Levels of codes, int32."""
@@ -506,16 +526,9 @@ class Float32Product(ShiftProduct):
         self.fill_up(scratch, rows)
 
     def multiply(self, scratch: Scratch, row: Any, turn: Any, count: Any) -> list[Any]:
-        T, lanes = self._T, self.lanes
         sums = self.tile("float32")
-
-        def multiply_add(x: Any, weight: Any, total: Any) -> Any:
-            if not self.target.has_fma:
-                return total + x * weight
-            return T.call_llvm_pure_intrin(f"float32x{lanes}", f"llvm.fma.v{lanes}f32", x, weight, total)
-
         self.fill(sums, lambda i, columns: self.splat(0, "float32"))
-        self.multiply_in_registers(scratch, row, turn, count, sums, multiply_add)
+        self.multiply_in_registers(scratch, row, turn, count, sums, self.multiply_add)
         self.add_earlier(scratch, row, turn, sums)
         return sums
 

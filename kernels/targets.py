@@ -71,14 +71,11 @@ class CpuTarget:
 
 
 # LLVM takes a processor to have all that its kind has, which virtual machines do not always pass on. So what it may use
-# has to be there, too, whether or not kernels ask for it.
+# in kernels has to be there, too, whether or not they ask for it.
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe", "popcnt"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"}
 _AVX512_VNNI = _AVX512 | {"avx512_vnni"}
-_AMX = _AVX512_VNNI | {
-    *("avx512_bf16", "avx512_fp16", "avx512_bitalg", "avx512_vbmi2", "avx512_vpopcntdq", "avx512ifma", "avx512vbmi"),
-    *("avx_vnni", "gfni", "vaes", "vpclmulqdq", "amx_tile", "amx_bf16", "amx_int8"),
-}
+_AMX = _AVX512_VNNI | {"avx512_bf16", "avx512vbmi", "avx512_vbmi2", "gfni", "amx_tile", "amx_bf16", "amx_int8"}
 
 # From the most capable to the least: the first one whose flags the CPU has is taken.
 TARGETS: tuple[CpuTarget, ...] = (

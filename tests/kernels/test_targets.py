@@ -9,10 +9,7 @@ from shiftadd3d.kernels import targets
 
 AVX2 = "fpu sse2 avx avx2 fma f16c bmi1 bmi2 abm movbe popcnt"
 AVX512 = f"{AVX2} avx512f avx512bw avx512dq avx512vl avx512cd"
-SAPPHIRE_RAPIDS = (
-    f"{AVX512} avx512_vnni avx512_bf16 avx512_fp16 avx512_bitalg avx512_vbmi2 avx512_vpopcntdq avx512ifma avx512vbmi "
-    "avx_vnni gfni vaes vpclmulqdq amx_tile amx_bf16 amx_int8"
-)
+SAPPHIRE_RAPIDS = f"{AVX512} avx512_vnni avx512_bf16 avx512_vbmi2 avx512vbmi gfni amx_tile amx_bf16 amx_int8"
 FLAGS = {
     "generic": "fpu sse2",
     "avx2": AVX2,
