@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import (
@@ -580,6 +581,19 @@ def fake_cuda() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def autocast_of_fake_cuda(dtype: torch.dtype | None) -> Iterator[None]:
+    """What `torch.autocast` does, but where there is no GPU; nothing for None."""
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_dtype("cuda", dtype or before)
+    torch.set_autocast_enabled("cuda", dtype is not None)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", before)
+
+
 def frozen(module: nn.Module) -> nn.Module:
     freeze_(module.eval(), verbose=False)
     return module
@@ -640,6 +654,19 @@ def test_where_a_gpu_has_no_kernel_a_network_runs_as_it_is_written(fake_cuda: No
     assert all("cuda" in KERNEL_DEVICES[op] for op in on_gpu)
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_a_frozen_classifier_on_a_gpu_runs_on_kernels_without_waiting_for_it(half: bool, fake_cuda: None):
+    with unset_fake_temporarily():
+        model = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=24, num_heads=2, num_classes=3)
+        reparameterize_(model, "add+shift-attn+moe", verbose=False)
+        frozen(model)
+    to_fake_cuda(model)
+    images = torch.empty(2, 3, 224, 224, device="cuda")
+    with autocast_of_fake_cuda(torch.float16 if half else None), Ops() as ops:
+        assert model(images).dtype == (torch.float16 if half else torch.float32)
+    assert ops.called == {"matshift", "add_attention", "moe_mlp"}
+
+
 def test_a_model_and_its_input_on_different_devices_are_a_clear_error(fake_cuda: None):
     with unset_fake_temporarily():
         layer = frozen_layer("matshift")
@@ -649,20 +676,14 @@ def test_a_model_and_its_input_on_different_devices_are_a_clear_error(fake_cuda:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("op", FROZEN_LAYERS)
-def test_autocast_makes_frozen_layers_compute_in_its_dtype(op: str, dtype: torch.dtype, fake_cuda: None, monkeypatch):
+def test_autocast_makes_frozen_layers_compute_in_its_dtype(op: str, dtype: torch.dtype, fake_cuda: None):
     with unset_fake_temporarily():
         layer = frozen_layer(op)
     to_fake_cuda(layer)
     x = torch.empty(2, 5, 8, device="cuda")
-    was = torch.get_autocast_dtype("cuda")
-    torch.set_autocast_dtype("cuda", dtype)
-    torch.set_autocast_enabled("cuda", True)  # what torch.autocast leaves undone where there is no GPU
-    try:
+    with autocast_of_fake_cuda(dtype):
         assert layer(x).dtype == dtype
         assert layer(x.double()).dtype == torch.float64
-    finally:
-        torch.set_autocast_enabled("cuda", False)
-        torch.set_autocast_dtype("cuda", was)
 
 
 @pytest.mark.parametrize("op", FROZEN_LAYERS)
