@@ -412,9 +412,18 @@ def random_scene(seed: int, *, rays: int, samples: int, views: int, channels: in
     return points, 0.3 * draw(rays, 3), projection, pose[:, :3, 3].contiguous(), images, maps, valid
 
 
-def _run_cuda(function: Any, *scene: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, valid = scene
-    return cuda_gather.run(function, *tensors, as_bytes(valid, tensors[0].device))
+def _run_cuda(
+    function: Any,
+    points: Tensor,
+    origins: Tensor,
+    projection: Tensor,
+    centers: Tensor,
+    images: Tensor,
+    maps: Tensor,
+    valid: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    bytes_of_valid = as_bytes(valid, points.device)
+    return cuda_gather.run(function, points, origins, projection, centers, images, maps, bytes_of_valid)
 
 
 def _trial(function: Any, *, with_valid: bool) -> None:
@@ -533,8 +542,8 @@ def _fake(
     )
 
 
-#: ``torch.ops.shiftadd3d.point_samples``; arguments and outcome as those of its twin. float32; maps stored with a
-#: pixel's channels side by side are read where they are, others are copied first.
+#: ``torch.ops.shiftadd3d.point_samples``; arguments and outcome as those of its twin. float32, on CPUs and CUDA GPUs;
+#: maps stored with a pixel's channels side by side are read where they are, others are copied first.
 point_samples = define_op(
     "point_samples(Tensor points, Tensor origins, Tensor projection, Tensor centers, Tensor images, Tensor maps, "
     "Tensor? valid) -> (Tensor, Tensor, Tensor)",
