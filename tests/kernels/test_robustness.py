@@ -11,6 +11,7 @@ import os
 import pkgutil
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -80,11 +81,13 @@ def test_a_forked_child_computes_the_same(kernel: Kernel):
                 function(*call)
             found = [[argument for argument in call if isinstance(argument, torch.Tensor)] for call in calls]
             same = all(
-                torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+                torch.equal(*(tensor.flatten().view(torch.uint8) for tensor in (a, b)))
                 for one, other in zip(found, expected, strict=True)
                 for a, b in zip(one, other, strict=True)
             )
             os._exit(0 if same else 3)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(1)
     torch.set_num_threads(before)

@@ -197,7 +197,8 @@ def test_wrong_paths_are_one_line_and_exit_with_1(
         ([str(checkpoint), str(tmp_path / "empty")], "no pictures in there"),
         ([str(checkpoint), str(tmp_path / "text.png")], "none of 1 pictures can be read"),
         ([str(checkpoint)], "no pictures named; expected files, folders of them, or camera:0"),
-        ([str(tmp_path), str(tmp_path / "whole.png")], "no config.json there; expected a folder"),
+        ([str(tmp_path), str(tmp_path / "whole.png")], f"no config.json there; there is one in {checkpoint}"),
+        ([str(tmp_path / "empty"), str(tmp_path / "whole.png")], "no config.json there; expected a folder"),
         ([str(checkpoint), str(tmp_path / "whole.png"), "--out", str(tmp_path / "whole.png")], "cannot write"),
     ):
         assert cli.main(["predict", *arguments]) == 1
