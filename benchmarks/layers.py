@@ -468,7 +468,7 @@ def kept_table(results: list[dict[str, Any]]) -> str:
                 continue
             losses = [loss_text(facts, row[stage]) for stage in ("nearest", "calibrated", "finetuned")]
             divergence = row["divergence"] or {}
-            moved = [f"{divergence[stage]:.4f}" if divergence else "" for stage in ("nearest", "calibrated")]
+            moved = [f"{1000 * divergence[stage]:.2f}" if divergence else "" for stage in ("nearest", "calibrated")]
             rows.append([f"`{facts['model']}` on {facts['data']}, {row['name']}", *losses, unit, *moved])
     header = ["lost", "nearest", "calibrated", "fine-tuned", "in", "divergence, nearest", "divergence, calibrated"]
     return markdown_table(header, rows)
