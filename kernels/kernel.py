@@ -391,12 +391,12 @@ def link(module: Any, library: Path) -> None:
 
 
 def _sources_digest(module: ModuleType) -> str:
-    """A digest of the text of a module and of all modules of this package that it uses."""
+    """A digest of the text of a module, which may stand elsewhere, and of all modules of this package that it uses."""
     found: dict[str, ModuleType] = {}
     waiting = [module, sys.modules[__name__]]
     while waiting:
         one = waiting.pop()
-        if one.__name__ in found or not one.__name__.startswith(PACKAGE):
+        if one.__name__ in found or not (one is module or one.__name__.startswith(PACKAGE)):
             continue
         found[one.__name__] = one
         for value in vars(one).values():
