@@ -160,6 +160,11 @@ def search_schedule(trials: int, rows: int, inputs: int, outputs: int) -> Any:
             num_trials_per_iter=min(trials, 16),
             builder=builder,
             runner=runner,
+            strategy=meta_schedule.search_strategy.EvolutionarySearch(
+                # For few trials, no more candidates than they choose from: most of the time goes into making them.
+                population_size=min(512, 16 * trials),
+                init_min_unmeasured=min(50, trials),
+            ),
             cost_model="xgb" if find_spec("xgboost") else "random",
             num_tuning_cores=torch.get_num_threads(),
             seed=0,
