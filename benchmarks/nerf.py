@@ -1,11 +1,12 @@
-"""The tables of docs/results/nerf.md: quality after minutes of training, and memory.
+"""The tables of docs/results/nerf.md: quality after minutes of training, speed of rendering, and memory.
 
     python benchmarks/nerf.py train --scene still_life --method gnt-tiny --minutes 15
     python benchmarks/nerf.py trivial --scene still_life
+    python benchmarks/nerf.py speed
     python benchmarks/nerf.py memory
     python benchmarks/nerf.py report
 
-The first three write JSON files into docs/results/data/; the last one makes docs/results/nerf.md from these alone.
+The first four write JSON files into docs/results/data/; the last one makes docs/results/nerf.md from these alone.
 """
 
 from __future__ import annotations
@@ -547,7 +548,7 @@ class MemoryPoint:
         seed_everything(0)
         config = all_methods[self.method]
         width, height = FRAME
-        model, cameras = memory_scene(config, width, height)
+        model, cameras = noise_scene(config, width, height)
         imported = peak_memory()
         rays = self.rays
         if self.what == "train":
@@ -592,8 +593,8 @@ class MemoryPoint:
         print(json.dumps(facts))
 
 
-def memory_scene(config: TrainerConfig, width: int, height: int) -> Any:
-    """(model, cameras): cameras on an arc with pictures of noise, since memory does not mind."""
+def noise_scene(config: TrainerConfig, width: int, height: int) -> Any:
+    """(model, cameras): cameras on an arc with pictures of noise, since time and memory do not mind."""
     import torch
     from nerfstudio.cameras.cameras import Cameras
     from nerfstudio.data.scene_box import SceneBox
@@ -632,6 +633,118 @@ def peak_memory() -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Speed
+# --------------------------------------------------------------------------------------------------------------------
+
+SPEED_FILE = "nerf-speed.json"
+FORMS = {
+    "torch": "plain torch",
+    "compile": "plain torch, torch.compile",
+    "exact": "kernels, exact",
+    "fast": "kernels, fast",
+}
+Form = Literal["torch", "compile", "exact", "fast"]
+
+
+@dataclass
+class Speed:
+    """Measure how long a frame takes, the features of its source views included.
+
+    Weights are random: they cost what others do.
+    """
+
+    presets: tuple[str, ...] = ("gnt-tiny",)
+    """Methods with multiplications; each is compared with the shiftadd- one, frozen."""
+    forms: tuple[Form, ...] = ("torch", "compile", "exact", "fast")
+    """What to compute with. Only the methods with multiplications are put through torch.compile: it gains as much with
+    the others."""
+    frame: tuple[int, int] = (252, 189)
+    """Width and height, also of the source views."""
+    seconds: float = 120.0
+    """How long to measure each preset for, at least five frames of each form."""
+    threads: int = 1
+    """CPU threads to compute with."""
+    out: Path = DATA
+    """Folder for the JSON file."""
+
+    def command(self) -> str:
+        """The command that repeats this measurement."""
+        options = {
+            "--presets": self.presets,
+            "--forms": self.forms,
+            "--frame": self.frame,
+            "--seconds": (self.seconds,),
+            "--threads": (self.threads,),
+        }
+        words = [word for name, values in options.items() for word in (name, *map(str, values))]
+        return shlex.join(["python", "benchmarks/nerf.py", "speed", *words])
+
+    def __call__(self) -> None:
+        os.environ.setdefault("TVM_NUM_THREADS", str(self.threads))
+        import torch
+
+        from shiftadd3d.kernels.timing import interleaved
+
+        commit = git_commit()
+        torch.set_num_threads(self.threads)
+        rows = []
+        for preset in self.presets:
+            renderers = {
+                (method, form): frame_renderer(method, form, *self.frame)
+                for method in (preset, f"shiftadd-{preset}")
+                for form in self.forms
+                if form != "compile" or method == preset
+            }
+            for (method, form), render in renderers.items():
+                render()
+                print(f"{method}, {FORMS[form]}: ready", flush=True)
+            named = {f"{method} {form}": render for (method, form), render in renderers.items()}
+            times = interleaved(named, seconds=self.seconds)
+            for method, form in renderers:
+                spread = times[f"{method} {form}"]
+                seconds = [float(f"{value:.4g}") for value in (spread.median, spread.lower, spread.upper)]
+                rows.append({"preset": preset, "method": method, "form": form, "seconds": seconds})
+                print(f"{method}, {FORMS[form]}: {spread.median:.3f} s", flush=True)
+        facts = {
+            "kind": "speed",
+            "frame": list(self.frame),
+            "threads": self.threads,
+            "rows": rows,
+            "machine": machine_facts(),
+            "commit": commit,
+            "command": self.command(),
+        }
+        write_result(self.out / SPEED_FILE, facts)
+
+
+def frame_renderer(method: str, form: Form, width: int, height: int) -> Callable[[], Any]:
+    """A function that renders a frame as nerfstudio's commands do, with the layers that the end of training leaves."""
+    import torch
+    from nerfstudio.configs.method_configs import all_methods
+
+    from shiftadd3d.kernels import numerics
+    from shiftadd3d.nn import freeze_
+
+    seed_everything(0)
+    config = all_methods[method]
+    model, cameras = noise_scene(config, width, height)
+    if model.stage == 1:
+        model.enter_second_stage()
+    model.eval()
+    freeze_(model.gnt, verbose=False)
+    if form == "compile":
+        model.gnt.compile()
+        model.gnt.encode = torch.compile(model.gnt.encode)
+
+    def render() -> Any:
+        model.eval()  # forgets the features of the frame before
+        with torch.no_grad(), numerics("twin" if form in ("torch", "compile") else form):
+            return model.get_outputs_for_camera(cameras[0:1])
+
+    return render
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Report
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -649,7 +762,7 @@ class Report:
 
 def read_results(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The results in a folder by kind, each sorted by file name."""
-    results: dict[str, list[dict[str, Any]]] = {"train": [], "trivial": [], "memory": []}
+    results: dict[str, list[dict[str, Any]]] = {"train": [], "trivial": [], "speed": [], "memory": []}
     for path in sorted(folder.glob("nerf-*.json")):
         facts = json.loads(path.read_text(encoding="utf-8"))
         results[facts["kind"]].append(facts)
@@ -664,18 +777,20 @@ def render_report(results: dict[str, list[dict[str, Any]]], template: str) -> st
     """
     trained, trivial = results["train"], results["trivial"]
     memory = results["memory"][0] if results["memory"] else None
+    measured = [*trained, *trivial, *results["speed"], *results["memory"]]
     fields = {
         "embedded": quality_table([f for f in trained if f["embedded"]], [f for f in trivial if f["embedded"]]),
         "photos": quality_table([f for f in trained if not f["embedded"]], [f for f in trivial if not f["embedded"]]),
         "embedded_pictures": picture_list([f for f in trained if f["embedded"]]),
         "scenes": scene_table(trained),
         "runs": run_table(trained),
+        "speed": speed_table(results["speed"]),
         "memory_train": memory_table(memory, "train"),
         "memory_render": memory_table(memory, "render"),
         "memory_verdict": memory_verdict(memory),
         "memory_plot": "![Peak memory over rays at once](pictures/nerf-memory.png)" if memory else NOT_MEASURED,
-        "commands": command_block("nerf", [*trained, *trivial, *results["memory"]]),
-        "machines": machine_list([*trained, *trivial, *results["memory"]]),
+        "commands": command_block("nerf", measured),
+        "machines": machine_list(measured),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match.group(1)], template)
 
@@ -731,11 +846,10 @@ def run_table(trained: list[dict[str, Any]]) -> str:
             f"{facts['steps']:,}",
             f"{facts['rays_per_step']:,}",
             f"{facts['parameters']:,}",
-            f"{facts['seconds_per_frame']:.1f}",
         ]
         for facts in sorted(trained, key=lambda f: (f["scene"], METHOD_ORDER.index(f["method"])))
     ]
-    header = ["run", "minutes", "CPU minutes", "threads", "steps", "rays a step", "parameters", "seconds a frame"]
+    header = ["run", "minutes", "CPU minutes", "threads", "steps", "rays a step", "parameters"]
     return markdown_table(header, rows)
 
 
@@ -745,6 +859,29 @@ def picture_list(trained: list[dict[str, Any]]) -> str:
         scene, method = facts["scene"], facts["method"]
         blocks.append(f"`{method}`:\n\n![{scene} by {method}](pictures/{scene}-{method}.png)")
     return "\n\n".join(blocks) or NOT_MEASURED
+
+
+def speed_table(results: list[dict[str, Any]]) -> str:
+    """Rows: methods in each form; columns: seconds, and how many times faster than the preset in plain torch."""
+    tables = []
+    for facts in results:
+        rows = []
+        for row in facts["rows"]:
+            seconds, lower, upper = row["seconds"]
+            dense = {r["form"]: r["seconds"][0] for r in facts["rows"] if r["method"] == row["preset"]}
+            ratios = [f"{dense[form] / seconds:.2f}" if form in dense else "" for form in ("torch", "compile")]
+            rows.append(
+                [f"`{row['method']}`, {FORMS[row['form']]}", f"{seconds:.2f} ({lower:.2f} to {upper:.2f})", *ratios]
+            )
+        width, height = facts["frame"]
+        header = [
+            f"{width} x {height}, {facts['threads']} thread{'s' * (facts['threads'] > 1)}",
+            "seconds a frame",
+            "times faster than plain torch",
+            "than torch.compile",
+        ]
+        tables.append(markdown_table(header, rows))
+    return "\n\n".join(tables) or NOT_MEASURED
 
 
 def memory_table(memory: dict[str, Any] | None, what: str) -> str:
@@ -806,6 +943,7 @@ def main() -> None:
     commands = {
         "train": Train,
         "trivial": Trivial,
+        "speed": Speed,
         "memory": Memory,
         "memory-point": MemoryPoint,
         "report": Report,

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "docs" / "results"
@@ -43,3 +44,26 @@ def test_measurements_name_no_place_on_a_machine():
     for path in sorted((RESULTS / "data").glob("nerf-*.json")):
         command = json.loads(path.read_text(encoding="utf-8"))["command"]
         assert command.startswith("python benchmarks/nerf.py ") and " /" not in command, path.name
+
+
+@pytest.mark.slow
+def test_the_speed_of_a_frame_is_measured_and_shown(nerf: ModuleType, tmp_path: Path):
+    pytest.importorskip("nerfstudio")
+    before = torch.get_num_threads()
+    nerf.Speed(forms=("torch", "exact"), frame=(40, 32), seconds=0.1, out=tmp_path)()
+    torch.set_num_threads(before)
+    results = nerf.read_results(tmp_path)
+    (facts,) = results["speed"]
+    assert [(row["method"], row["form"]) for row in facts["rows"]] == [
+        (method, form) for method in ("gnt-tiny", "shiftadd-gnt-tiny") for form in ("torch", "exact")
+    ]
+    dense, exact = (facts["rows"][number]["seconds"][0] for number in (0, 3))
+    assert f"{dense / exact:.2f}" in nerf.speed_table(results["speed"])
+
+
+def test_every_form_of_a_frame_shows_the_same_picture(nerf: ModuleType):
+    pytest.importorskip("nerfstudio")
+    for method in ("gnt-tiny", "shiftadd-gnt-tiny"):
+        plain, exact, fast = (nerf.frame_renderer(method, form, 40, 32)()["rgb"] for form in ("torch", "exact", "fast"))
+        torch.testing.assert_close(exact, plain, rtol=0, atol=1e-4)
+        torch.testing.assert_close(fast, plain, rtol=0, atol=2e-2)
