@@ -276,12 +276,14 @@ class All:
 SPEED_MODELS = ("deit_tiny_patch16_224", "pvt_v2_b0")
 SPEED_RECIPES: tuple[RecipeName, ...] = ("add+shift", "add+shift-attn+moe")
 SPEED_FILE = "classification-speed.json"
-Baseline = Literal["eager", "bfloat16", "int8"]
+Baseline = Literal["eager", "compile", "bfloat16", "int8"]
 BASELINES: dict[Baseline, str] = {
     "eager": "timm, float32, eager",
+    "compile": "timm, float32, torch.compile",
     "bfloat16": "timm, bfloat16, torch.compile",
     "int8": "timm, torchao int8, torch.compile",
 }
+COMPILED: tuple[Baseline, ...] = ("compile", "bfloat16", "int8")
 OPERATIONS = 12  # that a breakdown names
 
 
@@ -349,7 +351,7 @@ class Speed:
                         times[solution].append(1000 * (time.process_time() - began) / self.threads)
                     else:
                         print(f"{name}, batch {batch}: {solution} is ready", flush=True)
-            compiled = BASELINES["bfloat16"], BASELINES["int8"]  # a profiler sees next to nothing of them
+            compiled = [BASELINES[form] for form in COMPILED]  # a profiler sees next to nothing of them
             breakdowns = {
                 solution: operation_times(run, images)
                 for solution, run in solutions.items()
@@ -374,14 +376,14 @@ def speed_solutions(
     solutions: dict[str, Callable[[Tensor], Tensor]] = {}
     for baseline in against:
         model = timm.create_model(name).eval()
-        if baseline == "bfloat16":
-            half = torch.compile(model.bfloat16(), dynamic=False)
-            solutions[BASELINES[baseline]] = lambda images, half=half: half(images.bfloat16())
-            continue
         if baseline == "int8":
             quantize_(model, Int8DynamicActivationInt8WeightConfig())
+        if baseline == "bfloat16":
+            model = model.bfloat16()
+        if baseline in COMPILED:
             model = torch.compile(model, dynamic=False)
-        solutions[BASELINES[baseline]] = model
+        dtype = torch.bfloat16 if baseline == "bfloat16" else torch.float32
+        solutions[BASELINES[baseline]] = lambda images, model=model, dtype=dtype: model(images.to(dtype))
     for recipe in recipes:
         torch.manual_seed(0)
         model = timm.create_model(f"shiftadd_{name}", recipe=recipe).eval()
