@@ -137,13 +137,13 @@ def _freeze_mlps(model: nn.Module) -> int:
     frozen: dict[nn.Module, FrozenMlp | FrozenConvMlp] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         linear = [getattr(module, attribute, None) for attribute in ("fc1", "fc2")]
-        packed = all(isinstance(layer, PackedShiftLinear) for layer in linear)
+        packed = all(isinstance(layer, PackedShiftLinear | FrozenMoE) for layer in linear)
         if not name or not (packed or module in experts):
             continue
         if module not in frozen:
             if is_plain_mlp(module):
                 frozen[module] = FrozenMlp(module)
-            elif is_conv_mlp(module):
+            elif is_conv_mlp(module, (FrozenMoE,)):
                 frozen[module] = FrozenConvMlp(module)
             else:
                 continue

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from shiftadd3d.kernels.activations import Activation
 from shiftadd3d.kernels.conv_mlp import shift_conv_mlp
+from shiftadd3d.kernels.depthwise import depthwise_conv
 from shiftadd3d.kernels.mlp import shift_mlp
 from shiftadd3d.kernels.numerics import numerics, uses_kernels
 from shiftadd3d.nn.shift import PackedShiftLinear
@@ -57,8 +58,9 @@ class FrozenMlp(nn.Module):
 class FrozenConvMlp(nn.Module):
     """``fc2(act(dwconv(fc1(x))))``: a perceptron that looks at neighbours, without what it has for training only.
 
-    Without gradients, on CPUs, packed shift layers of one format and the convolution between them run as one op, which
-    reads tokens as they are (see `shiftadd3d.kernels`).
+    Without gradients, on CPUs, packed shift layers of one format and the convolution between them run as one op;
+    between other layers, mixtures among them, the convolution does, with the activation function. Both read tokens as
+    they are (see `shiftadd3d.kernels`).
 
     Args:
         mlp: whose layers it takes over, the very modules under the same names; one that `is_conv_mlp` accepts.
@@ -68,10 +70,10 @@ class FrozenConvMlp(nn.Module):
     Source: Wang et al., PVT v2 (2022), section 3.3.
     """
 
-    fc1: nn.Linear | PackedShiftLinear
+    fc1: nn.Module
     dwconv: nn.Conv2d
     act: nn.Module
-    fc2: nn.Linear | PackedShiftLinear
+    fc2: nn.Module
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
@@ -103,7 +105,10 @@ class FrozenConvMlp(nn.Module):
             layers = (first.codes, first.offset, first.bias, conv.weight, conv.bias)
             layers += (second.codes, second.offset, second.bias)
             return shift_conv_mlp(x, *layers, (height, width), first.bits, activation)
-        image = conv(first(x).transpose(1, 2).unflatten(-1, (height, width)))
+        hidden = first(x)
+        if activation is not None and uses_kernels("depthwise_conv", hidden) and not has_hooks(conv, self.act):
+            return second(depthwise_conv(hidden, conv.weight, conv.bias, (height, width), activation))
+        image = conv(hidden.transpose(1, 2).unflatten(-1, (height, width)))
         return second(self.act(image.flatten(2).transpose(1, 2)))
 
 
@@ -136,11 +141,15 @@ def is_plain_mlp(module: nn.Module) -> bool:
     )
 
 
-def is_conv_mlp(module: nn.Module) -> bool:
+def is_conv_mlp(module: nn.Module, mixtures: tuple[type[nn.Module], ...] = ()) -> bool:
     """Whether a `FrozenConvMlp` may stand in for a module in evaluation.
 
     As `is_plain_mlp`, with a depthwise convolution `dwconv` that keeps the size of its images, and the size as a second
     argument.
+
+    Args:
+        mixtures: classes that its layers may be of as well, with `in_features` and `out_features` where they stand for
+            one linear layer.
     """
     conv = getattr(module, "dwconv", None)
     if (
@@ -153,17 +162,20 @@ def is_conv_mlp(module: nn.Module) -> bool:
         or (conv.stride, conv.dilation, conv.padding_mode) != ((1, 1), (1, 1), "zeros")
     ):
         return False
-    return _consists_of(module, "fc1", "dwconv", "act", "fc2") and _computes(
+    return _consists_of(module, "fc1", "dwconv", "act", "fc2", layers=(*_LAYERS, *mixtures)) and _computes(
         module, FrozenConvMlp, [(torch.Size((batch, 12)), ((3, 4),)) for batch in (1, 2)]
     )
 
 
-def _consists_of(module: nn.Module, *names: str) -> bool:
+_LAYERS = nn.Linear, PackedShiftLinear
+
+
+def _consists_of(module: nn.Module, *names: str, layers: tuple[type[nn.Module], ...] = _LAYERS) -> bool:
     """Whether a module has these parts, of the kinds that their names stand for, and nothing else that counts."""
     first, second, act = (cast(Any, getattr(module, name, None)) for name in ("fc1", "fc2", "act"))
     if isinstance(module, FrozenMlp | FrozenConvMlp) or not isinstance(act, nn.Module) or activation_name(act) is None:
         return False
-    if not all(type(layer) in (nn.Linear, PackedShiftLinear) for layer in (first, second)):
+    if not all(type(layer) in layers and getattr(layer, "out_features", None) for layer in (first, second)):
         return False
     rest = [child for name, child in module.named_children() if name not in names]
     if not all(type(child) in (nn.Identity, nn.Dropout) for child in rest):
@@ -186,9 +198,9 @@ def _computes(
         for name in ("fc1", "fc2"):
             layer = cast(nn.Linear, trial.get_submodule(name))
             setattr(trial, name, nn.Linear(layer.in_features, layer.out_features))
-        expected = frozen(trial)
+        expected, width = frozen(trial), cast(nn.Linear, trial.fc1).in_features
         for tokens, further in calls:
-            x = torch.randn(*tokens, expected.fc1.in_features)
+            x = torch.randn(*tokens, width)
             try:
                 if not torch.equal(trial(x, *further), expected(x, *further)):
                     return False

@@ -417,6 +417,7 @@ class FrozenMoE(nn.Module):
         super().__init__()
         self.experts, self.router, self.expert_names = mixture.experts, mixture.router, mixture.expert_names
         self.gate, self.temperature = mixture.gate, mixture.temperature
+        self.in_features, self.out_features = mixture.dim, getattr(mixture, "out_features", None)
         self.keep_assignment = False
         self.last_assignment: Tensor | None = None
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shiftadd3d import UserError, kernels
 from shiftadd3d.models.gnt.transformer import FeedForward
-from shiftadd3d.nn import FrozenConvMlp, FrozenMlp, FrozenMoE, MoEMlp, PackedShiftLinear, freeze_, shift_twin
+from shiftadd3d.nn import FrozenConvMlp, FrozenMlp, FrozenMoE, MoELinear, MoEMlp, PackedShiftLinear, freeze_, shift_twin
 from shiftadd3d.nn.mlp import is_conv_mlp, is_plain_mlp
 
 
@@ -233,3 +233,38 @@ def test_on_a_cpu_one_op_convolves_tokens_unless_hooks_want_the_layers(monkeypat
             ready.act.register_forward_hook(lambda *args: seen.append(args))
             torch.testing.assert_close(ready(x, (3, 5)), expected, rtol=1e-4, atol=1e-5)
             assert len(calls) == 1 and len(seen) == 1
+
+
+def mixed_conv_mlp() -> MlpWithDepthwiseConv:
+    mlp = conv_mlp()
+    mlp.fc1, mlp.fc2 = MoELinear.from_linear(mlp.fc1), MoELinear.from_linear(mlp.fc2)
+    return mlp.eval()
+
+
+def test_between_mixtures_an_op_convolves_tokens_and_activates(monkeypatch: pytest.MonkeyPatch) -> None:
+    from shiftadd3d.nn import mlp as module
+
+    model, x = nn.Sequential(mixed_conv_mlp()), torch.randn(2, 15, 6)
+    expected = model[0](x, (3, 5))
+    assert freeze_(model, verbose=False).perceptrons == 1
+    ready = model[0]
+    assert type(ready) is FrozenConvMlp and type(ready.fc1) is type(ready.fc2) is FrozenMoE
+    calls = []
+    convolve = module.depthwise_conv
+    monkeypatch.setattr(module, "depthwise_conv", lambda *args: calls.append(args) or convolve(*args))
+    with torch.no_grad(), kernels.numerics("twin"):
+        assert torch.equal(ready(x, (3, 5)), expected) and not calls
+    with torch.no_grad(), kernels.numerics("exact"):
+        torch.testing.assert_close(ready(x, (3, 5)), expected, rtol=1e-4, atol=1e-5)
+        assert len(calls) == 1
+        ready.dwconv.register_forward_hook(lambda *args: None)
+        torch.testing.assert_close(ready(x, (3, 5)), expected, rtol=1e-4, atol=1e-5)
+        assert len(calls) == 1
+
+
+def test_a_mixture_of_perceptrons_is_no_layer_of_one() -> None:
+    mlp = mixed_conv_mlp()
+    mlp.fc1 = MoEMlp(6, 20)
+    model = nn.Sequential(mlp)
+    assert freeze_(model, verbose=False).perceptrons == 2  # its experts
+    assert type(model[0]) is MlpWithDepthwiseConv
