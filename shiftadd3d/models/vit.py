@@ -6,9 +6,10 @@ modules are called as timm's own are.
 A trained softmax and the linear-angular map that replaces it both average the values, row by row, so the output
 projection sees inputs of the size it knows, and no scale needs to be set. What is lost is contrast: the map weighs no
 key more than 4.5 times as much as another one, and what a token's neighbourhood says drowns in the mean over the image.
-The convolution on the values, over the grid of patches where that is known, is there to bring it back. It starts at
-zero, so that at first a layer does what its attention does. What helps most is that codes agree where the softmax was
-high: with ``binarizer="hash"``, `fit_binarizers_` sees to that before fine-tuning.
+Two things bring it back: what an output differs from that mean by is multiplied by a learned factor for each head
+(`Recipe.contrast`), and there is a convolution on the values, over the grid of patches where that is known. It starts
+at zero, so that at first a layer does what its attention does. Codes that agree where the softmax was high are another
+help before fine-tuning: with ``binarizer="hash"``, `fit_binarizers_` sees to that.
 
 Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.2 and table 3. The attention replaced is that of Dosovitskiy
 et al., ViT (ICLR 2021), Touvron et al., DeiT (ICML 2021), and Wang et al., PVT v2 (2022), section 3.2.

@@ -274,6 +274,10 @@ class AddAttention(nn.Module):
         context_dim: token width of the context in cross attention; None for `dim`.
         code_dim: bits of a code; None for `head_dim`.
         share_codes: one binarizer for queries and keys; otherwise each has its own, and they start alike.
+        contrast: by how much more each output differs from the mean of the values than the linear-angular map makes it
+            differ, which weighs no key more than 4.5 times as much as another one: a factor for each head, learned from
+            this start, in `log_contrast`. Rows of the map still sum to one, but above 1 weights may be negative. None
+            for the map as it is.
 
     Shapes: x [B, N, C] to [B, N, C]. The projections are `q_fc`, `k_fc`, `v_fc`, `out_fc`.
     """
@@ -295,8 +299,11 @@ class AddAttention(nn.Module):
         context_dim: int | None = None,
         code_dim: int | None = None,
         share_codes: bool = False,
+        contrast: float | None = None,
     ) -> None:
         super().__init__()
+        if contrast is not None and not 0.0 < contrast < math.inf:
+            raise UserError(f"contrast must be a positive number, not {contrast}")
         if num_heads < 1 or (head_dim is None and dim % num_heads):
             raise UserError(f"num_heads must divide dim; {num_heads} does not divide {dim}")
         if order not in ORDERS:
@@ -318,6 +325,7 @@ class AddAttention(nn.Module):
             self.dwconv: nn.Module | None = dwconv
         else:
             self.dwconv = TokenConv(num_heads, dwconv) if dwconv else None
+        self.log_contrast = None if contrast is None else nn.Parameter(torch.full((num_heads,), math.log(contrast)))
 
     @classmethod
     def from_projections(
@@ -442,11 +450,28 @@ class AddAttention(nn.Module):
         ):
             # Signs are taken in the kernel.
             key_mask = None if mask is None else mask.squeeze(-2)
-            return add_attention(self.q_code.project(q), key_binarizer.project(k), v, key_mask, self.q_code.codes), None
+            out = add_attention(self.q_code.project(q), key_binarizer.project(k), v, key_mask, self.q_code.codes)
+            return self._add_contrast(out, v, mask, None), None
         q_code, k_code = self.q_code(q).to(v.dtype), key_binarizer(k).to(v.dtype)
         dropout_p = self.attn_dropout if self.training else 0.0
         out = linear_add_attention(q_code, k_code, v, mask=mask, bias=bias, order=self.order, dropout_p=dropout_p)
-        return out, first_query_weights(q_code, k_code, mask, bias).mean(1) if return_weights else None
+        weights = first_query_weights(q_code, k_code, mask, bias) if return_weights else None
+        if weights is not None and self.log_contrast is not None:
+            flat = first_query_weights(torch.zeros_like(q_code), k_code, mask, bias)
+            weights = torch.lerp(flat, weights, self.log_contrast.exp().to(flat.dtype)[:, None])
+        return self._add_contrast(out, v, mask, bias), None if weights is None else weights.mean(1)
+
+    def _add_contrast(self, out: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The heads' outputs, moved away from what a query gets that is as similar to all keys."""
+        if self.log_contrast is None:
+            return out
+        if mask is None and bias is None:
+            flat = v.mean(-2, keepdim=True)
+        else:
+            rows = max(1 if given is None else given.shape[-2] for given in (mask, bias))
+            queries, keys = (v.new_zeros(*v.shape[:2], tokens, 1) for tokens in (rows, v.shape[-2]))
+            flat = linear_add_attention(queries, keys, v, mask=mask, bias=bias)
+        return torch.lerp(flat, out, self.log_contrast.exp().to(out.dtype)[:, None, None])
 
     def extra_repr(self) -> str:
         text = f"num_heads={self.num_heads}, order={self.order!r}, dropout={self.dropout}"

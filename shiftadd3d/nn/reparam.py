@@ -121,6 +121,9 @@ class Recipe:
     """Kernel size of the depthwise convolution on the values, odd; 0 for none. The paper's released code has 9."""
     dwconv2d: int = 3
     """The same where tokens lie on a known grid, that is, images: along either side of the grid."""
+    contrast: float = 16.0
+    """How much more the outputs of attention differ from the mean of the values than by the linear-angular map, at
+    first; it is learned (see `AddAttention`). 1 for the map as it is, with nothing to learn, as in the paper."""
     order: Literal["auto", "linear", "quadratic"] = "auto"
     """Order of the products in attention; "auto" takes the cheaper."""
     gate: Literal["unit", "probability"] = "unit"
@@ -148,6 +151,8 @@ class Recipe:
             size = getattr(self, option)
             if size < 0 or (size and size % 2 == 0):
                 raise UserError(f"{option} must be 0 or an odd number of tokens, not {size}")
+        if not 0.0 < self.contrast < float("inf"):
+            raise UserError(f"contrast must be a positive number, not {self.contrast}")
         check_router(0.0 if self.router_noise is None else self.router_noise, self.router_temperature)
         if isinstance(self.latencies, str):
             if self.latencies != "measure":
@@ -205,6 +210,7 @@ class Recipe:
             "share_codes": self.share_codes,
             "dwconv": self.dwconv,
             "order": self.order,
+            "contrast": None if self.contrast == 1 else self.contrast,
         }
 
 

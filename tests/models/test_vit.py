@@ -70,12 +70,18 @@ def additive(module: nn.Module, **changes) -> nn.Module:
 
 
 def linear_angular(q, k, v, mask=None, bias=None):
-    """Attention of the signs of q and k in float64, from the definition."""
+    """Attention of the signs of q and k in float64, from the definition, in the contrast that recipes give it."""
     q, k, v = ((q >= 0) * 2.0 - 1).double(), ((k >= 0) * 2.0 - 1).double(), v.double()
-    similarity = 0.5 + q @ k.transpose(-2, -1) / (math.pi * q.shape[-1])
-    similarity = similarity if bias is None else (similarity + bias).clamp(min=0)
-    similarity = similarity if mask is None else similarity * mask
-    return (similarity / similarity.sum(-1, keepdim=True)) @ v
+
+    def rows(cosine):
+        similarity = 0.5 + cosine / math.pi
+        similarity = similarity if bias is None else (similarity + bias).clamp(min=0)
+        similarity = similarity if mask is None else similarity * mask
+        return similarity / similarity.sum(-1, keepdim=True)
+
+    cosine = q @ k.transpose(-2, -1) / q.shape[-1]
+    flat = rows(0 * cosine)
+    return (flat + recipe("add").contrast * (rows(cosine) - flat)) @ v
 
 
 def by_hand(attention: Attention, x, mask=None, bias=None):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from shiftadd3d import UserError
+from shiftadd3d import UserError, kernels
 from shiftadd3d.nn import (
     BINARIZERS,
     AddAttention,
@@ -23,6 +23,7 @@ from shiftadd3d.nn import (
     TokenConv2d,
     binarize,
     first_query_weights,
+    freeze_,
     linear_add_attention,
 )
 
@@ -271,6 +272,51 @@ def test_a_bias_reaches_the_attention_and_its_weights() -> None:
     torch.testing.assert_close(weights, attention.mean(1)[:, 0].float(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("seen", ["all", "keys", "pairs", "biased", "none"])
+@pytest.mark.parametrize("order", ["auto", "linear"])
+def test_contrast_moves_rows_of_the_map_away_from_the_mean_over_the_keys_that_count(order: str, seen: str) -> None:
+    if order == "linear" and seen in ("pairs", "biased"):
+        return
+    layer, x = AddAttention(32, 4, order=order, contrast=5.0).eval(), torch.randn(2, 9, 32)
+    layer.log_contrast.data += torch.randn(4)
+    masks = {"keys": torch.rand(2, 9) < 0.7, "pairs": torch.rand(2, 4, 9, 9) < 0.7, "none": torch.zeros(2, 9).bool()}
+    mask, bias = masks.get(seen), torch.randn(4, 9, 9) if seen == "biased" else None
+    out, weights = layer(x, True, mask, bias=bias)
+    q, k, v = (layer.split_heads(fc(x)) for fc in (layer.q_fc, layer.k_fc, layer.v_fc))
+    full_mask = None if mask is None else mask if mask.dim() == 4 else mask[:, None, None]
+    q, k = (q >= 0) * 2.0 - 1, (k >= 0) * 2.0 - 1
+    of_map, attention = brute_force(q, k, v, full_mask, bias)
+    of_mean, flat = brute_force(0 * q, k, v, full_mask, bias)
+    contrast = layer.log_contrast.exp().view(4, 1, 1).double()
+    expected = (of_mean + contrast * (of_map - of_mean)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(out, layer.out_fc(expected.float()), rtol=1e-3, atol=1e-4)
+    expected = (flat + contrast * (attention - flat)).mean(1)[:, 0]
+    torch.testing.assert_close(weights, expected.float(), rtol=1e-3, atol=1e-4)
+    if seen != "none":
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2))
+
+
+def test_a_contrast_of_one_changes_nothing_and_is_learned_for_each_head() -> None:
+    plain, x = AddAttention(32, 4), torch.randn(2, 9, 32)
+    layer = AddAttention(32, 4, contrast=1.0)
+    layer.load_state_dict(plain.state_dict(), strict=False)
+    torch.testing.assert_close(layer(x), plain(x))
+    layer(x).square().sum().backward()
+    assert layer.log_contrast.grad.shape == (4,) and layer.log_contrast.grad.all()
+    assert "log_contrast" in layer.state_dict() and "log_contrast" not in plain.state_dict()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_contrast_is_there_on_the_kernel_too(masked: bool) -> None:
+    model, x = nn.Sequential(AddAttention(32, 4, contrast=9.0)), torch.randn(2, 9, 32)
+    mask = torch.arange(9) < torch.tensor([[5], [9]]) if masked else None
+    with torch.no_grad():
+        expected = model.eval()[0](x, mask=mask)
+        freeze_(model, verbose=False)
+        with kernels.numerics("exact"):
+            torch.testing.assert_close(model[0](x, mask=mask), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("name", list(BINARIZERS))
 def test_queries_and_keys_start_with_the_same_codes(name: str, share: bool) -> None:
@@ -424,6 +470,7 @@ def test_autocast_to_bfloat16_flips_few_codes_and_trains(name: str) -> None:
         (lambda: AddAttention(32, 4, codes="pm"), "pm1, 01"),
         (lambda: AddAttention(32, 4, order="cubic"), "auto, linear, quadratic"),
         (lambda: AddAttention(32, 4, dwconv=4), "odd"),
+        (lambda: AddAttention(32, 4, contrast=0.0), "positive"),
         (lambda: TokenConv(4, -1), "odd"),
         (lambda: TokenConv2d(4, 2), "odd"),
         (lambda: AddAttention(32, 4, order="linear", attn_dropout=0.1), "quadratic"),

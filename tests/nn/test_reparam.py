@@ -165,7 +165,7 @@ def test_doing_it_twice_changes_nothing(name: str) -> None:
 def test_weights_carry_over_to_the_very_parameters() -> None:
     model = Net().eval()
     before = dict(model.named_parameters())
-    reparameterize_(model, recipe("add+shift", dwconv=0), verbose=False)
+    reparameterize_(model, recipe("add+shift", dwconv=0, contrast=1), verbose=False)
     after = dict(model.named_parameters())
     assert before.keys() == after.keys() and all(before[key] is after[key] for key in before)
     assert not any(module.training for module in model.modules())
@@ -458,6 +458,7 @@ def test_a_model_of_which_nothing_is_known_is_left_alone() -> None:
         (lambda: Recipe(other_linear="moe"), "other_linear must be one of mult, shift"),
         (lambda: Recipe(bits=8), "bits"),
         (lambda: Recipe(dwconv=2), "odd"),
+        (lambda: Recipe(contrast=0.0), "contrast must be a positive number"),
         (lambda: Recipe(binarizer="xor"), "binarizer must be one of sign"),
         (lambda: Recipe(latencies=(1.0,)), "two numbers"),
         (lambda: Recipe(router_noise=-1.0), "noise"),

@@ -268,6 +268,8 @@ def _position_embedding(points: Tensor, directions: Tensor) -> Tensor:
 
 
 def _add_attention(attention: RayAttention, recipe: Recipe) -> AddAttention:
+    # Without contrast: the first row of the map is read as the weights of a ray's samples, none of them negative.
+    options = recipe.add_options() | {"contrast": None}
     return AddAttention.from_projections(
         attention.q_fc,
         attention.k_fc,
@@ -275,7 +277,7 @@ def _add_attention(attention: RayAttention, recipe: Recipe) -> AddAttention:
         attention.out_fc,
         attention.num_heads,
         dropout=attention.dropout,
-        **recipe.add_options(),
+        **options,
     )
 
 
