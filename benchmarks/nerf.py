@@ -656,8 +656,7 @@ class Speed:
     presets: tuple[str, ...] = ("gnt-tiny",)
     """Methods with multiplications; each is compared with the shiftadd- one, frozen."""
     forms: tuple[Form, ...] = ("torch", "compile", "exact", "fast")
-    """What to compute with. Only the methods with multiplications are put through torch.compile: it gains as much with
-    the others."""
+    """What to compute with. Only the methods with multiplications are put through torch.compile."""
     frame: tuple[int, int] = (252, 189)
     """Width and height, also of the source views."""
     seconds: float = 120.0
@@ -718,7 +717,7 @@ class Speed:
 
 
 def frame_renderer(method: str, form: Form, width: int, height: int) -> Callable[[], Any]:
-    """A function that renders a frame as nerfstudio's commands do, with the layers that the end of training leaves."""
+    """A function that renders a frame with the layers that the end of training leaves, frozen."""
     import torch
     from nerfstudio.configs.method_configs import all_methods
 

@@ -19,6 +19,7 @@ from shiftadd3d._errors import UserError
 from shiftadd3d.nerf.checkpoint import stage_of
 from shiftadd3d.nerf.datamanager import GNTDataManager, GNTDataManagerConfig
 from shiftadd3d.nerf.model import GNTNerfModel, GNTNerfModelConfig
+from shiftadd3d.nn import freeze_
 
 
 @dataclass
@@ -85,7 +86,7 @@ class GNTPipeline(VanillaPipeline):
         super().load_state_dict(state_dict, strict=strict is None or strict)
 
     def load_pipeline(self, loaded_state: Mapping[str, Any], step: int) -> None:
-        """Load a checkpoint of the same method.
+        """Load a checkpoint of the same method; where that is not to train on, the network is frozen (`freeze_`).
 
         Raises:
             UserError: it holds another network.
@@ -100,3 +101,5 @@ class GNTPipeline(VanillaPipeline):
                 f"the checkpoint is of another network than this method's ({reason}); to start from a trained gnt run, "
                 "pass it as --pipeline.warm-start"
             ) from None
+        if self.test_mode != "val":
+            freeze_(self.model.gnt, verbose=False)

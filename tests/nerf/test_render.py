@@ -17,8 +17,11 @@ import yaml
 from nerfstudio.cameras.cameras import Cameras
 
 from shiftadd3d import cli
+from shiftadd3d.kernels import numerics
+from shiftadd3d.nerf import pipeline as pipeline_module
 from shiftadd3d.nerf import render as rendering
 from shiftadd3d.nerf.runs import Run, load_run
+from shiftadd3d.nn import FrozenMoE, MoEMlp, PackedShiftLinear, ShiftLinear
 
 SMALL = ("--scale", "0.5")
 
@@ -40,6 +43,21 @@ def error_of(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def centres(cameras: Cameras) -> np.ndarray:
     return cameras.camera_to_worlds[:, :, 3].numpy()
+
+
+def test_a_network_that_is_only_to_render_is_frozen_and_shows_the_same_picture(
+    run: Run, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pipeline_module, "freeze_", lambda *_, **__: None)
+    trainable = load_run(tiny_run).pipeline.model
+    frozen = run.pipeline.model
+    assert {ShiftLinear, MoEMlp} <= {type(module) for module in trainable.modules()}
+    kinds = {type(module) for module in frozen.modules()}
+    assert {PackedShiftLinear, FrozenMoE} <= kinds and not {ShiftLinear, MoEMlp} & kinds
+    camera = run.pipeline.datamanager.train_dataset.cameras[:1]
+    with torch.no_grad(), numerics("twin"):
+        shown, expected = (model.eval().get_outputs_for_camera(camera)["rgb"] for model in (frozen, trainable))
+    assert torch.equal(shown, expected)
 
 
 # Paths
