@@ -241,7 +241,8 @@ def test_the_learning_rate_of_a_resumed_run_is_down_at_the_new_end(
 
 def primitives(model) -> set[str]:
     """What the linear layers of a network are."""
-    return {type(module).__name__ for module in model.gnt.net_coarse.modules()} & {"Linear", "ShiftLinear", "MoEMlp"}
+    kinds = {"Linear", "ShiftLinear", "MoEMlp", "PackedShiftLinear", "FrozenMoE"}
+    return {type(module).__name__ for module in model.gnt.net_coarse.modules()} & kinds
 
 
 def test_linear_layers_become_shifts_and_mixtures_half_way(tiny_scene, make_config, ns_train, tmp_path, monkeypatch):
@@ -286,7 +287,7 @@ def test_a_run_interrupted_in_its_first_stage_goes_on_in_it(tiny_scene, make_con
     folder = ns_train(going_on)  # half of its steps are in the second stage
     assert stage_of(read_checkpoint(latest_checkpoint(folder / MODELS))["pipeline"]) == 2
     _, pipeline, _, _ = eval_setup(folder / "config.yml")
-    assert primitives(pipeline.model) >= {"ShiftLinear", "MoEMlp"}
+    assert primitives(pipeline.model) >= {"PackedShiftLinear", "FrozenMoE"}  # what is loaded to look at is frozen
 
 
 @pytest.mark.parametrize("share", [1.0, -0.1])
