@@ -305,7 +305,7 @@ class Speed:
     """What the models become."""
     against: tuple[Baseline, ...] = tuple(BASELINES)
     """Which of timm's forms to compare with. Compiling takes a minute for each model and batch."""
-    numerics: tuple[Literal["exact", "fast"], ...] = ("exact",)
+    numerics: tuple[Literal["exact", "fast", "int8"], ...] = ("exact",)
     """What the kernels compute in: float32 throughout, or activations rounded on the way in."""
     rounds: int = 7
     """Timed runs of each, after an untimed one; all take turns, and the median counts."""
@@ -394,10 +394,9 @@ def speed_solutions(
         torch.manual_seed(0)
         model = timm.create_model(f"shiftadd_{name}", recipe=recipe).eval()
         freeze_(model, verbose=False)
-        if "exact" in numerics:
-            solutions[f"shiftadd, {recipe}"] = in_numerics("exact")(model)
-        if "fast" in numerics:
-            solutions[f"shiftadd, {recipe}, fast"] = in_numerics("fast")(model)
+        for name_of_numerics in numerics:
+            suffix = "" if name_of_numerics == "exact" else f", {name_of_numerics}"
+            solutions[f"shiftadd, {recipe}{suffix}"] = in_numerics(name_of_numerics)(model)
     return solutions
 
 

@@ -3,7 +3,8 @@
 TVM compiles them on first use, for the CPU at hand, and keeps them in a cache; without TVM, a compiler or a kernel for
 the case, the twin runs. This package is the only one that imports TVM, and does so lazily.
 
-`set_numerics` and the context manager `numerics` choose between ``"exact"`` (the default), ``"fast"`` and ``"twin"``.
+`set_numerics` and the context manager `numerics` choose between ``"exact"`` (the default), ``"fast"``, ``"int8"`` and
+``"twin"``.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 from shiftadd3d.kernels.matshift import matshift, matshift_twin
 from shiftadd3d.kernels.mlp import shift_mlp, shift_mlp_twin
 from shiftadd3d.kernels.moe import moe_mlp, moe_mlp_twin
-from shiftadd3d.kernels.numerics import Numerics, get_numerics, numerics, set_numerics
+from shiftadd3d.kernels.numerics import COMPILED, Numerics, get_numerics, numerics, set_numerics
 
 __all__ = [
+    "COMPILED",
     "Numerics",
     "get_numerics",
     "matshift",

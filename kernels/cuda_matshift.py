@@ -33,7 +33,7 @@ from shiftadd3d.kernels.cuda_product import (
     error_bound,
     form,
 )
-from shiftadd3d.kernels.numerics import Numerics
+from shiftadd3d.kernels.numerics import COMPILED, Numerics
 from shiftadd3d.kernels.targets import CudaTarget
 
 
@@ -100,7 +100,7 @@ def trial(function: CudaFunction, form: Form, bits: int, terms: int, dtype: Dtyp
 def variants(target: CudaTarget) -> Iterator[dict[str, Any]]:
     """4 and 5 bits, one and two terms, all dtypes, exact and fast, with each activation."""
     for bits, terms, dtype in itertools.product((4, 5), (1, 2), DTYPES.values()):
-        found = dict.fromkeys(form(target, numerics, bits, dtype) for numerics in ("exact", "fast"))
+        found = dict.fromkeys(form(target, numerics, bits, dtype) for numerics in COMPILED)
         for one, activation in itertools.product(found, activations.ACTIVATIONS):
             yield {"form": one, "bits": bits, "terms": terms, "dtype": dtype, "activation": activation}
 

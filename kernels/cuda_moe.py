@@ -37,7 +37,7 @@ from shiftadd3d.kernels.cuda_product import (
     error_bound,
     form,
 )
-from shiftadd3d.kernels.numerics import Numerics
+from shiftadd3d.kernels.numerics import COMPILED, Numerics
 from shiftadd3d.kernels.targets import CudaTarget
 
 __all__ = ["LAYER", "SORT", "Layer", "mixture"]
@@ -292,7 +292,7 @@ def variants(target: CudaTarget) -> Iterator[dict[str, Any]]:
     ends += [(True, False, False, activation) for activation in ("relu", "gelu")]  # the first of two
     ends += [(False, True, gated, "none") for gated in (False, True)]  # the second
     for dtype in DTYPES.values():
-        found = dict.fromkeys(form(target, numerics, 4, dtype) for numerics in ("exact", "fast"))
+        found = dict.fromkeys(form(target, numerics, 4, dtype) for numerics in COMPILED)
         for one, (gathers, scatters, gated, activation) in itertools.product(found, ends):
             place = {"gathers": gathers, "scatters": scatters, "gated": gated}
             shift = {"form": one, "bits": 4, "terms": 1, "dtype": dtype}

@@ -6,7 +6,9 @@ and outputs: only the weights' format, the dtype and the activation are compiled
 Accuracy (see `shiftadd3d.kernels.numerics`): ``"exact"`` computes as float32 does throughout. ``"fast"`` does too, but
 for two cases (see `shift_product`). With one term of at most 5 bits on CPUs with AVX2, every row of x is rounded to
 16-bit integers, and before the activation ``|y - exact y| <= 2**-15 * max |row of x| * sum |row of W|``, with 5 bits
-2**-11 in place of 2**-15. On CPUs with AMX, x is rounded to bfloat16, and the bound is that with 2**-8.
+2**-11 in place of 2**-15. On CPUs with AMX, x is rounded to bfloat16, and the bound is that with 2**-8. ``"int8"`` is
+the same, but for one term of at most 4 bits on CPUs with AVX2 and without AMX: every row of x is rounded to 8-bit
+integers there, and the bound is that with 1/253.
 
 Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.2.
 """
@@ -36,7 +38,16 @@ from shiftadd3d.kernels import (
 from shiftadd3d.kernels.activations import Activation
 from shiftadd3d.kernels.kernel import Kernel, define_op
 from shiftadd3d.kernels.numerics import Numerics, check_numerics, get_numerics
-from shiftadd3d.kernels.shift_product import Dtype, Form, Weights, error_bound, forms, shift_product, tile_shape
+from shiftadd3d.kernels.shift_product import (
+    Dtype,
+    Form,
+    Weights,
+    all_forms,
+    error_bound,
+    forms,
+    shift_product,
+    tile_shape,
+)
 from shiftadd3d.kernels.targets import CpuTarget
 from shiftadd3d.kernels.vector import Vectors
 
@@ -183,10 +194,9 @@ def trial(function: Any, form: Form, bits: int, terms: int, dtype: Dtype, activa
 
 
 def variants(target: CpuTarget) -> Iterator[dict[str, Any]]:
-    """4 and 5 bits, one and two terms, both dtypes, exact and fast, with each activation."""
+    """4 and 5 bits, one and two terms, both dtypes, all numerics, with each activation."""
     for bits, terms, dtype in itertools.product((4, 5), (1, 2), DTYPES.values()):
-        exact, fast = (forms(target, numerics, bits, terms, dtype) for numerics in ("exact", "fast"))
-        for form, activation in itertools.product(dict.fromkeys(exact + fast), activations.ACTIVATIONS):
+        for form, activation in itertools.product(all_forms(target, bits, terms, dtype), activations.ACTIVATIONS):
             yield {"form": form, "bits": bits, "terms": terms, "dtype": dtype, "activation": activation}
 
 

@@ -35,6 +35,7 @@ from shiftadd3d.kernels.shift_product import (
     ShiftProduct,
     Store,
     Weights,
+    all_forms,
     error_bound,
     forms,
     shift_product,
@@ -265,10 +266,9 @@ def trial(function: Any, form: Form, bits: int, terms: int, dtype: Dtype, activa
 
 
 def variants(target: CpuTarget) -> Iterator[dict[str, Any]]:
-    """4 bits, one term, both dtypes, exact and fast, with each activation that networks have."""
+    """4 bits, one term, both dtypes, all numerics, with each activation that networks have."""
     for dtype, activation in itertools.product(DTYPES.values(), ("relu", "gelu")):
-        exact, fast = (forms(target, numerics, 4, 1, dtype) for numerics in ("exact", "fast"))
-        for form in dict.fromkeys(exact + fast):
+        for form in all_forms(target, 4, 1, dtype):
             yield {"form": form, "bits": 4, "terms": 1, "dtype": dtype, "activation": activation}
 
 

@@ -37,6 +37,7 @@ from shiftadd3d.kernels.shift_product import (
     Scratch,
     ShiftProduct,
     Weights,
+    all_forms,
     error_bound,
     forms,
     shift_product,
@@ -357,10 +358,9 @@ def trial(
 
 
 def variants(target: CpuTarget) -> Iterator[dict[str, Any]]:
-    """The paper's two experts, of one layer and of two: 4 bits, one term, both dtypes, exact and fast."""
+    """The paper's two experts, of one layer and of two: 4 bits, one term, both dtypes, all numerics."""
     for dtype, (depth, activation) in itertools.product(DTYPES.values(), ((1, "none"), (2, "relu"), (2, "gelu"))):
-        exact, fast = (forms(target, numerics, 4, 1, dtype) for numerics in ("exact", "fast"))
-        for form in dict.fromkeys(exact + fast):
+        for form in all_forms(target, 4, 1, dtype):
             shift = {"form": form, "bits": 4, "terms": 1, "dtype": dtype}
             yield {"experts": "mult,shift", "depth": depth, **shift, "activation": activation}
 

@@ -3,6 +3,8 @@
 - ``"exact"`` (the default): float32 results differ from the twin's by the order of summation only, and their error
   against float64 is no larger than that of torch's own float32 operations.
 - ``"fast"``: activations may be rounded to fewer bits on the way in. Each kernel states its bound.
+- ``"int8"``: as ``"fast"``, and inputs of shift layers may be rounded to 8-bit integers with a scale for each token,
+  where that is faster.
 - ``"twin"``: no compiled code, plain torch throughout.
 
 `SHIFTADD3D_NUMERICS` sets what a process starts with.
@@ -21,8 +23,9 @@ from torch import Tensor
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.kernel import KERNEL_DEVICES
 
-Numerics = Literal["exact", "fast", "twin"]
+Numerics = Literal["exact", "fast", "int8", "twin"]
 NUMERICS: tuple[Numerics, ...] = get_args(Numerics)
+COMPILED: tuple[Numerics, ...] = NUMERICS[:-1]
 ENVIRONMENT_VARIABLE = "SHIFTADD3D_NUMERICS"
 
 

@@ -18,6 +18,10 @@ A power of two is exact in every format here, so only activations may round. The
   pairs of products in 32-bit integers. With e the exponent of a row's largest magnitude, each activation is off by at
   most ``2**(e - 15)``, and by ``2**(e - 11)`` with codes of 5 bits, whose 15 powers leave less room for sums. The
   largest magnitude has to be zero or within ``2**-64`` and ``2**64``; infinity and NaN have no place in such a row.
+- ``"int8"``: the same with integers up to 127, which stand for a row's largest magnitude, so that each activation is
+  off by at most 1/254 of that, and with weights of up to 4 bits, which are bytes then: twice as many products in an
+  instruction. Bytes of weights are counted from -64, as one factor has to be unsigned. That makes up no more than
+  ``2 * 127 * 128`` in a pair of products, which 16 bits hold.
 - ``"bfloat16x1"``: matrix tiles (AMX) of bfloat16; activations in float32 are off by at most ``2**-8`` of themselves.
 - ``"bfloat16x3"``: the same on three pieces of each activation, which together hold all its bits: exact. As tiles take
   denormals for zero, the largest magnitude of a row has to be as for ``"int16"``, and what is off then is less than
@@ -36,10 +40,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from shiftadd3d.kernels import bfloat16, power_of_two
-from shiftadd3d.kernels.numerics import Numerics
+from shiftadd3d.kernels.numerics import COMPILED, Numerics
 from shiftadd3d.kernels.targets import CpuTarget
 
-Form = Literal["float32", "int16", "bfloat16x1", "bfloat16x3"]
+Form = Literal["float32", "int16", "int8", "bfloat16x1", "bfloat16x3"]
 Dtype = Literal["float32", "bfloat16"]
 
 _GROUP = 16  # codes are transposed 16 inputs by 16 outputs at a time, which fits 128-bit registers
@@ -52,10 +56,18 @@ _LOWEST, _HIGHEST = ((_EXPONENT_BIAS + exponent) << _FRACTION_BITS for exponent 
 def forms(target: CpuTarget, numerics: Numerics, bits: int, terms: int, dtype: Dtype) -> tuple[Form, ...]:
     """The forms that compute such a product with such numerics, the fastest first; the last one serves all numbers."""
     if target.has_amx:
-        return ("bfloat16x1" if numerics == "fast" or dtype == "bfloat16" else "bfloat16x3", "float32")
-    if numerics == "fast" and "avx2" in target.flags and bits <= 5 and terms == 1:
-        return ("int16", "float32")
-    return ("float32",)
+        return ("bfloat16x3" if numerics == "exact" and dtype == "float32" else "bfloat16x1", "float32")
+    if numerics == "exact" or "avx2" not in target.flags or bits > 5 or terms > 1:
+        return ("float32",)
+    return ("int8" if numerics == "int8" and bits <= 4 else "int16", "float32")
+
+
+def all_forms(target: CpuTarget, bits: int, terms: int, dtype: Dtype) -> tuple[Form, ...]:
+    """The forms that compute such a product with any numerics."""
+    found: dict[Form, None] = {}
+    for numerics in COMPILED:
+        found |= dict.fromkeys(forms(target, numerics, bits, terms, dtype))
+    return tuple(found)
 
 
 def error_bound(form: Form, bits: int) -> float:
@@ -65,6 +77,8 @@ def error_bound(form: Form, bits: int) -> float:
     """
     if form == "int16":
         return 2.0**-15 if bits <= 4 else 2.0**-11
+    if form == "int8":
+        return 1 / 253  # 1/254, and what rounding the scale makes of it
     return 2.0**-8 if form == "bfloat16x1" else 0.0
 
 
@@ -126,7 +140,7 @@ class ShiftProduct(ABC):
     """
 
     number = "int32"
-    """What staged activations and decoded weights are stored as; int32 stands for pairs of 16-bit numbers."""
+    """What staged activations and decoded weights are stored as; int32 stands for `pair` shorter numbers."""
     pair = 2
     pieces = 1
     """How many numbers there are for each activation."""
@@ -134,6 +148,8 @@ class ShiftProduct(ABC):
     """How often the sums go through all inputs."""
     has_factors = False
     """Whether weights lack their channel's offset, which sums are then multiplied by."""
+    by_pairs = False
+    """Whether `expand_pairs` makes weights of codes, as they are stored, and not `expand`."""
 
     def __init__(self, target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype, block: int) -> None:
         import tvm.script
@@ -280,6 +296,23 @@ class ShiftProduct(ABC):
         Args:
             count: how many inputs the block has. Weights beyond are finite, and meet activations of zero.
         """
+        if not self.by_pairs:
+            self._decode_copied(scratch, weights, start, turn, count)
+            return
+        T = self._T
+        first = T.bind(turn * (self.block // 2))
+
+        def load(column: int, step: Any) -> Any:
+            return weights.codes[0, start + column, T.ramp(first + step * _GROUP, 1, _GROUP)]
+
+        with T.If(T.And(start + self.columns <= weights.outputs, count % (2 * _GROUP) == 0)):
+            with T.Then():
+                self.expand_pairs(scratch, count, load)
+            with T.Else():
+                self._decode_copied(scratch, weights, start, turn, count)
+
+    def _decode_copied(self, scratch: Scratch, weights: Weights, start: Any, turn: Any, count: Any) -> None:
+        """`decode`, by a copy of the codes: there may be fewer of them than a panel has."""
         T = self._T
         first = T.bind(turn // self.passes * (self.block * self.bits // 8))
         length = T.bind((count * self.bits + 7) // 8)
@@ -296,7 +329,20 @@ class ShiftProduct(ABC):
                         T.buffer_store(scratch.bytes, code, [column, position])
                 with T.Else():
                     T.buffer_store(scratch.units, T.int32(_EXPONENT_BIAS), [column])
-            self.expand(scratch, count, isinstance(term, int) and term > 0)
+            if self.by_pairs:
+                self.expand_pairs(
+                    scratch, count, lambda column, step: scratch.bytes[column, T.ramp(step * _GROUP, 1, _GROUP)]
+                )
+            else:
+                self.expand(scratch, count, isinstance(term, int) and term > 0)
+
+    def expand_pairs(self, scratch: Scratch, count: Any, load: Callable[[int, Any], Any]) -> None:
+        """Make weights of the codes of `count` inputs. They have 4 bits and one term, and lack their channel's offset.
+
+        Args:
+            load: ``load(column, step)``: 16 bytes, the codes of 32 inputs.
+        """
+        raise NotImplementedError
 
     def expand(self, scratch: Scratch, count: Any, add: bool) -> None:
         """Make weights of the codes in `scratch.bytes`."""
@@ -401,22 +447,23 @@ class ShiftProduct(ABC):
             T.buffer_store(flag, T.int32(1), [0])
         return peak
 
-    def pairs_of_vectors(
-        self, row: Any, first: Any, count: Any, load: Load, use: Callable[[Any, Any, Any], None]
+    def groups_of_vectors(
+        self, row: Any, first: Any, count: Any, load: Load, use: Callable[[list[Any], Any], None]
     ) -> None:
-        """Emit ``use(low, high, part)`` for `count` activations of a row, two vectors at a time, then zeros."""
-        T, lanes = self._T, self.lanes
-        rest = T.alloc_buffer((2 * lanes,), "float32", align=64)
-        part = T.bind(count // (2 * lanes))
+        """Emit ``use(vectors, part)`` for `count` activations of a row, `pair` vectors at a time, then zeros."""
+        T, lanes, size = self._T, self.lanes, self.pair * self.lanes
+        starts = range(0, size, lanes)
+        rest = T.alloc_buffer((size,), "float32", align=64)
+        part = T.bind(count // size)
         with T.serial(part) as i:
-            position = T.bind(first + i * (2 * lanes))
-            use(T.bind(load(row, position, lanes)), T.bind(load(row, position + lanes, lanes)), i)
-        with T.If(count % (2 * lanes) > 0), T.Then():
-            for j in (0, lanes):
+            position = T.bind(first + i * size)
+            use([T.bind(load(row, position + j, lanes)) for j in starts], i)
+        with T.If(count % size > 0), T.Then():
+            for j in starts:
                 T.buffer_store(rest, self.splat(0, "float32"), [self.at(j)])
-            with T.serial(count % (2 * lanes)) as i:
-                T.buffer_store(rest, load(row, first + part * (2 * lanes) + i, 1), [i])
-            use(T.bind(rest[self.at(0)]), T.bind(rest[self.at(lanes)]), part)
+            with T.serial(count % size) as i:
+                T.buffer_store(rest, load(row, first + part * size + i, 1), [i])
+            use([T.bind(rest[self.at(j)]) for j in starts], part)
 
     def each_block(self, scratch: Scratch, inputs: Any, use: Callable[[Any, Any, Any], None]) -> None:
         """Emit ``use(block, first input, number of inputs)`` for all blocks of inputs."""
@@ -539,6 +586,7 @@ class _Int16(ShiftProduct):
     def __init__(self, target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype) -> None:
         # Sums stay below 2**31: they reach 2**15 * 2**6 * 512 with 4 bits, 2**11 * 2**14 * 48 with 5.
         self.activation_bits, block = (15, 512) if bits <= 4 else (11, 48)
+        self.by_pairs = bits == 4
         super().__init__(target, form, bits, terms, dtype, block)
 
     def factor(self, weights: Weights, output: Any) -> Any:
@@ -548,48 +596,93 @@ class _Int16(ShiftProduct):
     def store_weights(self, scratch: Scratch, codes: list[Any], group: Any, column: Any, add: bool) -> None:
         T = self._T
 
-        def integer(code: Any) -> Any:
-            one = self.splat(1)
-            mask = T.bind(self.splat(0) - self.negative(code))
-            return T.bind((((one << self.level(code)) >> one) ^ mask) - mask)
-
         for k in range(0, _GROUP, 2):
-            pair = (integer(codes[k]) & self.splat(0xFFFF)) | (integer(codes[k + 1]) << self.splat(16))
+            low, high = (self._integer(code) for code in codes[k : k + 2])
+            pair = (low & self.splat(0xFFFF)) | (high << self.splat(16))
             T.buffer_store(scratch.panel, pair, [group * (_GROUP // 2) + k // 2, column])
+
+    def expand_pairs(self, scratch: Scratch, count: Any, load: Callable[[int, Any], Any]) -> None:
+        # A table makes weights of codes, which then change places four bytes at a time, four channels by four words.
+        T = self._T
+        words_of_step = 2 * _GROUP // self.pair
+        with T.serial((count + (2 * _GROUP - 1)) // (2 * _GROUP)) as step:
+            for column in range(0, self.columns, 4):
+                channels = [self._words(load(column + i, step)) for i in range(4)]
+                for number, words in enumerate(zip(*channels, strict=True)):
+                    for i, word in enumerate(transpose(list(words))):
+                        index = [step * words_of_step + 4 * number + i, T.ramp(column, 1, 4)]
+                        T.buffer_store(scratch.panel, word, index)
+
+    def _words(self, pairs: Any) -> list[Any]:
+        """The weights of 16 bytes, pairs of codes, in vectors of four words."""
+        T = self._T
+        return [
+            T.bind(T.reinterpret("int32x4", T.cast(T.Shuffle([weights], list(range(half, half + 8))), "int16x8")))
+            for weights in self._looked_up(pairs, 0)
+            for half in (0, 8)
+        ]
+
+    def _looked_up(self, pairs: Any, lowest: int) -> list[Any]:
+        """The weights of 16 bytes, pairs of codes, counted in that of level 1 from `lowest`: two vectors of int8."""
+        T = self._T
+        magnitudes = [0, *(1 << level for level in range(self.levels))]
+        entries = [T.uint8((sign * magnitude - lowest) & 0xFF) for sign in (1, -1) for magnitude in magnitudes]
+        table, pairs = T.bind(T.reinterpret("int8x16", T.Shuffle(entries, list(range(_GROUP))))), T.bind(pairs)
+        codes = [T.bind(pairs & T.broadcast(T.uint8(15), _GROUP)), T.bind(pairs >> T.broadcast(T.uint8(4), _GROUP))]
+        halves = [T.reinterpret("int8x16", T.Shuffle(codes, _interleaved(half, _GROUP))) for half in (0, 1)]
+        look_up = "llvm.x86.ssse3.pshuf.b.128"
+        return [T.bind(T.call_llvm_pure_intrin("int8x16", look_up, table, half)) for half in halves]
+
+    def _integer(self, code: Any) -> Any:
+        """Weights, counted in that of level 1, of codes."""
+        one = self.splat(1)
+        mask = self._T.bind(self.splat(0) - self.negative(code))
+        return self._T.bind((((one << self.level(code)) >> one) ^ mask) - mask)
 
     def stage_row(self, scratch: Scratch, row: Any, inputs: Any, load: Load, flag: Any) -> None:
         T, lanes = self._T, self.lanes
         largest = T.alloc_buffer((lanes,), "int32", align=64)
 
-        def compare(low: Any, high: Any, part: Any) -> None:
-            for x in (low, high):
+        def compare(xs: list[Any], part: Any) -> None:
+            for x in xs:
                 magnitude = T.reinterpret(f"int32x{lanes}", x) & self.splat(_MAGNITUDE)
                 T.buffer_store(largest, T.max(largest[self.at(0)], magnitude), [self.at(0)])
 
         T.buffer_store(largest, self.splat(0), [self.at(0)])
-        self.pairs_of_vectors(row, T.int64(0), inputs, load, compare)
+        self.groups_of_vectors(row, T.int64(0), inputs, load, compare)
         # Within these bounds neither the scale, nor its reciprocal, nor sums times either overflow.
         peak = self.refuse_extremes(largest, flag)
-        exponent = T.bind(T.max(peak, T.int32(_LOWEST)) >> _FRACTION_BITS)
-        fraction = self.activation_bits - 1
-        scale = T.reinterpret("float32", (exponent - fraction) << _FRACTION_BITS)
+        scale, reciprocal = self.scale(T.bind(T.max(peak, T.int32(_LOWEST))))
         T.buffer_store(scratch.scales, scale, [row])
-        reciprocal = T.reinterpret("float32", (2 * _EXPONENT_BIAS + fraction - exponent) << _FRACTION_BITS)
         factor = T.bind(self.splat(T.bind(reciprocal)))
 
         def convert(block: Any, first: Any, count: Any) -> None:
-            def use(low: Any, high: Any, part: Any) -> None:
-                index = [block * scratch.rows + row, self.at(part * lanes)]
-                T.buffer_store(scratch.activations, self._to_int16(low * factor, high * factor), index)
-
-            self.pairs_of_vectors(row, first, count, load, use)
+            self.convert(scratch, T.bind(block * scratch.rows + row), row, first, count, load, factor)
 
         self.each_block(scratch, inputs, convert)
+
+    def scale(self, peak: Any) -> tuple[Any, Any]:
+        """What the integers of a row count in, and its reciprocal; `peak` is its largest magnitude, as int32 bits."""
+        T, fraction = self._T, self.activation_bits - 1
+        exponent = T.bind(peak >> _FRACTION_BITS)
+        bits = (exponent - fraction, 2 * _EXPONENT_BIAS + fraction - exponent)
+        scale, reciprocal = (T.reinterpret("float32", part << _FRACTION_BITS) for part in bits)
+        return scale, reciprocal
+
+    def convert(self, scratch: Scratch, place: Any, row: Any, first: Any, count: Any, load: Load, factor: Any) -> None:
+        """Store `count` activations of a row, times `factor`, at a place of `scratch.activations`."""
+
+        def use(xs: list[Any], part: Any) -> None:
+            integers = [self._to_int32(x * factor) for x in xs]
+            self._T.buffer_store(scratch.activations, self._to_int16(*integers), [place, self.at(part * self.lanes)])
+
+        self.groups_of_vectors(row, first, count, load, use)
 
     def multiply(self, scratch: Scratch, row: Any, turn: Any, count: Any) -> list[Any]:
         T, lanes = self._T, self.lanes
         totals, sums = self.tile("int32"), self.tile("float32")
-        self.fill(totals, lambda i, columns: self.splat(0))
+        first = T.bind(turn * scratch.rows + row)
+        self.fill(totals, lambda i, columns: self.splat(self.start(scratch, first + i)))
         self.multiply_in_registers(scratch, row, turn, count, totals, self._multiply_add)
         scales = [T.bind(self.splat(scratch.scales[row + i])) for i in range(self.rows)]
         self.fill(sums, lambda i, columns: T.cast(totals[i][columns], f"float32x{lanes}") * scales[i])
@@ -604,25 +697,103 @@ class _Int16(ShiftProduct):
         name = "llvm.x86.avx512.pmaddw.d.512" if self.target.has_avx512 else "llvm.x86.avx2.pmadd.wd"
         return total + T.call_llvm_pure_intrin(f"int32x{lanes}", name, x, weight)
 
-    def _to_int16(self, low: Any, high: Any) -> Any:
-        """Two vectors of float32 rounded to int16 with saturation, in order, two to an int32."""
+    def start(self, scratch: Scratch, place: Any) -> Any:
+        """What the sums of a row begin with, which lies at a place of `scratch.activations`."""
+        return 0
+
+    def _to_int32(self, x: Any) -> Any:
+        """A vector of float32 rounded to integers."""
         T, lanes = self._T, self.lanes
         integers = f"int32x{lanes}"
         if self.target.has_avx512:
             convert, all_lanes, default_rounding = "llvm.x86.avx512.mask.cvtps2dq.512", T.int16(-1), T.int32(4)
-            low, high = (
-                T.call_llvm_pure_intrin(integers, convert, x, self.splat(0), all_lanes, default_rounding)
-                for x in (low, high)
-            )
-            packed = T.call_llvm_pure_intrin("int16x32", "llvm.x86.avx512.packssdw.512", low, high)
-            order = [0, 2, 4, 6, 1, 3, 5, 7]
-        else:
-            low, high = (T.call_llvm_pure_intrin(integers, "llvm.x86.avx.cvt.ps2dq.256", x) for x in (low, high))
-            packed = T.call_llvm_pure_intrin("int16x16", "llvm.x86.avx2.packssdw", low, high)
-            order = [0, 2, 1, 3]
+            return T.bind(T.call_llvm_pure_intrin(integers, convert, x, self.splat(0), all_lanes, default_rounding))
+        return T.bind(T.call_llvm_pure_intrin(integers, "llvm.x86.avx.cvt.ps2dq.256", x))
+
+    def _to_int16(self, low: Any, high: Any) -> Any:
+        """Two vectors of int32 as int16, with saturation, in order, two to an int32."""
+        packed = self._pack(low, high)
         # The instruction packs each 128-bit part on its own.
+        T, lanes = self._T, self.lanes
         parts = T.bind(T.reinterpret(f"int64x{lanes // 2}", packed))
-        return T.reinterpret(integers, T.Shuffle([parts], order))
+        order = [*range(0, lanes // 2, 2), *range(1, lanes // 2, 2)]
+        return T.reinterpret(f"int32x{lanes}", T.Shuffle([parts], order))
+
+    def _pack(self, low: Any, high: Any) -> Any:
+        """Two vectors of int32 as int16, with saturation: of each 128-bit part those of `low`, then those of `high`."""
+        name = "llvm.x86.avx512.packssdw.512" if self.target.has_avx512 else "llvm.x86.avx2.packssdw"
+        return self._T.call_llvm_pure_intrin(f"int16x{2 * self.lanes}", name, low, high)
+
+
+class _Int8(_Int16):
+    """Activations are bytes, and so are weights, but these are counted from -64, which is as low as they get: what 64
+    times the sum of the activations adds to each product is subtracted at the start.
+    """
+
+    pair = 4
+    _LOWEST_WEIGHT = -64
+
+    def scale(self, peak: Any) -> tuple[Any, Any]:
+        T = self._T
+        largest = T.bind(T.reinterpret("float32", peak))
+        return largest / T.float32(127), T.float32(127) / largest
+
+    def store_weights(self, scratch: Scratch, codes: list[Any], group: Any, column: Any, add: bool) -> None:
+        T = self._T
+        for k in range(0, _GROUP, 4):
+            integers = [T.bind(self._integer(code) - self.splat(self._LOWEST_WEIGHT)) for code in codes[k : k + 4]]
+            word = integers[0]
+            for i, integer in enumerate(integers[1:], 1):
+                word = word | (integer << self.splat(8 * i))
+            T.buffer_store(scratch.panel, word, [group * (_GROUP // 4) + k // 4, column])
+
+    def _words(self, pairs: Any) -> list[Any]:
+        T = self._T
+        return [T.bind(T.reinterpret("int32x4", part)) for part in self._looked_up(pairs, self._LOWEST_WEIGHT)]
+
+    def convert(self, scratch: Scratch, place: Any, row: Any, first: Any, count: Any, load: Load, factor: Any) -> None:
+        T, lanes = self._T, self.lanes
+        total = T.alloc_buffer((lanes,), "int32", align=64)
+        T.buffer_store(total, self.splat(0), [self.at(0)])
+
+        def use(xs: list[Any], part: Any) -> None:
+            integers = [self._to_int32(x * factor) for x in xs]
+            four = T.bind((integers[0] + integers[1]) + (integers[2] + integers[3]))
+            T.buffer_store(total, total[self.at(0)] + four, [self.at(0)])
+            T.buffer_store(scratch.activations, self._to_int8(integers), [place, self.at(part * lanes)])
+
+        self.groups_of_vectors(row, first, count, load, use)
+        add_up = f"llvm.vector.reduce.add.v{lanes}i32"
+        of_row = T.call_llvm_pure_intrin("int32", add_up, total[self.at(0)])
+        T.buffer_store(scratch.activations, of_row * T.int32(self._LOWEST_WEIGHT), [place, self._start])
+
+    @property
+    def _start(self) -> int:
+        """Where a row of staged activations holds what its sums begin with: behind its block of inputs."""
+        return self.block // self.pair
+
+    def start(self, scratch: Scratch, place: Any) -> Any:
+        return scratch.activations[place, self._start]
+
+    def _to_int8(self, xs: list[Any]) -> Any:
+        """Four vectors of int32 as int8, with saturation, in order, four to an int32."""
+        T, lanes = self._T, self.lanes
+        name = "llvm.x86.avx512.packsswb.512" if self.target.has_avx512 else "llvm.x86.avx2.packsswb"
+        halves = (T.bind(self._pack(*pair)) for pair in (xs[:2], xs[2:]))
+        packed = T.bind(T.reinterpret(f"int32x{lanes}", T.call_llvm_pure_intrin(f"int8x{4 * lanes}", name, *halves)))
+        # Within each 128-bit part there is a word of each vector.
+        return T.Shuffle([packed], [4 * part + x for x in range(4) for part in range(lanes // 4)])
+
+    def _multiply_add(self, x: Any, weight: Any, total: Any) -> Any:
+        T, lanes = self._T, self.lanes
+        x, weight = (T.reinterpret(f"int8x{4 * lanes}", words) for words in (x, weight))
+        if self.target.has_vnni:
+            return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", total, weight, x)
+        names = ("pmaddubs.w.512", "pmaddw.d.512") if self.target.has_avx512 else ("pmadd.ub.sw", "pmadd.wd")
+        family = "llvm.x86.avx512." if self.target.has_avx512 else "llvm.x86.avx2."
+        pairs = T.call_llvm_pure_intrin(f"int16x{2 * lanes}", family + names[0], weight, x)
+        ones = T.broadcast(T.int16(1), 2 * lanes)
+        return total + T.call_llvm_pure_intrin(f"int32x{lanes}", family + names[1], pairs, ones)
 
 
 class _Bfloat16Tiles(ShiftProduct):
@@ -636,7 +807,7 @@ class _Bfloat16Tiles(ShiftProduct):
     def __init__(self, target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype) -> None:
         self.pieces = 1 if form == "bfloat16x1" else 3
         self.passes = terms  # a sum of two powers is more than one bfloat16 can hold
-        self._by_pairs = bits == 4 and terms == 1
+        self.by_pairs = bits == 4 and terms == 1
         super().__init__(target, form, bits, terms, dtype, block=256)
 
     def scratch(self, rows: Any, inputs: Any) -> Scratch:
@@ -662,39 +833,9 @@ class _Bfloat16Tiles(ShiftProduct):
     def unit(self, weights: Weights, term: Any, output: Any) -> Any:
         return super().unit(weights, term, output) - self.factor(weights, output)
 
-    def decode(self, scratch: Scratch, weights: Weights, start: Any, turn: Any, count: Any) -> None:
-        if not self._by_pairs:
-            super().decode(scratch, weights, start, turn, count)
-            return
-        T = self._T
-        first = T.bind(turn * (self.block // 2))
-
-        def load(column: int, step: Any) -> Any:
-            return weights.codes[0, start + column, T.ramp(first + step * _GROUP, 1, _GROUP)]
-
-        with T.If(T.And(start + self.columns <= weights.outputs, count % (2 * _GROUP) == 0)):
-            with T.Then():
-                self._expand_pairs(scratch, count, load)
-            with T.Else():
-                super().decode(scratch, weights, start, turn, count)
-
-    def expand(self, scratch: Scratch, count: Any, add: bool) -> None:
-        def load(column: int, step: Any) -> Any:
-            return scratch.bytes[column, self._T.ramp(step * _GROUP, 1, _GROUP)]
-
-        if self._by_pairs:
-            self._expand_pairs(scratch, count, load)
-        else:
-            super().expand(scratch, count, add)
-
-    def _expand_pairs(self, scratch: Scratch, count: Any, load: Callable[[int, Any], Any]) -> None:
-        """Make weights of codes of 4 bits. A byte holds a pair of them, as an entry of a tile does.
-
-        The pairs change places four at a time, and a table makes weights of them.
-
-        Args:
-            load: ``load(column, step)``: 16 bytes, the codes of 32 inputs.
-        """
+    def expand_pairs(self, scratch: Scratch, count: Any, load: Callable[[int, Any], Any]) -> None:
+        # A byte holds a pair of codes, as an entry of a tile does. The pairs change places four at a time, and a table
+        # makes weights of them.
         T = self._T
         levels = [0, *((_EXPONENT_BIAS - self.levels + level) << 7 for level in range(1, self.levels + 1))]
         # Twice, as it is looked up by five bits, and the fifth one is another code's.
@@ -744,8 +885,9 @@ class _Bfloat16Tiles(ShiftProduct):
         T.buffer_store(largest, self.splat(0), [self.at(0)])
 
         def convert(block: Any, first: Any, count: Any) -> None:
-            def use(low: Any, high: Any, part: Any) -> None:
-                for x in (low, high):
+            def use(xs: list[Any], part: Any) -> None:
+                low, high = xs
+                for x in xs:
                     magnitude = T.reinterpret(f"int32x{lanes}", x) & self.splat(_MAGNITUDE)
                     T.buffer_store(largest, T.max(largest[self.at(0)], magnitude), [self.at(0)])
                 for piece in range(self.pieces):
@@ -756,7 +898,7 @@ class _Bfloat16Tiles(ShiftProduct):
                         pairs = T.bind(scratch.activations[tuple(index)])
                         low, high = self._minus(pairs, low, high)
 
-            self.pairs_of_vectors(row, first, count, load, use)
+            self.groups_of_vectors(row, first, count, load, use)
 
         self.each_block(scratch, inputs, convert)
         # Pieces of these are no denormals, or too small to count.
@@ -816,9 +958,9 @@ def shift_product(target: CpuTarget, form: Form, bits: int, terms: int, dtype: D
         dtype: of the layer.
     """
     power_of_two.check_format(bits, terms)
-    if form not in {*forms(target, "exact", bits, terms, dtype), *forms(target, "fast", bits, terms, dtype)}:
+    if form not in all_forms(target, bits, terms, dtype):
         raise ValueError(f"no {form} product on {target.name} with {bits} bits and {terms} terms in {dtype}")
-    makers: dict[Form, type[Any]] = {"float32": Float32Product, "int16": _Int16}
+    makers: dict[Form, type[Any]] = {"float32": Float32Product, "int16": _Int16, "int8": _Int8}
     return makers.get(form, _Bfloat16Tiles)(target, form, bits, terms, dtype)
 
 

@@ -24,7 +24,7 @@ import torch
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels import cache, dense, power_of_two, records, targets
 from shiftadd3d.kernels.kernel import link, load_library
-from shiftadd3d.kernels.numerics import Numerics
+from shiftadd3d.kernels.numerics import COMPILED, Numerics
 from shiftadd3d.kernels.shift_product import forms
 from shiftadd3d.kernels.timing import interleaved
 
@@ -83,7 +83,7 @@ def _words(problem: dict[str, Any]) -> str:
 def _tune_matshift(trials: int) -> Iterator[tuple[dict[str, Any], dict[str, Any], float]]:
     """The geometric mean over `SHAPES` decides; `trials` plays no part, as there are few blocks to choose from."""
     chosen: dict[str, Numerics] = {}
-    for numerics in ("exact", "fast"):
+    for numerics in COMPILED:
         chosen.setdefault(forms(targets.current(), numerics, 4, 1, "float32")[0], numerics)
     for form, numerics in chosen.items():
         gains = [0.0] * len(_BLOCKS)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels import (
+    COMPILED,
     Numerics,
     dense,
     gather,
@@ -168,6 +169,7 @@ def _matshift_case(x: Tensor, trained: Tensor) -> Case:
         ours={
             "MatShift exact": ours(x, 4, 1, "exact"),
             "MatShift fast": ours(x, 4, 1, "fast"),
+            "MatShift int8": ours(x, 4, 1, "int8"),
             "MatShift exact, bfloat16": ours(narrow, 4, 1, "exact"),
             "MatShift fast, bfloat16": ours(narrow, 4, 1, "fast"),
             "MatShift fast, 5 bits": ours(x, 5, 1, "fast"),
@@ -423,6 +425,7 @@ def _mlp_case(tokens: int, width: int, hidden: int, device: str) -> Case:
         ours={
             "MLP exact": ours(x, "exact"),
             "MLP fast": ours(x, "fast"),
+            "MLP int8": ours(x, "int8"),
             "MLP fast, bfloat16": ours(narrow, "fast"),
         },
         others=_eager_and_compiled(torchs, arguments, tuple(tensor.bfloat16() for tensor in arguments)),
@@ -455,7 +458,7 @@ def _moe_cases(device: str) -> Iterator[Case]:
             name=f"{tokens} x {width}-{hidden}-{width}",
             operations=4 * tokens * width * hidden,
             bytes=8 * tokens * width,
-            ours={"MoE exact": run("exact", x), "MoE fast": run("fast", x)},
+            ours={f"MoE {name}": run(name, x) for name in COMPILED},
             others={BASELINE: lambda x=x: dense_mlp(x)},
         )
 

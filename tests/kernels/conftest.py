@@ -40,7 +40,7 @@ class EmulatedCpu:
     """
 
     _HOST = "haswell"
-    _NATIVE = ("sse", "avx.", "avx2.", "fma.")  # the instructions that the host has
+    _NATIVE = ("sse", "ssse3.", "avx.", "avx2.", "fma.")  # the instructions that the host has
     _WORKSPACE = re.compile(r"^@__TVMBackend(Alloc|Free)Workspace = .*$", re.MULTILINE)
     _DECLARATION = re.compile(r"^declare (.+) @llvm\.x86\.([\w.]+)\((.*)\).*$", re.MULTILINE)
 
@@ -78,7 +78,7 @@ class EmulatedCpu:
             source.write_text(self.rewrite(module.inspect_source("ll")))
             self._link(tvm.runtime.load_module(str(source)), library)
         finally:
-            source.unlink()
+            source.unlink(missing_ok=True)  # where `rewrite` failed
 
     def load_library(self, library: Path) -> Any:
         """Takes the place of `kernel.load_library`."""

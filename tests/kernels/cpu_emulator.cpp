@@ -49,6 +49,24 @@ EMULATED void emulated_avx512_vpdpwssd_512(int32_t *result, const int32_t *total
   for (int i = 0; i < 16; i++) result[i] = int32_t(uint32_t(total[i]) + uint32_t(dot_of_pair(a, b, i)));
 }
 
+// a * b of unsigned and signed bytes, summed up by twos, with saturation.
+static int16_t dot_of_bytes(const uint8_t *a, const int8_t *b, int lane) {
+  int32_t sum = int32_t(a[2 * lane]) * b[2 * lane] + int32_t(a[2 * lane + 1]) * b[2 * lane + 1];
+  return int16_t(sum > INT16_MAX ? INT16_MAX : sum < INT16_MIN ? INT16_MIN : sum);
+}
+
+EMULATED void emulated_avx512_pmaddubs_w_512(int16_t *result, const uint8_t *a, const int8_t *b) {
+  for (int i = 0; i < 32; i++) result[i] = dot_of_bytes(a, b, i);
+}
+
+EMULATED void emulated_avx512_vpdpbusd_512(int32_t *result, const int32_t *total, const uint8_t *a, const int8_t *b) {
+  for (int i = 0; i < 16; i++) {
+    uint32_t sum = uint32_t(total[i]);  // without saturation, also between the products
+    for (int j = 4 * i; j < 4 * i + 4; j++) sum += uint32_t(int32_t(a[j]) * b[j]);
+    result[i] = int32_t(sum);
+  }
+}
+
 EMULATED void emulated_avx512_mask_cvtps2dq_512(int32_t *result, const float *x, const int32_t *masked, uint16_t mask,
                                                 int32_t rounding) {
   if (rounding != 4) fault("vcvtps2dq: rounding %d is not that of MXCSR", rounding);
@@ -63,6 +81,13 @@ EMULATED void emulated_avx512_packssdw_512(int16_t *result, const int32_t *a, co
   for (int i = 0; i < 32; i++) {
     int32_t x = (i & 4 ? b : a)[i / 8 * 4 + i % 4];  // in 128-bit parts: four of a, then four of b
     result[i] = int16_t(x > INT16_MAX ? INT16_MAX : x < INT16_MIN ? INT16_MIN : x);
+  }
+}
+
+EMULATED void emulated_avx512_packsswb_512(int8_t *result, const int16_t *a, const int16_t *b) {
+  for (int i = 0; i < 64; i++) {
+    int16_t x = (i & 8 ? b : a)[i / 16 * 8 + i % 8];  // in 128-bit parts: eight of a, then eight of b
+    result[i] = int8_t(x > INT8_MAX ? INT8_MAX : x < INT8_MIN ? INT8_MIN : x);
   }
 }
 

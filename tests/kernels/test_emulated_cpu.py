@@ -35,6 +35,8 @@ HALVES = """
 #define LOAD(p) _mm256_loadu_si256(p)
 HALF(pmaddw, _mm256_madd_epi16(LOAD(x), LOAD(y)))
 HALF(vpdpwssd, _mm256_add_epi32(LOAD(x), _mm256_madd_epi16(LOAD(y), LOAD(z))))
+HALF(pmaddubs, _mm256_maddubs_epi16(LOAD(x), LOAD(y)))
+HALF(packsswb, _mm256_packs_epi16(LOAD(x), LOAD(y)))
 HALF(packssdw, _mm256_packs_epi32(LOAD(x), LOAD(y)))
 HALF(cvtps2dq, _mm256_cvtps_epi32(_mm256_castsi256_ps(LOAD(x))))
 """
@@ -71,6 +73,8 @@ def avx2(emulator: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     [
         ("pmaddw", "avx512_pmaddw_d_512", 2),
         ("vpdpwssd", "avx512_vpdpwssd_512", 3),
+        ("pmaddubs", "avx512_pmaddubs_w_512", 2),
+        ("packsswb", "avx512_packsswb_512", 2),
         ("packssdw", "avx512_packssdw_512", 2),
         ("cvtps2dq", "avx512_mask_cvtps2dq_512", 1),
     ],
@@ -94,6 +98,18 @@ def test_instructions_of_avx_512_are_those_of_avx2_on_longer_vectors(
         for result, *parts in zip(*map(halves, (expected, *xs)), strict=True):
             getattr(avx2, half)(*map(Address, [result, *parts, *[parts[0]] * (3 - operands)]))
         assert torch.equal(found, expected)
+
+
+def test_dot_products_of_bytes_do_not_saturate(emulator: Any):
+    """AVX2 has no such instruction; the sums are those of torch, and wrap around."""
+    for largest in (4, 2**31):
+        weights, xs = (torch.randint(low, low + 256, (16, 4)) for low in (0, -128))
+        weights[0], xs[0] = 255, -128
+        total = torch.randint(-largest, largest, (16,))
+        found = torch.zeros(16, dtype=torch.int32)
+        operands = (total.int(), weights.to(torch.uint8), xs.to(torch.int8))
+        emulator.instructions.emulated_avx512_vpdpbusd_512(Address(found), *map(Address, operands))
+        assert torch.equal(found, (total + (weights * xs).sum(-1)).int())
 
 
 def test_lanes_beside_the_mask_keep_what_was_there(emulator: Any):

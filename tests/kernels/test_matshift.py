@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from shiftadd3d import UserError, kernels
 from shiftadd3d.kernels import power_of_two, targets
 from shiftadd3d.kernels.matshift import MATSHIFT, matshift, matshift_twin, trial
+from shiftadd3d.kernels.numerics import COMPILED
 from shiftadd3d.kernels.shift_product import error_bound, forms
 from shiftadd3d.nn import ShiftConv2d, ShiftLinear
 
@@ -32,6 +33,9 @@ FORMS: list[tuple[str, int, int]] = [
     ("exact", 6, 1),
     ("fast", 4, 1),
     ("fast", 5, 1),
+    ("int8", 4, 1),
+    ("int8", 3, 1),
+    ("int8", 5, 1),
 ]
 """Numerics, bits, terms."""
 
@@ -95,7 +99,7 @@ def test_any_shape_is_as_exact_as_promised(
     assert_as_exact_as_promised(y, x, weight, bias, numerics, bits, terms)
 
 
-@pytest.mark.parametrize("numerics", ["exact", "fast"])
+@pytest.mark.parametrize("numerics", COMPILED)
 @pytest.mark.parametrize("shape", [(196, 192, 768), (784, 1024, 128), (3000, 64, 64)])
 def test_the_shapes_of_vision_transformers(numerics: str, shape: tuple[int, int, int], torch_threads: int):
     rows, inputs, outputs = shape
@@ -109,7 +113,7 @@ def test_the_shapes_of_vision_transformers(numerics: str, shape: tuple[int, int,
 @pytest.mark.parametrize(
     ("numerics", "terms", "dtype", "activation"),
     [
-        *itertools.product(("exact", "fast"), (1,), (torch.float32, torch.bfloat16), ("none", "relu", "gelu")),
+        *itertools.product(COMPILED, (1,), (torch.float32, torch.bfloat16), ("none", "relu", "gelu")),
         ("exact", 2, torch.bfloat16, "none"),
     ],
 )
@@ -124,7 +128,7 @@ def test_activations_and_dtypes_are_those_of_the_twin(numerics: str, terms: int,
     twin = matshift_twin(x, codes, offset, bias, 4, activation)
     size = (x.float().abs() @ weight.abs().T).amax().item()
     stated = error_bound(forms(targets.current(), numerics, 4, terms, "float32")[0], 4)
-    tolerance = 2.0**-7 if dtype == torch.bfloat16 else max(4 * stated, 1e-6)
+    tolerance = max(2.0**-7 if dtype == torch.bfloat16 else 1e-6, 4 * stated)
     torch.testing.assert_close(y, twin, rtol=tolerance, atol=tolerance * size / 8)
 
 
@@ -144,7 +148,17 @@ def test_integers_come_out_bit_for_bit(numerics: str):
     assert torch.equal(y.double(), x.double() @ weight.double().T)
 
 
-@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_8_bits_hold_integers_up_to_127():
+    codes, offset, weight = layer(40, 600)
+    x = torch.randint(-127, 128, (50, 600)).float()
+    x[:, 7], x[1], weight_sign = 127, 127, weight[0].sign()
+    x[2] = 127 * weight_sign  # the largest sum that a channel can make
+    with kernels.numerics("int8"):
+        y = matshift(x, codes, offset)
+    assert torch.equal(y.double(), x.double() @ weight.double().T)
+
+
+@pytest.mark.parametrize("numerics", COMPILED)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_infinity_spread_as_in_the_twin(numerics: str, value: float):
     codes, offset, _ = layer(20, 33)
@@ -160,7 +174,7 @@ def test_nan_and_infinity_spread_as_in_the_twin(numerics: str, value: float):
     torch.testing.assert_close(y, twin, rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
-@pytest.mark.parametrize("numerics", ["exact", "fast"])
+@pytest.mark.parametrize("numerics", COMPILED)
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
 def test_nan_survives_activations_and_bfloat16(numerics: str, activation: str):
     codes, offset, _ = layer(20, 33)
@@ -170,7 +184,7 @@ def test_nan_survives_activations_and_bfloat16(numerics: str, activation: str):
         assert matshift(x, codes, offset, None, 4, activation)[4].isnan().all()
 
 
-@pytest.mark.parametrize("numerics", ["exact", "fast"])
+@pytest.mark.parametrize("numerics", COMPILED)
 @pytest.mark.parametrize("bits", [4, 5])
 @pytest.mark.parametrize("exponent", [-126, -60, 60, 126])
 def test_exponents_at_the_ends_of_their_range(numerics: str, bits: int, exponent: int):
@@ -186,7 +200,7 @@ def test_exponents_at_the_ends_of_their_range(numerics: str, bits: int, exponent
     assert y.abs().max() > 0.01
 
 
-@pytest.mark.parametrize("numerics", ["exact", "fast"])
+@pytest.mark.parametrize("numerics", COMPILED)
 def test_rows_of_tiny_and_zero_activations(numerics: str):
     codes, offset, weight = layer(20, 40)
     x = torch.randn(4, 40) * torch.tensor([[0.0], [1e-30], [1e-38], [1e-44]])
@@ -198,7 +212,7 @@ def test_rows_of_tiny_and_zero_activations(numerics: str):
     assert (y - exact)[2:].abs().max() < 2.0**-120
 
 
-@pytest.mark.parametrize("numerics", ["exact", "fast"])
+@pytest.mark.parametrize("numerics", COMPILED)
 def test_any_layout_in_memory(numerics: str):
     codes, offset, _ = layer(24, 48)
     base = torch.randn(10, 6, 48 * 2 + 1)
@@ -242,7 +256,7 @@ def test_without_a_kernel_the_twin_computes(monkeypatch: pytest.MonkeyPatch):
     assert torch.equal(matshift(x, codes, offset), F.linear(x, weight))
 
 
-@pytest.mark.parametrize("numerics", ["exact", "fast"])
+@pytest.mark.parametrize("numerics", COMPILED)
 def test_rows_do_not_depend_on_their_neighbours_or_the_threads(numerics: str, torch_threads: int):
     codes, offset, _ = layer(70, 300)
     x = torch.randn(500, 300)
@@ -252,7 +266,7 @@ def test_rows_do_not_depend_on_their_neighbours_or_the_threads(numerics: str, to
             assert torch.equal(matshift(x[:rows], codes, offset), y[:rows])
 
 
-@pytest.mark.parametrize("numerics", ["exact", "fast"])
+@pytest.mark.parametrize("numerics", COMPILED)
 def test_eight_python_threads_at_once(numerics: str, torch_threads: int):
     codes, offset, _ = layer(40, 64)
     xs = [torch.randn(100, 64) for _ in range(8)]
@@ -382,7 +396,7 @@ def test_what_does_not_fit_together_is_refused_in_one_line(change: dict[str, obj
 
 
 @pytest.mark.parametrize("target", targets.TARGETS, ids=lambda target: target.name)
-@pytest.mark.parametrize(("numerics", "terms"), [("exact", 2), ("fast", 1)])
+@pytest.mark.parametrize(("numerics", "terms"), [("exact", 2), ("fast", 1), ("int8", 1)])
 def test_it_compiles_for_every_target(target: targets.CpuTarget, numerics: str, terms: int):
     form = forms(target, numerics, 4, terms, "float32")[0]
     text = MATSHIFT.assembly(target, form=form, bits=4, terms=terms, dtype="float32", activation="none")
@@ -393,6 +407,8 @@ def test_it_compiles_for_every_target(target: targets.CpuTarget, numerics: str, 
         assert text.count("ldtilecfg") == text.count("tilerelease")
     elif form == "int16":
         assert ("vpdpwssd" if target.has_vnni else "vpmaddwd") in text
+    elif form == "int8":
+        assert ("vpdpbusd" if target.has_vnni else "vpmaddubsw") in text
     elif target.has_fma:
         assert text.count("vfmadd") >= 24
     assert ("%zmm" in text) == target.has_avx512
@@ -402,7 +418,7 @@ def test_it_compiles_for_every_target(target: targets.CpuTarget, numerics: str, 
 def test_a_smaller_target_computes_the_same(target: str, on_target: Callable[[str], None]):
     on_target(target)
     x, bias = torch.randn(31, 177), torch.randn(21)
-    for numerics, bits, terms in (("exact", 4, 1), ("exact", 5, 2), ("fast", 4, 1)):
+    for numerics, bits, terms in (("exact", 4, 1), ("exact", 5, 2), ("fast", 4, 1), ("int8", 4, 1)):
         codes, offset, weight = layer(21, 177, bits, terms)
         with kernels.numerics(numerics):
             y = matshift(x, codes, offset, bias, bits)

@@ -15,6 +15,7 @@ from shiftadd3d import UserError, kernels
 from shiftadd3d.kernels import power_of_two, targets
 from shiftadd3d.kernels.matshift import matshift
 from shiftadd3d.kernels.mlp import MLP, shift_mlp, shift_mlp_twin
+from shiftadd3d.kernels.numerics import COMPILED
 from shiftadd3d.kernels.shift_product import error_bound, forms
 
 pytest.importorskip("tvm")
@@ -67,7 +68,7 @@ def test_the_twin_is_an_mlp_of_decoded_weights():
     hidden=st.integers(1, 150),
     outputs=st.integers(1, 70),
     activation=st.sampled_from(["gelu", "relu"]),
-    numerics=st.sampled_from(["exact", "fast"]),
+    numerics=st.sampled_from(COMPILED),
 )
 def test_any_number_of_tokens_and_any_widths(tokens, inputs, hidden, outputs, activation, numerics):
     x, layers = problem(tokens, inputs, hidden, outputs)
@@ -85,7 +86,7 @@ def test_other_codes(bits: int, terms: int, numerics: str):
     assert_close(y, x, layers, "gelu", numerics, bits)
 
 
-@pytest.mark.parametrize("numerics", ["exact", "fast"])
+@pytest.mark.parametrize("numerics", COMPILED)
 def test_it_is_no_less_exact_than_two_products(numerics: str):
     x, layers = problem(300, 64, 256, 64)
     exact = [x.double(), *(t.double() if t.is_floating_point() else t for t in layers)]
@@ -131,7 +132,7 @@ def test_nothing_in_nothing_out():
     torch.testing.assert_close(shift_mlp(x, *layers), shift_mlp_twin(x, *layers))
 
 
-@pytest.mark.parametrize("numerics", ["exact", "fast"])
+@pytest.mark.parametrize("numerics", COMPILED)
 @pytest.mark.parametrize("broken", [float("inf"), float("nan"), 1e30])
 def test_a_number_out_of_range_spoils_its_own_token_only(numerics: str, broken: float):
     x, layers = problem(50)
@@ -222,7 +223,13 @@ def test_the_smallest_target_computes_the_same(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(
     ("name", "form", "instruction"),
-    [("avx2", "int16", "vpmaddwd"), ("avx512_vnni", "int16", "vpdpwssd"), ("amx", "bfloat16x3", "tdpbf16ps")],
+    [
+        ("avx2", "int16", "vpmaddwd"),
+        ("avx2", "int8", "vpmaddubsw"),
+        ("avx512_vnni", "int16", "vpdpwssd"),
+        ("avx512_vnni", "int8", "vpdpbusd"),
+        ("amx", "bfloat16x3", "tdpbf16ps"),
+    ],
 )
 def test_every_machine_gets_its_own_instructions(name: str, form: str, instruction: str):
     spec = {"form": form, "bits": 4, "terms": 1, "dtype": "float32", "activation": "gelu"}

@@ -16,6 +16,7 @@ from shiftadd3d import UserError, kernels
 from shiftadd3d.kernels import power_of_two, targets
 from shiftadd3d.kernels.mlp import shift_mlp_twin
 from shiftadd3d.kernels.moe import MOE, moe_mlp, moe_mlp_twin
+from shiftadd3d.kernels.numerics import COMPILED
 from shiftadd3d.kernels.shift_product import error_bound, forms
 
 pytest.importorskip("tvm")
@@ -63,7 +64,7 @@ def test_the_twin_sends_each_token_through_its_expert():
 @given(
     tokens=st.integers(1, 300),
     widths=st.tuples(*[st.integers(1, 150)] * 3),
-    numerics=st.sampled_from(["exact", "fast"]),
+    numerics=st.sampled_from(COMPILED),
     gated=st.booleans(),
     lean=st.sampled_from([-9.0, -1.0, 0.0, 9.0]),
 )
@@ -141,7 +142,7 @@ def test_nothing_in_nothing_out():
     assert_close(moe_mlp(x, logits, layers), moe_mlp_twin(x, logits, layers))
 
 
-@pytest.mark.parametrize("numerics", ["exact", "fast"])
+@pytest.mark.parametrize("numerics", COMPILED)
 def test_a_number_out_of_range_spoils_its_own_token_only(numerics: str):
     x, logits, layers = problem(50)
     with kernels.numerics(numerics):
