@@ -254,7 +254,7 @@ def _run(
 ) -> Tensor:
     y = memory.empty(*x.shape, dtype=x.dtype)
     weight = weight.to(torch.float32).flatten(1).contiguous()
-    bias = torch.zeros(x.shape[-1]) if bias is None else bias.to(torch.float32).contiguous()
+    bias = memory.float32_bias(bias, x.shape[-1])
     function(_stored(x), weight, bias, _stored(x if addend is None else addend), height, width, _stored(y))
     return y
 

@@ -211,7 +211,7 @@ def _matshift_cpu(
         return matshift_twin(x, codes, offset, bias, bits, activation)
     terms, outputs, _ = codes.shape
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    bias_row = torch.zeros(outputs) if bias is None else bias.to(torch.float32).contiguous()
+    bias_row = memory.float32_bias(bias, outputs)
     dtype = DTYPES[x.dtype]
     for form in forms(targets.current(), cast(Numerics, numerics), bits, terms, dtype):
         function = MATSHIFT.function(form=form, bits=bits, terms=terms, dtype=dtype, activation=activation)

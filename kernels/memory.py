@@ -1,4 +1,4 @@
-"""Fresh memory for large outcomes."""
+"""The memory that kernels read and write."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         if advise is not None and end > start:
             advise(start, end - start, _MADV_HUGEPAGE)  # advice only: whether it is taken makes no difference here
     return fresh
+
+
+def float32_bias(bias: Tensor | None, outputs: int) -> Tensor:
+    """The bias [outputs] as functions take it: in float32, of zeros where there is none."""
+    if bias is None:
+        return torch.zeros(outputs)
+    return bias if bias.dtype == torch.float32 and bias.is_contiguous() else bias.float().contiguous()
 
 
 @lru_cache(maxsize=1)

@@ -341,8 +341,7 @@ def _contiguous(layers: Sequence[Any]) -> list[Tensor]:
     """Codes, offset and bias of each layer as functions take them: every layer has a bias, in float32."""
     ready = []
     for codes, offset, bias in zip(layers[0::3], layers[1::3], layers[2::3], strict=True):
-        bias = torch.zeros(codes.shape[1]) if bias is None else bias.to(torch.float32)
-        ready += [codes.contiguous(), offset.contiguous(), bias.contiguous()]
+        ready += [codes.contiguous(), offset.contiguous(), memory.float32_bias(bias, codes.shape[1])]
     return ready
 
 

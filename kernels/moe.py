@@ -459,7 +459,7 @@ def _run(
         ready += (
             [weight.to(x.dtype).float().contiguous()] if offset is None else [weight.contiguous(), offset.contiguous()]
         )
-        ready.append(torch.zeros(_width(_Layer(weight, offset, bias))) if bias is None else bias.float().contiguous())
+        ready.append(memory.float32_bias(bias, _width(_Layer(weight, offset, bias))))
     numbers = [tensor.view(torch.int16) if x.dtype == torch.bfloat16 else tensor for tensor in (x, y)]
     function(numbers[0], logits, gates, *ready, numbers[1], assignment, flag, block_rows)
     return None if flag.item() else (y, assignment)

@@ -17,7 +17,7 @@ from typing import Any
 from shiftadd3d._report import write_json
 from shiftadd3d.kernels import cache
 
-__all__ = ["PACKAGED", "choice", "read", "trying", "user_folder", "write"]
+__all__ = ["PACKAGED", "choice", "forget", "read", "trying", "user_folder", "write"]
 
 PACKAGED = Path(__file__).parent / "records"
 
@@ -31,22 +31,25 @@ def user_folder() -> Path:
 _tried: dict[str, dict[str, Any] | None] = {}
 
 
+@lru_cache(maxsize=256)  # kernels ask with every call
 def choice(target: str, kernel: str, **problem: Any) -> dict[str, Any] | None:
-    """What was found best for a problem of a kernel on a target, or None."""
-    key = _known_key(kernel, *problem.items())
+    """What was found best for a problem of a kernel on a target, or None. Files are read once in a process."""
+    key = _key(kernel, problem)
     return _tried[key] if key in _tried else _choices(cache.folder(), target).get(key)
 
 
 @contextlib.contextmanager
-def trying(kernel: str, choice: dict[str, Any] | None, **problem: Any) -> Iterator[None]:
+def trying(kernel: str, tried: dict[str, Any] | None, **problem: Any) -> Iterator[None]:
     """Have a choice count, or None as if there were none, for the length of a ``with`` block."""
     before = dict(_tried)
-    _tried[_key(kernel, problem)] = choice
+    _tried[_key(kernel, problem)] = tried
+    choice.cache_clear()
     try:
         yield
     finally:
         _tried.clear()
         _tried.update(before)
+        choice.cache_clear()
 
 
 def read(folder: Path, target: str) -> list[dict[str, Any]]:
@@ -72,19 +75,20 @@ def write(folder: Path, target: str, found: list[dict[str, Any]]) -> Path:
     kept = {_key(one["kernel"], one["problem"]): one for one in [*read(folder, target), *found]}
     path = folder / f"{target}.json"
     write_json(path, [kept[key] for key in sorted(kept)])
-    _choices.cache_clear()
+    forget()
     return path
+
+
+def forget() -> None:
+    """Have files read anew."""
+    choice.cache_clear()
+    _choices.cache_clear()
 
 
 @lru_cache(maxsize=8)
 def _choices(cached: Path, target: str) -> dict[str, dict[str, Any]]:
     records = [*read(PACKAGED, target), *read(cached / "records", target)]
     return {_key(one["kernel"], one["problem"]): one["choice"] for one in records}
-
-
-@lru_cache(maxsize=256)
-def _known_key(kernel: str, *problem: tuple[str, Any]) -> str:
-    return _key(kernel, dict(problem))
 
 
 def _key(kernel: str, problem: dict[str, Any]) -> str:

@@ -307,6 +307,8 @@ class ShiftProduct(ABC):
 
         with T.If(T.And(start + self.columns <= weights.outputs, count % (2 * _GROUP) == 0)):
             with T.Then():
+                with T.serial(self.columns) as column:
+                    T.buffer_store(scratch.units, self.unit(weights, 0, start + column), [column])
                 self.expand_pairs(scratch, count, load)
             with T.Else():
                 self._decode_copied(scratch, weights, start, turn, count)
@@ -337,7 +339,7 @@ class ShiftProduct(ABC):
                 self.expand(scratch, count, isinstance(term, int) and term > 0)
 
     def expand_pairs(self, scratch: Scratch, count: Any, load: Callable[[int, Any], Any]) -> None:
-        """Make weights of the codes of `count` inputs. They have 4 bits and one term, and lack their channel's offset.
+        """Make weights of the codes of `count` inputs, which have 4 bits and one term.
 
         Args:
             load: ``load(column, step)``: 16 bytes, the codes of 32 inputs.
@@ -503,6 +505,17 @@ class ShiftProduct(ABC):
             for j in self.vectors:
                 self._T.buffer_store(row, value(i, self.at(j)), [self.at(j)])
 
+    def look_up(self, pairs: Any, lowest: int = 0) -> list[Any]:
+        """The weights of 16 bytes, pairs of codes, counted in that of level 1 from `lowest`: two vectors of int8."""
+        T = self._T
+        magnitudes = [0, *(1 << level for level in range(self.levels))]
+        entries = [T.uint8((sign * magnitude - lowest) & 0xFF) for sign in (1, -1) for magnitude in magnitudes]
+        table, pairs = T.bind(T.reinterpret("int8x16", T.Shuffle(entries, list(range(_GROUP))))), T.bind(pairs)
+        codes = [T.bind(pairs & T.broadcast(T.uint8(15), _GROUP)), T.bind(pairs >> T.broadcast(T.uint8(4), _GROUP))]
+        halves = [T.reinterpret("int8x16", T.Shuffle(codes, _interleaved(half, _GROUP))) for half in (0, 1)]
+        name = "llvm.x86.ssse3.pshuf.b.128"
+        return [T.bind(T.call_llvm_pure_intrin("int8x16", name, table, half)) for half in halves]
+
     def _unpacked(self, packed: Any) -> Any:
         """The first 16 codes of 16 bytes, one to a byte."""
         T = self._T
@@ -525,6 +538,22 @@ class Float32Product(ShiftProduct):
         # A panel takes up half of a first-level cache at most. Every block is summed up on its own: with longer ones
         # the errors of rounding would exceed those of torch's products.
         super().__init__(target, form, bits, terms, dtype, block=128)
+        self.by_pairs = bits == 4 and terms == 1 and "avx2" in target.flags
+
+    def expand_pairs(self, scratch: Scratch, count: Any, load: Callable[[int, Any], Any]) -> None:
+        # A table makes integers of codes. These change places 16 channels by 16 inputs, and become floats last.
+        T, lanes = self._T, self.lanes
+        exponents = {j: scratch.units[self.at(j)] + self.splat(1) for j in self.vectors}
+        units = {j: T.bind(self.as_float(exponents[j] << self.splat(_FRACTION_BITS))) for j in self.vectors}
+        with T.serial((count + (2 * _GROUP - 1)) // (2 * _GROUP)) as step:
+            for column in range(0, self.columns, _GROUP):
+                channels = [self.look_up(load(column + i, step)) for i in range(_GROUP)]
+                for half, integers in enumerate(zip(*channels, strict=True)):
+                    for i, row in enumerate(transpose(list(integers))):
+                        for j in range(0, _GROUP, lanes):
+                            part = T.cast(T.Shuffle([row], list(range(j, j + lanes))), f"float32x{lanes}")
+                            index = [(2 * step + half) * _GROUP + i, self.at(column + j)]
+                            T.buffer_store(scratch.panel, part * units[column + j], index)
 
     def store_weights(self, scratch: Scratch, codes: list[Any], group: Any, column: Any, add: bool) -> None:
         T = self._T
@@ -618,20 +647,9 @@ class _Int16(ShiftProduct):
         T = self._T
         return [
             T.bind(T.reinterpret("int32x4", T.cast(T.Shuffle([weights], list(range(half, half + 8))), "int16x8")))
-            for weights in self._looked_up(pairs, 0)
+            for weights in self.look_up(pairs)
             for half in (0, 8)
         ]
-
-    def _looked_up(self, pairs: Any, lowest: int) -> list[Any]:
-        """The weights of 16 bytes, pairs of codes, counted in that of level 1 from `lowest`: two vectors of int8."""
-        T = self._T
-        magnitudes = [0, *(1 << level for level in range(self.levels))]
-        entries = [T.uint8((sign * magnitude - lowest) & 0xFF) for sign in (1, -1) for magnitude in magnitudes]
-        table, pairs = T.bind(T.reinterpret("int8x16", T.Shuffle(entries, list(range(_GROUP))))), T.bind(pairs)
-        codes = [T.bind(pairs & T.broadcast(T.uint8(15), _GROUP)), T.bind(pairs >> T.broadcast(T.uint8(4), _GROUP))]
-        halves = [T.reinterpret("int8x16", T.Shuffle(codes, _interleaved(half, _GROUP))) for half in (0, 1)]
-        look_up = "llvm.x86.ssse3.pshuf.b.128"
-        return [T.bind(T.call_llvm_pure_intrin("int8x16", look_up, table, half)) for half in halves]
 
     def _integer(self, code: Any) -> Any:
         """Weights, counted in that of level 1, of codes."""
@@ -749,7 +767,7 @@ class _Int8(_Int16):
 
     def _words(self, pairs: Any) -> list[Any]:
         T = self._T
-        return [T.bind(T.reinterpret("int32x4", part)) for part in self._looked_up(pairs, self._LOWEST_WEIGHT)]
+        return [T.bind(T.reinterpret("int32x4", part)) for part in self.look_up(pairs, self._LOWEST_WEIGHT)]
 
     def convert(self, scratch: Scratch, place: Any, row: Any, first: Any, count: Any, load: Load, factor: Any) -> None:
         T, lanes = self._T, self.lanes

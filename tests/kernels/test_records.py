@@ -16,9 +16,9 @@ from shiftadd3d.kernels import dense, matshift, power_of_two, records, targets, 
 def no_records(empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package without records, and a user without any."""
     monkeypatch.setattr(records, "PACKAGED", tmp_path / "packaged")
-    records._choices.cache_clear()
+    records.forget()
     yield tmp_path / "packaged"
-    records._choices.cache_clear()
+    records.forget()
 
 
 def record(choice: dict, **problem: object) -> dict:
