@@ -99,9 +99,10 @@ EXPERIMENTS: dict[tuple[DataName, ModelName], FinetuneSettings] = {
     ),
     ("grocery_fruit", "pvt"): _experiment("pvt_v2_b0", _PVT_64, 64, (24, 24, 16), 1e-3, val_fraction=0.25),
     ("cifar10", "deit"): _experiment(
-        "deit_tiny_patch16_224", ("patch_size=4", "embed_dim=48", "depth=3", *_DEIT), 32, (6, 3, 3), val_fraction=0.2
+        "deit_tiny_patch16_224", ("patch_size=4", "embed_dim=48", "depth=3", *_DEIT), 32, (10, 8, 6), 1e-3,
+        val_fraction=0.2,
     ),
-    ("cifar10", "pvt"): _experiment("pvt_v2_b0", _PVT_32, 32, (6, 3, 3), val_fraction=0.2),
+    ("cifar10", "pvt"): _experiment("pvt_v2_b0", _PVT_32, 32, (10, 8, 6), 1e-3, val_fraction=0.2),
 }  # fmt: skip
 
 #: Where each set lies below a folder of $SHIFTADD3D_PICTURES.
