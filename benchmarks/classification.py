@@ -187,27 +187,28 @@ class Train:
         first, second = stage_recipes(preset(self.recipe))
         both = replace(settings.stage1, epochs=settings.stage1.epochs + settings.stage2.epochs)
         if first is None or second is None:  # all epochs at once
-            stages = [(first or second, both)]
-        else:
-            stages = [(first, settings.stage1), (second, settings.stage2)]
-        began = time.process_time()
+            stages = [(f"{self.recipe}-stage1", first or second, both)]
+        else:  # the first stage is the same for all: whoever comes first trains it
+            stages = [
+                ("stage1-add", first, settings.stage1),
+                (f"{self.recipe}-stage2", second, settings.stage2),
+            ]
         result = start
-        for number, (recipe, stage) in enumerate(stages, 1):
+        for name, recipe, stage in stages:
             if recipe is not None:
                 reparameterize_(model, recipe, verbose=False)
                 config = replace(config, recipe=recipe)
-            console.rule(f"{self.recipe}, stage {number}")
+            console.rule(f"{self.recipe}, {name}")
             result = train(
                 model,
                 pictures,
                 config,
                 stage,
                 settings,
-                folder=folder / f"{self.recipe}-stage{number}",
+                folder=folder / name,
                 console=console,
             )
             model = result.model
-        seconds = time.process_time() - began
 
         example = torch.zeros(1, 3, settings.image_size, settings.image_size)
         before = count_operations(dense, example)
@@ -236,7 +237,6 @@ class Train:
             "multiplications_removed": after.multiplications_removed(before),
             "bytes": after.bytes,
             "bytes_dense": before.bytes,
-            "cpu_seconds": round(seconds, 1),
             "threads": self.threads,
             "machine": machine_facts(),
             "commit": commit,
@@ -542,12 +542,10 @@ def verdict(recipes: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def experiment_table(results: list[dict[str, Any]]) -> str:
-    """Sizes and times of each experiment."""
+    """The sizes of each experiment."""
     rows = []
     for (data, model), recipes in by_cell(results).items():
-        seeds = [facts for runs in recipes.values() for facts in runs]
-        facts = seeds[0]
-        minutes = [run["cpu_seconds"] / 60 for run in seeds]
+        facts = next(run for runs in recipes.values() for run in runs)
         rows.append(
             [
                 f"{data}, {model}: `{facts['architecture']}` {' '.join(facts['model_args'])}",
@@ -555,10 +553,9 @@ def experiment_table(results: list[dict[str, Any]]) -> str:
                 str(facts["classes"]),
                 str(facts["image_size"]),
                 " + ".join(str(epochs) for epochs in facts["epochs"]),
-                f"{min(minutes):.1f} to {max(minutes):.1f}",
             ]
         )
-    header = ["experiment", "pictures, train / val", "classes", "px", "epochs", "CPU minutes of stages 1 and 2"]
+    header = ["experiment", "pictures, train / val", "classes", "px", "epochs"]
     return markdown_table(header, rows)
 
 

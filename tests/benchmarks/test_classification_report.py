@@ -36,7 +36,6 @@ def made_up(recipe: str, seed: int, top1: float) -> dict:
         "mult_share": 0.25 if "moe" in recipe else None,
         "multiplications_removed": 0.0 if recipe == "mult" else 0.5,
         "bytes": 2_000_000,
-        "cpu_seconds": 90.0,
         "machine": {"cpu": "a cpu", "cores": 2, "device": "cpu", "python": "3.11", "torch": "2.9"},
         "commit": "abc",
         "command": "python benchmarks/classification.py train",
