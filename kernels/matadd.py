@@ -115,15 +115,20 @@ def add_attention(
     mask: Tensor | None = None,  # [*, M] bool
     codes: str = "pm1",
     features: int | None = None,
+    contrast: Tensor | None = None,  # [H]
 ) -> Tensor:  # [*, N, E]
     """Linear-angular attention of binary codes, in linear order; arguments and memory as those of `matadd`.
 
     ``out_i = sum_j s_ij v_j / sum_j s_ij`` with ``s_ij = 1/2 + q_i . k_j / (pi D)``, q and k being codes. A query
     that sees no key gives zeros.
+
+    Args:
+        contrast: for each head, the dimension before the last two, what the difference of an outcome to the mean of the
+            values is multiplied by. It takes no time: by ``K^T V`` less the same of mean values, which are one sum.
     """
     if get_numerics() == "twin":
-        return add_attention_twin(q, k, v, mask, codes, features)
-    return _attention_op(q, k, v, mask, codes, features)
+        return add_attention_twin(q, k, v, mask, codes, features, contrast)
+    return _attention_op(q, k, v, mask, codes, features, contrast)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -190,17 +195,23 @@ def add_attention_twin(
     mask: Tensor | None = None,  # [*, M] bool
     codes: str = "pm1",
     features: int | None = None,
+    contrast: Tensor | None = None,  # [H]
 ) -> Tensor:  # [*, N, E]
     """What `add_attention` computes, in plain torch."""
     features = _check(k, v, mask, codes, features)
+    _check_contrast(contrast, v)
     present = torch.ones_like(v[..., :1]) if mask is None else mask.unsqueeze(-1).to(v.dtype).expand_as(v[..., :1])
     if mask is not None:
         v = torch.where(mask.unsqueeze(-1), v, 0)
     scale = 1 / (math.pi * features)
     sums = matadd_twin(q, k, torch.cat((v, present), -1), mask, codes, features) * scale
     numerator = sums[..., :-1] + 0.5 * v.sum(-2, keepdim=True)
-    row_sum = sums[..., -1:] + 0.5 * present.sum(-2, keepdim=True)
-    return numerator / row_sum.clamp(min=LEAST_ROW_SUM)
+    count = present.sum(-2, keepdim=True)
+    row_sum = sums[..., -1:] + 0.5 * count
+    out = numerator / row_sum.clamp(min=LEAST_ROW_SUM)
+    if contrast is None:
+        return out
+    return torch.lerp(v.sum(-2, keepdim=True) / count.clamp(min=1), out, contrast.to(out.dtype)[:, None, None])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -453,13 +464,23 @@ def _emit_sums(
 
 
 def _emit_products(
-    tables: _Tables, dtype: str, Q: Any, state: Any, low: Any, scale: Any, parts: Any, out: Any, number: Any
+    tables: _Tables,
+    dtype: str,
+    Q: Any,
+    state: Any,
+    low: Any,
+    scale: Any,
+    contrast: Any,
+    parts: Any,
+    out: Any,
+    number: Any,
 ) -> None:
     """One task of ``Q S``, for one of `parts` parts of the tokens, with S the sum of `state` over its parts.
 
-    Shapes: Q [B, H, N, D or bytes], state as `_emit_sums` leaves it, out [B, H, N, E]. With a `scale`, the state is
-    complete, products are scaled, half of the state's last row is added, and the outcome is divided by the row sum,
-    which is what the same does to the state's last column.
+    Shapes: Q [B, H, N, D or bytes], state as `_emit_sums` leaves it, out [B, H, N, E], contrast [H] or None. With a
+    `scale`, the state is complete, products are scaled, half of the state's last row is added, and the outcome is
+    divided by the row sum, which is what the same does to the state's last column. With a contrast c, of which scaled
+    sums of codes times values consist, is c times that, and 1 - c times what mean values would make it.
     """
     T, at, splat, lanes = tables.tirx, tables.at, tables.splat, tables.lanes
     features, columns = tables.features, tables.columns
@@ -481,11 +502,33 @@ def _emit_products(
             T.buffer_store(total, total[where] + state[batch, head, p + 1, row, columns_of_piece], [where])
         return total[where]
 
-    def tabulate(group: Any, present: int, column: Any, width: int, store: Callable[[int, Any], None]) -> None:
-        """Store the 16 sums that four rows of the state can make."""
+    weight = None if contrast is None else T.bind(contrast[head])
+    key_sums = T.alloc_buffer((tables.features,), "float32", align=64)  # times what mean values are to be multiplied by
+    value_sums = T.alloc_buffer((columns,), "float32", align=64)
+    if weight is not None:
+        share = T.bind((T.float32(1) - weight) / T.max(load(features, columns, 1), T.float32(1)))
+        with T.serial(features) as row:
+            T.buffer_store(key_sums, load(row, columns, 1) * share, [row])
+
+        def keep(column: Any, width: int) -> None:
+            T.buffer_store(value_sums, load(features, column, width), [at(column, width)])
+
+        tables.for_each_piece(columns, keep)
+
+    def tabulate(
+        group: Any, present: int, column: Any, width: int, store: Callable[[int, Any], None], weight: Any
+    ) -> None:
+        """Store the 16 sums that four rows of the state can make, with the contrast `weight` if it is not None."""
         nothing = splat(0, width)
         factor = 1.0 if scale is None else scale
-        ones = [T.bind(load(group * _GROUP + bit, column, width) * splat(factor, width)) for bit in range(present)]
+
+        def summand(row: Any) -> Any:
+            x = load(row, column, width)
+            if weight is not None:
+                x = x * splat(weight, width) + splat(key_sums[row], width) * value_sums[at(column, width)]
+            return T.bind(x * splat(factor, width))
+
+        ones = [summand(group * _GROUP + bit) for bit in range(present)]
         ones += [nothing] * (_GROUP - present)
         zeros = [T.bind(row * splat(low, width)) for row in ones]
         lower, upper = (
@@ -505,12 +548,12 @@ def _emit_products(
             def store(entry: int, x: Any) -> None:
                 T.buffer_store(sums, x, [table + group, entry, at(start, width)])
 
-            tabulate(group, present, column + start, width, store)
+            tabulate(group, present, column + start, width, store, weight)
 
         tables.for_each_group(lambda group, present: tables.for_each_piece(chunk, partial(piece, group, present)))
 
     def tabulate_row_sums(group: Any, present: int) -> None:
-        tabulate(group, present, columns, 1, lambda entry, x: T.buffer_store(row_sums, x, [group, entry]))
+        tabulate(group, present, columns, 1, lambda entry, x: T.buffer_store(row_sums, x, [group, entry]), None)
 
     tables.for_each_chunk(tabulate_chunk)
     if scale is not None:
@@ -590,7 +633,7 @@ def _build_products(target: CpuTarget, *, codes: str, dtype: str, features: int,
         state = T.match_buffer(s, (B, H, P, features, columns), "float32", strides=[*_strides(T), columns, 1], align=4)
         out = T.match_buffer(o, (B, H, N, columns), dtype, strides=[*_strides(T), 1], align=1)
         for number in T.parallel(B * H * parts):
-            _emit_products(tables, dtype, Q, state, low, None, parts, out, number)
+            _emit_products(tables, dtype, Q, state, low, None, None, parts, out, number)
 
     return matadd_q
 
@@ -605,8 +648,9 @@ def _build_matadd(
     columns: int,
     masked: bool,
     attention: bool,
+    contrasted: bool,
 ) -> Any:
-    """The function ``(q, k, v, mask, low, scale, parts of q, parts of k, out)``: both products, one after the other."""
+    """The function ``(q, k, v, mask, contrast, low, scale, parts of q, parts of k, out)``: both products in a row."""
     from tvm.script import tirx as T
 
     query_tables = _Tables(target, codes, features, columns)
@@ -618,6 +662,7 @@ def _build_matadd(
         k: T.handle,
         v: T.handle,
         m: T.handle,
+        c: T.handle,
         low: T.float32,
         scale: T.float32,
         query_parts: T.int64,
@@ -633,12 +678,24 @@ def _build_matadd(
         K = T.match_buffer(k, (B, H, M, key_tables.width), key_codes, strides=[*_strides(T), 1], align=1)
         V = T.match_buffer(v, (B, H, M, columns), dtype, strides=[*_strides(T), 1], align=1)
         mask = T.match_buffer(m, _strides(T), "uint8", strides=_strides(T), align=1)
+        contrast = T.match_buffer(c, (T.int64(),), "float32", align=4)
         out = T.match_buffer(o, (B, H, N, columns), dtype, strides=[*_strides(T), 1], align=1)
         state = T.alloc_buffer((B, H, key_parts, features + attention, columns + attention), "float32", align=64)
         for number in T.parallel(B * H * key_parts):
             _emit_sums(key_tables, dtype, K, V, mask if masked else None, low, state, number, attention)
         for number in T.parallel(B * H * query_parts):
-            _emit_products(query_tables, dtype, Q, state, low, scale if attention else None, query_parts, out, number)
+            _emit_products(
+                query_tables,
+                dtype,
+                Q,
+                state,
+                low,
+                scale if attention else None,
+                contrast if contrasted else None,
+                query_parts,
+                out,
+                number,
+            )
 
     return matadd
 
@@ -693,13 +750,20 @@ def _try_matadd(
     columns: int,
     masked: bool,
     attention: bool,
+    contrasted: bool,
 ) -> None:
     q, k, v = _draw(codes, 1, 2, 45, features), _draw(key_codes, 1, 2, 70, features), _draw(dtype, 1, 2, 70, columns)
     mask = _draw("float32", 1, 2, 70) > 0 if masked else None
-    twin = add_attention_twin if attention else matadd_twin
+    contrast = torch.tensor([0.5, 16.0]) if contrasted else None
     for name in LOW:
-        found = _run_matadd(function, q, k, v, mask, name, features)
-        _assert_close(found, twin(q, k, v.float(), mask, name, features))
+        arguments = mask, name, features
+        found = _run_matadd(function, q, k, v, *arguments, contrast)
+        expected = (
+            add_attention_twin(q, k, v.float(), *arguments, contrast)
+            if attention
+            else matadd_twin(q, k, v.float(), *arguments)
+        )
+        _assert_close(found, expected)
 
 
 _HEAD_DIMS = (16, 32, 64)
@@ -713,7 +777,10 @@ _FLOATS = {"codes": "float32", "dtype": "float32"}
 SUMS = Kernel("matadd_kv", _build_sums, _try_sums, _variants(**_FLOATS, masked=False))
 PRODUCTS = Kernel("matadd_q", _build_products, _try_products, _variants(**_FLOATS))
 MATADD = Kernel(
-    "matadd", _build_matadd, _try_matadd, _variants(**_FLOATS, key_codes="float32", masked=False, attention=True)
+    "matadd",
+    _build_matadd,
+    _try_matadd,
+    _variants(**_FLOATS, key_codes="float32", masked=False, attention=True, contrasted=True),
 )
 
 
@@ -722,6 +789,7 @@ MATADD = Kernel(
 # --------------------------------------------------------------------------------------------------------------------
 
 _NO_MASK = torch.zeros(1, 1, 1, dtype=torch.uint8)
+_NO_CONTRAST = torch.ones(1)
 
 
 def _run_sums(function: Any, k: Tensor, v: Tensor, mask: Tensor | None, codes: str, features: int) -> Tensor:
@@ -742,14 +810,22 @@ def _run_products(function: Any, q: Tensor, kv: Tensor, codes: str) -> Tensor:
 
 
 def _run_matadd(
-    function: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, codes: str, features: int
+    function: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    codes: str,
+    features: int,
+    contrast: Tensor | None,
 ) -> Tensor:
     """[B, H, N, E] in the dtype of v."""
     batch, heads, tokens, _ = q.shape
     parts = _parts(batch * heads, tokens), _parts(batch * heads, k.shape[2])
     out = _empty_like(q, v)
     scale = 1 / (math.pi * features)
-    function(_stored(q), _stored(k), _stored(v), _stored(mask), LOW[codes], scale, *parts, _stored(out))
+    contrast = _NO_CONTRAST if contrast is None else contrast.float().contiguous()
+    function(_stored(q), _stored(k), _stored(v), _stored(mask), contrast, LOW[codes], scale, *parts, _stored(out))
     return out
 
 
@@ -811,11 +887,13 @@ def _matadd_cpu(
     mask: Tensor | None = None,
     codes: str = "pm1",
     features: int | None = None,
+    contrast: Tensor | None = None,
     *,
     attention: bool = False,
 ) -> Tensor:
     features = _check(k, v, mask, codes, features)
     _check(q, v, None, codes, features, rows=False)
+    _check_contrast(contrast, v)
     function = _function(
         MATADD,
         targets.current(),
@@ -826,12 +904,14 @@ def _matadd_cpu(
         ("key_codes", k.dtype),
         ("masked", mask is not None),
         ("attention", attention),
+        ("contrasted", contrast is not None),
     )
     if function is None or not q.numel() or not k.numel():
-        return (add_attention_twin if attention else matadd_twin)(q, k, v, mask, codes, features)
-    return _unheaded(
-        _run_matadd(function, _heads(q), _heads(k), _heads(v), _mask_of_heads(mask, k), codes, features), q
-    )
+        if attention:
+            return add_attention_twin(q, k, v, mask, codes, features, contrast)
+        return matadd_twin(q, k, v, mask, codes, features)
+    heads = _heads(q), _heads(k), _heads(v)
+    return _unheaded(_run_matadd(function, *heads, _mask_of_heads(mask, k), codes, features, contrast), q)
 
 
 def _kv_cuda(
@@ -866,20 +946,38 @@ def _matadd_cuda(
     mask: Tensor | None = None,
     codes: str = "pm1",
     features: int | None = None,
+    contrast: Tensor | None = None,
     *,
     attention: bool = False,
 ) -> Tensor:
     features = _check(k, v, mask, codes, features)
     _check(q, v, None, codes, features, rows=False)
+    _check_contrast(contrast, v)
     if q.numel() and k.numel() and v.numel():
         queries, values, low = _heads(q), _heads(v), LOW[codes]
         out = _empty_like(queries, values)
         state = cuda_matadd.sums(_heads(k), values, _mask_of_heads(mask, k), low, features, attention)
+        if state is not None and contrast is not None:
+            state = _contrasted(state, contrast)
         if state is not None and cuda_matadd.products(
             queries, state, low, features, out, attention=attention, least=LEAST_ROW_SUM
         ):
             return _unheaded(out, q)
-    return (add_attention_twin if attention else matadd_twin)(q, k, v, mask, codes, features)
+    if attention:
+        return add_attention_twin(q, k, v, mask, codes, features, contrast)
+    return matadd_twin(q, k, v, mask, codes, features)
+
+
+def _contrasted(state: Tensor, contrast: Tensor) -> Tensor:
+    """Sums [B * H, D + 1, E + 1] with the sum of all values and that of all codes, of which products have contrast [H].
+
+    See `_emit_products`, which does the same on the way.
+    """
+    keys, values, count = state[:, :-1, -1:], state[:, -1:, :-1], state[:, -1:, -1:]
+    factors = contrast.to(state.dtype).repeat(len(state) // len(contrast))[:, None, None]
+    state = state.clone()
+    state[:, :-1, :-1] = torch.lerp(keys * (values / count.clamp(min=1)), state[:, :-1, :-1], factors)
+    return state
 
 
 @cache
@@ -945,6 +1043,14 @@ def _check(
     return features
 
 
+def _check_contrast(contrast: Tensor | None, v: Tensor) -> None:
+    if contrast is not None and (v.dim() < 3 or contrast.shape != v.shape[-3:-2]):
+        raise UserError(
+            f"contrast must be [H], one for each head of values [*, H, M, E], not {list(contrast.shape)} for "
+            f"{list(v.shape)}"
+        )
+
+
 def _fake_kv(
     k: Tensor, v: Tensor, mask: Tensor | None = None, codes: str = "pm1", features: int | None = None
 ) -> Tensor:
@@ -968,6 +1074,19 @@ def _fake_matadd(
     features = _check(k, v, mask, codes, features)
     _check(q, v, None, codes, features, rows=False)
     return _unheaded(_empty_like(_heads(q), v), q)
+
+
+def _fake_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    codes: str = "pm1",
+    features: int | None = None,
+    contrast: Tensor | None = None,
+) -> Tensor:
+    _check_contrast(contrast, v)
+    return _fake_matadd(q, k, v, mask, codes, features)
 
 
 def _set_up_kv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -1025,9 +1144,10 @@ _matadd_op = define_op(
     fake=_fake_matadd,
 )
 _attention_op = define_op(
-    "add_attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, str codes='pm1', int? features=None) -> Tensor",
+    "add_attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, str codes='pm1', int? features=None, "
+    "Tensor? contrast=None) -> Tensor",
     cpu=partial(_matadd_cpu, attention=True),
     cuda=partial(_matadd_cuda, attention=True),
     twin=add_attention_twin,
-    fake=_fake_matadd,
+    fake=_fake_attention,
 )

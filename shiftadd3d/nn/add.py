@@ -450,8 +450,9 @@ class AddAttention(nn.Module):
         ):
             # Signs are taken in the kernel.
             key_mask = None if mask is None else mask.squeeze(-2)
-            out = add_attention(self.q_code.project(q), key_binarizer.project(k), v, key_mask, self.q_code.codes)
-            return self._add_contrast(out, v, mask, None), None
+            contrast = None if self.log_contrast is None else self.log_contrast.exp()
+            features = self.q_code.project(q), key_binarizer.project(k)
+            return add_attention(*features, v, key_mask, self.q_code.codes, contrast=contrast), None
         q_code, k_code = self.q_code(q).to(v.dtype), key_binarizer(k).to(v.dtype)
         dropout_p = self.attn_dropout if self.training else 0.0
         out = linear_add_attention(q_code, k_code, v, mask=mask, bias=bias, order=self.order, dropout_p=dropout_p)

@@ -209,7 +209,7 @@ def test_matshift_takes_any_leading_shape_and_no_bias(emulated_gpu: None):
 
 @needs_gcc
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["kv", "q", "matadd", "attention"])
+@pytest.mark.parametrize("op", ["kv", "q", "matadd", "attention", "contrast"])
 def test_matadd_takes_strided_heads_masks_and_packed_codes(op: str, emulated_gpu: None):
     q, k = (torch.randn(2, 130, 3, 11).transpose(1, 2) for _ in range(2))
     v, mask, kv = torch.randn(2, 3, 130, 7), torch.rand(2, 1, 130) > 0.3, torch.randn(2, 3, 11, 7)
@@ -222,6 +222,10 @@ def test_matadd_takes_strided_heads_masks_and_packed_codes(op: str, emulated_gpu
         "attention": lambda: (
             matadd._matadd_cuda(q, k, v, mask, attention=True),
             matadd.add_attention_twin(q, k, v, mask),
+        ),
+        "contrast": lambda: (
+            matadd._matadd_cuda(q, k, v, mask, contrast=torch.tensor([0.0, 1.0, 16.0]), attention=True),
+            matadd.add_attention_twin(q, k, v, mask, contrast=torch.tensor([0.0, 1.0, 16.0])),
         ),
     }[op]()
     torch.testing.assert_close(found, twin, rtol=1e-5, atol=1e-4)

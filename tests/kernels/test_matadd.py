@@ -194,6 +194,38 @@ def test_queries_that_see_no_key_get_zeros():
     torch.testing.assert_close(add_attention(q, k, v, one), v[..., 4:5, :].expand(2, 3, 45, 32))
 
 
+@pytest.mark.parametrize("codes", LOW)
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("lead", [(2, 3), (3,), (2, 2, 3)])
+def test_contrast_moves_outcomes_away_from_the_mean_of_the_values(
+    codes: str, widths: tuple[int, int], lead: tuple[int, ...], torch_threads: int
+):
+    q, k, v = problem(*lead, widths=widths)
+    v = v + 2
+    mask, contrast = draw(*lead, 70) > 0, torch.tensor([0.0, 1.0, 16.0])
+    mask[..., 0, :] = False
+    for seen in (None, mask):
+        found = add_attention(q, k, v, seen, codes, contrast=contrast)
+        twin = add_attention_twin(q, k, v, seen, codes, contrast=contrast)
+        torch.testing.assert_close(found, twin, rtol=1e-5, atol=1e-4)
+        plain = add_attention(q, k, v, seen, codes)
+        torch.testing.assert_close(found[..., 1, :, :], plain[..., 1, :, :])
+        if seen is None:
+            moved = v.mean(-2, keepdim=True).lerp(plain, contrast[:, None, None])
+            torch.testing.assert_close(found, moved, rtol=1e-5, atol=1e-4)
+        else:
+            assert (found[..., 0, :, :] == 0).all()  # no key is seen
+
+
+def test_contrast_in_bfloat16_and_with_packed_codes():
+    q, k, v = (x.bfloat16() for x in problem(2, 3))
+    contrast = torch.tensor([2.0, 4.0, 8.0], dtype=torch.bfloat16)
+    found = add_attention(pack_signs(q), pack_signs(k), v, contrast=contrast)
+    twin = add_attention_twin(q.double(), k.double(), v.double(), contrast=contrast)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), twin, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 45, 70), (2, 0, 45, 70), (2, 3, 0, 70), (2, 3, 45, 0)])
 def test_nothing_in_nothing_out(shape: tuple[int, ...]):
     batch, heads, queries, keys = shape
@@ -202,6 +234,7 @@ def test_nothing_in_nothing_out(shape: tuple[int, ...]):
         assert op(q, k, v).shape == (batch, heads, queries, 32)
     assert_sums_agree(matadd_kv(k, v), matadd_kv_twin(k, v), terms=70)
     assert matadd(q, k, v[..., :0]).shape == (batch, heads, queries, 0)
+    assert add_attention(q, k, v, contrast=torch.ones(heads)).shape == (batch, heads, queries, 32)
 
 
 def test_heads_that_lie_side_by_side_are_read_in_place_and_left_so():
@@ -316,6 +349,8 @@ def test_the_ops_keep_torchs_rules(name: str):
     op = getattr(torch.ops.shiftadd3d, name).default
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(op, arguments.get(name, (q, k, v.detach())), test_utils=checks)
+    if name == "add_attention":
+        torch.library.opcheck(op, (q, k, v.detach(), None, "pm1", None, torch.ones(3)), test_utils=checks)
 
 
 def test_torch_compile_sees_through_for_any_number_of_tokens():
@@ -359,6 +394,15 @@ def test_what_does_not_go_together_is_named(change: dict, complaint: str):
     for op in (matadd, add_attention, matadd_twin, add_attention_twin):
         with pytest.raises(UserError, match=complaint):
             op(**arguments)
+
+
+def test_contrast_is_one_for_each_head():
+    q, k, v = problem(2, 3)
+    for op in (add_attention, add_attention_twin):
+        with pytest.raises(
+            UserError, match=r"contrast must be \[H\], one for each head .*, not \[2\] for \[2, 3, 70, 32\]"
+        ):
+            op(q, k, v, contrast=torch.ones(2))
 
 
 # Other machines
