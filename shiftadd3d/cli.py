@@ -208,6 +208,9 @@ class Evaluate(DataSettings, Verb):
     """Processes that read pictures. If not set, 0 on a CPU, up to 8 with a GPU."""
     device: str | None = None
     """Where to compute: cpu, cuda, cuda:1. If not set, a GPU if there is one."""
+    numerics: Literal["exact", "fast", "int8", "twin"] | None = None
+    """How exactly packed layers compute: as float32 does; with activations rounded to 16 bits, or to 8; or as plain
+    torch, without kernels. If not set, what $SHIFTADD3D_NUMERICS says, or exact."""
     json: JsonFile = None
     """Write the same facts, and the confusion matrix, to this JSON file, too."""
 
@@ -227,6 +230,7 @@ class Evaluate(DataSettings, Verb):
             batch_size=self.batch_size,
             workers=self.workers,
             device=self.device,
+            numerics=self.numerics,
             console=Console(),
         )
         if self.json is not None:

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from shiftadd3d.kernels import Numerics, get_numerics
+from shiftadd3d.kernels import numerics as in_numerics
 from shiftadd3d.vision.checkpoint import ClassifierConfig, load
 from shiftadd3d.vision.data import InputConfig, open_split
 from shiftadd3d.vision.distributed import choose_device
@@ -62,6 +64,7 @@ def evaluate_classifier(
     batch_size: int = 64,
     workers: int | None = None,
     device: str | None = None,
+    numerics: Numerics | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Measure a saved classifier on a split of some pictures; the arguments are those of `shiftadd3d evaluate`.
@@ -85,7 +88,8 @@ def evaluate_classifier(
     columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=console is None) as progress:
         task = progress.add_task("", total=len(pictures))
-        with explain_memory_errors(chosen, batch_size, config.input.size):
+        as_exactly = get_numerics() if numerics is None else numerics
+        with explain_memory_errors(chosen, batch_size, config.input.size), in_numerics(as_exactly):
             metrics = evaluate(
                 model,
                 pictures,
@@ -100,13 +104,14 @@ def evaluate_classifier(
         "architecture": config.architecture,
         "recipe": None if config.recipe is None else config.recipe.name,
         "frozen": config.frozen,
+        "numerics": as_exactly if config.frozen else None,
         "split": split,
         **metrics.as_dict(),
         "throughput": {"device": str(chosen), "threads": torch.get_num_threads(), **throughput},
         "skipped": [{"name": name, "reason": reason} for name, reason in skipped],
     }
     if console is not None:
-        frozen = ", packed" if config.frozen else ""
+        frozen = f", packed, {as_exactly} numerics" if config.frozen else ""
         console.print(f"{config.architecture}, recipe {facts['recipe'] or 'mult'}{frozen}, {split}", highlight=False)
         console.print(metrics, highlight=False)
         console.print(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from shiftadd3d import cli
-from shiftadd3d.vision.checkpoint import ClassifierConfig, save_classifier, write_json_atomically
-from shiftadd3d.vision.data import PictureData, decode_picture, eval_transform
+from shiftadd3d import cli, kernels
+from shiftadd3d.nn import freeze_, recipe, reparameterize_
+from shiftadd3d.vision.checkpoint import ClassifierConfig, create_dense, save_classifier, write_json_atomically
+from shiftadd3d.vision.data import PictureData, decode_picture, eval_transform, seed_everything
 from shiftadd3d.vision.evaluate import measure_throughput
 from shiftadd3d.vision.settings import FinetuneSettings
 
@@ -91,3 +93,27 @@ def test_throughput_counts_every_picture_of_a_batch(config: ClassifierConfig):
     measured = measure_throughput(Sleeper(), config.input, batch_size=8, seconds=0.05)
     assert measured["batch_seconds"] >= 0.01
     assert measured["pictures_per_second"] == pytest.approx(8 / measured["batch_seconds"])
+
+
+def test_packed_classifiers_compute_as_exactly_as_asked(
+    config: ClassifierConfig, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("tvm")
+    packed = replace(config, recipe=recipe("add+shift"), frozen=True)
+    seed_everything(0)
+    model = create_dense(config)
+    reparameterize_(model, packed.recipe, verbose=False)
+    freeze_(model, verbose=False)
+    save_classifier(tmp_path / "packed", model.state_dict(), packed)
+    losses = {}
+    for name in ("twin", "exact", "int8"):
+        file = tmp_path / f"{name}.json"
+        arguments = ["--data", str(folder), "--numerics", name, "--json", str(file)]
+        assert cli.main(["evaluate", str(tmp_path / "packed"), *arguments]) == 0
+        facts = json.loads(file.read_text())
+        assert facts["numerics"] == name and f"packed, {name} numerics" in capsys.readouterr().out
+        losses[name] = facts["loss"]
+    assert losses["exact"] == pytest.approx(losses["twin"], rel=1e-5)
+    assert losses["int8"] == pytest.approx(losses["twin"], rel=0.1)
+    assert losses["int8"] != pytest.approx(losses["twin"], rel=1e-6)
+    assert kernels.get_numerics() == "exact"
