@@ -21,7 +21,14 @@ from shiftadd3d.nn.cost import (
     count_operations,
     frozen_bytes,
 )
-from shiftadd3d.nn.fit import BinarizerReport, FittedBinarizer, fit_binarizers_
+from shiftadd3d.nn.fit import (
+    BinarizerReport,
+    ContrastReport,
+    FittedBinarizer,
+    FittedContrast,
+    fit_binarizers_,
+    fit_contrast_,
+)
 from shiftadd3d.nn.freeze import FreezeReport, FrozenLayer, freeze_
 from shiftadd3d.nn.mlp import FrozenConvMlp, FrozenMlp
 from shiftadd3d.nn.moe import (
@@ -77,7 +84,9 @@ __all__ = [
     "BinarizerReport",
     "CalibratedLayer",
     "CalibrationReport",
+    "ContrastReport",
     "FittedBinarizer",
+    "FittedContrast",
     "FittedRouter",
     "FreezeReport",
     "FrozenConvMlp",
@@ -117,6 +126,7 @@ __all__ = [
     "dispatch",
     "first_query_weights",
     "fit_binarizers_",
+    "fit_contrast_",
     "freeze_",
     "frozen_bytes",
     "latency_weights",

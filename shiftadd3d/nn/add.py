@@ -255,6 +255,20 @@ def _checked_kernel_size(kernel_size: int) -> int:
     return kernel_size
 
 
+def flat_attention(v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """What queries get that are as similar to all keys, [B, H, N, E] or [B, H, 1, E] where it is the same for all.
+
+    Args:
+        v: values [B, H, M, E].
+        mask, bias: as `linear_add_attention` takes them.
+    """
+    if mask is None and bias is None:
+        return v.mean(-2, keepdim=True)
+    rows = max(1 if given is None else given.shape[-2] for given in (mask, bias))
+    queries, keys = (v.new_zeros(*v.shape[:2], tokens, 1) for tokens in (rows, v.shape[-2]))
+    return linear_add_attention(queries, keys, v, mask=mask, bias=bias)
+
+
 class AddAttention(nn.Module):
     """Multi-head attention whose products with queries and keys are additions.
 
@@ -466,12 +480,7 @@ class AddAttention(nn.Module):
         """The heads' outputs, moved away from what a query gets that is as similar to all keys."""
         if self.log_contrast is None:
             return out
-        if mask is None and bias is None:
-            flat = v.mean(-2, keepdim=True)
-        else:
-            rows = max(1 if given is None else given.shape[-2] for given in (mask, bias))
-            queries, keys = (v.new_zeros(*v.shape[:2], tokens, 1) for tokens in (rows, v.shape[-2]))
-            flat = linear_add_attention(queries, keys, v, mask=mask, bias=bias)
+        flat = flat_attention(v, mask, bias)
         return torch.lerp(flat, out, self.log_contrast.exp().to(out.dtype)[:, None, None])
 
     def extra_repr(self) -> str:

@@ -37,7 +37,7 @@ from shiftadd3d.nn.activations import (
 )
 from shiftadd3d.nn.add import AddAttention
 from shiftadd3d.nn.binarize import HashBinarizer
-from shiftadd3d.nn.fit import FittedBinarizer, fit_binarizers_
+from shiftadd3d.nn.fit import FittedBinarizer, FittedContrast, fit_binarizers_, fit_contrast_
 from shiftadd3d.nn.moe import MoE
 from shiftadd3d.nn.reparam import Recipe, ReparameterizationReport, reparameterize_
 from shiftadd3d.nn.reparam import recipe as preset
@@ -99,6 +99,7 @@ class CalibrationReport(RichReport):
     reparameterization: ReparameterizationReport
     layers: tuple[CalibratedLayer, ...]
     binarizers: tuple[FittedBinarizer, ...]
+    contrasts: tuple[FittedContrast, ...]
     routers: tuple[FittedRouter, ...]
     unreached: tuple[str, ...]
     """Shift layers that no batch came by: they are rounded to the nearest powers of two."""
@@ -120,6 +121,11 @@ class CalibrationReport(RichReport):
         lines = [
             f"codes of {fitted.name}: agreement with the softmax {fitted.before:.3f} before, {fitted.after:.3f} now"
             for fitted in self.binarizers
+        ]
+        lines += [
+            f"contrast of {fitted.name}: {fitted.before:.1f} before, {fitted.after:.1f} now; its heads' outputs are "
+            f"{fitted.error_before:.0%} off before, {fitted.error_after:.0%} now"
+            for fitted in self.contrasts
         ]
         lines += [
             f"router of {router.name}: {router.mult_share:.0%} of the tokens to mult, which takes off "
@@ -145,8 +151,8 @@ def calibrate_(
 
     The model is run in evaluation mode, without gradients, and is left in the modes it was in. Shift layers (those in
     mixtures as well) get their codes and, if they have a bias, a corrected one. Hash functions of additive attention
-    are fitted (see `fit_binarizers_`); so are routers of mixtures, to the shift experts' errors. Layers that an earlier
-    call, or training, has made are left as they are.
+    and its contrast are fitted (see `fit_binarizers_` and `fit_contrast_`); so are routers of mixtures, to the shift
+    experts' errors. Layers that an earlier call, or training, has made are left as they are.
 
     Args:
         model: any module, with its float weights.
@@ -189,6 +195,7 @@ def calibrate_(
         replace(surgery, recipe=recipe),
         tuple(calibration.layers),
         calibration.binarizers,
+        calibration.contrasts,
         tuple(calibration.routers),
         tuple(calibration.unreached),
         tuple(_untuned(new, calibration.routers)),
@@ -224,13 +231,10 @@ class _Calibration:
         self.model, self.batches, self.forward = model, batches, forward
         self.shifts = {name: module for name, module in new.items() if isinstance(module, ShiftLayer)}
         self.mixtures = {name: module for name, module in new.items() if isinstance(module, MoE)}
-        self.hashes = [
-            module
-            for module in new.values()
-            if isinstance(module, AddAttention) and isinstance(module.q_code, HashBinarizer)
-        ]
+        self.attentions = [module for module in new.values() if isinstance(module, AddAttention)]
         self.layers: list[CalibratedLayer] = []
         self.binarizers: tuple[FittedBinarizer, ...] = ()
+        self.contrasts: tuple[FittedContrast, ...] = ()
         self.routers: list[FittedRouter] = []
         self.unreached: list[str] = []
         self._rounded: set[Tensor] = set()
@@ -240,10 +244,12 @@ class _Calibration:
 
         with Progress(transient=True, disable=not verbose) as progress:
             task = progress.add_task("looking at activations", total=None)
-            if self.hashes:
-                with _float_weights(self.shifts.values()):  # hash functions follow what the float model attends to
+            with _float_weights(self.shifts.values()):  # attention follows what the float model attends to
+                if any(isinstance(attention.q_code, HashBinarizer) for attention in self.attentions):
                     fitted = fit_binarizers_(self.model, self.batches, forward=self.forward, verbose=False)
-                self.binarizers = fitted.layers
+                    self.binarizers = fitted.layers
+                if any(attention.log_contrast is not None for attention in self.attentions):
+                    self.contrasts = fit_contrast_(self.model, self.batches, forward=self.forward, verbose=False).layers
             trace = trace_inputs(self.model, self.shifts, self.batches, self.forward)
             progress.update(task, description="rounding", total=sum(len(group) for group in trace.groups))
             reached = {name for group in trace.groups for name in group}

@@ -1,6 +1,6 @@
-"""`fit_binarizers_`: one verb that makes the hash functions of a model follow the softmax it was trained with.
+"""Making additive attention follow the softmax that a model was trained with: its hash functions, and its contrast.
 
-Source: Liu et al., EcoFormer (NeurIPS 2022), section 4; the fit itself is `HashBinarizer.fit`.
+Source: Liu et al., EcoFormer (NeurIPS 2022), section 4, for hash functions; their fit itself is `HashBinarizer.fit`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from shiftadd3d._errors import UserError
 from shiftadd3d._report import RichReport
 from shiftadd3d.nn.activations import Forward, as_batches, call_model, evaluating
-from shiftadd3d.nn.add import AddAttention, broadcastable_mask
+from shiftadd3d.nn.add import AddAttention, broadcastable_mask, flat_attention
 from shiftadd3d.nn.binarize import HashBinarizer
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 _QUERIES = 32  # of a sequence
 _KEYS = 256  # of a sequence
 _PAIRS = 2**16  # of queries and keys, for each head
+# No contrast leaves this range: without any a head would ignore its queries, and a larger one than softmax ever has
+# would be made of noise.
+_CONTRAST = (0.25, 64.0)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,40 @@ class BinarizerReport(RichReport):
             column.justify = "right"
         for layer in self.layers:
             table.add_row(layer.name, str(layer.code_dim), f"{layer.before:.3f}", f"{layer.after:.3f}")
+        return Group(table, *(f"never reached, left as they are: {name}" for name in self.unreached))
+
+
+@dataclass(frozen=True)
+class FittedContrast:
+    """The contrast of one attention layer, the geometric mean over its heads before and after, and how far outputs are
+    from the softmax's, relative to how far these are from the mean of the values (root mean squares)."""
+
+    name: str
+    before: float
+    after: float
+    error_before: float
+    error_after: float
+
+
+@dataclass(frozen=True)
+class ContrastReport(RichReport):
+    """What `fit_contrast_` did. Printing shows a table."""
+
+    layers: tuple[FittedContrast, ...]
+    unreached: tuple[str, ...]
+    """Layers that no batch came by: they are as they were."""
+
+    def __rich__(self) -> Group:
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table("attention", "contrast before", "after", "error before", "after", title_justify="left")
+        table.title = f"contrast of {len(self.layers)} attention layers fitted"
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for layer in self.layers:
+            contrasts = f"{layer.before:.1f}", f"{layer.after:.1f}"
+            table.add_row(layer.name, *contrasts, f"{layer.error_before:.1%}", f"{layer.error_after:.1%}")
         return Group(table, *(f"never reached, left as they are: {name}" for name in self.unreached))
 
 
@@ -103,16 +141,19 @@ def fit_binarizers_(
         raise UserError("the model has no hash functions to fit; reparameterize it with binarizer='hash'")
     samples: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
 
-    def record(name: str, q: Tensor, k: Tensor) -> None:
+    def attend(name: str, q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         if not bool(torch.isfinite(q).all() and torch.isfinite(k).all()):
             raise UserError(f"the queries or keys of {name} are not all finite")
         samples[name].append(_sample(q, k, _PAIRS // len(batches)))
+        if attention == "add":
+            return AddAttention.attend(layers[name], q, k, v, *args, **kwargs)
+        return _softmax_attention(q, k, v, *args, **kwargs)
 
     from rich.progress import Progress
 
     with Progress(transient=True, disable=not verbose) as progress, evaluating(model):
         task = progress.add_task("looking at queries and keys", total=len(batches) + len(layers))
-        with _recording(layers, record, attention):
+        with _attending(layers, attend):
             for batch in batches:
                 call_model(model, batch, forward)
                 progress.advance(task)
@@ -138,23 +179,95 @@ def _fit(name: str, layer: AddAttention, q: Tensor, k: Tensor) -> FittedBinarize
     return FittedBinarizer(name, layer.q_code.code_dim, before, layer.q_code.agreement(q, k, layer.k_code))
 
 
+def fit_contrast_(
+    model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None, verbose: bool = True
+) -> ContrastReport:
+    """Fit the contrast of all additive attention in `model` to the softmax in whose place it is, in place.
+
+    Each head is given the factor that brings its outputs closest to those of the softmax (least squares), on what the
+    layer saw before it was made additive. For a model that is not fine-tuned afterwards: training starts as well from
+    `Recipe.contrast`, and moves it where the loss wants it. Where hash functions are to be fitted, that comes first.
+
+    Args:
+        model: any module with `AddAttention` in it.
+        batches, forward: as for `fit_binarizers_`.
+        verbose: show progress, and print the report.
+
+    Raises:
+        UserError: if there are no batches or no contrast, the model cannot be called with the batches, or what its
+            attention sees is not finite. The model has not been changed then.
+    """
+    batches = as_batches(batches)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, AddAttention) and module.log_contrast is not None
+    }
+    if not layers:
+        raise UserError("the model's attention has no contrast to fit; reparameterize it with one that is not 1")
+    products: dict[str, Tensor] = {}  # [3, H]: of additive and softmax, additive and itself, softmax and itself
+
+    def attend(
+        name: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        return_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        softmax, weights = _softmax_attention(q, k, v, mask, bias, return_weights)
+        out, _ = AddAttention.attend(layers[name], q, k, v, mask, bias)
+        flat = flat_attention(v, broadcastable_mask(mask), bias)
+        add, target = ((x - flat).double().transpose(0, 1).flatten(1) for x in (out, softmax))
+        found = torch.stack([(add * target).sum(1), add.square().sum(1), target.square().sum(1)])
+        if not bool(torch.isfinite(found).all()):
+            raise UserError(f"what {name} sees is not all finite")
+        products[name] = products.get(name, 0) + found
+        return softmax, weights
+
+    from rich.progress import Progress
+
+    with Progress(transient=True, disable=not verbose) as progress, evaluating(model), _attending(layers, attend):
+        task = progress.add_task("looking at attention", total=len(batches))
+        for batch in batches:
+            call_model(model, batch, forward)
+            progress.advance(task)
+    fitted = tuple(_fit_contrast(name, layer, products[name]) for name, layer in layers.items() if name in products)
+    report = ContrastReport(fitted, tuple(name for name in layers if name not in products))
+    if verbose:
+        from rich.console import Console
+
+        Console().print(report)
+    return report
+
+
+@torch.no_grad()
+def _fit_contrast(name: str, layer: AddAttention, products: Tensor) -> FittedContrast:
+    assert layer.log_contrast is not None
+    before = layer.log_contrast.detach().double().exp()
+    both, add, softmax = products
+    # A head that sees one key only is not moved: nothing it does depends on its contrast.
+    after = torch.where(add > 0, before * both / add.clamp(min=1e-300), before).clamp(*_CONTRAST)
+    layer.log_contrast.copy_(after.log())
+
+    def error(factor: Tensor) -> float:
+        squares = softmax - 2 * factor * both + factor.square() * add
+        return float((squares.sum() / softmax.sum().clamp(min=1e-300)).clamp(min=0).sqrt())
+
+    def mean(contrast: Tensor) -> float:
+        return float(contrast.log().mean().exp())
+
+    return FittedContrast(name, mean(before), mean(after), error(torch.ones_like(before)), error(after / before))
+
+
 @contextmanager
-def _recording(
-    layers: Mapping[str, AddAttention], record: Callable[[str, Tensor, Tensor], None], attention: str
+def _attending(
+    layers: Mapping[str, AddAttention], attend: Callable[..., tuple[Tensor, Tensor | None]]
 ) -> Iterator[None]:
-    """While this lasts, `record` is called with the queries and keys of each of `layers`."""
-
-    def recorded(name: str, layer: AddAttention) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        compute = layer.attend if attention == "add" else _softmax_attention
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
-            record(name, q, k)
-            return compute(q, k, v, *args, **kwargs)
-
-        return attend
-
+    """While this lasts, ``attend(name, q, k, v, ...)`` takes the place of `AddAttention.attend` in `layers`."""
     for name, layer in layers.items():
-        vars(layer)["attend"] = recorded(name, layer)
+        vars(layer)["attend"] = partial(attend, name)
     try:
         yield
     finally:

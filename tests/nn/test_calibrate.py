@@ -297,6 +297,23 @@ def test_hash_functions_are_fitted_to_what_the_float_model_attends_to() -> None:
     assert "blocks.0.attn: agreement" in str(report)
 
 
+def test_contrast_is_fitted_to_what_the_float_model_attends_to() -> None:
+    from shiftadd3d.nn import fit_contrast_
+
+    model = Net()
+    wanted = copy.deepcopy(model)
+    report = calibrate_(model, batches(), recipe("add+shift", dwconv=0), verbose=False)
+    reparameterize_(wanted, recipe("add", dwconv=0), verbose=False)  # all linear layers float
+    fit_contrast_(wanted, batches(), verbose=False)
+    assert [fitted.name for fitted in report.contrasts] == ["blocks.0.attn", "blocks.1.attn"]
+    assert all(fitted.error_after < fitted.error_before for fitted in report.contrasts)
+    for block, reference in zip(model.blocks, wanted.blocks, strict=True):
+        torch.testing.assert_close(block.attn.log_contrast, reference.attn.log_contrast)
+    assert "contrast of blocks.0.attn: 16.0 before" in " ".join(str(report).split())
+    report = calibrate_(Net(), batches(), recipe("add+shift", contrast=1), verbose=False)
+    assert report.contrasts == ()
+
+
 def test_rules_decide_layer_by_layer() -> None:
     model = Net()
     rules = (Rule("blocks.*.mlp.fc1", "shift", bits=5, terms=2), Rule("head", "shift"))

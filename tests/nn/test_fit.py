@@ -1,4 +1,4 @@
-"""`fit_binarizers_` on a small stack of attention layers."""
+"""`fit_binarizers_` and `fit_contrast_` on a small stack of attention layers."""
 
 # Wrong arguments on purpose, and attributes of submodules, to which torch gives no types.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shiftadd3d import UserError
-from shiftadd3d.nn import AddAttention, HashBinarizer, fit_binarizers_
+from shiftadd3d.nn import AddAttention, HashBinarizer, fit_binarizers_, fit_contrast_
 
 
 class Block(nn.Module):
@@ -150,3 +150,75 @@ def test_what_cannot_be_fitted_is_refused_and_nothing_changes() -> None:
     assert not any("attend" in vars(module) for module in model.modules())
     with pytest.raises(UserError, match="binarizer='hash'"):
         fit_binarizers_(stack(binarizer="sign"), [torch.randn(1, 4, 16)], verbose=False)
+
+
+def contrasted(**options) -> nn.Module:
+    return stack(binarizer="sign", contrast=16.0, **options)
+
+
+def test_contrast_brings_outputs_as_close_to_the_softmax_as_a_factor_can() -> None:
+    torch.manual_seed(0)
+    model, x = contrasted(), torch.randn(6, 12, 16)
+    with torch.no_grad():
+        model[0].attn.log_contrast.copy_(torch.tensor([2.0, 5.0]).log())
+    reference = copy.deepcopy(model)
+    report = fit_contrast_(model, list(x.split(2)), verbose=False)
+    seen = x
+    for block, old, layer in zip(model, reference, report.layers, strict=True):
+        with torch.no_grad():
+            q, k, v = (
+                block.attn.split_heads(fc(block.norm(seen)))
+                for fc in (block.attn.q_fc, block.attn.k_fc, block.attn.v_fc)
+            )
+            mean, softmax = v.mean(-2, keepdim=True), F.scaled_dot_product_attention(q, k, v)
+            old.attn.log_contrast = None
+            moved = (old.attn.attend(q, k, v)[0] - mean).transpose(0, 1).flatten(1)
+            wanted = (softmax - mean).transpose(0, 1).flatten(1)
+            best = torch.stack(
+                [torch.linalg.lstsq(m[:, None], w[:, None]).solution[0, 0] for m, w in zip(moved, wanted, strict=True)]
+            )
+            torch.testing.assert_close(block.attn.log_contrast.exp(), best, rtol=1e-4, atol=1e-4)
+            error = (best[:, None] * moved - wanted).norm() / wanted.norm()
+            assert layer.error_after == pytest.approx(float(error), rel=1e-3) and layer.error_after < layer.error_before
+            assert layer.after == pytest.approx(float(best.log().mean().exp()), rel=1e-3)
+            seen = seen + softmax_attention(block.attn, block.norm(seen))
+
+
+def test_contrast_is_fitted_under_masks_and_biases_and_again_changes_nothing() -> None:
+    layer = AddAttention(16, 2, contrast=9.0)
+    x, mask, bias = torch.randn(3, 12, 16), torch.rand(3, 12) < 0.6, torch.randn(2, 12, 12) / 9
+    mask[:, 0] = True
+    options = {"forward": lambda m, batch: m(batch, mask=mask, bias=bias), "verbose": False}
+    first = fit_contrast_(layer, [x], **options).layers[0]
+    found = layer.log_contrast.detach().clone()
+    again = fit_contrast_(layer, [x], **options).layers[0]
+    torch.testing.assert_close(layer.log_contrast.detach(), found, rtol=1e-4, atol=1e-4)
+    assert again.before == pytest.approx(first.after) and again.error_before == pytest.approx(
+        first.error_after, rel=1e-3
+    )
+
+
+def test_heads_with_one_key_keep_their_contrast_and_none_is_extreme() -> None:
+    layer = AddAttention(16, 2, contrast=9.0)
+    report = fit_contrast_(layer, [torch.randn(3, 1, 16)], verbose=False)
+    torch.testing.assert_close(layer.log_contrast.exp(), torch.full((2,), 9.0))
+    assert report.layers[0].error_after == 0
+    layer.q_fc.weight.data *= 1e-4  # the softmax is flat then
+    fit_contrast_(layer, [torch.randn(3, 20, 16)], verbose=False)
+    torch.testing.assert_close(layer.log_contrast.exp(), torch.full((2,), 0.25))
+
+
+def test_only_contrast_changes_and_what_cannot_be_fitted_is_refused(capsys: pytest.CaptureFixture) -> None:
+    model = nn.ModuleDict({"used": Block("sign", contrast=4.0), "idle": Block("sign", contrast=4.0)})
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=r"what used\.attn sees is not all finite"):
+        fit_contrast_(model, [torch.full((1, 4, 16), math.inf)], forward=lambda m, x: m["used"](x), verbose=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    report = fit_contrast_(model, [torch.randn(2, 9, 16)], forward=lambda m, x: m["used"](x))
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"used.attn.log_contrast"} and report.unreached == ("idle.attn",)
+    assert model.training and not any("attend" in vars(module) for module in model.modules())
+    printed = capsys.readouterr().out
+    assert "contrast of 1 attention layers fitted" in printed and "left as they are: idle.attn" in printed
+    with pytest.raises(UserError, match="no contrast to fit"):
+        fit_contrast_(stack(), [torch.randn(1, 4, 16)], verbose=False)
