@@ -185,8 +185,8 @@ def fit_contrast_(
     """Fit the contrast of all additive attention in `model` to the softmax in whose place it is, in place.
 
     Each head is given the factor that brings its outputs closest to those of the softmax (least squares), on what the
-    layer saw before it was made additive. For a model that is not fine-tuned afterwards: training starts as well from
-    `Recipe.contrast`, and moves it where the loss wants it. Where hash functions are to be fitted, that comes first.
+    layer saw before it was made additive. For a model that is not fine-tuned afterwards: training has done better from
+    a larger contrast (`Recipe.contrast`). Where hash functions are to be fitted, that comes first.
 
     Args:
         model: any module with `AddAttention` in it.
