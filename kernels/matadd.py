@@ -124,7 +124,7 @@ def add_attention(
 
     Args:
         contrast: for each head, the dimension before the last two, what the difference of an outcome to the mean of the
-            values is multiplied by. It takes no time: by ``K^T V`` less the same of mean values, which are one sum.
+            values is multiplied by. It costs next to nothing: ``K^T V`` takes it on, by an outer product.
     """
     if get_numerics() == "twin":
         return add_attention_twin(q, k, v, mask, codes, features, contrast)
@@ -479,8 +479,8 @@ def _emit_products(
 
     Shapes: Q [B, H, N, D or bytes], state as `_emit_sums` leaves it, out [B, H, N, E], contrast [H] or None. With a
     `scale`, the state is complete, products are scaled, half of the state's last row is added, and the outcome is
-    divided by the row sum, which is what the same does to the state's last column. With a contrast c, of which scaled
-    sums of codes times values consist, is c times that, and 1 - c times what mean values would make it.
+    divided by the row sum, which is what the same does to the state's last column. With a contrast c, sums of codes
+    times values count c times, and what they would be if all values were the mean, 1 - c times.
     """
     T, at, splat, lanes = tables.tirx, tables.at, tables.splat, tables.lanes
     features, columns = tables.features, tables.columns

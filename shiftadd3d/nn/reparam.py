@@ -123,7 +123,8 @@ class Recipe:
     """The same where tokens lie on a known grid, that is, images: along either side of the grid."""
     contrast: float = 16.0
     """How much more the outputs of attention differ from the mean of the values than by the linear-angular map, at
-    first; it is learned (see `AddAttention`). 1 for the map as it is, with nothing to learn, as in the paper."""
+    first; it is learned (see `AddAttention`), or fitted where nothing is trained (`fit_contrast_`). 1 for the map as it
+    is, with nothing to learn, as in the paper."""
     order: Literal["auto", "linear", "quadratic"] = "auto"
     """Order of the products in attention; "auto" takes the cheaper."""
     gate: Literal["unit", "probability"] = "unit"
