@@ -524,10 +524,13 @@ def spread(values: list[float], digits: int, sign: bool = False) -> str:
 
 
 def verdict(recipes: dict[str, list[dict[str, Any]]]) -> str:
-    """Which recipe with shifts comes nearest to dense, and whether a mixture beats shifts alone."""
+    """Which changed model comes nearest to the dense one, and whether mixtures beat shifts alone."""
 
     def mean(recipe: str) -> float:
         return 100 * statistics.mean(facts["top1"] for facts in recipes[recipe])
+
+    def loss(recipe: str) -> float:
+        return statistics.mean(facts["loss"] for facts in recipes[recipe])
 
     changed = [recipe for recipe in recipes if recipe != "mult"]
     if "mult" not in recipes or not changed:
@@ -536,8 +539,11 @@ def verdict(recipes: dict[str, list[dict[str, Any]]]) -> str:
     text = f"\n\nBest: `{best}`, {mean(best) - mean('mult'):+.1f} points against dense."
     mixtures = [recipe for recipe in changed if "moe" in recipe]
     if "add+shift" in recipes and mixtures:
-        better = max(mixtures, key=mean)
-        text += f" `{better}` is {mean(better) - mean('add+shift'):+.1f} points against `add+shift`."
+        points, nats = mean("add+shift"), loss("add+shift")
+        found = (
+            f"`{recipe}` {mean(recipe) - points:+.1f} points and {loss(recipe) - nats:+.3f} loss" for recipe in mixtures
+        )
+        text += f" Mixtures against `add+shift`: {', '.join(found)}."
     return text
 
 

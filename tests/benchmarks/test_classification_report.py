@@ -76,7 +76,10 @@ def test_rows_are_means_over_seeds_and_differences_are_within_a_seed(classificat
     assert rows["`mult` (dense)"][:2] == ["85.0 ± 7.1", ""]
     assert rows["`add+shift`"][:2] == ["83.0 ± 5.7", "-2.0 ± 1.4"]
     assert rows["`moe`"] == ["85.5 ± 7.8", "+0.5 ± 0.7", "0.500 ± 0.000", "2", "50.0%", "2.00", "25%"]
-    assert "Best: `moe`, +0.5 points against dense. `moe` is +2.5 points against `add+shift`." in text
+    assert (
+        "Best: `moe`, +0.5 points against dense. Mixtures against `add+shift`: `moe` +2.5 points and +0.000 loss."
+        in text
+    )
 
 
 def test_cells_come_in_the_order_of_the_report(classification: ModuleType, tmp_path: Path):
