@@ -56,7 +56,7 @@ SEEDS = (0, 1, 2)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is measured: sizes that one core trains in three minutes a cell
+# What is measured: sizes that one core trains in minutes
 # --------------------------------------------------------------------------------------------------------------------
 
 #: DeiT-tiny's shape, narrower and shallower. Initialisation and pooling suit training from random weights.

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shiftadd3d.kernels import activations, cuda_product, power_of_two, targets
+from shiftadd3d.kernels import activations, cuda_product, memory, power_of_two, targets
 from shiftadd3d.kernels.activations import Activation
 from shiftadd3d.kernels.cuda import MAX_ELEMENTS, CudaFunction, CudaKernel
 from shiftadd3d.kernels.cuda_product import (
@@ -155,5 +155,5 @@ def matshift(
     )
     if function is None:
         return None
-    row = torch.zeros(outputs, device=x.device) if bias is None else bias.to(torch.float32)
+    row = memory.float32_bias(bias, outputs, x.device)
     return run(function, *(tensor.contiguous() for tensor in (x, codes, offset, row)))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from shiftadd3d.kernels import activations, cuda_product, power_of_two, targets
+from shiftadd3d.kernels import activations, cuda_product, memory, power_of_two, targets
 from shiftadd3d.kernels.activations import Activation
 from shiftadd3d.kernels.cuda import MAX_ELEMENTS, CudaFunction, CudaKernel
 from shiftadd3d.kernels.cuda_product import (
@@ -407,7 +407,7 @@ def _ready(chain: Sequence[tuple[Tensor, Tensor | None, Tensor | None]], x: Tens
     layers, inputs = [], x.shape[1]
     for weight, offset, bias in chain:
         outputs = weight.shape[0 if offset is None else 1]
-        bias = torch.zeros(outputs, device=x.device) if bias is None else bias.to(torch.float32).contiguous()
+        bias = memory.float32_bias(bias, outputs, x.device)
         if offset is None:
             layers.append(Layer(weight.to(x.dtype).contiguous(), None, bias, inputs))
         else:

@@ -958,7 +958,7 @@ def _matadd_cuda(
         out = _empty_like(queries, values)
         state = cuda_matadd.sums(_heads(k), values, _mask_of_heads(mask, k), low, features, attention)
         if state is not None and contrast is not None:
-            state = _contrasted(state, contrast)
+            _add_contrast_(state, contrast)
         if state is not None and cuda_matadd.products(
             queries, state, low, features, out, attention=attention, least=LEAST_ROW_SUM
         ):
@@ -968,16 +968,14 @@ def _matadd_cuda(
     return matadd_twin(q, k, v, mask, codes, features)
 
 
-def _contrasted(state: Tensor, contrast: Tensor) -> Tensor:
-    """Sums [B * H, D + 1, E + 1] with the sum of all values and that of all codes, of which products have contrast [H].
+def _add_contrast_(state: Tensor, contrast: Tensor) -> None:
+    """Give contrast [H] to sums [B * H, D + 1, E + 1] whose last row and column sum values and codes, in place.
 
     See `_emit_products`, which does the same on the way.
     """
     keys, values, count = state[:, :-1, -1:], state[:, -1:, :-1], state[:, -1:, -1:]
     factors = contrast.to(state.dtype).repeat(len(state) // len(contrast))[:, None, None]
-    state = state.clone()
     state[:, :-1, :-1] = torch.lerp(keys * (values / count.clamp(min=1)), state[:, :-1, :-1], factors)
-    return state
 
 
 @cache
@@ -1070,23 +1068,12 @@ def _fake_matadd(
     mask: Tensor | None = None,
     codes: str = "pm1",
     features: int | None = None,
+    contrast: Tensor | None = None,
 ) -> Tensor:
     features = _check(k, v, mask, codes, features)
     _check(q, v, None, codes, features, rows=False)
-    return _unheaded(_empty_like(_heads(q), v), q)
-
-
-def _fake_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    codes: str = "pm1",
-    features: int | None = None,
-    contrast: Tensor | None = None,
-) -> Tensor:
     _check_contrast(contrast, v)
-    return _fake_matadd(q, k, v, mask, codes, features)
+    return _unheaded(_empty_like(_heads(q), v), q)
 
 
 def _set_up_kv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -1149,5 +1136,5 @@ _attention_op = define_op(
     cpu=partial(_matadd_cpu, attention=True),
     cuda=partial(_matadd_cuda, attention=True),
     twin=add_attention_twin,
-    fake=_fake_attention,
+    fake=_fake_matadd,
 )

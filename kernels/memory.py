@@ -32,10 +32,10 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return fresh
 
 
-def float32_bias(bias: Tensor | None, outputs: int) -> Tensor:
-    """The bias [outputs] as functions take it: in float32, of zeros where there is none."""
+def float32_bias(bias: Tensor | None, outputs: int, device: torch.device | None = None) -> Tensor:
+    """The bias [outputs] as functions take it: in float32, of zeros on `device` where there is none."""
     if bias is None:
-        return torch.zeros(outputs)
+        return torch.zeros(outputs, device=device)
     return bias if bias.dtype == torch.float32 and bias.is_contiguous() else bias.float().contiguous()
 
 

@@ -5,7 +5,7 @@ Source: Liu et al., EcoFormer (NeurIPS 2022), section 4, for hash functions; the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 _QUERIES = 32  # of a sequence
 _KEYS = 256  # of a sequence
 _PAIRS = 2**16  # of queries and keys, for each head
-# No contrast leaves this range: without any a head would ignore its queries, and a larger one than softmax ever has
-# would be made of noise.
+# Where the softmax is flat, or hardly related to the codes, least squares would take a head's queries away altogether,
+# or blow up what few tokens happen to have in common.
 _CONTRAST = (0.25, 64.0)
 
 
@@ -52,16 +52,8 @@ class BinarizerReport(RichReport):
     """Layers that no batch came by: they are as they were."""
 
     def __rich__(self) -> Group:
-        from rich.console import Group
-        from rich.table import Table
-
-        table = Table("attention", "bits of a code", "agreement before", "after", title_justify="left")
-        table.title = f"hash functions of {len(self.layers)} attention layers fitted"
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for layer in self.layers:
-            table.add_row(layer.name, str(layer.code_dim), f"{layer.before:.3f}", f"{layer.after:.3f}")
-        return Group(table, *(f"never reached, left as they are: {name}" for name in self.unreached))
+        rows = [(one.name, str(one.code_dim), f"{one.before:.3f}", f"{one.after:.3f}") for one in self.layers]
+        return _fitted("hash functions", ("bits of a code", "agreement before", "after"), rows, self.unreached)
 
 
 @dataclass(frozen=True)
@@ -85,17 +77,24 @@ class ContrastReport(RichReport):
     """Layers that no batch came by: they are as they were."""
 
     def __rich__(self) -> Group:
-        from rich.console import Group
-        from rich.table import Table
+        rows = [
+            (one.name, f"{one.before:.1f}", f"{one.after:.1f}", f"{one.error_before:.1%}", f"{one.error_after:.1%}")
+            for one in self.layers
+        ]
+        return _fitted("contrast", ("contrast before", "after", "error before", "after"), rows, self.unreached)
 
-        table = Table("attention", "contrast before", "after", "error before", "after", title_justify="left")
-        table.title = f"contrast of {len(self.layers)} attention layers fitted"
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for layer in self.layers:
-            contrasts = f"{layer.before:.1f}", f"{layer.after:.1f}"
-            table.add_row(layer.name, *contrasts, f"{layer.error_before:.1%}", f"{layer.error_after:.1%}")
-        return Group(table, *(f"never reached, left as they are: {name}" for name in self.unreached))
+
+def _fitted(what: str, facts: Sequence[str], rows: Sequence[Sequence[str]], unreached: Sequence[str]) -> Group:
+    """A table of `what` was fitted: the name of each layer, and some facts about it."""
+    from rich.console import Group
+    from rich.table import Table
+
+    table = Table("attention", *facts, title=f"{what} of {len(rows)} attention layers fitted", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    return Group(table, *(f"never reached, left as they are: {name}" for name in unreached))
 
 
 def fit_binarizers_(

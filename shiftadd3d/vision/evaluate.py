@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from shiftadd3d._errors import UserError
 from shiftadd3d.kernels import Numerics, get_numerics
 from shiftadd3d.kernels import numerics as in_numerics
 from shiftadd3d.vision.checkpoint import ClassifierConfig, load
@@ -79,6 +80,11 @@ def evaluate_classifier(
     model = load(checkpoint, chosen)
     config = model.classifier_config
     assert isinstance(config, ClassifierConfig)
+    if numerics is not None and not config.frozen:
+        raise UserError(
+            f"--numerics {numerics}: {checkpoint} is not packed, so no kernel runs; expected what `shiftadd3d export` "
+            "wrote"
+        )
     pictures, skipped = open_split(data, split, config.classes)
     if console is not None:
         for name, reason in skipped[:_LISTED]:

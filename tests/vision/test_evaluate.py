@@ -70,6 +70,7 @@ def test_what_is_wrong_is_one_line_and_exit_with_1(
     (tmp_path / "other" / "val" / "red").rename(tmp_path / "other" / "val" / "orange")
     for arguments, complaint in (
         ([str(tmp_path / "nowhere"), "--data", str(folder)], "no config.json there"),
+        ([str(checkpoint), "--data", str(folder), "--numerics", "int8"], "is not packed, so no kernel runs"),
         ([str(checkpoint)], "digits: the model does not know the classes 0, 1, 2, 3, 4 and 5 more; it knows blue"),
         ([str(checkpoint), "--data", "nowhere"], "--data nowhere: no such file or folder"),
         ([str(checkpoint), "--data", str(tmp_path / "other")], "does not know the classes orange"),
