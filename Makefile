@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 INSTALLED := $(VENV)/.installed# newer than the lock and pyproject.toml: nothing to install
+WORKERS ?= logical# processes that share the tests, at most four: as many as there are cores
 PYTEST_ARGS ?=
 GROUPS := --group nerf --group scenes --group vision --group bench --group dev
 
@@ -28,7 +29,7 @@ help: ## list these commands
 setup: $(INSTALLED) ## make .venv and install exactly requirements.lock and this project
 
 test: $(INSTALLED) ## run the tests (PYTEST_ARGS="-m slow", PYTEST_ARGS=tests/nn, ...)
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 demo: $(INSTALLED) ## train shiftadd-gnt-tiny on the embedded scene, evaluate it and render a video
 	$(BIN)/shiftadd3d demo

@@ -11,6 +11,11 @@ from hypothesis import settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+# Processes that share the tests share the cores, and so do the programs that tests start.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _WORKERS > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+
 # The same examples in every run; `--hypothesis-profile=default` looks for others.
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
