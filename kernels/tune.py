@@ -11,13 +11,17 @@ process instead. Its cost model is xgboost's where that is installed (the depend
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
+import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -144,6 +148,8 @@ def search_schedule(trials: int, rows: int, inputs: int, outputs: int) -> Any:
         RuntimeError: if not one of the trials worked.
     """
     import tvm
+
+    _import_intrinsics()
     from tvm.s_tir import meta_schedule
 
     target = targets.current()
@@ -173,6 +179,24 @@ def search_schedule(trials: int, rows: int, inputs: int, outputs: int) -> Any:
     if best is None:
         raise RuntimeError(f"none of {trials} schedules could be compiled and run")
     return _plain(best.trace.as_json())
+
+
+def _import_intrinsics() -> None:
+    """Import what MetaSchedule imports first of all, in seconds.
+
+    Each of TVM's 250 intrinsics asks `inspect.stack` for the source of all frames it is defined within. Those of
+    Python's import system have none, and where they might come from is looked for in all modules, thousands of them
+    beside torch: two minutes. TVM needs to know the frames, and no source, of functions that no class is around.
+    """
+
+    def frames(context: int = 1) -> list[inspect.FrameInfo]:
+        return [
+            inspect.FrameInfo(frame, frame.f_code.co_filename, line, frame.f_code.co_name, None, None)
+            for frame, line in traceback.walk_stack(sys._getframe(1))
+        ]
+
+    with mock.patch.object(inspect, "stack", frames):
+        import tvm.s_tir.tensor_intrin  # noqa: F401
 
 
 def _in_this_process(work: Path, run: Callable[[Any], Any]) -> tuple[Any, Any]:
