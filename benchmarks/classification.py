@@ -19,7 +19,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -282,7 +282,8 @@ class All:
 
 SPEED_MODELS = ("deit_tiny_patch16_224", "pvt_v2_b0")
 SPEED_RECIPES: tuple[RecipeName, ...] = ("add+shift", "add+shift-attn+moe")
-SPEED_FILE = "classification-speed.json"
+SPEED_FILES = {False: "classification-speed.json", True: "classification-speed-kept-memory.json"}
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2 << 30), "MALLOC_MMAP_THRESHOLD_": str(2 << 30)}
 Baseline = Literal["eager", "compile", "bfloat16", "int8"]
 BASELINES: dict[Baseline, str] = {
     "eager": "timm, float32, eager",
@@ -312,10 +313,15 @@ class Speed:
     """Timed runs of each, after an untimed one; all take turns, and the median counts."""
     threads: int = 1
     """CPU threads to compute with."""
+    keep_memory: bool = False
+    """Let the C library (glibc) keep memory for large tensors, as other allocators do, rather than return it to the
+    system each time and have it cleared again."""
     out: Path = DATA
     """Folder for the JSON file."""
 
     def __call__(self) -> None:
+        if self.keep_memory and not KEEP_MEMORY.items() <= os.environ.items():  # read when a process starts
+            os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
         import torch
 
         commit = git_commit()  # now: it may move on while this runs
@@ -331,16 +337,18 @@ class Speed:
             "--threads": (self.threads,),
         }
         words = [word for name, values in options.items() for word in (name, *map(str, values))]
+        words += ["--keep-memory"] if self.keep_memory else []
         facts = {
             "kind": "speed",
             "rows": rows,
             "threads": self.threads,
+            "keep_memory": self.keep_memory,
             "rounds": self.rounds,
             "machine": machine_facts(),
             "commit": commit,
             "command": shlex.join(["python", "benchmarks/classification.py", "speed", *words]),
         }
-        write_result(self.out / SPEED_FILE, facts)
+        write_result(self.out / SPEED_FILES[self.keep_memory], facts)
 
     def _measure(self, name: str, batch: int) -> dict[str, Any]:
         import torch
@@ -428,13 +436,13 @@ class Report:
     """Make docs/results/classification.md from the JSON files."""
 
     def __call__(self) -> None:
-        results, speed = read_results(DATA), read_speed(DATA)
-        write_page("classification", lambda template: render_report(results, template, speed))
+        results, speeds = read_results(DATA), read_speeds(DATA)
+        write_page("classification", lambda template: render_report(results, template, speeds))
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """The results of training in a folder, in the order of the report."""
-    paths = [path for path in folder.glob("classification-*.json") if path.name != SPEED_FILE]
+    paths = [path for path in folder.glob("classification-*.json") if path.name not in SPEED_FILES.values()]
     results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     order = (DATA_NAMES, MODEL_NAMES, RECIPE_NAMES)
 
@@ -445,24 +453,28 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return sorted(results, key=place)
 
 
-def read_speed(folder: Path) -> dict[str, Any] | None:
-    """What `speed` wrote into a folder, if it did."""
-    path = folder / SPEED_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def read_speeds(folder: Path) -> dict[bool, dict[str, Any]]:
+    """What `speed` wrote into a folder, without and with `keep_memory`."""
+    paths = {kept: folder / name for kept, name in SPEED_FILES.items()}
+    return {kept: json.loads(path.read_text(encoding="utf-8")) for kept, path in paths.items() if path.exists()}
 
 
-def render_report(results: list[dict[str, Any]], template: str, speed: dict[str, Any] | None = None) -> str:
+def render_report(
+    results: list[dict[str, Any]], template: str, speeds: Mapping[bool, dict[str, Any]] | None = None
+) -> str:
     """Fill a template's `{{name}}` fields in from the results of training and of speed.
 
     Raises:
         KeyError: the template has a field that there is no table for.
     """
-    measured = [*results, *([speed] if speed else [])]
+    speeds = speeds or {}
+    measured = [*results, *speeds.values()]
     fields = {
         "accuracy": accuracy_tables(results),
         "experiments": experiment_table(results),
-        "speed": speed_table(speed),
-        "breakdown": breakdown_tables(speed),
+        "speed": speed_table(speeds.get(False)),
+        "speed_kept_memory": speed_table(speeds.get(True)),
+        "breakdown": breakdown_tables(speeds.get(False)),
         "commands": command_block("classification", measured),
         "machines": machine_list(measured),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -46,7 +47,7 @@ def test_the_committed_report_is_what_the_committed_measurements_make(classifica
     results = classification.read_results(RESULTS / "data")
     template = (RESULTS / "classification.template.md").read_text(encoding="utf-8")
     assert (RESULTS / "classification.md").read_text(encoding="utf-8") == classification.render_report(
-        results, template, classification.read_speed(RESULTS / "data")
+        results, template, classification.read_speeds(RESULTS / "data")
     ), "run `python benchmarks/classification.py report`"
 
 
@@ -114,6 +115,30 @@ def test_speeds_are_compared_with_each_of_timms(classification: ModuleType):
     assert last == "| pvt_v2_b0, batch 32: shiftadd, moe | 10.0 | 3.00 | 2.50 | 2.00 | 1.50 |"
     assert "| `shiftadd3d::matshift` | 75.0% | 48 |" in classification.breakdown_tables({"rows": [row]})
     assert classification.speed_table(None) == classification.NOT_MEASURED
+
+
+def test_memory_is_kept_from_the_start_of_a_process(classification: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    class Replaced(Exception):
+        """Where this process would end, and another one begin."""
+
+    def execve(program: str, arguments: list[str], environment: dict[str, str]) -> None:
+        assert (program, arguments[0], arguments[1:]) == (sys.executable, sys.executable, sys.argv)
+        assert environment.items() >= {"KEPT": "1", **classification.KEEP_MEMORY}.items()
+        raise Replaced
+
+    monkeypatch.setenv("KEPT", "1")
+    for name in classification.KEEP_MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(classification.os, "execve", execve)
+    with pytest.raises(Replaced):
+        classification.Speed(keep_memory=True)()
+    for name, value in classification.KEEP_MEMORY.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(classification.Speed, "_measure", lambda self, model, batch: {})
+    written: list[str] = []
+    monkeypatch.setattr(classification, "write_result", lambda path, facts: written.append(path.name))
+    classification.Speed(keep_memory=True)()
+    assert written == [classification.SPEED_FILES[True]]
 
 
 @pytest.mark.slow
