@@ -34,6 +34,7 @@ from reporting import (
     machine_facts,
     machine_list,
     markdown_table,
+    start_again_keeping_memory,
     write_page,
     write_result,
 )
@@ -283,7 +284,6 @@ class All:
 SPEED_MODELS = ("deit_tiny_patch16_224", "pvt_v2_b0")
 SPEED_RECIPES: tuple[RecipeName, ...] = ("add+shift", "add+shift-attn+moe")
 SPEED_FILES = {False: "classification-speed.json", True: "classification-speed-kept-memory.json"}
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2 << 30), "MALLOC_MMAP_THRESHOLD_": str(2 << 30)}
 Baseline = Literal["eager", "compile", "bfloat16", "int8"]
 BASELINES: dict[Baseline, str] = {
     "eager": "timm, float32, eager",
@@ -314,14 +314,13 @@ class Speed:
     threads: int = 1
     """CPU threads to compute with."""
     keep_memory: bool = False
-    """Let the C library (glibc) keep memory for large tensors, as other allocators do, rather than return it to the
-    system each time and have it cleared again."""
+    """Let the C library (glibc) keep memory for large tensors, as other allocators do."""
     out: Path = DATA
     """Folder for the JSON file."""
 
     def __call__(self) -> None:
-        if self.keep_memory and not KEEP_MEMORY.items() <= os.environ.items():  # read when a process starts
-            os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+        if self.keep_memory:
+            start_again_keeping_memory()
         import torch
 
         commit = git_commit()  # now: it may move on while this runs

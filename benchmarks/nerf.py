@@ -39,6 +39,7 @@ from reporting import (
     machine_facts,
     machine_list,
     markdown_table,
+    start_again_keeping_memory,
     write_page,
     write_result,
 )
@@ -636,7 +637,7 @@ def peak_memory() -> int:
 # Speed
 # --------------------------------------------------------------------------------------------------------------------
 
-SPEED_FILE = "nerf-speed.json"
+SPEED_FILES = {False: "nerf-speed.json", True: "nerf-speed-kept-memory.json"}
 FORMS = {
     "torch": "plain torch",
     "compile": "plain torch, torch.compile",
@@ -663,6 +664,8 @@ class Speed:
     """How long to measure each preset for, at least five frames of each form."""
     threads: int = 1
     """CPU threads to compute with."""
+    keep_memory: bool = False
+    """Let the C library (glibc) keep memory for large tensors, as other allocators do."""
     out: Path = DATA
     """Folder for the JSON file."""
 
@@ -676,9 +679,12 @@ class Speed:
             "--threads": (self.threads,),
         }
         words = [word for name, values in options.items() for word in (name, *map(str, values))]
+        words += ["--keep-memory"] if self.keep_memory else []
         return shlex.join(["python", "benchmarks/nerf.py", "speed", *words])
 
     def __call__(self) -> None:
+        if self.keep_memory:
+            start_again_keeping_memory()
         os.environ.setdefault("TVM_NUM_THREADS", str(self.threads))
         import torch
 
@@ -708,12 +714,13 @@ class Speed:
             "kind": "speed",
             "frame": list(self.frame),
             "threads": self.threads,
+            "keep_memory": self.keep_memory,
             "rows": rows,
             "machine": machine_facts(),
             "commit": commit,
             "command": self.command(),
         }
-        write_result(self.out / SPEED_FILE, facts)
+        write_result(self.out / SPEED_FILES[self.keep_memory], facts)
 
 
 def frame_renderer(method: str, form: Form, width: int, height: int) -> Callable[[], Any]:
@@ -776,14 +783,15 @@ def render_report(results: dict[str, list[dict[str, Any]]], template: str) -> st
     """
     trained, trivial = results["train"], results["trivial"]
     memory = results["memory"][0] if results["memory"] else None
-    measured = [*trained, *trivial, *results["speed"], *results["memory"]]
+    speeds = sorted(results["speed"], key=lambda facts: facts.get("keep_memory", False))
+    measured = [*trained, *trivial, *speeds, *results["memory"]]
     fields = {
         "embedded": quality_table([f for f in trained if f["embedded"]], [f for f in trivial if f["embedded"]]),
         "photos": quality_table([f for f in trained if not f["embedded"]], [f for f in trivial if not f["embedded"]]),
         "embedded_pictures": picture_list([f for f in trained if f["embedded"]]),
         "scenes": scene_table(trained),
         "runs": run_table(trained),
-        "speed": speed_table(results["speed"]),
+        "speed": speed_table(speeds),
         "memory_train": memory_table(memory, "train"),
         "memory_render": memory_table(memory, "render"),
         "memory_verdict": memory_verdict(memory),
@@ -873,8 +881,9 @@ def speed_table(results: list[dict[str, Any]]) -> str:
                 [f"`{row['method']}`, {FORMS[row['form']]}", f"{seconds:.2f} ({lower:.2f} to {upper:.2f})", *ratios]
             )
         width, height = facts["frame"]
+        kept = ", memory kept" * facts.get("keep_memory", False)
         header = [
-            f"{width} x {height}, {facts['threads']} thread{'s' * (facts['threads'] > 1)}",
+            f"{width} x {height}, {facts['threads']} thread{'s' * (facts['threads'] > 1)}{kept}",
             "seconds a frame",
             "times faster than plain torch",
             "than torch.compile",

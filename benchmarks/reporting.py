@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,20 @@ RESULTS = REPOSITORY / "docs" / "results"
 DATA = RESULTS / "data"
 PICTURES = RESULTS / "pictures"
 OUTPUTS = REPOSITORY / "outputs" / "benchmarks"
+
+
+# To glibc: neither return memory to the system nor map large tensors one by one.
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2 << 30), "MALLOC_MMAP_THRESHOLD_": str(2 << 30)}
+
+
+def start_again_keeping_memory() -> None:
+    """Have the C library (glibc) keep memory for large tensors, as other allocators do.
+
+    Else it returns it to the system each time, which clears it before it hands it out again. It makes up its mind when
+    a process starts, so this one starts again, unless it has been.
+    """
+    if not KEEP_MEMORY.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
 
 
 def git_commit() -> str:

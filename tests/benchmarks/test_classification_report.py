@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -117,28 +116,16 @@ def test_speeds_are_compared_with_each_of_timms(classification: ModuleType):
     assert classification.speed_table(None) == classification.NOT_MEASURED
 
 
-def test_memory_is_kept_from_the_start_of_a_process(classification: ModuleType, monkeypatch: pytest.MonkeyPatch):
-    class Replaced(Exception):
-        """Where this process would end, and another one begin."""
-
-    def execve(program: str, arguments: list[str], environment: dict[str, str]) -> None:
-        assert (program, arguments[0], arguments[1:]) == (sys.executable, sys.executable, sys.argv)
-        assert environment.items() >= {"KEPT": "1", **classification.KEEP_MEMORY}.items()
-        raise Replaced
-
-    monkeypatch.setenv("KEPT", "1")
-    for name in classification.KEEP_MEMORY:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(classification.os, "execve", execve)
-    with pytest.raises(Replaced):
-        classification.Speed(keep_memory=True)()
-    for name, value in classification.KEEP_MEMORY.items():
-        monkeypatch.setenv(name, value)
+def test_a_measurement_with_memory_kept_has_a_file_of_its_own(
+    classification: ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    begun, written = [], []
+    monkeypatch.setattr(classification, "start_again_keeping_memory", lambda: begun.append(True))
     monkeypatch.setattr(classification.Speed, "_measure", lambda self, model, batch: {})
-    written: list[str] = []
-    monkeypatch.setattr(classification, "write_result", lambda path, facts: written.append(path.name))
+    monkeypatch.setattr(classification, "write_result", lambda path, facts: written.append((path.name, facts)))
     classification.Speed(keep_memory=True)()
-    assert written == [classification.SPEED_FILES[True]]
+    ((name, facts),) = written
+    assert begun == [True] and name == classification.SPEED_FILES[True] and "--keep-memory" in facts["command"]
 
 
 @pytest.mark.slow
