@@ -511,7 +511,7 @@ def accuracy_row(recipe: str, seeds: list[dict[str, Any]], dense: list[dict[str,
     return [
         "`mult` (dense)" if recipe == "mult" else f"`{recipe}`",
         spread([100 * facts["top1"] for facts in seeds], 1),
-        "" if recipe == "mult" or not dense else spread(differences(seeds, dense), 1, sign=True),
+        "" if recipe == "mult" or not dense else spread(points(seeds, dense), 1, sign=True),
         spread([facts["loss"] for facts in seeds], 3),
         str(len(seeds)),
         f"{statistics.mean(facts['multiplications_removed'] for facts in seeds):.1%}",
@@ -520,10 +520,15 @@ def accuracy_row(recipe: str, seeds: list[dict[str, Any]], dense: list[dict[str,
     ]
 
 
-def differences(seeds: list[dict[str, Any]], dense: list[dict[str, Any]]) -> list[float]:
-    """Points of top-1 that each seed gains over the dense model of the same seed."""
-    baseline = {facts["seed"]: facts["top1"] for facts in dense}
-    return [100 * (facts["top1"] - baseline[facts["seed"]]) for facts in seeds if facts["seed"] in baseline]
+def differences(seeds: list[dict[str, Any]], others: list[dict[str, Any]], measure: str) -> list[float]:
+    """What each seed gains in a measure over the other model of the same seed, where both were trained."""
+    baseline = {facts["seed"]: facts[measure] for facts in others}
+    return [facts[measure] - baseline[facts["seed"]] for facts in seeds if facts["seed"] in baseline]
+
+
+def points(seeds: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[float]:
+    """Differences of top-1 in points."""
+    return [100 * difference for difference in differences(seeds, others, "top1")]
 
 
 def spread(values: list[float], digits: int, sign: bool = False) -> str:
@@ -535,27 +540,21 @@ def spread(values: list[float], digits: int, sign: bool = False) -> str:
 
 
 def verdict(recipes: dict[str, list[dict[str, Any]]]) -> str:
-    """Which changed model comes nearest to the dense one, and whether mixtures beat shifts alone."""
-
-    def mean(recipe: str) -> float:
-        return 100 * statistics.mean(facts["top1"] for facts in recipes[recipe])
-
-    def loss(recipe: str) -> float:
-        return statistics.mean(facts["loss"] for facts in recipes[recipe])
-
-    changed = [recipe for recipe in recipes if recipe != "mult"]
-    if "mult" not in recipes or not changed:
+    """Which changed model comes nearest to the dense one, and whether mixtures beat shifts, within common seeds."""
+    dense, shifts = recipes.get("mult", []), recipes.get("add+shift", [])
+    gains = {recipe: points(seeds, dense) for recipe, seeds in recipes.items() if recipe != "mult"}
+    gains = {recipe: gain for recipe, gain in gains.items() if gain}
+    if not gains:
         return ""
-    best = max(changed, key=mean)
-    text = f"\n\nBest: `{best}`, {mean(best) - mean('mult'):+.1f} points against dense."
-    mixtures = [recipe for recipe in changed if "moe" in recipe]
-    if "add+shift" in recipes and mixtures:
-        points, nats = mean("add+shift"), loss("add+shift")
-        found = (
-            f"`{recipe}` {mean(recipe) - points:+.1f} points and {loss(recipe) - nats:+.3f} loss" for recipe in mixtures
-        )
-        text += f" Mixtures against `add+shift`: {', '.join(found)}."
-    return text
+    best = max(gains, key=lambda recipe: statistics.mean(gains[recipe]))
+    text = f"\n\nBest: `{best}`, {statistics.mean(gains[best]):+.1f} points against dense."
+    found = [
+        f"`{recipe}` {spread(points(seeds, shifts), 1, sign=True)} points"
+        f" and {spread(differences(seeds, shifts, 'loss'), 3, sign=True)} loss"
+        for recipe, seeds in recipes.items()
+        if "moe" in recipe and points(seeds, shifts)
+    ]
+    return text + (f" Mixtures against `add+shift`: {', '.join(found)}." if found else "")
 
 
 def experiment_table(results: list[dict[str, Any]]) -> str:

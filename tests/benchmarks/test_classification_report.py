@@ -76,10 +76,17 @@ def test_rows_are_means_over_seeds_and_differences_are_within_a_seed(classificat
     assert rows["`mult` (dense)"][:2] == ["85.0 ± 7.1", ""]
     assert rows["`add+shift`"][:2] == ["83.0 ± 5.7", "-2.0 ± 1.4"]
     assert rows["`moe`"] == ["85.5 ± 7.8", "+0.5 ± 0.7", "0.500 ± 0.000", "2", "50.0%", "2.00", "25%"]
-    assert (
-        "Best: `moe`, +0.5 points against dense. Mixtures against `add+shift`: `moe` +2.5 points and +0.000 loss."
-        in text
-    )
+    assert "Best: `moe`, +0.5 points against dense." in text
+    assert "Mixtures against `add+shift`: `moe` +2.5 ± 2.1 points and +0.000 ± 0.000 loss." in text
+
+
+def test_verdicts_compare_within_the_seeds_that_both_have(classification: ModuleType):
+    results = [
+        made_up(*run)
+        for run in (("mult", 0, 0.8), ("add+shift", 0, 0.5), ("add+shift", 1, 0.9), ("moe", 0, 0.6), ("add", 2, 1.0))
+    ]
+    text = classification.accuracy_tables(results)
+    assert "Best: `moe`, -20.0 points against dense. Mixtures against `add+shift`: `moe` +10.0 points" in text
 
 
 def test_cells_come_in_the_order_of_the_report(classification: ModuleType, tmp_path: Path):
