@@ -54,6 +54,7 @@ DATA_NAMES: tuple[DataName, ...] = ("digits", "grocery_fruit", "cifar10")
 MODEL_NAMES: tuple[ModelName, ...] = ("deit", "pvt")
 RECIPE_NAMES: tuple[RecipeName, ...] = ("mult", "add", "add+shift-attn", "add+shift", "add+shift-attn+moe", "moe")
 SEEDS = (0, 1, 2)
+BITS = 4  # of a shift's code, unless it says otherwise: what the recipes have
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -129,8 +130,13 @@ def find_pictures(name: DataName) -> Path | None:
     raise UserError(f"--data {name}: no {PLACES[name][0]} in a folder that ${PICTURES_VARIABLE} names")
 
 
-def result_path(folder: Path, data: str, model: str, recipe: str, seed: int) -> Path:
-    return folder / f"classification-{data}-{model}-{recipe}-{seed}.json"
+def with_bits(recipe: str, bits: int) -> str:
+    """A name of the recipe with codes of so many bits: `moe`, or `moe-2bits`."""
+    return recipe if bits == BITS else f"{recipe}-{bits}bits"
+
+
+def result_path(folder: Path, data: str, model: str, recipe: str, seed: int, bits: int = BITS) -> Path:
+    return folder / f"classification-{data}-{model}-{with_bits(recipe, bits)}-{seed}.json"
 
 
 @dataclass
@@ -145,6 +151,8 @@ class Train:
     """What it becomes; mult goes on training the dense one."""
     seed: int = 0
     """Seed of weights, order and augmentation. The validation pictures are the same for every seed."""
+    bits: int = BITS
+    """Bits of a shift's code, for recipes with shifts."""
     threads: int = 1
     """CPU threads to compute with."""
     out: Path = DATA
@@ -161,6 +169,8 @@ class Train:
         from shiftadd3d.vision.engine import train
         from shiftadd3d.vision.finetune import stage_recipes
 
+        if self.bits != BITS and self.recipe in ("mult", "add"):
+            raise UserError(f"--bits {self.bits}: recipe {self.recipe!r} has no shifts; take one that has")
         commit = git_commit()  # now: it may move on while this runs
         torch.set_num_threads(self.threads)
         settings = replace(EXPERIMENTS[self.data, self.model], data=find_pictures(self.data), seed=self.seed)
@@ -185,21 +195,21 @@ class Train:
         dense = load(folder / "stage0-dense" / "best")
         model = load(folder / "stage0-dense" / "best")
 
-        first, second = stage_recipes(preset(self.recipe))
+        first, second = stage_recipes(preset(self.recipe, bits=self.bits))
         both = replace(settings.stage1, epochs=settings.stage1.epochs + settings.stage2.epochs)
         if first is None or second is None:  # all epochs at once
             stages = [(f"{self.recipe}-stage1", first or second, both)]
         else:  # the first stage is the same for all: whoever comes first trains it
             stages = [
                 ("stage1-add", first, settings.stage1),
-                (f"{self.recipe}-stage2", second, settings.stage2),
+                (f"{with_bits(self.recipe, self.bits)}-stage2", second, settings.stage2),
             ]
         result = start
         for name, recipe, stage in stages:
             if recipe is not None:
                 reparameterize_(model, recipe, verbose=False)
                 config = replace(config, recipe=recipe)
-            console.rule(f"{self.recipe}, {name}")
+            console.rule(f"{with_bits(self.recipe, self.bits)}, {name}")
             result = train(
                 model,
                 pictures,
@@ -226,6 +236,7 @@ class Train:
             "model_args": list(settings.model_args),
             "image_size": settings.image_size,
             "recipe": self.recipe,
+            "bits": self.bits,
             "seed": self.seed,
             "epochs": [settings.stage0.epochs, settings.stage1.epochs, settings.stage2.epochs],
             "start": {"top1": start.metrics.top1, "loss": start.metrics.loss},
@@ -243,11 +254,13 @@ class Train:
             "commit": commit,
             "command": self._command(),
         }
-        write_result(result_path(self.out, self.data, self.model, self.recipe, self.seed), facts)
-        print(f"{self.data}, {self.model}, {self.recipe}, seed {self.seed}: top-1 {metrics.top1:.2%}")
+        write_result(result_path(self.out, self.data, self.model, self.recipe, self.seed, self.bits), facts)
+        name = with_bits(self.recipe, self.bits)
+        print(f"{self.data}, {self.model}, {name}, seed {self.seed}: top-1 {metrics.top1:.2%}")
 
     def _command(self) -> str:
         words = ["--data", self.data, "--model", self.model, "--recipe", self.recipe, "--seed", str(self.seed)]
+        words += [] if self.bits == BITS else ["--bits", str(self.bits)]
         return shlex.join(["python", "benchmarks/classification.py", "train", *words, "--threads", str(self.threads)])
 
 
@@ -263,6 +276,8 @@ class All:
     """The recipes."""
     seeds: tuple[int, ...] = SEEDS
     """The seeds."""
+    bits: int = BITS
+    """Bits of a shift's code. With others than the recipes have, give recipes with shifts."""
     threads: int = 1
     """CPU threads to compute with."""
     out: Path = DATA
@@ -273,8 +288,8 @@ class All:
             for data in self.data:
                 for model in self.models:
                     for recipe in self.recipes:
-                        if not result_path(self.out, data, model, recipe, seed).exists():
-                            Train(data, model, recipe, seed, self.threads, self.out)()
+                        if not result_path(self.out, data, model, recipe, seed, self.bits).exists():
+                            Train(data, model, recipe, seed, self.bits, self.threads, self.out)()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -447,9 +462,15 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
     def place(facts: dict[str, Any]) -> tuple[int, ...]:
         keys = (facts["data"], facts["model"], facts["recipe"])
-        return (*(names.index(key) for names, key in zip(order, keys, strict=True)), facts["seed"])
+        ranks = (names.index(key) for names, key in zip(order, keys, strict=True))
+        return (*ranks, -bits_of(facts), facts["seed"])
 
     return sorted(results, key=place)
+
+
+def bits_of(facts: dict[str, Any]) -> int:
+    """Bits of a shift's code in a result of training; the older ones do not say."""
+    return facts.get("bits", BITS)
 
 
 def read_speeds(folder: Path) -> dict[bool, dict[str, Any]]:
@@ -469,7 +490,8 @@ def render_report(
     speeds = speeds or {}
     measured = [*results, *speeds.values()]
     fields = {
-        "accuracy": accuracy_tables(results),
+        "accuracy": accuracy_tables([facts for facts in results if bits_of(facts) == BITS]),
+        "coarse_codes": coarse_tables(results),
         "experiments": experiment_table(results),
         "speed": speed_table(speeds.get(False)),
         "speed_kept_memory": speed_table(speeds.get(True)),
@@ -488,12 +510,24 @@ def by_cell(results: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, li
     return cells
 
 
-def accuracy_tables(results: list[dict[str, Any]]) -> str:
+def coarse_tables(results: list[dict[str, Any]]) -> str:
+    """The tables of codes with other numbers of bits, beside the dense models that they started from."""
+    blocks = []
+    for bits in sorted({bits_of(facts) for facts in results} - {BITS}, reverse=True):
+        coarse = [facts for facts in results if bits_of(facts) == bits]
+        cells = by_cell(coarse)
+        dense = [facts for facts in results if facts["recipe"] == "mult" and (facts["data"], facts["model"]) in cells]
+        blocks.append(accuracy_tables([*dense, *coarse], f", {bits} bits"))
+    return "\n\n".join(blocks) or NOT_MEASURED
+
+
+def accuracy_tables(results: list[dict[str, Any]], suffix: str = "") -> str:
+    """A table for each (data, model); `suffix` is added to their titles."""
     blocks = []
     for (data, model), recipes in by_cell(results).items():
         rows = [accuracy_row(recipe, seeds, recipes.get("mult", [])) for recipe, seeds in recipes.items()]
         header = [
-            f"{data}, {model}",
+            f"{data}, {model}{suffix}",
             "top-1, %",
             "against dense, points",
             "loss",

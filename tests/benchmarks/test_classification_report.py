@@ -18,7 +18,7 @@ def classification(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
     return load_benchmark("classification")
 
 
-def made_up(recipe: str, seed: int, top1: float) -> dict:
+def made_up(recipe: str, seed: int, top1: float, **facts: object) -> dict:
     """A result as `train` writes it, less what no table shows."""
     return {
         "data": "digits",
@@ -39,6 +39,7 @@ def made_up(recipe: str, seed: int, top1: float) -> dict:
         "machine": {"cpu": "a cpu", "cores": 2, "device": "cpu", "python": "3.11", "torch": "2.9"},
         "commit": "abc",
         "command": "python benchmarks/classification.py train",
+        **facts,
     }
 
 
@@ -87,6 +88,28 @@ def test_verdicts_compare_within_the_seeds_that_both_have(classification: Module
     ]
     text = classification.accuracy_tables(results)
     assert "Best: `moe`, -20.0 points against dense. Mixtures against `add+shift`: `moe` +10.0 points" in text
+
+
+def test_coarser_codes_have_tables_of_their_own(classification: ModuleType):
+    results = [
+        made_up("mult", 0, 0.8),
+        made_up("add+shift", 0, 0.78),
+        made_up("add+shift", 0, 0.7, bits=2),
+        made_up("moe", 0, 0.75, bits=2),
+    ]
+    coarse = classification.coarse_tables(results)
+    assert "| digits, deit, 2 bits |" in coarse and "| `add+shift` | 70.0 | -10.0 |" in coarse
+    assert "Mixtures against `add+shift`: `moe` +5.0 points" in coarse
+    page = classification.render_report(results, "{{accuracy}}")
+    assert "| `add+shift` | 78.0 | -2.0 |" in page and "70.0" not in page
+    assert classification.coarse_tables(results[:2]) == classification.NOT_MEASURED
+
+
+def test_recipes_without_shifts_have_no_bits(classification: ModuleType, tmp_path: Path):
+    from shiftadd3d import UserError
+
+    with pytest.raises(UserError, match="--bits 2: recipe 'add' has no shifts"):
+        classification.Train(recipe="add", bits=2, out=tmp_path)()
 
 
 def test_cells_come_in_the_order_of_the_report(classification: ModuleType, tmp_path: Path):
