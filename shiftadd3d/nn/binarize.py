@@ -24,6 +24,8 @@ NUM_SUPPORTS = 32
 # Fitted products of codes follow standardised logits up to here. Lower values follow the largest ones less closely but
 # use more of the codes' range, without which the linear-angular map stays flat.
 _LARGEST_TARGET = 1.0
+# The root mean square of a token's projections below which it counts as zero: the gradient grows by the inverse.
+_SHORTEST_TOKEN = 1e-4
 # Turns after which a bit hardly gets better.
 _TURNS = 10
 # Added to the diagonal of the second moments, as a share of it.
@@ -31,27 +33,29 @@ _DAMPING = 1e-3
 
 
 class _Binarize(Function):
-    """Threshold at zero; the gradient is that of a line clipped at +-clip."""
+    """Threshold at zero; the gradient is that of a line clipped at +-clip, which may be a tensor."""
 
     @staticmethod
-    def forward(x: Tensor, codes: str, clip: float) -> Tensor:
+    def forward(x: Tensor, codes: str, clip: float | Tensor) -> Tensor:
         bit = (x >= 0).to(x.dtype)
         return bit if codes == "01" else bit.mul_(2).sub_(1)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, ctx.codes, ctx.clip = inputs
-        ctx.save_for_backward(x)
+        x, ctx.codes, clip = inputs
+        ctx.clip, tensors = (None, (x, clip)) if isinstance(clip, Tensor) else (clip, (x,))
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
+        x, *clips = ctx.saved_tensors
+        clip = clips[0] if clips else ctx.clip
         # From -clip to clip the line climbs by 2 for +-1 codes and by 1 for 0/1 codes.
-        slope = (1.0 if ctx.codes == "pm1" else 0.5) / ctx.clip
-        return grad * (x.abs() <= ctx.clip).to(grad.dtype).mul_(slope), None, None
+        slope = (1.0 if ctx.codes == "pm1" else 0.5) / clip
+        return grad * ((x.abs() <= clip) * slope).to(grad.dtype), None, None
 
 
-def binarize(x: Tensor, codes: Codes = "pm1", clip: float = 1.0) -> Tensor:
+def binarize(x: Tensor, codes: Codes = "pm1", clip: float | Tensor = 1.0) -> Tensor:
     """Binary codes of `x`: +1 where x >= 0 (either zero counts), else -1 ("pm1") or 0 ("01").
 
     Differentiable by a clipped straight-through estimator: the gradient is that of ``clamp(x / clip, -1, 1)`` for
@@ -59,6 +63,7 @@ def binarize(x: Tensor, codes: Codes = "pm1", clip: float = 1.0) -> Tensor:
 
     Args:
         x: any shape, any floating dtype.
+        clip: where the line ends; positive, a number or a tensor that broadcasts to `x`.
 
     Returns:
         Codes of the shape and dtype of `x`.
@@ -74,8 +79,8 @@ def binarize(x: Tensor, codes: Codes = "pm1", clip: float = 1.0) -> Tensor:
 class Binarizer(nn.Module):
     """What all binarizers share: a projection that is thresholded at zero.
 
-    A code does not see how long its token is, so the estimator's clipping range should not either: for the gradient,
-    the projections of each token are brought to a root mean square of 1 first.
+    A code does not see how long its token is, so the estimator's clipping range should not either: it ends at the root
+    mean square of each token's projections.
 
     Args:
         head_dim: features D of a head.
@@ -108,9 +113,7 @@ class Binarizer(nn.Module):
         if self.frozen:
             return binarize(z.detach(), self.codes)
         if torch.is_grad_enabled() and z.requires_grad:
-            with torch.no_grad():
-                scale = z.square().mean(-1, keepdim=True).add_(torch.finfo(z.dtype).tiny).rsqrt_()
-            z = z * scale
+            return binarize(z, self.codes, _token_scale(z.detach()))
         return binarize(z, self.codes)
 
     @torch.no_grad()
@@ -143,6 +146,12 @@ class Binarizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"codes={self.codes!r}, code_dim={self.code_dim}"
+
+
+def _token_scale(z: Tensor) -> Tensor:  # [..., code_dim] -> [..., 1], at least float32: half squares only up to 256
+    """The root mean square of each token; 1 for those so short, like padding, that their gradient would explode."""
+    scale = z.to(torch.promote_types(z.dtype, torch.float32)).square().mean(-1, keepdim=True).sqrt_()
+    return torch.where(scale < _SHORTEST_TOKEN, 1, scale)
 
 
 class SignBinarizer(Binarizer):

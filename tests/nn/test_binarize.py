@@ -91,6 +91,26 @@ def test_the_gradient_of_a_code_does_not_depend_on_how_long_its_token_is(name: s
     assert by_hand.grad.any()
 
 
+@pytest.mark.parametrize("length", [0.0, 1e-30, 1e-6])
+def test_padding_has_no_gradient_that_drowns_the_others(length: float) -> None:
+    x = torch.randn(2, 2, 5, 16)
+    x[1, :, -2:] *= length
+    x.requires_grad_()
+    (SignBinarizer(16, 2)(x) * torch.randn(2, 2, 5, 16)).sum().backward()
+    assert x.grad.abs().max() < 5
+
+
+@binarizers
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_codes_are_the_same_with_and_without_a_gradient(name: str, dtype: torch.dtype) -> None:
+    binarizer = make_binarizer(name, 8, 1).to(dtype)
+    x = torch.randn(1, 1, 40, 8, dtype=dtype) * torch.logspace(-6, 4, 40).unsqueeze(-1).to(dtype)
+    x[..., 3] *= 1e-3  # far from the others, where a scaled one would round to zero
+    with torch.no_grad():
+        codes = binarizer(x)
+    assert torch.equal(binarizer(x.clone().requires_grad_()).detach(), codes)
+
+
 def test_the_share_of_agreeing_random_bits_estimates_the_angle() -> None:
     """The property that SimHash is named for: P(bits agree) = 1 - angle / pi."""
     binarizer = RandomBinarizer(16, 1, code_dim=20_000)
