@@ -16,6 +16,8 @@ from torch.utils import _pytree as pytree
 from shiftadd3d._errors import UserError
 from shiftadd3d.nn.moe import MoE
 
+_ROWS_AT_ONCE = 4096
+
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a model on one batch, for models and batches that `call_model` does not fit."""
 
@@ -84,13 +86,15 @@ class InputStatistics:
 
     def add(self, inputs: Tensor) -> None:
         """Count inputs [n, in] in."""
-        inputs = inputs.detach()
-        inputs = inputs if inputs.dtype == torch.float64 else inputs.float()
-        first = self.rows == 0
+        if self.rows == 0:
+            self._sum = inputs.new_zeros(inputs.shape[1], dtype=torch.float64)
+            self._products = self._sum.new_zeros(inputs.shape[1], inputs.shape[1])
         self.rows += len(inputs)
-        total, products = inputs.sum(0).double(), (inputs.T @ inputs).double()
-        self._sum = total if first else self._sum + total
-        self._products = products if first else self._products + products
+        # In float32 a mean far above the deviation would drown their covariance. Few at once: no second copy of all.
+        for rows in inputs.detach().split(_ROWS_AT_ONCE):
+            rows = rows.double()
+            self._sum += rows.sum(0)
+            self._products.addmm_(rows.T, rows)
 
     @property
     def mean(self) -> Tensor:

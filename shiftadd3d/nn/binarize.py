@@ -35,6 +35,8 @@ _DAMPING = 1e-3
 class _Binarize(Function):
     """Threshold at zero; the gradient is that of a line clipped at +-clip, which may be a tensor."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, codes: str, clip: float | Tensor) -> Tensor:
         bit = (x >= 0).to(x.dtype)

@@ -319,7 +319,7 @@ def round_layer_(layer: ShiftLayer, statistics: InputStatistics, name: str) -> C
     """
     # A bias can take the mean of the error away, so that only what varies counts.
     moments = statistics.second_moments(centered=layer.bias is not None)
-    before = layer.weight.flatten(1).double()
+    before = layer.weight.flatten(1).to(torch.float64, copy=True)
     nearest = power_of_two.quantize(layer.weight.flatten(1), layer.bits, layer.terms).double()
     stored = round_with_compensation(layer.weight.flatten(1), moments, layer.bits, layer.terms)
     after = power_of_two.quantize(stored, layer.bits, layer.terms).double()
@@ -382,11 +382,13 @@ def round_with_compensation(weight: Tensor, moments: Tensor, bits: int, terms: i
 
 
 def _factorize(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Damped moments H, and R with ones on its diagonal and ``H = R^T D R``, D diagonal."""
-    mean = moments.diagonal().mean().clamp(min=torch.finfo(moments.dtype).tiny)
-    damping = _DAMPING * mean
+    """Damped moments H, whose scale does not matter, and R with ones on its diagonal and ``H = R^T D R``, D diagonal."""
+    if not bool(torch.isfinite(moments).all()):
+        raise UserError("the inputs are too large: their second moments are not finite")
+    scale = moments.diagonal().abs().mean()
+    moments, damping = moments / torch.where(scale > 0, scale, 1), _DAMPING
     while True:
-        damped = moments + torch.diag(damping.expand(len(moments)))
+        damped = moments + damping * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
         factor, failed = torch.linalg.cholesky_ex(damped, upper=True)
         if not failed:
             return factor / factor.diagonal().unsqueeze(1), damped

@@ -30,6 +30,8 @@ SHIFT_MODES = ("Q", "PS")
 class _StraightThrough(Function):
     """Value of the quantised weight, gradient of the float one."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(weight: Tensor, quantized: Tensor) -> Tensor:
         return quantized.view_as(quantized)
@@ -49,6 +51,8 @@ class _ShiftAndSign(Function):
     With g the gradient of W: ``d shift = g W ln 2`` as calculus has it, rounding taken as the identity, and ``d sign
     = g``. The sign's gradient is *not* scaled by ``2**shift``: a small weight must be as free to flip as a large one.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(shift: Tensor, sign: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -170,17 +174,24 @@ class ShiftLayer(nn.Module):
         """
         if self.mode == "PS":
             return _ShiftAndSign.apply(self.shift.flatten(2), self.sign.flatten(2), self.bits)[0]
-        quantized = self._cached_quantized_weight()
         if torch.is_grad_enabled() and self.weight.requires_grad:
-            return _StraightThrough.apply(self.weight.flatten(1), quantized)
-        return quantized
+            # What comes next may be a step of a fused optimizer, which the version counter does not see.
+            self._cache = None
+            return _StraightThrough.apply(self.weight.flatten(1), self._quantize())
+        return self._quantize() if self.training else self._cached_quantized_weight()
+
+    def _quantize(self) -> Tensor:
+        stochastic = self.stochastic and self.training
+        return power_of_two.quantize(self.weight.flatten(1), self.bits, self.terms, stochastic=stochastic)
 
     def _cached_quantized_weight(self) -> Tensor:
         weight = self.weight
-        if self.training or torch.compiler.is_compiling() or weight.is_inference():
-            stochastic = self.stochastic and self.training
-            return power_of_two.quantize(weight.flatten(1), self.bits, self.terms, stochastic=stochastic)
-        state = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
+        if torch.compiler.is_compiling() or weight.is_inference():
+            return self._quantize()
+        try:
+            state = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
+        except RuntimeError:  # within torch.func tensors have no storage
+            return self._quantize()
         if self._cache is None or self._cache[0] is not weight or self._cache[1] != state:
             # Inference tensors could not take part in a later backward pass.
             with torch.inference_mode(False), torch.no_grad():
@@ -272,8 +283,8 @@ class ShiftLinear(ShiftLayer):
     Shapes: x [*, in_features], y [*, out_features]. State dict: `weight` [out, in] (Q) or `shift` and `sign`
     [terms, out, in] (PS), and `bias` [out].
 
-    In evaluation the quantised weight is kept until the float weight changes (its version counter tells). Writing
-    through ``weight.data`` does not count as a change to torch: call `train()` or `eval()` after doing that.
+    In evaluation without gradients the quantised weight is kept until the float weight changes (its version counter
+    tells). Writing through ``weight.data`` does not count as a change to torch: call `train()` or `eval()` after that.
     """
 
     def __init__(
@@ -501,6 +512,8 @@ class PackedShiftLayer(nn.Module):
         """
         if uses_kernels("matshift", x):
             return matshift(x, self.codes, self.offset, self.bias, self.bits)
+        if not (x.is_floating_point() or x.is_complex()):  # fractions would be decoded to zero
+            raise UserError(f"{type(self).__name__} takes floating-point numbers, not {x.dtype}")
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.quantized_weight(x.dtype), bias)
 

@@ -189,6 +189,29 @@ def test_moments_without_full_rank_work(moments: torch.Tensor) -> None:
     assert torch.isfinite(stored).all() and not stored[2].any()
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_inputs_far_from_zero_are_no_worse_than_with_nearest_rounding(offset: float) -> None:
+    linear, x = nn.Linear(48, 32), torch.randn(400, 48)
+    model = nn.Sequential(copy.deepcopy(linear))
+    report = calibrate_(model, [x + offset], ALL_SHIFT, verbose=False)
+
+    def error(weight: torch.Tensor) -> torch.Tensor:  # per channel, its mean left out
+        change = (x - x.mean(0)).double() @ (weight - linear.weight).double().T
+        return change.square().mean(0)
+
+    nearest = error(power_of_two.quantize(linear.weight, 4, 1))
+    assert (error(model[0].quantized_weight()) <= nearest * 1.01).all()
+    assert report.layers[0].error > 0
+
+
+def test_inputs_of_any_size_work() -> None:
+    model = nn.Sequential(nn.Linear(12, 4))
+    calibrate_(model, [torch.randn(40, 12) * 1e30], ALL_SHIFT, verbose=False)
+    assert torch.isfinite(model[0].weight).all() and torch.isfinite(model[0].bias).all()
+    with pytest.raises(UserError, match="too large"):
+        round_with_compensation(torch.randn(5, 6), torch.full((6, 6), torch.inf).double(), 4, 1)
+
+
 def test_empty_weights_work() -> None:
     assert round_with_compensation(torch.empty(0, 4), torch.eye(4).double(), 4, 1).shape == (0, 4)
 
@@ -246,12 +269,14 @@ def test_looking_at_rounded_layers_beats_looking_at_float_ones() -> None:
     assert output_error(sequential, reference, inputs) < output_error(one_pass, reference, inputs)
 
 
-def test_the_bias_takes_the_mean_of_the_error_away() -> None:
-    model = nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 4, bias=False))
-    reference, x = copy.deepcopy(model), correlated(400, 20, 5) + 3
-    calibrate_(model, [x], ALL_SHIFT, verbose=False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_bias_takes_the_mean_of_the_error_away(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 4, bias=False)).to(dtype)
+    reference, x = copy.deepcopy(model), correlated(400, 20, 5).to(dtype) + 3
+    report = calibrate_(model, [x], ALL_SHIFT, verbose=False)
     drift = (model[0](x) - reference[0](x)).mean(0).abs().max()
     assert drift < 1e-4 and model[1].bias is None
+    assert report.layers[0].error > 0
     assert not torch.equal(model[0].bias, reference[0].bias)
 
 

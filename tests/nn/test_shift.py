@@ -159,6 +159,42 @@ def test_the_kept_weight_follows_every_change_of_the_float_weight() -> None:
     assert_fresh()
 
 
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {}])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_the_kept_weight_follows_optimizers_in_evaluation(optimizer, options: dict) -> None:
+    """Fused ones do not count their steps as changes of the weight."""
+    layer = ShiftLinear(5, 3).eval()
+    steps = optimizer(layer.parameters(), lr=1.0, **options)
+    x = torch.randn(4, 5)
+    for _ in range(3):
+        steps.zero_grad()
+        with torch.no_grad():
+            layer(x)
+        layer(x).sum().backward()
+        steps.step()
+        with torch.no_grad():
+            wanted = power_of_two.quantize(layer.weight, layer.bits, layer.terms)
+            assert torch.equal(layer.quantized_weight(), wanted)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("mode", ["Q", "PS"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_functional_gradients_are_those_of_backward(mode: str, train: bool) -> None:
+    model, x = nn.Sequential(ShiftLinear(5, 3, mode=mode)).train(train), torch.randn(4, 5)
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(values: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, values, (x,)).square().sum()
+
+    model(x).square().sum().backward()
+    whole = torch.func.grad(loss)(values, x)
+    single = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, x)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(whole[name], parameter.grad)
+        torch.testing.assert_close(single[name].sum(0), parameter.grad)
+
+
 def test_a_weight_kept_in_inference_mode_can_be_trained_later() -> None:
     layer = ShiftLinear(8, 8).eval()
     with torch.inference_mode():
@@ -318,6 +354,13 @@ def test_pointwise_convolutions_may_be_padded_by_name_only() -> None:
     for conv in (nn.Conv2d(4, 2, 1, padding="same"), nn.Conv2d(4, 2, 3, 3, padding="valid")):
         shift = ShiftConv2d.from_conv(conv)
         torch.testing.assert_close(shift(x), shift.to_conv()(x))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_integers_are_refused_by_packed_layers(grad: bool) -> None:
+    layer = ShiftLinear(5, 3).freeze()
+    with torch.set_grad_enabled(grad), pytest.raises(UserError, match="floating"):
+        layer(torch.ones(2, 5, dtype=torch.long))
 
 
 @pytest.mark.parametrize("packed", [False, True])
