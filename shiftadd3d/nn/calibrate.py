@@ -382,7 +382,7 @@ def round_with_compensation(weight: Tensor, moments: Tensor, bits: int, terms: i
 
 
 def _factorize(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Damped moments H, whose scale does not matter, and R with ones on its diagonal and ``H = R^T D R``, D diagonal."""
+    """Damped moments H (their scale does not matter), and R with ones on its diagonal and ``H = R^T D R``."""
     if not bool(torch.isfinite(moments).all()):
         raise UserError("the inputs are too large: their second moments are not finite")
     scale = moments.diagonal().abs().mean()
@@ -486,8 +486,8 @@ def _fit_router_(name: str, mixture: MoE, tokens: Tensor) -> FittedRouter:
     slope = torch.linalg.solve(ridge, x.T @ (target - target.mean()) / len(x))
     score = x @ slope
     spread = score.std(correction=0).clamp(min=1e-12)
-    inverse = 1 / mixture.alpha.double()
-    threshold = torch.quantile(score, 1 - inverse[0] / inverse.sum())
+    inverse = [1 / latency for latency in mixture.latencies]
+    threshold = torch.quantile(score, 1 - inverse[0] / sum(inverse))
     weight, bias = slope / spread, -(mean @ slope + threshold) / spread
     router = mixture.router
     router.weight.copy_(torch.stack((weight / 2, -weight / 2)))

@@ -267,8 +267,6 @@ class MoE(nn.Module):
     for `collect_moe_losses`.
     """
 
-    alpha: Tensor
-
     def __init__(
         self,
         experts: Sequence[nn.Module],
@@ -299,13 +297,13 @@ class MoE(nn.Module):
         example = next(experts[0].parameters(), None)
         if example is not None:
             self.router.to(example)
-        self.register_buffer("alpha", torch.ones(len(experts), device=self.router.weight.device), persistent=False)
         if isinstance(latencies, str) and latencies != "measure":
             raise UserError(f"latencies must be numbers or 'measure', not {latencies!r}")
         self.latencies: tuple[float, ...] = ()
         self.set_latencies((1.0,) * len(experts) if latencies is None or isinstance(latencies, str) else latencies)
         self.measure_pending = isinstance(latencies, str)
         self._pending_losses: list[Tensor] = []
+        self._passed_without_gradients = False
         self.last_assignment: Tensor | None = None
         self.last_shares: Tensor | None = None
         self.token_counts = [0] * len(experts)
@@ -318,7 +316,7 @@ class MoE(nn.Module):
         """
         if len(latencies) != len(self.experts):
             raise UserError(f"{len(self.experts)} experts need as many latencies, not {len(latencies)}")
-        self.alpha.copy_(torch.tensor(latency_weights(latencies)))
+        latency_weights(latencies)  # complains about what cannot be
         self.latencies = tuple(float(latency) for latency in latencies)
         self.measure_pending = False
 
@@ -352,15 +350,23 @@ class MoE(nn.Module):
             chosen = _chosen_probability(logits, assignment)
             scale = chosen if self.gate == "probability" else chosen / chosen.detach()
             out = out * scale.to(out.dtype)
+        repeated = torch._C._current_graph_task_id() != -1  # by activation checkpointing, in the course of backward
         if counts_in_training and torch.is_grad_enabled():
-            self._record(balance_loss(logits, assignment, self.alpha.to(logits.dtype), noisy, self.noise))
-        self._count(assignment, counts, x.shape[:-1])
-        return out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out
+            alpha = logits.new_tensor(latency_weights(self.latencies))
+            loss = balance_loss(logits, assignment, alpha, noisy, self.noise)  # a repetition saves the same tensors
+            if not repeated:
+                self._record(loss)
+            elif self._passed_without_gradients:
+                warnings.warn(
+                    "activation checkpointing loses the mixtures' balance losses: use it with use_reentrant=False",
+                    stacklevel=2,
+                )
+        if not repeated:
+            self._passed_without_gradients = counts_in_training and not torch.is_grad_enabled()
+            self._count(assignment, counts, x.shape[:-1])
+        return out.reshape(*x.shape[:-1], out.shape[-1])
 
     def _record(self, loss: Tensor) -> None:
-        # A pass that activation checkpointing repeats during backward was recorded when it first ran.
-        if torch._C._current_graph_task_id() != -1:
-            return
         if len(self._pending_losses) >= _MAX_PENDING_LOSSES:
             warnings.warn(
                 "the mixtures' balance losses are not collected: add collect_moe_losses(model) to the training loss",
@@ -434,7 +440,7 @@ class FrozenMoE(nn.Module):
                 out = out * _chosen_probability(logits, assignment).to(out.dtype)
         if self.keep_assignment:
             self.last_assignment = assignment.reshape(x.shape[:-1])
-        return out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out
+        return out.reshape(*x.shape[:-1], out.shape[-1])
 
     def extra_repr(self) -> str:
         return f"experts={self.expert_names}, gate={self.gate!r}"

@@ -244,6 +244,34 @@ def test_a_pass_that_checkpointing_repeats_counts_once() -> None:
     out = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
     (out.sum() + collect_moe_losses(layer)).backward()
     assert collect_moe_losses(layer).item() == 0 and x.grad is not None
+    assert sum(layer.token_counts) == 6
+
+
+def test_reentrant_checkpointing_is_said_to_lose_the_loss() -> None:
+    layer = MoELinear(4, 4)
+    x = torch.randn(6, 4, requires_grad=True)
+    out = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True)
+    assert not collect_moe_losses(layer).requires_grad
+    with pytest.warns(UserWarning, match="use_reentrant=False"):
+        out.sum().backward()
+    assert sum(layer.token_counts) == 6
+
+
+def test_mixtures_made_without_storage_have_the_loss_of_others() -> None:
+    with torch.device("meta"):
+        layer = MoELinear(6, 4, noise=0.0, latencies=(3, 1))
+    layer.to_empty(device="cpu")
+    other = MoELinear(6, 4, noise=0.0, latencies=(3, 1))
+    layer.load_state_dict(other.state_dict())
+    x = torch.randn(20, 6)
+    layer(x), other(x)
+    assert torch.equal(collect_moe_losses(layer), collect_moe_losses(other))
+
+
+def test_a_single_token_needs_no_batch() -> None:
+    layer, x = MoELinear(6, 4).eval(), torch.randn(6)
+    assert torch.equal(layer(x), layer(x.unsqueeze(0))[0])
+    assert torch.equal(FrozenMoE(layer)(x), layer(x))
 
 
 def test_statistics_by_layer_and_by_token() -> None:
@@ -328,7 +356,7 @@ def test_latencies_are_measured_once_and_tell_slow_from_fast() -> None:
     layer = MoE(experts, 32, latencies="measure")
     layer(torch.randn(512, 32))
     measured = layer.latencies
-    assert measured[0] > 3 * measured[1] and layer.alpha[0] > 0.7
+    assert measured[0] > 3 * measured[1]
     layer(torch.randn(512, 32))
     assert layer.latencies == measured
 
