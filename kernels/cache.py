@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import shutil
 import stat
 import sys
@@ -114,14 +115,16 @@ def scratch_file(suffix: str) -> Iterator[Path]:
 def first_run(entry: str) -> Iterator[bool]:
     """Guard the first run of new machine code, which may kill the process: yields whether to dare it.
 
-    While it lasts, a note with the number of this process lies in the cache. Whoever finds the note of a process that
-    is no more knows that the code killed it.
+    While it lasts, a note that names this process lies in the cache. Whoever finds the note of a process that is no
+    more knows that the code killed it.
     """
     note = folder() / f"{entry}.trial"
     if note.is_file() and not _is_running(note):
         yield False
         return
-    note.write_text(str(os.getpid()))
+    with scratch_file(".trial") as written:  # nobody is to read half a note
+        written.write_text(f"{os.getpid()} {_surroundings()}")
+        written.replace(note)
     try:
         yield True
     finally:
@@ -133,9 +136,22 @@ def condemn(entry: str) -> None:
     (folder() / f"{entry}.trial").write_text("")
 
 
-def _is_running(note: Path) -> bool:
+def _surroundings() -> str:
+    """Where the number of this process means this process: the machine, and its namespace in containers."""
     try:
-        os.kill(int(note.read_text()), 0)
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return f"{platform.node()} {namespace}"
+
+
+def _is_running(note: Path) -> bool:
+    """Whether the process that wrote a note may be alive. Of those in other surroundings nobody knows."""
+    try:
+        number, _, surroundings = note.read_text().partition(" ")
+        if surroundings and surroundings != _surroundings():
+            return True
+        os.kill(int(number), 0)
     except (ProcessLookupError, ValueError):
         return False
     except OSError:
@@ -155,8 +171,11 @@ def _platform_folder() -> str:
 
 @lru_cache(maxsize=8)
 def _prepare(name: str) -> Path:
+    name = os.path.expanduser(name)
     place = Path(name).absolute()
     try:
+        if name.startswith("~"):
+            raise OSError("there is no such home folder")
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _is_private(place):
             problem = "it belongs to someone else, or others can write to it"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from typing import Literal, cast, get_args
 
@@ -40,8 +41,11 @@ def check_numerics(name: str) -> Numerics:
     return cast(Numerics, name)
 
 
+# What holds outside all `with` blocks, then what each block that has not ended asks for, the last one counting.
+_asked: list[list[Numerics]] = [[check_numerics(os.environ.get(ENVIRONMENT_VARIABLE) or "exact")]]
 # A plain global, so that torch.compile can watch it and compile again when it changes.
-_current: Numerics = check_numerics(os.environ.get(ENVIRONMENT_VARIABLE) or "exact")
+_current: Numerics = _asked[0][0]
+_lock = threading.Lock()
 
 
 def get_numerics() -> Numerics:
@@ -50,28 +54,37 @@ def get_numerics() -> Numerics:
 
 
 def set_numerics(name: Numerics) -> None:
-    """Have layers ask this of kernels from now on, in all threads.
+    """Have layers ask this of kernels from now on, in all threads; within a `numerics` block, until it ends.
 
     Raises:
         UserError: if it is none of `NUMERICS`.
     """
     global _current
-    _current = check_numerics(name)
+    with _lock:
+        _asked[-1][0] = _current = check_numerics(name)
 
 
 @contextlib.contextmanager
 def numerics(name: Numerics) -> Iterator[None]:
     """`set_numerics` for the length of a ``with`` block.
 
+    All threads compute alike: of blocks in several threads the one begun last counts for each, until it ends.
+
     Raises:
         UserError: if `name` is none of `NUMERICS`.
     """
-    before = get_numerics()
-    set_numerics(name)
+    global _current
+    block: list[Numerics] = [check_numerics(name)]
+    with _lock:
+        _asked.append(block)
+        _current = name
     try:
         yield
     finally:
-        set_numerics(before)
+        with _lock:
+            # Blocks of other threads may have begun since.
+            del _asked[next(i for i, other in enumerate(_asked) if other is block)]
+            _current = _asked[-1][0]
 
 
 def uses_kernels(op: str, *tensors: Tensor) -> bool:

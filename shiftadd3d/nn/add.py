@@ -80,7 +80,7 @@ def linear_add_attention(
     if mask is not None:
         key_mask = mask.transpose(-2, -1)  # [.., .., M, 1]
         k, v = k * key_mask, v * key_mask
-        count = key_mask.sum(-2, keepdim=True)
+        count = key_mask.expand(-1, -1, k.shape[-2], -1).sum(-2, keepdim=True)
     else:
         count = k.shape[-2]
     key_values = k.transpose(-2, -1) @ v  # [B, H, D, E]

@@ -230,6 +230,7 @@ class _Calibration:
     ) -> None:
         self.model, self.batches, self.forward = model, batches, forward
         self.shifts = {name: module for name, module in new.items() if isinstance(module, ShiftLayer)}
+        _untie_(model, self.shifts.values())
         self.mixtures = {name: module for name, module in new.items() if isinstance(module, MoE)}
         self.attentions = [module for module in new.values() if isinstance(module, AddAttention)]
         self.layers: list[CalibratedLayer] = []
@@ -292,6 +293,21 @@ class _Calibration:
             for batch in self.batches:
                 call_model(self.model, batch, self.forward)
         return torch.cat(tokens)
+
+
+def _untie_(model: nn.Module, layers: Iterable[ShiftLayer]) -> None:
+    """Give shift layers weights of their own where others, such as embeddings, compute with the same: rounding writes
+    into them. Ties between shift layers stay.
+    """
+    others = (module for module in model.modules() if not isinstance(module, ShiftLayer))
+    elsewhere = {parameter for module in others for parameter in module.parameters(recurse=False)}
+    own: dict[nn.Parameter, nn.Parameter] = {}
+    for layer in layers:
+        weight = layer.weight
+        if weight in elsewhere:
+            if weight not in own:
+                own[weight] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            layer.weight = own[weight]
 
 
 @contextmanager

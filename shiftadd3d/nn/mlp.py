@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from typing import Any, cast
 
 import torch
@@ -168,6 +169,8 @@ def is_conv_mlp(module: nn.Module, mixtures: tuple[type[nn.Module], ...] = ()) -
 
 
 _LAYERS = nn.Linear, PackedShiftLinear
+# Of inputs: some perceptrons limit what they let through.
+_TRIED_SCALES = 1.0, 1e3, 1e6
 
 
 def _consists_of(module: nn.Module, *names: str, layers: tuple[type[nn.Module], ...] = _LAYERS) -> bool:
@@ -194,13 +197,17 @@ def _computes(
         return False
     with torch.random.fork_rng(devices=()), torch.no_grad(), numerics("twin"):
         torch.manual_seed(0)
-        trial = copy.deepcopy(module).eval().to("cpu", torch.float32)
+        trial = copy.deepcopy(module).eval()
         for name in ("fc1", "fc2"):
             layer = cast(nn.Linear, trial.get_submodule(name))
-            setattr(trial, name, nn.Linear(layer.in_features, layer.out_features))
+            setattr(trial, name, nn.Linear(layer.in_features, layer.out_features, device="cpu"))
+        conv = trial._modules.get("dwconv")
+        if isinstance(conv, nn.Conv2d) and conv.weight.is_meta:
+            conv.to_empty(device="cpu").reset_parameters()
+        trial.to("cpu", torch.float32)
         expected, width = frozen(trial), cast(nn.Linear, trial.fc1).in_features
-        for tokens, further in calls:
-            x = torch.randn(*tokens, width)
+        for (tokens, further), scale in itertools.product(calls, _TRIED_SCALES):
+            x = torch.randn(*tokens, width, device="cpu") * scale
             try:
                 if not torch.equal(trial(x, *further), expected(x, *further)):
                     return False

@@ -363,6 +363,8 @@ def reparameterize_(
     """
     if isinstance(recipe, str):
         recipe = _preset(recipe)
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"a recipe is a Recipe or the name of one, not {type(recipe).__name__}")
     surgery = _Surgery(model, recipe, filter_fn)
     surgery.visit(None, "", model, "", role=None)
     problems = surgery.problems + surgery.rules.idle(model, surgery.additive)
@@ -371,6 +373,8 @@ def reparameterize_(
         raise UserError(f"cannot reparameterize this model with recipe {recipe.name!r}:\n{listed}")
     for parent, attribute, replacement in surgery.replacements:
         setattr(parent, attribute, replacement)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0  # torch's fast path would read the weights past the new layer
     report = ReparameterizationReport(recipe, tuple(surgery.layers), tuple(surgery.untouched))
     if verbose:
         from rich.console import Console
@@ -488,6 +492,9 @@ class _Surgery:
         self.additive: dict[str, nn.Module] = {}
         # A module that stands in two places (shared weights) becomes one replacement in both.
         self.done: dict[int, nn.Module | None] = {}
+        self.names: dict[nn.Module, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            self.names.setdefault(module, []).append(name)
 
     def visit(self, parent: nn.Module | None, attribute: str, module: nn.Module, name: str, role: str | None) -> None:
         """Plan for `module`, which is `parent`'s `attribute`, and all below it. `role`: "attention", "mlp" or None."""
@@ -498,7 +505,7 @@ class _Surgery:
             return
         self.done[id(module)] = None
         if isinstance(module, (ShiftLayer, PackedShiftLayer, MoE, FrozenMoE)):
-            self._mark_replaced(module, name)
+            self._mark_replaced(module)
             return
         if type(module) is nn.Linear or _is_linear_conv(module):
             self._visit_linear(parent, attribute, module, name, role)
@@ -614,17 +621,25 @@ class _Surgery:
     ) -> _Choice | None:
         """What the rules say, or None and one more problem on the list."""
         try:
-            return self.rules.choose(name, place, fitting, refused)
+            choice = self.rules.choose(name, place, fitting, refused)
+            for other in self.names.get(module, ()):  # none: it is new, part of an additive attention
+                also = self.rules.choose(other, place, fitting, refused)
+                if also[:3] != choice[:3]:
+                    raise UserError(
+                        f"{choice.reason}; but it is {other!r} as well, {also.reason}: one module becomes one thing"
+                    )
+            return choice
         except UserError as error:
             self.problems.append(f"{name} ({type(module).__name__}): {error}")
             return None
 
-    def _mark_replaced(self, module: nn.Module, name: str) -> None:
-        self.rules.mark(name, _LINEAR_PRIMITIVES)
-        if isinstance(module, (MoE, FrozenMoE)):
-            # A rule may have named a layer of the perceptron that the mixture has as its first expert.
-            for inner_name, _ in module.experts[0].named_modules(prefix=name):
-                self.rules.mark(inner_name, _LINEAR_PRIMITIVES)
+    def _mark_replaced(self, module: nn.Module) -> None:
+        for name in self.names[module]:
+            self.rules.mark(name, _LINEAR_PRIMITIVES)
+            if isinstance(module, (MoE, FrozenMoE)):
+                # A rule may have named a layer of the perceptron that the mixture has as its first expert.
+                for inner_name, _ in module.experts[0].named_modules(prefix=name):
+                    self.rules.mark(inner_name, _LINEAR_PRIMITIVES)
 
     def _shift_options(self, choice: _Choice) -> dict:
         return {**self.recipe.shift_options(), "bits": choice.bits, "terms": choice.terms}
@@ -668,8 +683,11 @@ def make_replacement(module: nn.Module, name: str, make: Callable[[], _Module]) 
     kind = type(module).__name__
     if not name:
         raise UserError(f"the model itself is a {kind}: put it into a module, its place is what gets replaced")
-    if any(inner._forward_hooks or inner._forward_pre_hooks for inner in module.modules()):
-        raise UserError(f"{name} ({kind}): it has forward hooks, which would be lost; remove them first")
+    if any(
+        inner._forward_hooks or inner._forward_pre_hooks or inner._backward_hooks or inner._backward_pre_hooks
+        for inner in module.modules()
+    ):
+        raise UserError(f"{name} ({kind}): it has hooks, which would be lost; remove them first")
     try:
         return make()
     except UserError as error:
@@ -677,7 +695,9 @@ def make_replacement(module: nn.Module, name: str, make: Callable[[], _Module]) 
 
 
 def _shift_in_place_of(layer: nn.Linear | nn.Conv2d, name: str, **options) -> ShiftLayer:
-    """A shift layer that takes over the parameters themselves: ties between weights and optimizers stay valid."""
+    """A shift layer that takes over the parameters themselves: ties between weights and optimizers stay valid. (In mode
+    PS there is no float weight that could be another layer's as well.)
+    """
     if isinstance(layer, nn.Conv2d):
         shift = ShiftConv2d.from_conv(layer, name=name, **options)
     else:

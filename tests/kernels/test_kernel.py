@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from shiftadd3d.kernels import cache, get_numerics, numerics, set_numerics, targets
 from shiftadd3d.kernels import kernel as kernel_module
-from shiftadd3d.kernels import targets
 from shiftadd3d.kernels.kernel import KERNELS, Kernel
 from shiftadd3d.kernels.targets import CpuTarget
 
@@ -229,6 +229,44 @@ def test_a_kernel_that_does_not_compile_is_not_used(empty_cache: Path, new_kerne
 
     with pytest.warns(RuntimeWarning, match="no such instruction"):
         assert new_kernel(build=build).function(factor=3) is None
+
+
+def test_a_kernel_that_another_process_tries_is_tried_all_the_same(empty_cache: Path, new_kernel: Any, monkeypatch):
+    """Whether that one is alive nobody can tell where it ran on another machine, with the same folder."""
+    kernel = new_kernel()
+    note = cache.folder() / f"{kernel.entry(targets.current(), factor=3)}.trial"
+    note.write_text(f"{2**22 + 1} elsewhere")  # more than any process has for a number
+    apply(kernel.function(factor=3))
+    with cache.first_run("mine") as may_run:
+        assert may_run
+        pid, _, surroundings = (empty_cache / "mine.trial").read_text().partition(" ")
+        assert int(pid) == os.getpid() and surroundings == cache._surroundings()
+        with cache.first_run("mine") as again:
+            assert again
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/kernels", "~"])
+def test_home_folders_are_found_or_not_made_up(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, name)
+    if name == "~":
+        assert cache.folder() == tmp_path / "home"
+    else:
+        with pytest.warns(RuntimeWarning, match="no such home folder"):
+            assert cache.folder() != tmp_path / name
+    assert not (tmp_path / "~").exists() and not list(tmp_path.glob("~*"))
+
+
+def test_blocks_of_numerics_in_two_threads_leave_what_was_before():
+    before, first, second = get_numerics(), numerics("fast"), numerics("int8")
+    first.__enter__()  # as two threads may: neither ends within the other
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert get_numerics() == "int8"
+    set_numerics("twin")
+    second.__exit__(None, None, None)
+    assert get_numerics() == before
 
 
 def test_a_kernel_that_killed_a_process_is_not_run_again(empty_cache: Path, new_kernel: Any):

@@ -56,14 +56,15 @@ def random_codes(codes: str, *shape: int) -> torch.Tensor:
     st.integers(1, 40),
     st.integers(1, 24),
     st.integers(1, 24),
-    st.sampled_from(["none", "keys", "keys4", "heads"]),
+    st.sampled_from(["none", "keys", "keys4", "heads", "sequences"]),
     st.integers(0, 1000),
 )
 def test_both_orders_equal_brute_force(codes, order, heads, queries, keys, code, value, masking, seed) -> None:
     torch.manual_seed(seed)
     q, k = random_codes(codes, 2, heads, queries, code), random_codes(codes, 2, heads, keys, code)
     v = torch.randn(2, heads, keys, value)
-    shape = {"none": None, "keys": (2, keys), "keys4": (2, 1, 1, keys), "heads": (2, heads, 1, keys)}[masking]
+    shapes = {"keys": (2, keys), "keys4": (2, 1, 1, keys), "heads": (2, heads, 1, keys), "sequences": (2, 1, 1, 1)}
+    shape = shapes.get(masking)
     mask = None if shape is None else torch.rand(shape) < 0.6
     full = mask[:, None, None] if masking == "keys" else mask
     expected, attention = brute_force(q, k, v, full)

@@ -368,6 +368,16 @@ def test_a_weight_in_two_layers_is_rounded_once_and_a_layer_in_two_places_on_all
     assert torch.equal(power_of_two.quantize(model[0].weight), model[0].weight)
 
 
+def test_a_weight_that_an_embedding_looks_up_as_well_stays_the_embeddings() -> None:
+    embedding = nn.Embedding(9, 6)
+    model = nn.Sequential(embedding, nn.Linear(6, 9, bias=False), nn.Linear(9, 6), nn.Linear(6, 9, bias=False))
+    model[1].weight = model[3].weight = embedding.weight
+    before = embedding.weight.detach().clone()
+    calibrate_(model, [torch.arange(9)], ALL_SHIFT, verbose=False)
+    assert torch.equal(embedding.weight, before) and model[1].weight is model[3].weight
+    assert model[1].weight is not embedding.weight and not torch.equal(model[1].weight, before)
+
+
 def test_the_model_comes_back_in_its_modes_and_new_layers_in_those_of_the_old() -> None:
     model = Net().train()
     model.blocks[1].eval()

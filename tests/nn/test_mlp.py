@@ -40,6 +40,11 @@ class Masked(Custom):
         return super().forward(x if mask is None else x * mask)
 
 
+class Limited(Custom):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)).clamp(max=20))
+
+
 class Scaled(Custom):
     def __init__(self) -> None:
         super().__init__()
@@ -70,6 +75,7 @@ def test_perceptrons_become_frozen_and_keep_their_state_dict(mlp: nn.Module) -> 
         Residual(),
         OnImages(),
         Masked(),
+        Limited(),
         Scaled(),
         Custom(nn.SiLU()),
         Custom(nn.GELU(approximate="tanh")),
@@ -98,6 +104,18 @@ def test_a_trial_does_not_rely_on_the_weights_and_leaves_the_random_state_alone(
 
 def test_layers_that_do_not_fit_together_are_none() -> None:
     assert not is_plain_mlp(Custom(hidden=11))
+
+
+def test_perceptrons_without_storage_freeze_to_such() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(shift_twin(Custom()))
+        freeze_(model, verbose=False)
+    other = nn.Sequential(shift_twin(Custom())).eval()
+    x = torch.randn(2, 5, 6)
+    expected = other(x)
+    freeze_(other, verbose=False)
+    model.load_state_dict(other.state_dict(), assign=True)
+    assert type(model[0]) is FrozenMlp and torch.equal(model(x), expected)
 
 
 def test_multiplying_perceptrons_stay_but_in_mixtures() -> None:

@@ -26,6 +26,7 @@ from shiftadd3d.nn import (
     ShiftConv2d,
     ShiftLinear,
     collect_moe_losses,
+    freeze_,
     power_of_two,
     recipe,
     register_attention,
@@ -426,16 +427,42 @@ def test_a_module_in_two_places_stays_one_module_and_tied_weights_stay_tied() ->
     assert model["c"] is not model["a"] and model["c"].weight is model["a"].weight
 
 
+def test_rules_about_any_name_of_a_module_count_and_have_to_agree() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    for changes in ({"exclude": ("b",)}, {"rules": (Rule("b.0", "shift", bits=5),)}):
+        with pytest.raises(UserError, match=r"a \(Linear\): .*it is 'b.0' as well"):
+            reparameterize_(model, Recipe(other_linear="shift", **changes), verbose=False)
+    reparameterize_(model, Recipe(rules=(Rule("a", "shift"), Rule("b.*", "shift"))), verbose=False)
+    assert type(model["a"]) is ShiftLinear and model["b"][0] is model["a"]
+    reparameterize_(model, Recipe(rules=(Rule("b.*", "shift"),)), verbose=False)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_torchs_encoder_computes_with_the_new_layers_in_evaluation_too(activation: str) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, activation=activation)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    reparameterize_(model, Recipe(other_linear="shift"), verbose=False)
+    x = torch.randn(2, 5, 16)
+    expected = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+        freeze_(model, verbose=False)
+        torch.testing.assert_close(model(x), expected)
+
+
 def test_all_that_cannot_be_done_is_listed_and_nothing_is_changed() -> None:
     model = Net()
     with torch.no_grad():
         model.blocks[0].ff.fc2.weight[0, 0] = math.inf
     model.blocks[1].ff.fc1.register_forward_hook(lambda *_: None)
+    model.blocks[0].ff.fc1.register_full_backward_hook(lambda *_: None)
     before = kinds(model)
     with pytest.raises(UserError) as caught:
         reparameterize_(model, "add+shift", verbose=False)
     assert "blocks.0.ff.fc2 (Linear)" in str(caught.value) and "1 of 128 values" in str(caught.value)
     assert "blocks.1.ff.fc1 (Linear)" in str(caught.value) and "hooks" in str(caught.value)
+    assert "blocks.0.ff.fc1 (Linear)" in str(caught.value)
     assert kinds(model) == before
     with pytest.raises(UserError, match="the model itself is a Linear"):
         reparameterize_(nn.Linear(2, 2), Recipe(other_linear="shift"), verbose=False)
