@@ -86,6 +86,7 @@ def train(
     *,
     folder: Path | None = None,
     teacher: nn.Module | None = None,
+    before_training: Callable[[], None] | None = None,
     console: Console | None = None,
 ) -> TrainResult:
     """Train a classifier for a stage and keep the weights that do best in validation.
@@ -99,6 +100,8 @@ def train(
         folder: for checkpoints, history and tensorboard. If it holds an unfinished training, that goes on. None keeps
             the best weights in memory only.
         teacher: compare predictions with this model's, if `settings.distill_weight` says so.
+        before_training: called in every process before the first step, once all of this is known to fit together, a
+            state in `folder` included; not for a training that is finished.
         console: shows progress; None is silent.
 
     Raises:
@@ -108,7 +111,7 @@ def train(
     stage.validate()
     settings.validate()
     training = _Training(model, data, config, stage, settings, folder, teacher, console)
-    return training.run()
+    return training.run(before_training)
 
 
 @torch.no_grad()
@@ -251,9 +254,14 @@ class _Training:
     # The loop
     # ----------------------------------------------------------------------------------------------------------------
 
-    def run(self) -> TrainResult:
+    def run(self, before_training: Callable[[], None] | None = None) -> TrainResult:
         self._restore()
         if self.epoch < self.stage.epochs:
+            if before_training is not None:
+                before_training()
+            if self.console is not None and (self.epoch or self.batch):
+                where = f"epoch {self.epoch + 1}" + (f", step {self.batch + 1}" if self.batch else "")
+                self.console.print(f"going on at {where} of {self.stage.epochs} epochs", highlight=False)
             self._train()
         model = self.model
         if self.folder is None:
@@ -414,6 +422,7 @@ class _Training:
             "epoch": self.epoch,
             "batch": self.batch,
             "batch_size": self.settings.batch_size,
+            "fixed": self._fixed(),
             "sums": self.sums,
             "history": self.history,
             "best": self.best,
@@ -446,11 +455,21 @@ class _Training:
         if file is None or not from_first_process(file.is_file):
             return
         state = read_state(file)
+        finished = state["epoch"] >= self.stage.epochs
+        if not finished:
+            self._check_same_training(file, state)
         try:
             load_whole_model_state(self.model, state["model"])
-            if self.ema is not None and state["ema"] is not None:
-                self.ema.module.load_state_dict(state["ema"])
-            load_whole_optimizer_state(self.model, self.optimizer, state["optimizer"])
+            if self.ema is not None:
+                # An average that begins late begins with the weights of then, not with those of the very start.
+                self.ema.module.load_state_dict(state["model"] if state["ema"] is None else state["ema"])
+            if not finished:
+                # Where there are gradients, torch takes the optimizer's state for complete.
+                self.model.zero_grad(set_to_none=True)
+                decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+                load_whole_optimizer_state(self.model, self.optimizer, state["optimizer"])
+                for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+                    group["weight_decay"] = decay  # as it is asked for now, like the learning rate
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{file}: the state of another training than this one ({reason})") from None
@@ -464,10 +483,20 @@ class _Training:
         if state["batch_size"] != self.settings.batch_size and self.batch:
             # Another batch size cuts the epoch elsewhere: begin it again.
             self.batch = 0
-        if self.console is not None:
-            where = f"epoch {self.epoch + 1}" + (f", step {self.batch + 1}" if self.batch else "")
-            if self.epoch < self.stage.epochs:
-                self.console.print(f"going on at {where} of {self.stage.epochs} epochs", highlight=False)
+
+    def _check_same_training(self, file: Path, state: Mapping[str, Any]) -> None:
+        """What the optimizer's state hangs on must be as it was."""
+        for option, now in self._fixed().items():
+            begun = state.get("fixed", {}).get(option, now)
+            if begun != now:
+                raise UserError(f"{file}: this stage was begun with {option} {begun}, not {now}; expected the same")
+
+    def _fixed(self) -> dict[str, Any]:
+        return {
+            "--opt": self.settings.opt,
+            "freeze-backbone": self.stage.freeze_backbone,
+            "layer-decay": self.stage.layer_decay,
+        }
 
     def _stop_between_batches(self) -> None:
         # Alone, a validation may stop anywhere; together, all processes stop in the next step of training.

@@ -106,6 +106,53 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(
     assert same(weights_of(again.model), weights_of(through.model))
 
 
+def test_a_model_with_gradients_goes_on_from_a_state(
+    model: nn.Module, data: PictureData, config: ClassifierConfig, settings: FinetuneSettings, tmp_path: Path
+):
+    train(copy.deepcopy(model), data, config, StageSettings(epochs=1), settings, folder=tmp_path)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    trained = train(model, data, config, StageSettings(epochs=2), settings, folder=tmp_path)
+    assert len(trained.history) == 2
+
+
+def test_a_moving_average_that_begins_late_begins_with_the_trained_weights(
+    model: nn.Module, data: PictureData, config: ClassifierConfig, settings: FinetuneSettings, tmp_path: Path
+):
+    other = copy.deepcopy(model)
+    train(model, data, config, StageSettings(epochs=3, lr=1e-2), settings, folder=tmp_path)
+    still = StageSettings(epochs=4, lr=1e-9)
+    history = train(other, data, config, still, replace(settings, ema=0.9999), folder=tmp_path).history
+    assert history[3]["val_loss"] == pytest.approx(history[2]["val_loss"], abs=1e-4)
+
+
+def test_going_on_may_change_weight_decay_but_not_what_the_optimizers_state_hangs_on(
+    model: nn.Module,
+    data: PictureData,
+    config: ClassifierConfig,
+    settings: FinetuneSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    train(copy.deepcopy(model), data, config, StageSettings(epochs=1), settings, folder=tmp_path)
+    with pytest.raises(UserError, match=r"begun with --opt adamw, not sgd; expected the same"):
+        train(copy.deepcopy(model), data, config, STAGE, replace(settings, opt="sgd"), folder=tmp_path)
+    with pytest.raises(UserError, match=r"begun with layer-decay None, not 0\.5; expected the same"):
+        train(copy.deepcopy(model), data, config, replace(STAGE, layer_decay=0.5), settings, folder=tmp_path)
+    # Of a finished training the optimizer is no longer needed.
+    train(copy.deepcopy(model), data, config, StageSettings(epochs=1), replace(settings, opt="sgd"), folder=tmp_path)
+    decays: set[float] = set()
+    step = engine._Training._step
+
+    def watched(self, *args):
+        decays.update(group["weight_decay"] for group in self.optimizer.param_groups)
+        return step(self, *args)
+
+    monkeypatch.setattr(engine._Training, "_step", watched)
+    train(model, data, config, StageSettings(epochs=2), replace(settings, weight_decay=0.5), folder=tmp_path)
+    assert decays == {0.0, 0.5}
+
+
 def test_a_frozen_backbone_stays_what_it_was(
     model: nn.Module, data: PictureData, config: ClassifierConfig, settings: FinetuneSettings
 ):
