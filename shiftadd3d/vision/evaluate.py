@@ -19,7 +19,7 @@ from shiftadd3d.vision.checkpoint import ClassifierConfig, load
 from shiftadd3d.vision.data import InputConfig, open_split
 from shiftadd3d.vision.distributed import choose_device
 from shiftadd3d.vision.engine import evaluate, explain_memory_errors
-from shiftadd3d.vision.settings import DataSettings
+from shiftadd3d.vision.settings import DataSettings, check_workers
 
 _LISTED = 5
 
@@ -76,6 +76,7 @@ def evaluate_classifier(
     Raises:
         UserError: anything in the arguments that the user can mend.
     """
+    check_workers(workers)
     chosen = choose_device(device)
     model = load(checkpoint, chosen)
     config = model.classifier_config

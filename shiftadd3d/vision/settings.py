@@ -68,7 +68,7 @@ class StageSettings:
             raise UserError(f"epochs must not be negative, not {self.epochs}")
         if not 0 < self.lr < float("inf"):
             raise UserError(f"the learning rate must be positive, not {self.lr:g}")
-        if self.warmup_epochs < 0:
+        if not 0 <= self.warmup_epochs < float("inf"):
             raise UserError(f"warmup epochs must not be negative, not {self.warmup_epochs:g}")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise UserError(f"layer decay must be above 0 and at most 1, not {self.layer_decay:g}")
@@ -127,14 +127,23 @@ class TrainSettings:
             raise UserError("--parallel fsdp: expected no --ema, and --amp float32 or bfloat16")
         if self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: expected 1 or more")
-        if not 0 <= self.distill_weight <= 1:
-            raise UserError(f"--distill-weight {self.distill_weight:g}: expected a number from 0 to 1")
-        if not self.distill_temperature > 0:
+        for name in ("distill_weight", "hflip", "random_erase"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{_option(name)} {getattr(self, name):g}: expected a number from 0 to 1")
+        for name in ("weight_decay", "mixup", "cutmix", "color_jitter", "moe_weight", "clip_grad"):
+            if not 0 <= (getattr(self, name) or 0) < float("inf"):
+                raise UserError(f"{_option(name)} {getattr(self, name):g}: expected 0 or more")
+        if not 0 < self.min_scale <= 1:
+            raise UserError(f"--min-scale {self.min_scale:g}: expected a number above 0 and at most 1")
+        if not 0 < self.distill_temperature < float("inf"):
             raise UserError(f"--distill-temperature {self.distill_temperature:g}: expected a positive number")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"--label-smoothing {self.label_smoothing:g}: expected a number from 0 to less than 1")
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"--ema {self.ema:g}: expected a number between 0 and 1")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: expected 0 or more")
+        check_workers(self.workers)
         if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
             raise UserError(f"--batch-size {self.batch_size}: mixup and cutmix mix pairs; expected an even number")
 
@@ -220,6 +229,16 @@ class FinetuneSettings(TrainSettings, DataSettings):
             if key in values:
                 values[key] = StageSettings(**values[key])
         return cls(**values)
+
+
+def check_workers(workers: int | None) -> None:
+    """Raise `UserError` for a number of processes that cannot be."""
+    if workers is not None and workers < 0:
+        raise UserError(f"--workers {workers}: expected 0 or more")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 SETTINGS_FILE = "settings.json"

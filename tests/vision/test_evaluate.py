@@ -76,6 +76,7 @@ def test_what_is_wrong_is_one_line_and_exit_with_1(
         ([str(checkpoint), "--data", str(tmp_path / "other")], "does not know the classes orange"),
         ([str(checkpoint), "--data", str(folder), "--split", "test"], "no test pictures; there are train, val"),
         ([str(checkpoint), "--data", str(folder), "--batch-size", "0"], "--batch-size 0: expected 1 or more"),
+        ([str(checkpoint), "--data", str(folder), "--workers", "-2"], "--workers -2: expected 0 or more"),
         ([str(checkpoint), "--data", str(folder), "--device", "tpu9"], "--device tpu9"),
     ):
         assert cli.main(["evaluate", *arguments]) == 1
