@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,9 @@ class ClassifierConfig:
             raise UserError(f"of format version {values.get('version')}; this shiftadd3d reads {_FORMAT_VERSION}")
         try:
             picture = dict(values["input"])
+            unknown = [str(name) for name in picture if name not in {option.name for option in fields(InputConfig)}]
+            if unknown:
+                raise UserError(f"not a configuration of this version (input has no {', '.join(unknown)})")
             return cls(
                 architecture=str(values["architecture"]),
                 classes=tuple(str(name) for name in values["classes"]),
@@ -76,8 +79,12 @@ class ClassifierConfig:
                 recipe=None if values["recipe"] is None else Recipe.from_dict(values["recipe"]),
                 frozen=bool(values["frozen"]),
             )
-        except (KeyError, TypeError) as error:
-            raise UserError(f"not a whole configuration of a classifier ({error} is missing or wrong)") from None
+        except KeyError as error:
+            raise UserError(f"not a whole configuration of a classifier ({error} is missing)") from None
+        except UserError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise UserError(f"not a configuration of a classifier ({_first_line(error)})") from None
 
 
 def create_dense(config: ClassifierConfig, pretrained: bool = False) -> nn.Module:
@@ -159,6 +166,18 @@ def create_classifier(config: ClassifierConfig) -> nn.Module:
     return model
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, if they are not there. Raises `UserError` when that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            file = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+            raise UserError(f"cannot write into {folder}: {file} is a file; expected a folder") from None
+        reason = error.strerror or error
+        raise UserError(f"cannot make {folder} ({reason}): is the disk full, or the folder above not yours?") from None
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` write a file beside `path`, and rename it to `path`: it exists whole or not at all.
 
@@ -166,9 +185,14 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         UserError: it cannot be written; what was there before is still there.
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # safetensors makes files that only their owner can read; this one is as the umask wants it.
+        unfinished.unlink(missing_ok=True)
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         write(unfinished)
+        unfinished.chmod(mode)
         with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
@@ -223,6 +247,8 @@ def read_config(folder: Path) -> ClassifierConfig:
         below = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{CONFIG_FILE}"))
         expected = f"there is one in {', '.join(map(str, below[:_LISTED]))}" if below else _EXPECTED
         raise UserError(f"{folder}: no {CONFIG_FILE} there; {expected}") from None
+    except NotADirectoryError:
+        raise UserError(f"{folder}: a file, and none of a saved classifier; {_EXPECTED}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error}); {_EXPECTED}") from None
     except UserError as error:

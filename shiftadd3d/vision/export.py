@@ -27,6 +27,7 @@ from shiftadd3d.vision.checkpoint import (
     ClassifierConfig,
     describe_in,
     load,
+    make_folder,
     save_classifier,
     write_atomically,
     write_json_atomically,
@@ -112,6 +113,7 @@ def export_classifier(
     assert isinstance(config, ClassifierConfig)
     if config.frozen:
         raise UserError(f"{checkpoint}: exported already; expected a classifier that finetune saved")
+    make_folder(out)  # before the minutes that all else may take
     if recipe_name is not None:
         config = _calibrate(model, config, recipe_name, data or DataSettings(), console)
     generator = torch.Generator().manual_seed(0)

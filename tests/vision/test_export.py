@@ -137,8 +137,11 @@ def test_what_cannot_be_exported(config: ClassifierConfig, tmp_path: Path, monke
     with pytest.raises(UserError, match="--formats: expected some of packed, onnx, program"):
         export_classifier(best, tmp_path / "none", formats=[])
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
-        export_classifier(best, tmp_path / "file", formats=["packed"])
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.export, "export", None)  # never reached
+        for out in (tmp_path / "file", tmp_path / "file" / "below"):
+            with pytest.raises(UserError, match=r"cannot write into .*file is a file; expected a folder"):
+                export_classifier(best, out, formats=["program"])
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="onnx needs two more packages: pip install onnx onnxscript"):
         export_classifier(best, tmp_path / "out")
