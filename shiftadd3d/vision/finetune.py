@@ -9,6 +9,7 @@ Source: You et al., ShiftAddViT (NeurIPS 2023), section 5 and appendix: two-stag
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -23,9 +24,9 @@ from shiftadd3d.vision.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     ClassifierConfig,
+    create_classifier,
     create_dense,
     describe_in,
-    load,
     load_weights,
     read_config,
     read_weights,
@@ -107,7 +108,14 @@ def finetune(settings: FinetuneSettings, *, resume: bool = False, console: Conso
             shown.print(data.describe(), highlight=False)
             for name, reason in data.skipped[:5]:
                 shown.print(f"  skipped {name}: {reason}", highlight=False, soft_wrap=True)
-        return _run_stages(settings, chosen, data, folder, shown)
+        try:
+            return _run_stages(settings, chosen, data, folder, shown)
+        except Exception:
+            if this_process().is_first and not resume and _first_begun(folder) is None:
+                # Nothing was trained: the mended command may have the same name.
+                with contextlib.suppress(OSError):
+                    (folder / SETTINGS_FILE).unlink()
+            raise
 
 
 def run_folder(settings: FinetuneSettings) -> Path:
@@ -132,14 +140,27 @@ def _check_folder(folder: Path, settings: FinetuneSettings, resume: bool) -> Non
             )
         before = read_settings(folder)
         changed = [name for name in _FIXED if getattr(before, name) != getattr(settings, name)]
-        if changed:
+        if changed and _first_begun(folder) is not None:
             options = ", ".join("--" + name.replace("_", "-") for name in changed)
             raise UserError(f"{folder} was begun with other {options}; choose another --name for a new run")
     elif resume:
         raise UserError(f"{folder}: no {SETTINGS_FILE} in there; expected the folder of an earlier run")
 
 
-def _begin_folder(folder: Path, settings: FinetuneSettings, data: PictureData) -> None:
+def _first_begun(folder: Path) -> int | None:
+    """The number of the first stage that has a state; None if nothing was trained yet."""
+    begun = [number for number, name in enumerate(STAGE_FOLDERS) if (folder / name / STATE_FILE).exists()]
+    return begun[0] if begun else None
+
+
+def _begin_stage(folder: Path, number: int, settings: FinetuneSettings, data: PictureData) -> None:
+    """Note what is about to be trained; what cannot be trained neither changes a run's settings nor takes its name."""
+    later = [str(folder / name) for name in STAGE_FOLDERS[number + 1 :] if (folder / name / STATE_FILE).exists()]
+    if later:
+        raise UserError(
+            f"--stage{number}.epochs: {folder / STAGE_FOLDERS[number]} would be trained further, but later stages came "
+            f"from what it was before; expected no more epochs, or {' and '.join(later)} moved away to train them anew"
+        )
     write_json_atomically(folder / SETTINGS_FILE, settings.as_dict())
     if data.skipped:
         skipped = [{"name": name, "reason": reason} for name, reason in data.skipped]
@@ -156,8 +177,7 @@ def _run_stages(
         model_args=settings.parsed_model_args(),
     )
     recipes = (None, *stage_recipes(chosen))
-    model, config, finished = _start(settings, config, recipes[1], console)
-    from_first_process(lambda: _begin_folder(folder, settings, data))
+    model, config, finished = _start(settings, config, recipes[1], folder, console)
     teacher: nn.Module | None = None
     results: list[StageResult] = []
     stages = zip(STAGE_FOLDERS, recipes, (settings.stage0, settings.stage1, settings.stage2), strict=True)
@@ -182,7 +202,19 @@ def _run_stages(
             continue
         if console is not None:
             console.rule(name)
-        trained = train(model, data, config, stage, settings, folder=folder / name, teacher=teacher, console=console)
+        trained = train(
+            model,
+            data,
+            config,
+            stage,
+            settings,
+            folder=folder / name,
+            teacher=teacher,
+            before_training=lambda number=number: from_first_process(
+                lambda: _begin_stage(folder, number, settings, data)
+            ),
+            console=console,
+        )
         model = trained.model
         results.append(StageResult(name, folder / name / BEST_FOLDER, trained.metrics))
         from_first_process(lambda trained=trained, name=name: _draw(folder / name, name, trained))
@@ -195,14 +227,38 @@ def _run_stages(
 
 
 def _start(
-    settings: FinetuneSettings, config: ClassifierConfig, additive: Recipe | None, console: Console | None
+    settings: FinetuneSettings,
+    config: ClassifierConfig,
+    additive: Recipe | None,
+    folder: Path,
+    console: Console | None,
 ) -> tuple[nn.Module, ClassifierConfig, int]:
     """The model to begin with, what it is, and the last stage that it has behind it (-1 for none)."""
+    begun, gone = from_first_process(
+        lambda: (_first_begun(folder), settings.start_from is not None and not settings.start_from.exists())
+    )
+    unneeded = begun == 0 or ((settings.pretrained or gone) and settings.distill_weight == 0)
+    if begun is not None and unneeded and (settings.stage0, settings.stage1, settings.stage2)[begun].epochs > 0:
+        # All weights are in the states. Those from before may be gone, and only a teacher would need them.
+        behind = begun - 1 if gone else -1
+        config = replace(config, recipe=additive if behind == 1 else None)
+        return create_classifier(config), config, behind
+    model, config, behind = _first_model(settings, config, additive, console)
+    if begun is None:
+        _check_patches(model, settings.image_size)
+    return model, config, behind
+
+
+def _first_model(
+    settings: FinetuneSettings, config: ClassifierConfig, additive: Recipe | None, console: Console | None
+) -> tuple[nn.Module, ClassifierConfig, int]:
     path = settings.start_from
     if path is None:
         # Weights that are drawn, not loaded, are part of what the seed decides.
         seed_everything(settings.seed)
         return create_dense(config, settings.pretrained), config, -1
+    if not path.exists():
+        raise UserError(f"--start-from {path}: no such file or folder; expected a saved classifier, or weights")
     if path.is_dir() or path.name in (WEIGHTS_FILE, CONFIG_FILE):
         found = read_config(path)
         if found.frozen:
@@ -220,21 +276,41 @@ def _start(
                 )
             if found.recipe is not None and settings.distill_weight > 0:
                 raise UserError("--distill-weight needs the dense teacher: expected --start-from a dense classifier")
-            model = load(path)
             config = replace(config, recipe=found.recipe)
-            describe_in(model, config)
+            model = create_classifier(config)
+            _load_start(model, _weights_file(path), console)
             return model, config, 0 if found.recipe is None else 1
         if found.recipe is not None:
             raise UserError(f"--start-from {path}: of other classes; expected a dense classifier to start from then")
-        path = (
-            path if path.name == WEIGHTS_FILE else path.parent / WEIGHTS_FILE if path.is_file() else path / WEIGHTS_FILE
-        )
+        path = _weights_file(path)
     seed_everything(settings.seed)  # a head for other classes is drawn
     model = create_dense(config)
-    weights = read_weights(path)
-    _drop_other_head(model, weights, console)
-    load_weights(model, weights, path)
+    _load_start(model, path, console)
     return model, config, -1
+
+
+def _weights_file(path: Path) -> Path:
+    """Of a saved classifier, named by its folder or by either file."""
+    return path / WEIGHTS_FILE if path.is_dir() else path.with_name(WEIGHTS_FILE)
+
+
+def _load_start(model: nn.Module, file: Path, console: Console | None) -> None:
+    weights = read_weights(file)
+    _drop_other_head(model, weights, console)
+    _resample_positions(model, weights, console)
+    load_weights(model, weights, file)
+
+
+def _check_patches(model: nn.Module, size: int) -> None:
+    """timm's patches leave the pixels at the edge out of account that fill no patch."""
+    from timm.layers.patch_embed import PatchEmbed
+
+    patches = getattr(model, "patch_embed", None)
+    if not isinstance(patches, PatchEmbed) or patches.dynamic_img_pad:
+        return
+    for side in set(map(int, patches.patch_size)):
+        if size % side:
+            raise UserError(f"--image-size {size}: the model's patches have {side} px; expected a multiple of that")
 
 
 def _describe(config: ClassifierConfig) -> str:
@@ -252,6 +328,22 @@ def _drop_other_head(model: nn.Module, weights: dict[str, Tensor], console: Cons
                 if console is not None:
                     console.print(f"{key} is for other classes: it starts anew", highlight=False)
                 weights[key] = own[key]
+
+
+def _resample_positions(model: nn.Module, weights: dict[str, Tensor], console: Console | None) -> None:
+    """Embeddings of the positions in pictures of another size are interpolated."""
+    from timm.layers.pos_embed import resample_abs_pos_embed
+    from timm.models.vision_transformer import VisionTransformer
+
+    found = weights.get("pos_embed")
+    if not isinstance(model, VisionTransformer) or model.pos_embed is None or found is None:
+        return
+    if found.shape[1] != model.pos_embed.shape[1] and found.shape[::2] == model.pos_embed.shape[::2]:
+        grid = model.patch_embed.grid_size
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        weights["pos_embed"] = resample_abs_pos_embed(found, list(grid), num_prefix_tokens=prefix)
+        if console is not None:
+            console.print(f"position embeddings interpolated to {grid[0]} x {grid[1]} patches", highlight=False)
 
 
 def _draw(folder: Path, name: str, trained: TrainResult) -> None:

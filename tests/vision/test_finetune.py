@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +113,70 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(run: Path):
         finetune(replace(settings, name="elsewhere"), resume=True)
 
 
+def copied(run: Path, folder: Path) -> FinetuneSettings:
+    """The settings of a copy of `run` in `folder`."""
+    shutil.copytree(run, folder / "copy")
+    return replace(read_settings(run), output_dir=folder, name="copy")
+
+
+def test_what_cannot_go_on_leaves_the_run_as_it_was(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def never(self, *args):
+        raise AssertionError("a step of training")
+
+    settings = copied(run, tmp_path)
+    three = StageSettings(epochs=3)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._Training, "_step", never)
+        with pytest.raises(UserError, match=r"stage2-shift/state\.pt: this stage was begun with --opt adamw, not sgd"):
+            finetune(replace(settings, opt="sgd", stage2=three), resume=True)
+        with pytest.raises(UserError, match=r"begun with freeze-backbone False, not True"):
+            finetune(replace(settings, stage2=replace(three, freeze_backbone=True)), resume=True)
+        with pytest.raises(
+            UserError, match=r"^--stage0\.epochs: .*stage0-dense would be trained further, but later"
+        ) as e:
+            finetune(replace(settings, stage0=three), resume=True)
+        later = [tmp_path / "copy" / name for name in ("stage1-add", "stage2-shift")]
+        assert f"{later[0]} and {later[1]} moved away" in str(e.value)
+    assert (tmp_path / "copy" / "settings.json").read_bytes() == (run / "settings.json").read_bytes()
+    for folder in later:
+        shutil.rmtree(folder)
+    none = StageSettings(epochs=0)
+    finetune(replace(settings, stage0=three, stage1=none, stage2=none), resume=True)
+    assert read_settings(tmp_path / "copy").stage0 == three
+
+
+def test_going_on_needs_no_weights_to_start_from(run: Path, tmp_path: Path, settings: FinetuneSettings):
+    none, two = StageSettings(epochs=0), StageSettings(epochs=2, lr=1e-3)
+    # No pretrained weights of this size are to be had.
+    finetune(replace(copied(run, tmp_path), pretrained=True, stage1=none, stage2=none), resume=True)
+    shutil.copytree(run / "stage0-dense" / "best", tmp_path / "dense")
+    settings = replace(settings, start_from=tmp_path / "dense", recipe="add", stage2=none)
+    finetune(settings)
+    shutil.rmtree(tmp_path / "dense")
+    resumed = finetune(replace(settings, stage1=two), resume=True)
+    assert [stage.name for stage in resumed.stages] == ["stage1-add"]
+    assert (resumed.model.pos_embed - load(run / "stage0-dense" / "best").pos_embed).abs().max() < 0.02
+    with pytest.raises(UserError, match=r"--start-from .*dense: no such file or folder"):
+        finetune(replace(settings, distill_weight=0.5), resume=True)
+
+
+def test_a_start_that_fails_leaves_its_name_free(settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch):
+    settings = replace(settings, recipe="mult")
+    with pytest.raises(UserError, match="--batch-size 64: there are only 36 training pictures"):
+        finetune(replace(settings, batch_size=64))
+
+    def fail(self, *args):
+        raise UserError("in the first epoch")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._Training, "_step", fail)
+        with pytest.raises(UserError, match="in the first epoch"):
+            finetune(settings)
+    finetune(settings)
+    with pytest.raises(UserError, match="holds an earlier run"):
+        finetune(settings)
+
+
 def test_a_run_interrupted_in_stage_1_goes_on_there(
     settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -171,6 +236,20 @@ def test_starting_from_a_classifier_of_other_classes_keeps_all_but_the_head(
         else new["head.weight"].shape == (2, 16)
     )
     assert torch.equal(new["blocks.0.mlp.fc1.weight"], old["blocks.0.mlp.fc1.weight"])
+
+
+@pytest.mark.parametrize("stage", ["stage0-dense", "stage1-add"])
+def test_starting_from_a_classifier_of_another_size_interpolates_positions(
+    stage: str, run: Path, settings: FinetuneSettings
+):
+    start = run / stage / "best"
+    changes: dict = {"recipe": "add", "stage2": StageSettings(epochs=0)} if stage == "stage0-dense" else {}
+    settings = replace(settings, recipe_args=MEASURED, image_size=32, start_from=start, **changes)
+    larger, smaller = finetune(settings).model, load(start)
+    assert larger.classifier_config.input.size == 32 and larger.pos_embed.shape == (1, 17, 16)
+    assert (larger.pos_embed[:, 0] - smaller.pos_embed[:, 0]).abs().max() < 0.02
+    middle = larger.pos_embed[:, 1:].mean(1) - smaller.pos_embed[:, 1:].mean(1)
+    assert middle.abs().max() < 0.02
 
 
 def test_starting_from_weights_of_timms_training_script(run: Path, settings: FinetuneSettings, tmp_path: Path):
@@ -248,10 +327,18 @@ def test_what_cannot_be_trained_is_said_in_one_line(settings: FinetuneSettings, 
     assert "expected an even number" in complaint(batch_size=13, mixup=0.5)
     assert "expected one of the two" in complaint(pretrained=True, start_from=tmp_path)
     assert "no config.json there" in complaint(start_from=tmp_path)
+    assert "no such file or folder" in complaint(start_from=tmp_path / "nowhere")
+    assert "--image-size 30: the model's patches have 8 px; expected a multiple" in complaint(image_size=30)
+    for name, number in (
+        *(("workers", -1), ("hflip", 3.0), ("random_erase", 7.0), ("min_scale", 2.0), ("mixup", -1.0), ("seed", -1)),
+        *(("weight_decay", float("nan")), ("moe_weight", -1.0), ("clip_grad", float("inf")), ("cutmix", -0.5)),
+    ):
+        assert complaint(**{name: number}).startswith(f"--{name.replace('_', '-')} {number:g}: expected ")
+    assert "--stage0: warmup epochs" in complaint(stage0=StageSettings(warmup_epochs=float("nan")))
     (tmp_path / "file").write_text("")
-    assert "cannot write" in complaint(output_dir=tmp_path / "file")
-    assert not (tmp_path / "outputs").exists()  # none of these was the beginning of a run
+    assert f"{tmp_path / 'file'} is a file; expected a folder" in complaint(output_dir=tmp_path / "file")
     assert "there is nothing to train" in complaint(stage0=none, stage1=none, stage2=none)
+    assert not (tmp_path / "outputs").exists()  # none of these was the beginning of a run
 
 
 def test_key_values():
@@ -356,6 +443,19 @@ def test_a_saved_classifier_of_any_recipe_loads_as_it_was(name: str, config: Cla
     assert torch.equal(load(tmp_path / "model.safetensors")(images), model(images))
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_all_files_of_a_saved_classifier_can_be_read_by_whom_the_umask_lets(
+    umask: int, config: ClassifierConfig, tmp_path: Path
+):
+    before = os.umask(umask)
+    try:
+        save_classifier(tmp_path, create_dense(config).state_dict(), config)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"config.json": 0o666 & ~umask, "model.safetensors": 0o666 & ~umask}
+
+
 def test_reparameterizing_in_two_stages_is_the_same_as_at_once(config: ClassifierConfig):
     from shiftadd3d.nn import reparameterize_
 
@@ -402,7 +502,15 @@ def test_what_is_no_classifier_is_refused_in_one_line(config: ClassifierConfig, 
     whole = config.as_dict()
     del whole["classes"]
     file.write_text(json.dumps(whole))
-    assert "'classes' is missing or wrong" in complaint(tmp_path)
+    assert "'classes' is missing" in complaint(tmp_path)
+    whole = config.as_dict()
+    whole["input"] = {**whole["input"], "bla": 1}
+    file.write_text(json.dumps(whole))
+    assert "not a configuration of this version (input has no bla); expected a folder" in complaint(tmp_path)
+    file.write_text(json.dumps({**config.as_dict(), "input": "large"}))
+    assert "not a configuration of a classifier (dictionary update" in complaint(tmp_path)
+    (tmp_path / "model.onnx").write_text("")
+    assert "model.onnx: a file, and none of a saved classifier" in complaint(tmp_path / "model.onnx")
     file.write_text(json.dumps(config.as_dict()))
     assert "model.safetensors: no such file" in complaint(tmp_path)
     save_classifier(
