@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -338,9 +339,12 @@ def _resample_positions(model: nn.Module, weights: dict[str, Tensor], console: C
     found = weights.get("pos_embed")
     if not isinstance(model, VisionTransformer) or model.pos_embed is None or found is None:
         return
-    if found.shape[1] != model.pos_embed.shape[1] and found.shape[::2] == model.pos_embed.shape[::2]:
-        grid = model.patch_embed.grid_size
-        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    grid = model.patch_embed.grid_size
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    # What is of another model, not of another size, `load_weights` refuses.
+    alike = found.dim() == 3 and found.shape[::2] == model.pos_embed.shape[::2]
+    tokens = found.shape[1] - prefix if alike else 0
+    if tokens > 0 and found.shape[1] != model.pos_embed.shape[1] and math.isqrt(tokens) ** 2 == tokens:
         weights["pos_embed"] = resample_abs_pos_embed(found, list(grid), num_prefix_tokens=prefix)
         if console is not None:
             console.print(f"position embeddings interpolated to {grid[0]} x {grid[1]} patches", highlight=False)

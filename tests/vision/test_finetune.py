@@ -270,7 +270,12 @@ def test_starting_from_weights_of_timms_training_script(run: Path, settings: Fin
 def test_a_checkpoint_of_another_architecture_is_refused(run: Path, settings: FinetuneSettings, tmp_path: Path):
     with pytest.raises(UserError, match=r"a deit_tiny_patch16_224 patch_size=8 .* not a pvt_v2_b0; expected the same"):
         finetune(replace(settings, model="pvt_v2_b0", model_args=(), start_from=run / "stage0-dense" / "best"))
-    torch.save(load(run / "stage0-dense" / "best").state_dict(), tmp_path / "w.pth")
+    weights = load(run / "stage0-dense" / "best").state_dict()
+    with_another_token = {**weights, "pos_embed": torch.zeros(1, 6, 16)}
+    torch.save(with_another_token, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"weights of another model .*: pos_embed is \[1, 6, 16\], not \[1, 5, 16\]"):
+        finetune(replace(settings, start_from=tmp_path / "w.pth"))
+    torch.save(weights, tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"w\.pth: weights of another model than pvt_v2_b0: .* is missing"):
         finetune(replace(settings, model="pvt_v2_b0", model_args=(), image_size=32, start_from=tmp_path / "w.pth"))
 
