@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import errno
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -183,15 +187,17 @@ class GNTTrainer(Trainer):
 
     def _enter_second_stage(self) -> None:
         """Let the model change its layers, and the optimizers follow."""
-        copies = self.pipeline.enter_second_stage()
-        for name, parameters in self.pipeline.get_param_groups().items():
-            optimizer = self.optimizers.optimizers[name]
-            (group,) = optimizer.param_groups
-            group["params"] = self.optimizers.parameters[name] = list(parameters)
-            # Copies go on as what they are copies of would, with its moments and its count of steps.
-            for copied, original in copies.items():
-                if original in optimizer.state:
-                    optimizer.state[copied] = copy.deepcopy(optimizer.state[original])
+        # Ctrl-C saves what it finds: half of the switch would be a checkpoint that nothing loads.
+        with _ctrl_c_held_back():
+            copies = self.pipeline.enter_second_stage()
+            for name, parameters in self.pipeline.get_param_groups().items():
+                optimizer = self.optimizers.optimizers[name]
+                (group,) = optimizer.param_groups
+                group["params"] = self.optimizers.parameters[name] = list(parameters)
+                # Copies go on as what they are copies of would, with its moments and its count of steps.
+                for copied, original in copies.items():
+                    if original in optimizer.state:
+                        optimizer.state[copied] = copy.deepcopy(optimizer.state[original])
 
     @check_main_thread
     def save_checkpoint(self, step: int) -> None:
@@ -229,3 +235,19 @@ class GNTTrainer(Trainer):
             for other in self.checkpoint_dir.glob("*.ckpt"):
                 if other != path:
                     other.unlink()
+
+
+@contextlib.contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """What is done in here is done whole: Ctrl-C comes afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread, which alone may say what becomes of them
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ from shiftadd3d import UserError
 from shiftadd3d.models.gnt import GNTModel
 from shiftadd3d.nerf.checkpoint import latest_checkpoint, read_checkpoint, stage_of
 from shiftadd3d.nerf.datamanager import GNTDataManager
+from shiftadd3d.nerf.model import GNTNerfModel
 from shiftadd3d.nerf.trainer import GNTTrainer
 from shiftadd3d.nn import MoE
 
@@ -288,6 +290,26 @@ def test_a_run_interrupted_in_its_first_stage_goes_on_in_it(tiny_scene, make_con
     assert stage_of(read_checkpoint(latest_checkpoint(folder / MODELS))["pipeline"]) == 2
     _, pipeline, _, _ = eval_setup(folder / "config.yml")
     assert primitives(pipeline.model) >= {"PackedShiftLinear", "FrozenMoE"}  # what is loaded to look at is frozen
+
+
+def test_ctrl_c_during_the_switch_waits_until_it_is_done(tiny_scene, make_config, ns_train, tmp_path, monkeypatch):
+    change = GNTNerfModel._reparameterized
+
+    def interrupted(self, gnt):
+        if self.stage == 2:
+            signal.raise_signal(signal.SIGINT)
+        return change(self, gnt)
+
+    config = make_config(tiny_scene, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(GNTNerfModel, "_reparameterized", interrupted)
+        with pytest.raises(SystemExit):
+            ns_train(config)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    going_on = make_config(tiny_scene, tmp_path / "more", steps=4)
+    going_on.load_dir = config.get_base_dir() / MODELS
+    assert stage_of(read_checkpoint(latest_checkpoint(going_on.load_dir))["pipeline"]) == 2
+    assert latest_checkpoint(ns_train(going_on) / MODELS).name == "step-000000003.ckpt"
 
 
 @pytest.mark.parametrize("share", [1.0, -0.1])
