@@ -1,12 +1,13 @@
-"""Checkpoints as nerfstudio writes them, read without running what is in them."""
+"""Checkpoints and configurations as nerfstudio writes them, read without running what is in them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import yaml
 
 from shiftadd3d._errors import UserError
 
@@ -60,3 +61,35 @@ def stage_of(state: Mapping[str, Any]) -> int:
     """Which of the paper's two stages a pipeline's state dict is of; 1 if it is of another network."""
     extra = state.get("_model._extra_state", state.get("_model.module._extra_state"))
     return extra.get("stage", 1) if isinstance(extra, dict) else 1
+
+
+class RunScene(NamedTuple):
+    """What a run was trained on."""
+
+    data: Path
+    parser: str
+    """Module and name of the data parser's class."""
+
+
+def scene_of(run_config: Path) -> RunScene | None:
+    """The scene that a run's config.yml names; None if there is no such file, or nothing of the kind in it."""
+    try:
+        config = yaml.load(run_config.read_text(encoding="utf-8"), Loader=_ObjectsAsData)  # a safe loader
+        datamanager = config["pipeline"]["datamanager"]
+        parser = datamanager["dataparser"]
+        data = datamanager["data"] or parser["data"]
+        return RunScene(Path(*data) if isinstance(data, list) else Path(data), parser["_target"].removeprefix("name:"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+        return None
+
+
+class _ObjectsAsData(yaml.SafeLoader):
+    """Reads what objects would be made from, and makes none: any file may be beside a checkpoint."""
+
+    def construct_described(self, what: str, node: yaml.Node) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            return self.construct_mapping(node, deep=True)
+        return self.construct_sequence(node, deep=True) if isinstance(node, yaml.SequenceNode) else what
+
+
+_ObjectsAsData.add_multi_constructor("tag:yaml.org,2002:python/", _ObjectsAsData.construct_described)

@@ -7,21 +7,25 @@ import copy
 import dataclasses
 import errno
 import os
+import shlex
 import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from nerfstudio.configs.dataparser_configs import all_dataparsers
+from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
 from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.nerf.checkpoint import latest_checkpoint, read_checkpoint, stage_of, step_of
+from shiftadd3d.nerf.checkpoint import RunScene, latest_checkpoint, read_checkpoint, scene_of, stage_of, step_of
+from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
 from shiftadd3d.nerf.distributed import check_processes, is_first_process, join_processes
 from shiftadd3d.nerf.pipeline import GNTPipeline
 from shiftadd3d.nerf.schedulers import WarmupCosineSchedulerConfig
@@ -33,6 +37,8 @@ class GNTTrainerConfig(TrainerConfig):
 
     _target: type = field(default_factory=lambda: GNTTrainer)
     """Target class to instantiate."""
+    data: Path | None = None
+    """Scene folder, as --pipeline.datamanager.data. If not set, the embedded scene still_life."""
     max_num_iterations: int = 1_000_000
     """Steps of the whole run, at the end of which the learning rates are down. Going on from a checkpoint, its steps
     count: an interrupted run does the rest. One that has as many steps already does so many more."""
@@ -102,7 +108,7 @@ class GNTTrainer(Trainer):
         """Steps of the checkpoint to go on from; 0 without one.
 
         Raises:
-            UserError: a checkpoint that cannot be read, or no steps to do.
+            UserError: a checkpoint that cannot be read, or of another scene than this command's; or no steps to do.
         """
         config, path = self.config, self.config.load_checkpoint
         if config.load_dir is not None:
@@ -111,6 +117,8 @@ class GNTTrainer(Trainer):
             # nerfstudio would read a step from the name of whatever else lies in the folder.
             config.load_step = step_of(path)
         state = None if path is None else read_checkpoint(path)
+        if path is not None:
+            self._check_scene(path)
         self._stage_of_checkpoint = 1 if state is None else stage_of(state["pipeline"])
         done = 0 if state is None else state["step"] + 1
         if config.max_num_iterations < 1:
@@ -120,6 +128,44 @@ class GNTTrainer(Trainer):
             CONSOLE.print(f"The run has {done} steps already: training {config.max_num_iterations} more")
             config.max_num_iterations += done
         return done
+
+    def _check_scene(self, checkpoint: Path) -> None:
+        """Compare this command's scene with the one that its checkpoint was trained on.
+
+        Raises:
+            UserError: another one, or read in another way, though nobody asked for that.
+        """
+        run = scene_of(checkpoint.parent.parent / "config.yml")
+        if run is None:
+            return
+        config, own = self.config, self._scene()
+        datamanager = cast(GNTDataManagerConfig, config.pipeline.datamanager)
+        asked = datamanager.data is not None or own.data != type(datamanager.dataparser)().data
+        same = own.data.resolve() == run.data.resolve()
+        if (same and own.parser != run.parser) or not (same or asked):
+            options = {"--load-checkpoint": config.load_checkpoint, "--load-dir": config.load_dir}
+            option, path = next((name, path) for name, path in options.items() if path is not None)
+            raise UserError(
+                f"{path} was trained on {_described(run)}; this command would go on with {_described(own)}: expected "
+                + self._command(option, path, run)
+            )
+        if not same:
+            CONSOLE.print(
+                f"Going on with {own.data}; so far it was {run.data}, whose near and far stay if none are given",
+                soft_wrap=True,
+            )
+
+    def _scene(self) -> RunScene:
+        datamanager = cast(GNTDataManagerConfig, self.config.pipeline.datamanager)
+        parser = datamanager.dataparser
+        return RunScene(parser.data if datamanager.data is None else datamanager.data, _class_name(parser))
+
+    def _command(self, option: str, path: Path, scene: RunScene) -> str:
+        """An ns-train of this method that goes on from a path with a scene, as one types it."""
+        words = ["ns-train", self.config.method_name, option, str(path), "--data", str(scene.data)]
+        if scene.parser != _class_name(GNTDataManagerConfig().dataparser):
+            words += [name for name, parser in all_dataparsers.items() if _class_name(parser) == scene.parser]
+        return shlex.join(words)
 
     def _load_checkpoint(self) -> None:
         if self._stage_of_checkpoint > self.pipeline.model.stage:
@@ -159,7 +205,8 @@ class GNTTrainer(Trainer):
             if not saved:
                 self.save_checkpoint(self.step)
             CONSOLE.print(
-                f"Interrupted at step {self.step}. Nothing is lost: go on with --load-dir {self.checkpoint_dir}",
+                f"Interrupted at step {self.step}. Nothing is lost: go on with "
+                + self._command("--load-dir", self.checkpoint_dir, self._scene()),
                 soft_wrap=True,
             )
             # nerfstudio would print its timings after the notice; and a KeyboardInterrupt's traceback, and exit with 0.
@@ -235,6 +282,14 @@ class GNTTrainer(Trainer):
             for other in self.checkpoint_dir.glob("*.ckpt"):
                 if other != path:
                     other.unlink()
+
+
+def _described(scene: RunScene) -> str:
+    return f"{scene.data} (read by {scene.parser.rpartition('.')[2]})"
+
+
+def _class_name(parser: DataParserConfig) -> str:
+    return f"{parser._target.__module__}.{parser._target.__qualname__}"
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ pytest.importorskip("nerfstudio")
 
 import yaml
 from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.scripts import eval as ns_eval
 from nerfstudio.scripts import render as ns_render
 from nerfstudio.scripts.viewer import run_viewer
@@ -29,7 +30,7 @@ from nerfstudio.utils.eval_utils import eval_setup
 
 from shiftadd3d import UserError
 from shiftadd3d.models.gnt import GNTModel
-from shiftadd3d.nerf.checkpoint import latest_checkpoint, read_checkpoint, stage_of
+from shiftadd3d.nerf.checkpoint import latest_checkpoint, read_checkpoint, scene_of, stage_of
 from shiftadd3d.nerf.datamanager import GNTDataManager
 from shiftadd3d.nerf.model import GNTNerfModel
 from shiftadd3d.nerf.trainer import GNTTrainer
@@ -223,6 +224,48 @@ def test_resuming_goes_on_at_the_next_step_with_optimizer_schedule_and_depth_ran
     assert near_far == before["pipeline"]["_model.near_far"].tolist() != [0.1, 0.2]
     assert torch.equal(weight, before["pipeline"]["_model.gnt.net_coarse.rgbfeat_fc.0.weight"])
     assert latest_checkpoint(run / MODELS).name == "step-000000005.ckpt"
+
+
+def test_going_on_without_the_scene_is_refused_with_the_whole_command(tiny_run, tiny_scene, make_config, ns_train):
+    config = make_config(tiny_scene, tiny_run.parent / "not written", steps=6)
+    config.data = config.pipeline.datamanager.data = None  # the embedded scene
+    config.load_dir = tiny_run.parent / MODELS
+    with pytest.raises(UserError) as caught:
+        ns_train(config)
+    command = f"expected ns-train shiftadd-gnt-tiny --load-dir {config.load_dir} --data {tiny_scene}"
+    assert one_line(caught.value).endswith(command)
+    config.load_dir, config.load_checkpoint = None, latest_checkpoint(tiny_run.parent / MODELS)
+    with pytest.raises(UserError, match=f"--load-checkpoint {config.load_checkpoint} --data {tiny_scene}$"):
+        ns_train(config)
+
+
+def test_going_on_with_another_data_parser_is_refused_with_the_whole_command(
+    tiny_run, tiny_scene, make_config, ns_train
+):
+    config = make_config(tiny_scene, tiny_run.parent / "not written", steps=6)
+    config.load_dir = tiny_run.parent / MODELS
+    config.pipeline.datamanager.dataparser = NerfstudioDataParserConfig()
+    with pytest.raises(UserError, match=f"--data {tiny_scene}$") as caught:
+        ns_train(config)
+    one_line(caught.value)
+
+
+def test_going_on_with_a_scene_that_has_moved_is_said(tiny_run, tiny_scene, make_config, ns_train, tmp_path, capsys):
+    config = make_config(shutil.copytree(tiny_scene, tmp_path / "moved"), tmp_path / "out", steps=5)
+    config.load_dir = tiny_run.parent / MODELS
+    ns_train(config)
+    assert f"Going on with {tmp_path / 'moved'}; so far it was {tiny_scene}, whose" in capsys.readouterr().out
+
+
+def test_the_scene_of_a_run_is_read_without_making_what_its_config_names(tiny_run, tiny_scene, tmp_path):
+    assert scene_of(tiny_run) == (tiny_scene, "shiftadd3d.nerf.dataparsers.AutoDataParser")
+    planted = tmp_path / "config.yml"
+    code = "!!python/object/apply:exec [\"import os; os.environ['PLANTED'] = 'was run'\"]"
+    planted.write_text(f"{tiny_run.read_text()}\nplanted: {code}\n")
+    assert scene_of(planted) == scene_of(tiny_run)
+    assert "PLANTED" not in os.environ
+    planted.write_text("pipeline: [")
+    assert scene_of(planted) is None
 
 
 @pytest.mark.parametrize("load_scheduler", [True, False])
@@ -424,7 +467,8 @@ def test_ctrl_c_saves_a_checkpoint_to_go_on_from(
     assert exit_.value.code == 130
     printed = capsys.readouterr()
     models = config.get_base_dir() / MODELS
-    notice = f"Interrupted at step {step}. Nothing is lost: go on with --load-dir {models}\n"
+    command = f"ns-train shiftadd-gnt-tiny --load-dir {models} --data {tiny_scene}"
+    notice = f"Interrupted at step {step}. Nothing is lost: go on with {command}\n"
     assert printed.out.endswith(notice)
     assert "Traceback" not in printed.out + printed.err
     assert latest_checkpoint(models).name == f"step-{step:09d}.ckpt"
