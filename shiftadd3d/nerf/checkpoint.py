@@ -8,8 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from torch import Tensor
 
 from shiftadd3d._errors import UserError
+
+#: Where the network stands in the state dict of a nerfstudio pipeline.
+_NETWORK = "_model.gnt."
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -57,10 +61,33 @@ def latest_checkpoint(folder: Path) -> Path:
     return checkpoints[-1]
 
 
+def extra_of(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a pipeline's state dict tells beside the weights (`GNTNerfModel.get_extra_state`); else nothing."""
+    extra = state.get("_model._extra_state", state.get("_model.module._extra_state"))
+    return extra if isinstance(extra, dict) else {}
+
+
 def stage_of(state: Mapping[str, Any]) -> int:
     """Which of the paper's two stages a pipeline's state dict is of; 1 if it is of another network."""
-    extra = state.get("_model._extra_state", state.get("_model.module._extra_state"))
-    return extra.get("stage", 1) if isinstance(extra, dict) else 1
+    return extra_of(state).get("stage", 1)
+
+
+def network_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of the network in a pipeline's state dict, by their names in the network itself."""
+    plain = {name.replace("_model.module.", "_model.", 1): value for name, value in state.items()}  # DDP's
+    return {name.removeprefix(_NETWORK): value for name, value in plain.items() if name.startswith(_NETWORK)}
+
+
+def misfits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Which tensors keep a state dict from being loaded: (missing, strange or of another size)."""
+    fits = {name for name, value in state.items() if name in own and value.shape == own[name].shape}
+    return [name for name in own if name not in fits], [name for name in state if name not in fits]
+
+
+def list_misfits(missing: list[str], strange: list[str]) -> str:
+    """`2 tensors missing, 1 strange or of another size, such as norm.bias`."""
+    told = f"{len(missing)} tensors missing, {len(strange)} strange or of another size"
+    return ", such as ".join([told, *(strange or missing)[:1]])
 
 
 class RunScene(NamedTuple):

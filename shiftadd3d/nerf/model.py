@@ -117,11 +117,11 @@ class GNTNerfModel(Model):
         reparameterize_(gnt, self._recipe(self.stage), filter_fn=_may_change, verbose=False)
         return gnt
 
-    def get_extra_state(self) -> dict[str, int]:
+    def get_extra_state(self) -> dict[str, Any]:
         """What a checkpoint has to tell beside the weights."""
-        return {"stage": self.stage}
+        return {"stage": self.stage, "recipe": self.config.recipe}
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """Layers do not follow what is loaded: the pipeline sees to that before."""
         if state["stage"] != self.stage:
             raise RuntimeError(f"the weights are of stage {state['stage']}, the layers of stage {self.stage}")

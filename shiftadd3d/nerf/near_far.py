@@ -62,9 +62,18 @@ def scene_near_far(
         near = found[0] if near is None else near
         far = found[1] if far is None else far
         CONSOLE.log(f"Near {near:.4g}, far {far:.4g}, from {source}")
+    check_near_far(near, far)
+    return float(near), float(far)
+
+
+def check_near_far(near: float, far: float) -> None:
+    """Refuses a range of depths that cannot be sampled.
+
+    Raises:
+        UserError: unless 0 < near < far.
+    """
     if not 0 < near < far < float("inf"):
         raise UserError(f"near {near:g}, far {far:g}: expected 0 < near < far (z-depths in the scaled scene's units)")
-    return float(near), float(far)
 
 
 def near_far_from_bounds(bounds: Float[Tensor, "n 2"]) -> tuple[float, float]:

@@ -16,9 +16,11 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.nerf.checkpoint import stage_of
+from shiftadd3d.models.gnt import GNTModel
+from shiftadd3d.nerf.checkpoint import extra_of, list_misfits, misfits, network_of, stage_of
 from shiftadd3d.nerf.datamanager import GNTDataManager, GNTDataManagerConfig
 from shiftadd3d.nerf.model import GNTNerfModel, GNTNerfModelConfig
+from shiftadd3d.nerf.near_far import check_near_far
 from shiftadd3d.nn import freeze_
 
 
@@ -88,18 +90,37 @@ class GNTPipeline(VanillaPipeline):
     def load_pipeline(self, loaded_state: Mapping[str, Any], step: int) -> None:
         """Load a checkpoint of the same method; where that is not to train on, the network is frozen (`freeze_`).
 
+        Its near and far are those it was trained with, but for what `--pipeline.datamanager.near` and `.far` say.
+
         Raises:
-            UserError: it holds another network.
+            UserError: it holds another network, or near is beyond far.
         """
         if stage_of(loaded_state) > self.model.stage:
             self.enter_second_stage()
         try:
             super().load_pipeline(dict(loaded_state), step)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"the checkpoint is of another network than this method's ({reason}); to start from a trained gnt run, "
-                "pass it as --pipeline.warm-start"
-            ) from None
-        if self.test_mode != "val":
+        except RuntimeError:
+            raise UserError(self._misfit(loaded_state)) from None
+        if self.test_mode == "val":
+            found, given = self.model.near_far.tolist(), (self.config.datamanager.near, self.config.datamanager.far)
+            near, far = (old if new is None else new for old, new in zip(found, given, strict=True))
+            check_near_far(near, far)
+            self.model.near_far.copy_(torch.tensor([near, far]))
+        else:
             freeze_(self.model.gnt, verbose=False)
+
+    def _misfit(self, state: Mapping[str, Any]) -> str:
+        """Why a checkpoint's weights cannot be loaded, and what to do about it."""
+        config, weights = self.model.config, network_of(state)
+        missing, strange = misfits(weights, self.model.gnt.state_dict())
+        recipe = extra_of(state).get("recipe")
+        if not any(misfits(weights, GNTModel(config.gnt).state_dict())):
+            remedy = "to start from a trained gnt run, pass it as --pipeline.warm-start"
+        elif recipe not in (None, config.recipe):
+            remedy = f"expected --pipeline.model.recipe {recipe}, with which it was trained"
+        else:
+            remedy = "expected the method, recipe and --pipeline.model.gnt sizes that it was trained with"
+        return (
+            f"the checkpoint (recipe {recipe or 'not known'}, stage {stage_of(state)}) is of another network than this "
+            f"command's (recipe {config.recipe}, stage {self.model.stage}): {list_misfits(missing, strange)}; {remedy}"
+        )

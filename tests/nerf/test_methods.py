@@ -203,7 +203,7 @@ def test_resuming_goes_on_at_the_next_step_with_optimizer_schedule_and_depth_ran
 ):
     config = resumed(tiny_run, make_config, tmp_path, steps=6)
     (config.load_dir / "notes.txt").write_text("not a checkpoint")
-    config.pipeline.datamanager.near, config.pipeline.datamanager.far = 0.1, 0.2  # the checkpoint knows better
+    config.pipeline.datamanager.far = 3.0  # near is the checkpoint's
     before = read_checkpoint(latest_checkpoint(config.load_dir))
     seen = []
     iterate = GNTTrainer.train_iteration
@@ -221,7 +221,7 @@ def test_resuming_goes_on_at_the_next_step_with_optimizer_schedule_and_depth_ran
     _, adam_steps, schedule, near_far, weight = seen[0]
     assert adam_steps == 4
     assert schedule == 4
-    assert near_far == before["pipeline"]["_model.near_far"].tolist() != [0.1, 0.2]
+    assert near_far == [float(before["pipeline"]["_model.near_far"][0]), 3.0] != before["pipeline"]["_model.near_far"]
     assert torch.equal(weight, before["pipeline"]["_model.gnt.net_coarse.rgbfeat_fc.0.weight"])
     assert latest_checkpoint(run / MODELS).name == "step-000000005.ckpt"
 
@@ -635,6 +635,19 @@ def test_a_dense_checkpoint_is_not_gone_on_from_with_shifts(tiny_scene, dense_ru
     with pytest.raises(UserError, match="warm-start") as caught:
         ns_train(config)
     one_line(caught.value)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_with_its_own(tiny_run, tiny_scene, make_config, ns_train, tmp_path):
+    config = resumed(tiny_run, make_config, tmp_path)
+    config.pipeline.model.recipe = "add+shift"
+    with pytest.raises(UserError, match=r"expected --pipeline\.model\.recipe add\+shift-attn\+moe") as caught:
+        ns_train(config)
+    assert "warm-start" not in one_line(caught.value)
+    dense = make_config(tiny_scene, tmp_path / "dense", "gnt-tiny", steps=6)
+    dense.load_dir = config.load_dir
+    with pytest.raises(UserError, match=r"expected --pipeline\.model\.recipe add\+shift-attn\+moe") as caught:
+        ns_train(dense)
+    assert "warm-start" not in one_line(caught.value)
 
 
 def test_a_step_that_was_not_saved_is_refused(tiny_run, make_config, ns_train, tmp_path):
