@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -22,7 +22,7 @@ from torch import Tensor
 from shiftadd3d._errors import UserError
 from shiftadd3d.nerf.dataparsers import AutoDataParser, AutoDataParserConfig, LLFFDataParser, check_outputs
 from shiftadd3d.nerf.near_far import scene_near_far
-from shiftadd3d.nerf.source_bank import SourceBank, load_image, opencv_cameras
+from shiftadd3d.nerf.source_bank import SourceBank, load_image, mend_fisheye_rays, opencv_cameras
 
 
 @dataclass
@@ -76,7 +76,8 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
             disk but headers before the first batch or the first use of `source_bank`.
 
     Raises:
-        UserError: see `check_outputs`; also fewer training views than `num_source_views` + 1.
+        UserError: see `check_outputs`; also settings that leave no ray, source view or pixel, and fewer training views
+            than `num_source_views` + 1.
     """
 
     config: GNTDataManagerConfig
@@ -90,6 +91,11 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
         local_rank: int = 0,
         **kwargs,
     ):
+        for name in ("num_source_views", "train_num_rays_per_batch", "eval_num_rays_per_batch"):
+            if getattr(config, name) < 1:
+                raise UserError(f"{name.replace('_', '-')} {getattr(config, name)}: expected 1 or more")
+        if not 0.0 < config.camera_res_scale_factor < float("inf"):
+            raise UserError(f"camera-res-scale-factor {config.camera_res_scale_factor:g}: expected a positive number")
         # In "inference" mode the base class would read images at full size, whatever they were trained at, and leave
         # out the loaders that rendering needs. The set-up here reads no image, so there is nothing to save.
         super().__init__(
@@ -101,8 +107,6 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
             **kwargs,
         )
         views, needed = len(self.train_dataset), config.num_source_views + 1
-        if config.num_source_views < 1:
-            raise UserError(f"num-source-views {config.num_source_views}: expected 1 or more")
         if views < needed:
             raise UserError(
                 f"{self.get_datapath()} has {views} training views; {config.num_source_views} source views and a "
@@ -143,7 +147,7 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
         if outputs.alpha_color is None:
             # One background for sources, targets and metrics: without it RGBA images would reach the model.
             outputs.alpha_color = torch.ones(3)
-        dataset = InputDataset(outputs, scale_factor=self.config.camera_res_scale_factor)
+        dataset = _Images(outputs, scale_factor=self.config.camera_res_scale_factor)
         _make_float32(dataset.cameras)
         return dataset
 
@@ -165,6 +169,7 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
             self.source_bank.camera_to_world[view],
             self.config.num_source_views,
             exclude=view,
+            exclude_same_pose=True,  # a frame that is listed twice would show the target itself
             spare=self.config.spare_source_views,
         )
         return self._batch(self.train_dataset.cameras, view, rows, columns, colours, sources)
@@ -187,6 +192,7 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
     ) -> tuple[RayBundle, dict[str, Tensor]]:
         indices = torch.stack([torch.full_like(rows, view), rows, columns], dim=-1)
         ray_bundle = cameras.generate_rays(camera_indices=indices[:, :1], coords=indices[:, 1:] + 0.5)
+        mend_fisheye_rays(ray_bundle, cameras[view])
         ray_bundle.metadata["source_ids"] = sources.expand(len(rows), -1)
         batch = {"image": colours.float() / 255.0, "indices": indices}
         return ray_bundle.to(self.device), {key: value.to(self.device) for key, value in batch.items()}
@@ -202,6 +208,21 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
     @cached_property
     def _eval_poses(self) -> Float[Tensor, "n 4 4"]:
         return opencv_cameras(self.eval_dataset.cameras)[1]
+
+
+class _Images(InputDataset):
+    """nerfstudio's dataset; a file whose header is all that is good about it is refused by name."""
+
+    def get_data(self, image_idx: int, image_type: Literal["uint8", "float32"] = "float32") -> dict[str, Any]:
+        try:
+            return super().get_data(image_idx, image_type)
+        except (OSError, SyntaxError, ValueError) as error:
+            outputs = self._dataparser_outputs
+            mask = "" if outputs.mask_filenames is None else f" or its mask {outputs.mask_filenames[image_idx]}"
+            raise UserError(
+                f"{outputs.image_filenames[image_idx]}{mask} cannot be read ({error}); expected a whole image: copy it "
+                "again"
+            ) from error
 
 
 class _TargetPixels:

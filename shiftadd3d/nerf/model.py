@@ -25,7 +25,7 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from shiftadd3d._errors import UserError
 from shiftadd3d.models.gnt import Cameras as PinholeCameras
 from shiftadd3d.models.gnt import GNTConfig, GNTModel, SourceViews
-from shiftadd3d.nerf.source_bank import SourceBank, opencv_cameras
+from shiftadd3d.nerf.source_bank import SourceBank, mend_fisheye_rays, opencv_cameras
 from shiftadd3d.nerf.warm_start import load_dense_weights
 from shiftadd3d.nn import MoE, Recipe, collect_moe_losses, recipe, reparameterize_, router_statistics
 
@@ -251,6 +251,7 @@ class GNTNerfModel(Model):
             raise RuntimeError("the model has no source views: the pipeline hands them over by set_sources")
         ids = self._bank.nearest(opencv_cameras(camera)[1][0], self._num_source_views, exclude_same_pose=True)
         rays = camera.generate_rays(camera_indices=0, keep_shape=True, obb_box=obb_box)
+        mend_fisheye_rays(rays, camera)
         rays.metadata["source_ids"] = ids.to(rays.origins.device).expand(*rays.shape, -1)
         return self.get_outputs_for_camera_ray_bundle(rays)
 

@@ -127,7 +127,8 @@ def read_camera_path(path: Path) -> tuple[Cameras, float | None]:
         The cameras, and the frames a second that the file asks for, if it does.
 
     Raises:
-        UserError: no such file, not such a path, or cameras that are neither perspective nor fisheye.
+        UserError: no such file, not such a path, or cameras that are neither perspective nor fisheye, have no pixels or
+            are not of finite numbers.
     """
     expected = "expected a camera path exported from nerfstudio's viewer"
     try:
@@ -148,6 +149,18 @@ def read_camera_path(path: Path) -> tuple[Cameras, float | None]:
     if not kinds <= {CameraType.PERSPECTIVE.value, CameraType.FISHEYE.value}:
         raise UserError(f"{path}: cameras of type {content['camera_type']}; expected perspective or fisheye")
     cameras.camera_to_worlds = cameras.camera_to_worlds.float()
+    if int(torch.minimum(cameras.width, cameras.height).min()) < 1:
+        raise UserError(
+            f"{path}: pictures of {int(cameras.width[0])}x{int(cameras.height[0])} pixels; expected render_width and "
+            "render_height of at least 1"
+        )
+    finite = cameras.camera_to_worlds.flatten(1).isfinite().all(dim=1)
+    for name, good, right in (
+        ("camera_to_world", finite, "finite numbers"),
+        ("fov", cameras.fx[:, 0].isfinite() & (cameras.fx[:, 0] > 0), "0 < degrees < 180"),
+    ):
+        if not good.all():
+            raise UserError(f"{path}: {name} of camera {int((~good).nonzero()[0])} cannot be; expected {right}")
     return cameras, rate
 
 

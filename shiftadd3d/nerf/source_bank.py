@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from rich.progress import track
 from torch import Tensor
@@ -50,6 +51,25 @@ def opencv_cameras(cameras: Cameras) -> tuple[Float[Tensor, "n 3 3"], Float[Tens
     camera_to_world = torch.eye(4, device=device).repeat(count, 1, 1)
     camera_to_world[:, :3] = flat.camera_to_worlds.float()
     return intrinsics, camera_to_world @ _OPENGL_TO_OPENCV.to(device)
+
+
+def mend_fisheye_rays(rays: RayBundle, camera: Cameras) -> None:
+    """Gives a fisheye camera's rays, in place, what nerfstudio leaves out; those of other cameras stay as they are.
+
+    `metadata["directions_norm"]` becomes the length at which a ray counts z depth, as it is for perspective cameras
+    (for 84 degrees and more beside the optical axis, where planes are far or behind, that of 84 degrees). The direction
+    of a ray along the axis, for which nerfstudio divides zero by zero, becomes the axis.
+
+    Args:
+        rays: any number of rays of one camera.
+        camera: that one, batch shape [1] or [].
+    """
+    if int(camera.camera_type) != CameraType.FISHEYE.value:
+        return
+    axis = opencv_cameras(camera)[1][0, :3, 2].to(rays.directions)
+    finite = rays.directions.isfinite().all(dim=-1, keepdim=True)
+    rays.directions = torch.where(finite, rays.directions, axis)
+    rays.metadata["directions_norm"] = 1.0 / (rays.directions @ axis)[..., None].clamp(min=0.1)
 
 
 def distort(xy: np.ndarray, distortion: np.ndarray, camera_type: int) -> np.ndarray:

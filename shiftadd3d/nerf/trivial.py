@@ -17,7 +17,7 @@ from shiftadd3d.models.gnt.sampling import sample_depths
 from shiftadd3d.nerf.datamanager import GNTDataManager
 from shiftadd3d.nerf.model import image_metrics
 from shiftadd3d.nerf.pipeline import GNTPipeline
-from shiftadd3d.nerf.source_bank import SourceBank, load_image, opencv_cameras
+from shiftadd3d.nerf.source_bank import SourceBank, load_image, mend_fisheye_rays, opencv_cameras
 
 
 def nearest_image(datamanager: GNTDataManager, camera: Cameras) -> Float[Tensor, "h w 3"]:
@@ -74,6 +74,7 @@ def mean_of_projections(
     # Where no view sees anything of a ray, the colour that errs least without knowing more.
     blank = views.images.mean(dim=(0, 1, 2))
     rays = camera.generate_rays(camera_indices=0, keep_shape=True).flatten()
+    mend_fisheye_rays(rays, camera)
     near, far = (torch.tensor(value, device=device) for value in near_far)
     colours = []
     for start in range(0, len(rays), rays_per_chunk):

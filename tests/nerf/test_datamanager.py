@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,57 @@ def test_source_ids_are_the_nearest_views_without_the_target(write_scene, tmp_pa
         expected = data.source_bank.nearest(data.source_bank.camera_to_world[target], 3, exclude=target)
         assert sources[0].tolist() == expected.tolist()
         assert rays[10:20].metadata["source_ids"].shape == (10, 3)  # the model renders chunk by chunk
+
+
+def test_a_frame_that_is_listed_twice_is_no_source_of_itself(write_scene, tmp_path):
+    scene = write_scene["nerfstudio"](tmp_path)
+    meta = json.loads((scene / "transforms.json").read_text())
+    meta["frames"][1]["transform_matrix"] = meta["frames"][0]["transform_matrix"]
+    (scene / "transforms.json").write_text(json.dumps(meta))
+    data = manager(scene)
+    for step in range(10):
+        rays, batch = data.next_train(step)
+        if int(batch["indices"][0, 0]) in (0, 1):
+            assert not {0, 1} & set(rays.metadata["source_ids"][0].tolist())
+
+
+def test_fisheye_rays_count_z_depth_and_one_goes_along_the_axis(write_scene, tmp_path):
+    odd = {"size": (25, 17), "camera_model": "OPENCV_FISHEYE"}
+    data = manager(write_scene["nerfstudio"](tmp_path, **odd, fl_x=20.0, fl_y=20.0), rays=5000)
+    rays, batch = data.next_train(0)
+    view, row, column = batch["indices"].T
+    axis = data.source_bank.camera_to_world[view[0], :3, 2]
+    middle = (row == 8) & (column == 12)
+    assert middle.any()
+    torch.testing.assert_close(rays.directions[middle], axis.expand(int(middle.sum()), 3))
+    along = rays.directions * rays.metadata["directions_norm"]
+    torch.testing.assert_close(along @ axis, torch.ones(5000))
+
+
+def test_files_that_break_off_are_named(write_scene, tmp_path):
+    scene = write_scene["nerfstudio"](tmp_path, masks=True)
+    data = manager(scene, dataparser=AutoDataParserConfig())
+    train, held_out = data.train_dataset.image_filenames[2], data.eval_dataset.image_filenames[0]
+    for path in (train, held_out):
+        path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(
+        UserError, match=f"^{train} or its mask {scene / 'masks' / train.name} cannot be read"
+    ) as caught:
+        _ = data.source_bank
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=f"^{held_out} or its"):
+        next(iter(data.fixed_indices_eval_dataloader))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("train_num_rays_per_batch", 0), ("eval_num_rays_per_batch", -1), ("camera_res_scale_factor", 0.0)],
+)
+def test_settings_that_leave_nothing_are_refused(write_scene, tmp_path, setting, value):
+    config = GNTDataManagerConfig(data=write_scene["nerfstudio"](tmp_path), num_source_views=3)
+    setattr(config, setting, value)
+    with pytest.raises(UserError, match=rf"{setting.replace('_', '-')} {value:g}: expected"):
+        config.setup(device="cpu", test_mode="val")
 
 
 def test_every_view_is_a_target_once_before_any_is_again(write_scene, tmp_path):

@@ -16,7 +16,7 @@ import torch
 import yaml
 from nerfstudio.cameras.cameras import Cameras
 
-from shiftadd3d import cli
+from shiftadd3d import UserError, cli
 from shiftadd3d.kernels import numerics
 from shiftadd3d.nerf import pipeline as pipeline_module
 from shiftadd3d.nerf import render as rendering
@@ -138,6 +138,37 @@ def test_a_path_exported_from_the_viewer_is_followed(tiny_run: Path, run: Run, t
     # An odd width gains one column; nothing is resized.
     assert video.get_meta_data()["size"] == (34, 24)
     assert video.count_frames() == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"render_height": 0, "render_width": 0}, "0x0 pixels; expected render_width"),
+        ({"camera_to_world": float("nan")}, "camera_to_world of camera 1 cannot be; expected finite"),
+        ({"fov": float("nan")}, "fov of camera 1 cannot be; expected 0 < degrees < 180"),
+    ],
+)
+def test_a_path_of_no_pixels_or_no_numbers_is_refused(run: Run, tmp_path: Path, change: dict, complaint: str):
+    file = write_camera_path(tmp_path / "path.json", run.pipeline.datamanager.eval_dataset.cameras)
+    content = json.loads(file.read_text())
+    for name, value in change.items():
+        if name in content:
+            content[name] = value
+        elif name == "fov":
+            content["camera_path"][1][name] = value
+        else:
+            content["camera_path"][1][name][3] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=complaint):
+        rendering.read_camera_path(file)
+
+
+def test_a_fisheye_path_has_no_hole_in_the_middle(run: Run, tmp_path: Path):
+    size = {"camera_type": "fisheye", "render_height": 17, "render_width": 25}
+    file = write_camera_path(tmp_path / "path.json", run.pipeline.datamanager.eval_dataset.cameras, **size)
+    outputs = run.pipeline.model.get_outputs_for_camera(rendering.read_camera_path(file)[0][:1])
+    assert all(value.isfinite().all() for value in outputs.values())
+    assert float(outputs["accumulation"][8, 12]) > 0.5
 
 
 # Files
