@@ -6,7 +6,8 @@ Every way in ends in `check_outputs`, so that a broken scene is refused in one l
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from nerfstudio.cameras import camera_utils
-from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.cameras.cameras import CAMERA_MODEL_TO_TYPE, Cameras, CameraType
 from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserConfig, DataparserOutputs
 from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
 from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParserConfig
@@ -47,6 +48,18 @@ _ACCEPTED = (
     "a folder with transforms.json (nerfstudio), transforms_train.json (Blender), "
     "sparse/0 or colmap/sparse/0 (COLMAP), or poses_bounds.npy (LLFF)"
 )
+
+_MODELS = sorted(
+    name for name, kind in CAMERA_MODEL_TO_TYPE.items() if kind in (CameraType.PERSPECTIVE, CameraType.FISHEYE)
+)
+
+_EXPECTED_CONTENT = {
+    "nerfstudio": "a transforms.json as ns-process-data writes it",
+    "blender": "transforms_*.json as NeRF's synthetic scenes have them, and PNG images",
+    "colmap": "whole files of cameras, images and points, with cameras of type SIMPLE_PINHOLE, PINHOLE, SIMPLE_RADIAL, "
+    "RADIAL, OPENCV or OPENCV_FISHEYE",
+    "llff": "poses_bounds.npy, and one image for each of its rows",
+}
 
 
 def _embedded_scene() -> Path:
@@ -118,11 +131,20 @@ def _image_size(path: Path) -> tuple[int, int, str]:
         return (*image.size, image.mode)
 
 
-def _read_sizes(paths: Sequence[Path], what: str, modes: Sequence[str] = ()) -> list[tuple[int, int]]:
+_IMAGE_MODES = {"L": "8-bit grey", "RGB": "RGB", "RGBA": "RGBA"}
+_MASK_MODES = {"L": "8-bit grey", "1": "black and white", "P": "a palette", "I;16": "16-bit grey"}
+
+
+def _read_sizes(paths: Sequence[Path], what: str, modes: Mapping[str, str] | None = None) -> list[tuple[int, int]]:
     """(width, height) of every image, from the headers alone.
 
+    Args:
+        paths: the files.
+        what: what one of them is, for the message.
+        modes: PIL's modes that are accepted, and what they are called; all if None.
+
     Raises:
-        UserError: files that are missing or that PIL cannot open, or, where `modes` is given, of another pixel format.
+        UserError: files that are missing, that PIL cannot open, or that are of another mode.
     """
     missing = [path for path in paths if not path.is_file()]
     if missing:
@@ -138,17 +160,17 @@ def _read_sizes(paths: Sequence[Path], what: str, modes: Sequence[str] = ()) -> 
             unreadable.append(path)
             continue
         sizes.append((width, height))
-        if modes and mode not in modes:
+        if modes is not None and mode not in modes:
             odd.append(f"{path} is {mode}")
     if unreadable:
         raise UserError(
             f"{len(unreadable)} of {_plural(len(paths), what)} cannot be read ({_list_first(unreadable)}); "
             "expected PNG, JPEG or another format that PIL opens"
         )
-    if odd:
+    if odd and modes is not None:
         raise UserError(
             f"{len(odd)} of {_plural(len(paths), what)} in a pixel format that nerfstudio would misread "
-            f"({_list_first(odd)}); expected 8-bit {', '.join(modes)}"
+            f"({_list_first(odd)}); expected one of: {', '.join(modes.values())}"
         )
     return sizes
 
@@ -164,9 +186,10 @@ def check_outputs(outputs: DataparserOutputs, split: str, min_train_views: int =
         min_train_views: the fewest views that a training split may have.
 
     Raises:
-        UserError: an empty split or too few training views; images or masks that are missing, unreadable or in a pixel
-            format other than 8-bit grey, RGB or RGBA; image sizes that disagree with the cameras; poses that are not
-            rigid; focal lengths that are not positive.
+        UserError: an empty split or too few training views; images that are missing, unreadable or in a pixel format
+            other than 8-bit grey, RGB or RGBA; masks that are not of one channel; image sizes that disagree with the
+            cameras; poses that are not rigid; focal lengths that are not positive, principal points outside the image,
+            distortion that is not six numbers.
     """
     paths = outputs.image_filenames
     if split == "train" and len(paths) < min_train_views:
@@ -182,17 +205,29 @@ def check_outputs(outputs: DataparserOutputs, split: str, min_train_views: int =
     if split == "train":
         _check_spread(poses, "train split")
 
-    for name in ("fx", "fy", "cx", "cy"):
+    distortion = torch.zeros(len(paths), 6) if cameras.distortion_params is None else cameras.distortion_params
+    if distortion.shape[-1] != 6 or not distortion.isfinite().all():
+        raise UserError(
+            f"{split} split: lens distortion {distortion.view(-1, distortion.shape[-1])[0].tolist()}; expected six "
+            "finite numbers: k1, k2, k3, k4, p1, p2"
+        )
+    for name, side in (("fx", None), ("fy", None), ("cx", cameras.width), ("cy", cameras.height)):
         values = getattr(cameras, name).flatten()
-        good = torch.isfinite(values) & ((values > 0) | (name in ("cx", "cy")))
+        limit = torch.full_like(values, torch.inf) if side is None else side.flatten()
+        good = (values > 0) & (values < limit)
         if not bool(good.all()):
             bad = [path.name for path, ok in zip(paths, good.tolist(), strict=True) if not ok]
             raise UserError(
-                f"{split} split: camera parameter {name} is {values[~good][0].item():g} ({_list_first(bad)}); "
-                "expected a positive number of pixels"
+                f"{split} split: camera parameter {name} is {values[~good][0].item():g} ({_list_first(bad)}); expected "
+                + (
+                    "a positive number of pixels"
+                    if side is None
+                    else f"a point inside the image, 0 < {name} < {int(limit[~good][0])}: are these numbers of the "
+                    "full-size photos, and the images smaller ones?"
+                )
             )
 
-    sizes = _read_sizes(paths, "image", modes=("L", "RGB", "RGBA"))
+    sizes = _read_sizes(paths, "image", _IMAGE_MODES)
     expected = zip(cameras.width.flatten().tolist(), cameras.height.flatten().tolist(), strict=True)
     wrong = [(path, size, want) for path, size, want in zip(paths, sizes, expected, strict=True) if size != want]
     if wrong:
@@ -203,7 +238,7 @@ def check_outputs(outputs: DataparserOutputs, split: str, min_train_views: int =
             "expected images of the cameras' size (or another downscale-factor)"
         )
     if outputs.mask_filenames is not None:
-        mask_sizes = _read_sizes(outputs.mask_filenames, "mask")
+        mask_sizes = _read_sizes(outputs.mask_filenames, "mask", _MASK_MODES)
         for mask, mask_size, size in zip(outputs.mask_filenames, mask_sizes, sizes, strict=True):
             if mask_size != size:
                 raise UserError(
@@ -541,13 +576,17 @@ class AutoDataParser(DataParser):
             LookupError,
             OSError,
             RuntimeError,
+            TypeError,
             ValueError,
+            struct.error,
         ) as error:
             # Often the first image, which nerfstudio opens for its size: then say how many more are like it.
             suffix = ".png" if kind == "blender" else ""
             _read_sizes([data / (frame["file_path"] + suffix) for frame in meta.get("frames", [])], "image")
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{data} cannot be read as a {kind} scene: {reason}") from error
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(
+                f"{data} cannot be read as a {kind} scene ({reason}); expected {_EXPECTED_CONTENT[kind]}"
+            ) from error
 
         if outputs.alpha_color is None:
             outputs.alpha_color = get_color(self.config.alpha_color)
@@ -569,6 +608,8 @@ class AutoDataParser(DataParser):
 
     def _make_parser(self, kind: str, data: Path, frames: int) -> DataParser:
         config = self.config
+        if config.downscale_factor is not None and config.downscale_factor < 1:
+            raise UserError(f"downscale-factor {config.downscale_factor:g}: expected 1 or more")
         split = {"train_split_fraction": config.train_split_fraction, "eval_interval": config.eval_interval}
         if kind == "llff":
             return LLFFDataParserConfig(
@@ -733,22 +774,63 @@ def _read_transforms(path: Path, required: Sequence[str]) -> dict[str, Any]:
     lacking = [key for key in required if key not in meta and any(key not in frame for frame in frames)]
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)}; expected them once for the file or in every frame")
+    _check_values(meta, str(path))
+    for name, frame in zip(names, frames, strict=True):
+        _check_values(frame, f"{path}, {name}")
     return meta
+
+
+_NUMBERS = ("fl_x", "fl_y", "cx", "cy", "w", "h", "k1", "k2", "k3", "k4", "p1", "p2", "camera_angle_x", "applied_scale")
+
+
+def _check_values(values: Mapping[str, Any], where: str) -> None:
+    """Refuses what nerfstudio would fail on without saying where, in a camera file or one of its frames.
+
+    Raises:
+        UserError: a number that is none, or anything else that is not what its name says.
+    """
+    for key, value in values.items():
+        if key in _NUMBERS and _finite(value).shape != ():
+            expected = "a number"
+        elif key == "applied_scale" and float(value) <= 0:
+            expected = "a positive number"
+        elif key == "distortion_params" and _finite(value).shape != (6,):
+            expected = "six numbers: k1, k2, k3, k4, p1, p2"
+        elif key == "camera_model" and value not in _MODELS:
+            expected = f"one of: {', '.join(_MODELS)}"
+        elif key == "mask_path" and not isinstance(value, str):
+            expected = "the name of a file"
+        elif key in ("train_filenames", "val_filenames", "test_filenames") and not (
+            isinstance(value, list) and all(isinstance(name, str) for name in value)
+        ):
+            expected = "a list of file names"
+        else:
+            continue
+        raise UserError(f"{where}: {key} is {json.dumps(value)[:80]}; expected {expected}")
+
+
+def _finite(value: Any) -> np.ndarray:
+    """What a value from JSON is as numbers; of shape [0] where it is none, or not finite."""
+    try:
+        numbers = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return np.empty(0)
+    return numbers if np.isfinite(numbers).all() else np.empty(0)
 
 
 def _near_far_hint(meta: dict[str, Any], path: Path) -> tuple[float, float] | None:
     """(near, far) of the block `"shiftadd3d"`, in the units of the file's matrices."""
     block = meta.get("shiftadd3d")
-    if block is None or "near" not in block:
+    if block is None:
         return None
     try:
         near, far = float(block["near"]), float(block["far"])
-    except (KeyError, TypeError, ValueError):
-        near = far = float("nan")
-    if not 0 < near < far < float("inf"):
+    except (LookupError, TypeError, ValueError):
         raise UserError(
-            f'{path}: "shiftadd3d" has near {block.get("near")}, far {block.get("far")}; expected 0 < near < far'
-        )
+            f'{path}: "shiftadd3d" is {json.dumps(block)[:80]}; expected {{"near": ..., "far": ...}}'
+        ) from None
+    if not 0 < near < far < float("inf"):
+        raise UserError(f'{path}: "shiftadd3d" has near {block["near"]}, far {block["far"]}; expected 0 < near < far')
     return near, far
 
 

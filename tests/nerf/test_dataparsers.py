@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 pytest.importorskip("nerfstudio")
 
 from shiftadd3d import UserError
-from shiftadd3d.nerf.dataparsers import AutoDataParserConfig, LLFFDataParserConfig, find_scene
+from shiftadd3d.nerf.dataparsers import AutoDataParserConfig, LLFFDataParserConfig, check_outputs, find_scene
 from shiftadd3d.scenes import scene_path
 
 
@@ -262,6 +263,16 @@ def test_masks_of_another_size_than_the_images_are_refused(write_scene, tmp_path
     assert "1 of 9 masks not found" in refused(parse, scene)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "1", "P", "I;16"])
+def test_masks_have_one_channel(write_scene, tmp_path, mode):
+    scene = write_scene["nerfstudio"](tmp_path, masks=True)
+    Image.new(mode, (24, 16), 1 if mode in ("L", "1", "P", "I;16") else None).save(scene / "masks/003.png")
+    if mode in ("RGB", "RGBA", "LA"):
+        assert f"003.png is {mode}); expected one of: 8-bit grey" in refused(parse, scene)
+    else:
+        assert parse(scene).mask_filenames is not None
+
+
 @pytest.mark.parametrize(
     ("matrix", "expected"),
     [
@@ -298,6 +309,77 @@ def test_a_focal_length_that_is_not_positive_is_refused(write_scene, tmp_path):
     assert "fx is -3" in refused(parse, write_scene["nerfstudio"](tmp_path, fl_x=-3.0))
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"fl_x": None}, "fl_x is null; expected a number"),
+        ({"w": [80]}, "w is [80]; expected a number"),
+        ({"k1": None}, "k1 is null; expected a number"),
+        ({"k1": float("nan")}, "k1 is NaN; expected a number"),
+        ({"applied_scale": None}, "applied_scale is null"),
+        ({"applied_scale": 0}, "applied_scale is 0; expected a positive number"),
+        ({"distortion_params": "x"}, "expected six numbers"),
+        ({"distortion_params": [0.1, 0.2]}, "expected six numbers"),
+        ({"camera_model": "FOO"}, "expected one of: OPENCV"),
+        ({"train_filenames": None}, "expected a list of file names"),
+        ({"train_filenames": [1, 2]}, "expected a list of file names"),
+        ({"shiftadd3d": 5}, '"shiftadd3d" is 5; expected {"near"'),
+        ({"shiftadd3d": "x"}, '"shiftadd3d" is "x"; expected'),
+        ({"shiftadd3d": [1, 2]}, '"shiftadd3d" is [1, 2]; expected'),
+        ({"shiftadd3d": {"far": 2}}, '"shiftadd3d" is {"far": 2}; expected'),
+        (
+            {"cx": 4000},
+            "cx is 4000 (000.png, 001.png, 002.png and 6 more); expected a point inside the image, 0 < cx < 24",
+        ),
+        ({"cy": -1}, "0 < cy < 16"),
+        ({"applied_transform": None}, "cannot be read as a nerfstudio scene"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_values_that_are_not_what_they_should_be_are_refused(write_scene, tmp_path, change, expected):
+    scene = write_scene["nerfstudio"](tmp_path)
+    edit_transforms(scene, lambda meta: meta.update(change))
+    assert expected in refused(parse, scene)
+
+
+@pytest.mark.parametrize("key", ["k1", "mask_path"])
+def test_a_frame_with_such_a_value_is_named(write_scene, tmp_path, key):
+    scene = write_scene["nerfstudio"](tmp_path)
+    edit_transforms(scene, lambda meta: meta["frames"][5].update({key: None}))
+    assert f"transforms.json, images/005.png: {key} is null" in refused(parse, scene)
+
+
+def test_a_blender_camera_angle_that_is_no_number_is_refused(write_scene, tmp_path):
+    scene = write_scene["blender"](tmp_path)
+    meta = json.loads((scene / "transforms_train.json").read_text())
+    (scene / "transforms_train.json").write_text(json.dumps({**meta, "camera_angle_x": None}))
+    assert "camera_angle_x is null; expected a number" in refused(parse, scene)
+
+
+def test_distortion_of_another_parser_is_checked_too(write_scene, tmp_path):
+    outputs = parse(write_scene["nerfstudio"](tmp_path))
+    for distortion in (torch.zeros(9, 2), torch.full((9, 6), torch.nan)):
+        outputs.cameras.distortion_params = distortion
+        assert "expected six finite numbers" in refused(check_outputs, outputs, "train")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("cameras", struct.pack("<Qii", 1, 1, 1)), ("cameras", struct.pack("<QiiQQ", 1, 1, 77, 9, 9))]
+)
+def test_a_colmap_model_that_breaks_off_or_has_unknown_cameras_is_refused(write_scene, tmp_path, file, content):
+    scene = write_scene["colmap"](tmp_path)
+    model = scene / "sparse/0"
+    (model / "cameras.txt").unlink()
+    (model / f"{file}.bin").write_bytes(content)
+    image = (
+        struct.pack("<idddddddi", 1, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1) + b"photo000.png\0" + struct.pack("<Q", 0)
+    )
+    (model / "images.bin").write_bytes(struct.pack("<Q", 1) + image)
+    message = refused(parse, scene)
+    assert "cannot be read as a colmap scene" in message
+    assert "expected whole files of cameras" in message
+
+
 def test_too_few_views_to_train_on_or_to_test_on_are_refused(write_scene, tmp_path):
     scene = write_scene["nerfstudio"](tmp_path)
     assert "test split has no views" in refused(parse, scene, "test", eval_mode="fraction", train_split_fraction=1.0)
@@ -325,6 +407,12 @@ def test_a_damaged_colmap_model_is_refused(write_scene, tmp_path):
     scene = write_scene["colmap"](tmp_path)
     (scene / "sparse/0/images.txt").write_text("1 2 three\n")
     assert "cannot be read" in refused(parse, scene)
+
+
+@pytest.mark.parametrize("factor", [0, -2])
+def test_an_impossible_downscale_factor_is_refused(write_scene, tmp_path, factor):
+    message = refused(parse, write_scene["nerfstudio"](tmp_path), downscale_factor=factor)
+    assert message == f"downscale-factor {factor}: expected 1 or more"
 
 
 def test_splits_by_impossible_settings_are_refused(write_scene, tmp_path):
