@@ -308,7 +308,7 @@ def _check_finite(loss_dict: dict[str, Tensor]) -> None:
     raise UserError(
         f"the loss is not finite any more ({', '.join(bad)}): lower "
         "--optimizers.transformers.optimizer.lr and --optimizers.feature-net.optimizer.lr, and go on from the last "
-        "checkpoint with --load-dir"
+        "checkpoint with --load-dir and the same --data"
     )
 
 
