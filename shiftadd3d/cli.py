@@ -249,10 +249,10 @@ class Predict(Verb):
     pictures: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE")]
     """Files, folders of them, or camera:0 for a frame of the first camera."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Write each picture with its labels into this folder."""
+    """Write each picture with its labels into this folder, as NAME.label.png."""
     show_routing: bool = False
     """Also write, for each picture, which patches each mixture of experts sent to the multiplying expert and which
-    went to the shifting one. If --out is not set, into the folder predictions."""
+    went to the shifting one, as NAME.routing.png. If --out is not set, into the folder predictions."""
     device: str | None = None
     """Where to compute: cpu, cuda, cuda:1. If not set, a GPU if there is one."""
     json: JsonFile = None

@@ -7,6 +7,7 @@ the epoch and the picture only: not on the number of workers or processes, nor o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -50,7 +51,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     The first frame of an animation; 16-bit values over 257; transparency on white; CMYK, palettes and grey converted.
     """
-    image = ImageOps.exif_transpose(image)
+    image.load()  # so that what is wrong with the pixels is not taken for damaged EXIF data
+    with contextlib.suppress(Exception):  # damaged EXIF data, which say nothing: the picture is as it lies
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float64)
         if image.mode == "F":  # floating-point TIFFs hold 0..1 or 0..255
@@ -607,7 +610,7 @@ def eval_transform(config: InputConfig) -> Transform:
     """timm's transform for evaluation: resize, centre crop, normalise."""
     from timm.data import create_transform
 
-    made = create_transform(
+    made: Any = create_transform(
         config.size,
         is_training=False,
         interpolation=config.interpolation,
@@ -615,7 +618,20 @@ def eval_transform(config: InputConfig) -> Transform:
         std=config.std,
         crop_pct=config.crop_pct,
     )
+    made.transforms.insert(0, _without_ends)
     return cast(Transform, made)
+
+
+def _without_ends(image: Image.Image) -> Image.Image:
+    """The middle of a picture that is very long or high, which is all that a centre crop sees.
+
+    Resizing it whole by its shorter side can take minutes and gigabytes.
+    """
+    longest = 8 * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    left, top = (max(0, side - longest) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top))
 
 
 def train_transform(config: InputConfig, settings: TrainSettings) -> Transform:

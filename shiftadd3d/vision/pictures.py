@@ -98,11 +98,12 @@ def save_confusion(metrics: ClassificationMetrics, title: str, path: Path) -> No
 
 
 _LABELLED_WIDTH = 480
+_LABELLED_HEIGHT = 1440
 _BAR_HEIGHT = 22
 
 
 def save_labelled(image: Image.Image, labels: Sequence[str], probabilities: Sequence[float], path: Path) -> None:
-    """A picture with its likeliest classes below, as a PNG.
+    """A picture with its likeliest classes below, as a PNG: 480 pixels wide, and at most 1440 high without these.
 
     Args:
         image: RGB.
@@ -113,15 +114,16 @@ def save_labelled(image: Image.Image, labels: Sequence[str], probabilities: Sequ
     Raises:
         UserError: it cannot be written.
     """
-    factor = _LABELLED_WIDTH / image.width
-    picture = image.resize((_LABELLED_WIDTH, max(1, round(image.height * factor))), Image.Resampling.LANCZOS)
+    factor = min(_LABELLED_WIDTH / image.width, _LABELLED_HEIGHT / image.height)
+    width, height = (max(1, round(side * factor)) for side in image.size)
+    picture = image.resize((width, height), Image.Resampling.LANCZOS)
     shown = list(zip(labels, probabilities, strict=True))[:3]
-    sheet = Image.new("RGB", (picture.width, picture.height + _BAR_HEIGHT * len(shown)), "white")
-    sheet.paste(picture)
+    sheet = Image.new("RGB", (_LABELLED_WIDTH, height + _BAR_HEIGHT * len(shown)), "white")
+    sheet.paste(picture, ((_LABELLED_WIDTH - width) // 2, 0))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
     for row, (label, probability) in enumerate(shown):
-        top = picture.height + row * _BAR_HEIGHT
-        draw.rectangle((0, top, probability * picture.width, top + _BAR_HEIGHT - 2), fill="#b8d4f0")
+        top = height + row * _BAR_HEIGHT
+        draw.rectangle((0, top, probability * _LABELLED_WIDTH, top + _BAR_HEIGHT - 2), fill="#b8d4f0")
         draw.text((6, top + 2), f"{label}  {probability:.1%}", fill="black", font=font)
     write_atomically(path, lambda file: sheet.save(file, format="PNG"))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,23 +98,34 @@ def predict_pictures(
         `predictions` and `skipped` pictures, in plain types.
 
     Raises:
-        UserError: nothing that can be read, or anything else in the arguments that the user can mend.
+        UserError: nothing that can be read, a picture that would be written over, or anything else in the arguments
+            that the user can mend.
     """
+    # Everything is found before anything is written: pictures may lie where results go.
+    inputs = _find_pictures(pictures)
+    outputs = [None] * len(inputs) if out is None else _name_outputs(inputs, out)
     model = load(checkpoint, choose_device(device))
     predictions: list[dict[str, Any]] = []
     skipped: list[Skipped] = []
-    taken: set[str] = set()
-    for name, image in _open_pictures(pictures, skipped):
+    for source, output in zip(inputs, outputs, strict=True):
+        if isinstance(source, Path):
+            name = str(source)
+            try:
+                image = decode_picture(source)
+            except UserError as error:
+                skipped.append(Skipped(name, str(error)))
+                continue
+        else:
+            name, image = source.replace(":", "-"), camera_frame(source.partition(":")[2])
         prediction = predict(model, image, name, routing=show_routing)
         facts = prediction.as_dict()
-        if out is not None:
-            stem = _free_name(Path(name).stem or "picture", taken)
-            save_labelled(image, prediction.labels, prediction.probabilities, out / f"{stem}.png")
-            facts["labelled"] = str(out / f"{stem}.png")
+        if output is not None:
+            save_labelled(image, prediction.labels, prediction.probabilities, output.labelled)
+            facts["labelled"] = str(output.labelled)
             if prediction.routing:
                 title = f"{prediction.labels[0]} ({prediction.probabilities[0]:.0%})"
-                save_routing(prediction.seen, prediction.routing, title, out / f"{stem}.routing.png")
-                facts["routing_picture"] = str(out / f"{stem}.routing.png")
+                save_routing(prediction.seen, prediction.routing, title, output.routing)
+                facts["routing_picture"] = str(output.routing)
         predictions.append(facts)
         if console is not None:
             console.print(
@@ -139,37 +150,52 @@ def predict_pictures(
     return {"checkpoint": str(checkpoint), "predictions": predictions, "skipped": [s._asdict() for s in skipped]}
 
 
-def _free_name(stem: str, taken: set[str]) -> str:
-    name, number = stem, 2
-    while name in taken:
-        name, number = f"{stem}-{number}", number + 1
-    taken.add(name)
-    return name
-
-
-def _open_pictures(words: Sequence[str], skipped: list[Skipped]) -> Iterator[tuple[str, Image.Image]]:
+def _find_pictures(words: Sequence[str]) -> list[Path | str]:
+    """Files by their paths, and cameras by their words."""
+    found: list[Path | str] = []
     for word in words:
-        if word == "camera" or word.startswith("camera:"):
-            yield word.replace(":", "-"), camera_frame(word.partition(":")[2])
-            continue
         path = Path(word)
-        if path.is_dir():
+        if word == "camera" or word.startswith("camera:"):
+            found.append(word)
+        elif path.is_dir():
             files = sorted(
                 file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file()
             )
             if not files:
                 raise UserError(f"{path}: no pictures in there; expected files of {', '.join(PICTURE_SUFFIXES)}")
+            found += files
         elif path.is_file():
-            files = [path]
+            found.append(path)
         else:
             raise UserError(f"{path}: no such file or folder; expected pictures, folders of them, or camera:0")
-        for file in files:
-            try:
-                image = decode_picture(file)
-            except UserError as error:
-                skipped.append(Skipped(str(file), str(error)))
-                continue
-            yield str(file), image
+    return found
+
+
+class _Output(NamedTuple):
+    labelled: Path
+    routing: Path
+
+
+def _name_outputs(inputs: Sequence[Path | str], out: Path) -> list[_Output]:
+    """What is written about each input: files of different names.
+
+    Raises:
+        UserError: one of them is an input.
+    """
+    outputs: list[_Output] = []
+    taken: set[str] = set()  # without capitals, which some file systems take no notice of
+    for source in inputs:
+        stem = name = source.stem if isinstance(source, Path) else source.replace(":", "-")
+        number = 2
+        while name.casefold() in taken:
+            name, number = f"{stem}-{number}", number + 1
+        taken.add(name.casefold())
+        outputs.append(_Output(out / f"{name}.label.png", out / f"{name}.routing.png"))
+    pictures = {source.resolve() for source in inputs if isinstance(source, Path)}
+    for file in (file for output in outputs for file in output):
+        if file.resolve() in pictures:
+            raise UserError(f"--out {out}: would write over {file}, one of the pictures; expected another folder")
+    return outputs
 
 
 def camera_frame(number: str) -> Image.Image:

@@ -10,6 +10,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from shiftadd3d.vision.data import (
     TrainBatches,
     TransformedPictures,
     decode_picture,
+    eval_transform,
     open_data,
     open_split,
     split_by_class,
@@ -214,6 +216,26 @@ def test_one_bit_transparent_animated_and_turned_pictures(tmp_path: Path):
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
     assert decode_picture(tmp_path / "turned.jpg").size == (4, 8)
+
+
+def test_damaged_exif_data_turn_nothing(tmp_path: Path):
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "picture.jpg", exif=b"Exif\0\0garbage")
+    assert to_rgb(decode_picture(tmp_path / "picture.jpg")).size == (8, 4)
+    with Image.open(tmp_path / "picture.jpg") as image:
+        assert to_rgb(to_rgb(image)).size == (8, 4)
+
+
+def test_evaluation_sees_the_middle_of_a_long_picture():
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 120, 3), dtype=np.uint8)
+    transform = eval_transform(InputConfig(size=16))
+    for turned in (pixels, pixels.transpose(1, 0, 2)):
+        whole = Image.fromarray(turned)
+        expected = whole
+        for step in cast(Any, transform).transforms[1:]:
+            expected = step(expected)
+        torch.testing.assert_close(transform(whole), expected)
+    # As a whole it would be resized to 248 x 24 million pixels.
+    assert eval_transform(InputConfig())(Image.new("RGB", (1, 100_000), "white")).shape == (3, 224, 224)
 
 
 @pytest.fixture

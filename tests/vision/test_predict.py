@@ -123,14 +123,59 @@ def test_files_folders_and_what_cannot_be_read(
                 assert image.width > 200
     # Two pictures of one name keep their own files.
     assert sorted(path.name for path in out.iterdir()) == [
-        "000.png",
+        "000.label.png",
         "000.routing.png",
-        "grey-2.png",
+        "grey-2.label.png",
         "grey-2.routing.png",
-        "grey.png",
+        "grey.label.png",
         "grey.routing.png",
     ]
     assert "skipped" in printed
+
+
+def test_no_picture_is_written_over(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], save_picture: SavePicture
+):
+    pictures = tmp_path / "pictures"
+    for name in ("red.png", "red.routing.png", "red.jpg", "red-2.png"):
+        save_picture(pictures / name)
+    before = {file: file.read_bytes() for file in pictures.iterdir()}
+    arguments = ["predict", "--out", str(pictures), str(checkpoint), str(pictures / "red.png")]
+    assert cli.main(arguments) == 0
+    assert sorted(file.name for file in set(pictures.iterdir()) - set(before)) == ["red.label.png"]
+    # The names that both may get count, routing asked for or not.
+    assert cli.main([*arguments, str(pictures / "red.routing.png")]) == 1
+    assert "red.routing.png, one of the pictures; expected another folder" in capsys.readouterr().err
+    # The label of the first run is a picture now, where whole folders are read.
+    (tmp_path / "link").symlink_to(pictures)
+    assert cli.main(["predict", str(checkpoint), str(pictures), "--out", str(tmp_path / "link")]) == 1
+    assert "would write over" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in before} == before
+    facts = predict_module.predict_pictures(checkpoint, [str(file) for file in before], out=tmp_path / "out")
+    assert len({entry["labelled"] for entry in facts["predictions"]}) == len(before)
+    assert len(list((tmp_path / "out").glob("*.label.png"))) == len(before)
+
+
+def test_a_picture_with_damaged_exif_data_is_classified(checkpoint: Path, tmp_path: Path):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "damaged.jpg", exif=b"Exif\0\0garbage")
+    facts = predict_module.predict_pictures(checkpoint, [str(tmp_path / "damaged.jpg")])
+    assert len(facts["predictions"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "labelled"),
+    [
+        ((1, 3000), (480, 1440 + 66)),
+        ((3000, 1), (480, 1 + 66)),
+        ((20, 30), (480, 720 + 66)),
+        ((960, 40), (480, 20 + 66)),
+    ],
+)
+def test_labelled_pictures_have_bounds(checkpoint: Path, tmp_path: Path, size: tuple, labelled: tuple):
+    Image.new("RGB", size).save(tmp_path / "picture.png")
+    predict_module.predict_pictures(checkpoint, [str(tmp_path / "picture.png")], out=tmp_path)
+    with Image.open(tmp_path / "picture.label.png") as image:
+        assert image.size == labelled
 
 
 def test_the_routing_picture_shows_experts_in_their_colours(routed: nn.Module, tmp_path: Path):
@@ -158,7 +203,7 @@ def test_a_classifier_without_mixtures_has_no_routing(
     red = str(folder / "val" / "red" / "000.png")
     assert cli.main(["predict", str(tmp_path / "dense"), red, "--show-routing", "--out", str(tmp_path / "out")]) == 0
     assert "no routing to show: this classifier has no mixtures of experts" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["000.png"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["000.label.png"]
 
 
 def test_a_camera_gives_a_frame(monkeypatch: pytest.MonkeyPatch, checkpoint: Path):
