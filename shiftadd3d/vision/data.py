@@ -34,8 +34,8 @@ PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".t
 """What counts as a picture in a folder; other files are not looked at."""
 
 _TRAIN_NAMES = ("train", "training")
-_VAL_NAMES = ("val", "validation", "valid")
-_TEST_NAMES = ("test", "testing")
+_VAL_NAMES = ("val", "validation", "valid", "dev")
+_TEST_NAMES = ("test", "testing", "eval", "evaluation")
 _SPLIT_NAMES = (*_TRAIN_NAMES, *_VAL_NAMES, *_TEST_NAMES)
 _DEFAULT_VAL_FRACTION = 0.1
 _LISTED = 5  # names in an error message
@@ -133,8 +133,8 @@ class _ZipSource:
             archive = self._archives[os.getpid()] = zipfile.ZipFile(self.path)
         try:
             data = archive.read(self.names[index])
-        except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, NotImplementedError) as error:
-            raise UserError(f"cannot be unpacked ({error})") from None
+        except Exception as error:  # every method of compression has its own for damaged bytes
+            raise UserError(f"cannot be unpacked ({error or type(error).__name__})") from None
         return decode_picture(data)
 
     def __getstate__(self) -> dict:
@@ -166,12 +166,16 @@ class _DatasetSource:
 
 
 class _HuggingFaceSource:
-    def __init__(self, dataset: Any, column: str, labels: Sequence[str], name: str) -> None:
-        self.dataset, self.column, self.labels = dataset, column, labels
-        self.names = [f"{name}/{index:07d}" for index in range(len(labels))]
+    """Rows of a dataset, given with their labels."""
+
+    def __init__(self, dataset: Any, column: str, rows: Sequence[tuple[int, str]], name: str) -> None:
+        self.dataset, self.column = dataset, column
+        self.rows = [row for row, _ in rows]
+        self.labels = [label for _, label in rows]
+        self.names = [f"{name}/{row:07d}" for row in self.rows]
 
     def read(self, index: int) -> Image.Image:
-        cell = self.dataset[index][self.column]
+        cell = self.dataset[self.rows[index]][self.column]
         if cell is None:
             raise UserError("cannot be read as a picture (the cell is empty)")
         return decode_picture(cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]))
@@ -243,7 +247,16 @@ def _list(names: Sequence[str]) -> str:
 # Finding them
 # --------------------------------------------------------------------------------------------------------------------
 
-_Splits = dict[str, Source]
+
+class _Found(NamedTuple):
+    """Pictures by split, and what of a split is not among them because nobody can say which class it is of."""
+
+    splits: dict[str, Source]
+    skipped: dict[str, list[Skipped]]
+
+    def why_none(self, split: str) -> str:
+        """What to say about a split that is not there."""
+        return "".join(f" ({name}: {reason})" for name, reason in self.skipped.get(split, ())[:1])
 
 
 def open_data(settings: DataSettings, broadcast: Callable[[Any], Any] = lambda made: made()) -> PictureData:
@@ -257,14 +270,24 @@ def open_data(settings: DataSettings, broadcast: Callable[[Any], Any] = lambda m
         UserError: nothing there, fewer than two classes, classes that only validation has, no readable picture of a
             class in training.
     """
-    name, splits = _open_splits(settings)
-    train = splits.get("train")
+    name, found = _open_splits(settings)
+    train = found.splits.get("train")
     if train is None:
-        raise UserError(f"{name}: no training pictures; expected a folder called train, or class folders alone")
+        raise UserError(
+            f"{name}: no training pictures{found.why_none('train')}; expected a folder called train, or class folders "
+            "alone"
+        )
     classes = _check_classes(name, train)
-    own_val = splits.get("val") or splits.get("test")
+    skipped = list(found.skipped.get("train", ()))
+    own_val = None
+    if settings.val_fraction is None:
+        for split in ("val", "test"):
+            skipped += found.skipped.get(split, ())
+            own_val = found.splits.get(split)
+            if own_val is not None:
+                break
     everything = list(range(len(train.names)))
-    if settings.val_fraction is None and own_val is not None:
+    if own_val is not None:
         unknown = sorted(set(own_val.labels) - set(classes))
         if unknown:
             raise UserError(
@@ -276,18 +299,20 @@ def open_data(settings: DataSettings, broadcast: Callable[[Any], Any] = lambda m
         fraction = _DEFAULT_VAL_FRACTION if settings.val_fraction is None else settings.val_fraction
         kept, held_out = split_by_class(train.names, train.labels, fraction, settings.split_seed)
         train_set, val_set = PictureSet(train, kept, classes), PictureSet(train, held_out, classes)
-    skipped: list[Skipped] = []
+    unreadable: list[Skipped] = []
     if settings.check:
         train_set, skipped_in_train = leave_out(train_set, broadcast(lambda: find_unreadable(train_set)))
         val_set, skipped_in_val = leave_out(val_set, broadcast(lambda: find_unreadable(val_set)))
-        skipped = [*skipped_in_train, *skipped_in_val]
+        unreadable = [*skipped_in_train, *skipped_in_val]
     empty = sorted(set(range(len(classes))) - set(train_set.targets))
     if empty:
-        reason = f"; the first of {len(skipped)} that cannot be read: {': '.join(skipped[0])}" if skipped else ""
+        reason = (
+            f"; the first of {len(unreadable)} that cannot be read: {': '.join(unreadable[0])}" if unreadable else ""
+        )
         raise UserError(f"{name}: no readable training picture of {_list([classes[i] for i in empty])}{reason}")
     if not len(val_set):
         raise UserError(f"{name}: no validation pictures are left; hold some out with --val-fraction 0.1")
-    return PictureData(name, classes, train_set, val_set, tuple(skipped))
+    return PictureData(name, classes, train_set, val_set, (*skipped, *unreadable))
 
 
 def open_split(settings: DataSettings, split: str, classes: Sequence[str]) -> tuple[PictureSet, tuple[Skipped, ...]]:
@@ -295,17 +320,18 @@ def open_split(settings: DataSettings, split: str, classes: Sequence[str]) -> tu
 
     Args:
         settings: where they are.
-        split: "train", "val" or "test". "val" is the held-out part where there is no such folder.
+        split: "train", "val" or "test". "val" is the held-out part where there is no such folder, and "train" the rest.
         classes: the model's classes.
 
     Raises:
         UserError: no such split, or classes that the model does not know.
     """
-    name, splits = _open_splits(settings)
-    source = splits.get(split)
+    name, found = _open_splits(settings)
+    source = found.splits.get(split)
     if split == "test" and source is None:
-        raise UserError(f"{name}: no test pictures; there are {', '.join(splits)}")
-    if source is None or (settings.val_fraction is not None and split != "test"):
+        raise UserError(f"{name}: no test pictures{found.why_none('test')}; there are {', '.join(found.splits)}")
+    held_out = settings.val_fraction is not None or set(found.splits) == {"train"}
+    if source is None or (held_out and split != "test"):
         data = open_data(settings)
         chosen = data.train if split == "train" else data.val
         _check_known(name, [data.classes[target] for target in chosen.targets], classes)
@@ -315,7 +341,7 @@ def open_split(settings: DataSettings, split: str, classes: Sequence[str]) -> tu
     pictures, skipped = leave_out(pictures, find_unreadable(pictures) if settings.check else {})
     if not len(pictures):
         raise UserError(f"{name}: no readable pictures in {split}")
-    return pictures, skipped
+    return pictures, (*found.skipped.get(split, ()), *skipped)
 
 
 def _check_known(name: str, labels: Sequence[str], classes: Sequence[str]) -> None:
@@ -324,13 +350,13 @@ def _check_known(name: str, labels: Sequence[str], classes: Sequence[str]) -> No
         raise UserError(f"{name}: the model does not know the classes {_list(unknown)}; it knows {_list(classes)}")
 
 
-def _open_splits(settings: DataSettings) -> tuple[str, _Splits]:
+def _open_splits(settings: DataSettings) -> tuple[str, _Found]:
     settings.validate()
     path = settings.data
     if settings.dataset:
         return settings.dataset, _open_torchvision(settings.dataset, path)
     if path is None:
-        return "digits", {"train": _open_digits()}
+        return "digits", _Found({"train": _open_digits()}, {})
     if not path.exists():
         raise UserError(f"--data {path}: no such file or folder; expected an ImageFolder, a .zip of one, or datasets")
     if path.is_file():
@@ -341,7 +367,7 @@ def _open_splits(settings: DataSettings) -> tuple[str, _Splits]:
         files = sorted(_walk(path))
     except OSError as error:
         raise UserError(f"--data {path}: cannot be read ({error.strerror or error})") from None
-    return path.name, {split: _FolderSource(path, found) for split, found in _arrange(files, f"--data {path}").items()}
+    return path.name, _arrange(files, f"--data {path}", lambda found: _FolderSource(path, found))
 
 
 def _walk(root: Path) -> Iterator[str]:
@@ -363,10 +389,16 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _arrange(files: Sequence[str], what: str) -> dict[str, list[tuple[str, str]]]:
+def _arrange(files: Sequence[str], what: str, make_source: Callable[[Sequence[tuple[str, str]]], Source]) -> _Found:
     """Which split and class each file belongs to, from its path: [train|val|test/]class/.../file.
 
-    Folders around all of that, as zip files often have, do not count.
+    Folders around all of that, as zip files often have, do not count. Beside train/ and val/ or test/, other folders
+    are left out.
+
+    Args:
+        files: paths with slashes.
+        what: how errors call their place.
+        make_source: of the files of a split, with their classes.
     """
     if not files:
         raise UserError(
@@ -375,33 +407,41 @@ def _arrange(files: Sequence[str], what: str) -> dict[str, list[tuple[str, str]]
     paths = [PurePosixPath(file).parts for file in files]
     depth = 0
     while len({parts[depth] for parts in paths}) == 1 and all(len(parts) > depth + 2 for parts in paths):
-        if paths[0][depth].lower() in _SPLIT_NAMES:
+        if paths[0][depth].lower() in _TRAIN_NAMES:
             break
         depth += 1
     top = {parts[depth].lower() for parts in paths if len(parts) > depth + 1}
-    with_splits = bool(top & set(_TRAIN_NAMES)) and top <= set(_SPLIT_NAMES)
+    # A folder called train may be full of locomotives, but not one with a folder called val beside it.
+    with_splits = bool(top & set(_TRAIN_NAMES)) and (
+        top <= set(_TRAIN_NAMES) or bool(top & {*_VAL_NAMES, *_TEST_NAMES})
+    )
     arranged: dict[str, list[tuple[str, str]]] = defaultdict(list)
     without_class = []
+    beside: dict[str, int] = defaultdict(int)
     for file, parts in zip(files, paths, strict=True):
-        split = _split_of(parts[depth].lower()) if with_splits else "train"
         rest = parts[depth + 1 :] if with_splits else parts[depth:]
-        if len(rest) < 2:
+        if with_splits and rest and parts[depth].lower() not in _SPLIT_NAMES:
+            beside["/".join(parts[: depth + 1])] += 1
+        elif len(rest) < 2:
             without_class.append(file)
         else:
-            arranged[split].append((file, rest[0]))
+            arranged[_split_of(parts[depth].lower()) if with_splits else "train"].append((file, rest[0]))
     if without_class:
         raise UserError(
             f"{what}: {len(without_class)} of {len(files)} pictures are in no class folder ({without_class[0]}); "
-            "expected CLASS/PICTURE, or train/CLASS/PICTURE and val/CLASS/PICTURE"
+            "expected CLASS/PICTURE, or train/CLASS/PICTURE and val/CLASS/PICTURE; files of metadata are not read"
         )
-    return dict(arranged)
+    skipped = [
+        Skipped(f"{folder}/", f"beside the splits, with {count} of the pictures") for folder, count in beside.items()
+    ]
+    return _Found({split: make_source(found) for split, found in arranged.items()}, {"train": skipped})
 
 
 def _split_of(name: str) -> str:
     return "train" if name in _TRAIN_NAMES else "val" if name in _VAL_NAMES else "test"
 
 
-def _open_zip(path: Path) -> _Splits:
+def _open_zip(path: Path) -> _Found:
     what = f"--data {path}"
     try:
         with zipfile.ZipFile(path) as archive:
@@ -416,7 +456,7 @@ def _open_zip(path: Path) -> _Splits:
         if name.lower().endswith(PICTURE_SUFFIXES)
         and not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
     )
-    return {split: _ZipSource(path, found) for split, found in _arrange(pictures, what).items()}
+    return _arrange(pictures, what, lambda found: _ZipSource(path, found))
 
 
 def _open_digits() -> Source:
@@ -428,12 +468,12 @@ def _open_digits() -> Source:
     return _ArraySource(images, [str(target) for target in digits.target], "digits")
 
 
-def _open_torchvision(name: str, root: Path | None) -> _Splits:
+def _open_torchvision(name: str, root: Path | None) -> _Found:
     from timm.data import create_dataset
 
     if root is None:
         raise UserError(f"--dataset {name}: expected --data FOLDER, where the set lies")
-    splits: _Splits = {}
+    splits: dict[str, Source] = {}
     for split in ("train", "val"):
         try:
             dataset: Any = create_dataset(name, root=str(root), split="train" if split == "train" else "validation")
@@ -449,23 +489,24 @@ def _open_torchvision(name: str, root: Path | None) -> _Splits:
         # Zeros in front, so that names sort as the set's own numbers do.
         classes = getattr(dataset, "classes", None) or [f"{i:04d}" for i in range(max(targets) + 1)]
         splits[split] = _DatasetSource(dataset, list(classes), targets, f"{name}/{split}")
-    return splits
+    return _Found(splits, {})
 
 
 def _is_hugging_face(path: Path) -> bool:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return True
-    return next(path.glob("**/*.parquet"), None) is not None
+    return bool(_parquet_files(path))
 
 
-def _open_hugging_face(path: Path) -> _Splits:
+def _open_hugging_face(path: Path) -> _Found:
     try:
         import datasets
     except ImportError:
         raise UserError(f"--data {path}: this folder needs the package datasets: pip install datasets") from None
     try:
-        if next(path.glob("**/*.parquet"), None) is not None and not (path / "dataset_dict.json").is_file():
-            opened: Any = datasets.load_dataset("parquet", data_files=_parquet_files(path))
+        parquet_files = _parquet_files(path)
+        if parquet_files and not (path / "dataset_dict.json").is_file():
+            opened: Any = datasets.load_dataset("parquet", data_files=parquet_files)
         else:
             opened = datasets.load_from_disk(str(path))
     except Exception as error:  # it meets foreign files with whatever its own code raises
@@ -473,25 +514,43 @@ def _open_hugging_face(path: Path) -> _Splits:
         raise UserError(f"--data {path}: datasets cannot open it ({reason})") from None
     if not isinstance(opened, dict):
         opened = {"train": opened}
-    splits: _Splits = {}
+    found = _Found({}, defaultdict(list))
     for name, dataset in opened.items():
         if name.lower() not in _SPLIT_NAMES:
             continue
-        image, label = _picture_and_label_columns(path, dataset.features, datasets)
-        values = dataset[label]
+        split, title = _split_of(name.lower()), f"{path.name}/{name}"
+        try:
+            image, label = _picture_and_label_columns(path, dataset.features, datasets)
+        except UserError as error:
+            if split == "train":
+                raise
+            found.skipped[split].append(Skipped(title, str(error)))  # tests often come without labels
+            continue
         feature = dataset.features[label]
-        if isinstance(feature, datasets.ClassLabel):
-            values = [feature.int2str(value) for value in values]
-        dataset = dataset.cast_column(image, datasets.Image(decode=False))
-        split = _split_of(name.lower())
-        splits[split] = _HuggingFaceSource(dataset, image, [str(v) for v in values], f"{path.name}/{name}")
-    return splits
+        rows = []
+        for row, value in enumerate(dataset[label]):
+            # The hub says -1 for what has no label.
+            if value is None or value != value or (isinstance(feature, datasets.ClassLabel) and value == -1):
+                found.skipped[split].append(Skipped(f"{title}/{row:07d}", "it has no label"))
+            else:
+                rows.append((row, feature.int2str(value) if isinstance(feature, datasets.ClassLabel) else str(value)))
+        if rows:
+            dataset = dataset.cast_column(image, datasets.Image(decode=False))
+            found.splits[split] = _HuggingFaceSource(dataset, image, rows, title)
+        else:
+            found.skipped[split] = [Skipped(title, f"none of its {len(dataset)} pictures has a label")]
+    return found
 
 
 def _parquet_files(path: Path) -> dict[str, list[str]]:
-    """Parquet files by split: the hub writes data/train-00000-of-00001.parquet."""
+    """Parquet files by split: the hub writes data/train-00000-of-00001.parquet.
+
+    One called metadata.parquet stands beside pictures and says more about them.
+    """
     files: dict[str, list[str]] = defaultdict(list)
     for file in sorted(path.glob("**/*.parquet")):
+        if file.stem == "metadata":
+            continue
         word = file.stem.split("-")[0].lower()
         word = word if word in _SPLIT_NAMES else file.parent.name.lower()
         files[_split_of(word) if word in _SPLIT_NAMES else "train"].append(str(file))

@@ -133,6 +133,71 @@ def test_a_folder_of_hugging_face_datasets(folder: Path, tmp_path: Path, form: s
     assert np.array_equal(data.train.read(0), decode_picture(folder / "train" / "blue" / "000.png"))
 
 
+@pytest.mark.parametrize("form", ["saved", "parquet"])
+def test_rows_without_a_label_are_left_out_and_listed(folder: Path, tmp_path: Path, form: str):
+    datasets = pytest.importorskip("datasets")
+    names = ["red", "green", "blue"]
+
+    def dataset(split: str, labels: Callable[[str], int | None]) -> object:
+        files = sorted((folder / split).glob("*/*"))
+        columns = {"image": [str(file) for file in files], "label": [labels(file.parent.name) for file in files]}
+        features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+        return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+    opened = {
+        "train": dataset("train", lambda name: None if name == "green" else names.index(name)),
+        "test": dataset("val", lambda name: -1),
+    }
+    root = tmp_path / "pictures"
+    if form == "saved":
+        datasets.DatasetDict(opened).save_to_disk(str(root))
+    else:
+        for split, part in opened.items():
+            part.to_parquet(str(root / "data" / f"{split}-00000-of-00001.parquet"))
+    data = open_data(DataSettings(data=root))
+    assert data.classes == ("blue", "red")
+    assert (len(data.train), len(data.val)) == (22, 2)  # held out, as no picture of test has a label
+    assert len(data.skipped) == 13 and data.skipped[0] == ("pictures/train/0000012", "it has no label")
+    assert data.skipped[-1] == ("pictures/test", "none of its 12 pictures has a label")
+    red = data.train.targets.index(1)
+    assert np.asarray(data.train.read(red)).mean((0, 1)) == pytest.approx((200, 50, 40), abs=6)
+    with pytest.raises(UserError, match=r"no test pictures .*none of its 12 pictures has a label"):
+        open_split(DataSettings(data=root), "test", data.classes)
+
+
+def test_a_table_of_metadata_does_not_make_a_folder_a_dataset(tmp_path: Path, make_folder: MakeFolder):
+    root = make_folder(tmp_path / "colors")
+    (root / "metadata.parquet").write_bytes(b"whatever")
+    assert len(open_data(DataSettings(data=root)).train) == 36
+
+
+@pytest.mark.parametrize("where", ["folder", "zip"])
+def test_folders_beside_the_splits_are_no_classes(
+    tmp_path: Path, make_folder: MakeFolder, save_picture: SavePicture, where: str
+):
+    root = make_folder(tmp_path / "colors")
+    save_picture(root / "demo" / "x" / "000.png")
+    path = root if where == "folder" else Path(shutil.make_archive(str(tmp_path / "colors"), "zip", root))
+    data = open_data(DataSettings(data=path))
+    assert data.classes == ("blue", "green", "red") and (len(data.train), len(data.val)) == (36, 12)
+    assert data.skipped == (("demo/", "beside the splits, with 1 of the pictures"),)
+
+
+@pytest.mark.parametrize("name", ["dev", "eval", "Validation"])
+def test_the_splits_have_several_names(tmp_path: Path, make_folder: MakeFolder, name: str):
+    root = make_folder(tmp_path / "colors")
+    (root / "val").rename(root / name)
+    data = open_data(DataSettings(data=root))
+    assert data.classes == ("blue", "green", "red") and (len(data.train), len(data.val)) == (36, 12)
+
+
+def test_train_can_be_a_class(tmp_path: Path, make_folder: MakeFolder, save_picture: SavePicture):
+    for name in ("bus", "train"):
+        for index in range(10):
+            save_picture(tmp_path / "vehicles" / name / f"{index}.png", seed=index)
+    assert open_data(DataSettings(data=tmp_path / "vehicles")).classes == ("bus", "train")
+
+
 def test_the_numbering_comes_from_train_where_val_lacks_classes(tmp_path: Path, make_folder: MakeFolder):
     root = make_folder(tmp_path / "colors")
     shutil.rmtree(root / "val" / "green")
@@ -277,18 +342,26 @@ def test_a_picture_too_large_to_be_one_is_left_out(
     assert [name for name, _ in data.skipped] == ["train/red/bomb.png"]
 
 
-def test_a_zip_whose_member_is_damaged(folder: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("compression", "offset", "reason"),
+    [
+        (zipfile.ZIP_STORED, 0, "Bad CRC-32"),
+        (zipfile.ZIP_DEFLATED, 0, "Error -3 while decompressing"),
+        (zipfile.ZIP_LZMA, 20, "Corrupt input data"),
+    ],
+)
+def test_a_zip_whose_member_is_damaged(folder: Path, tmp_path: Path, compression: int, offset: int, reason: str):
     path = tmp_path / "colors.zip"
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", compression) as archive:
         for file in sorted((folder / "train").glob("*/*")):
             archive.write(file, file.relative_to(folder / "train").as_posix())
-        where = archive.getinfo("red/003.png").header_offset
+        where = archive.getinfo("red/003.png").header_offset + 30 + len("red/003.png") + offset
     content = bytearray(path.read_bytes())
-    content[where + 100] ^= 0xFF
+    content[where : where + 60] = b"\xff" * 60
     path.write_bytes(content)
     data = open_data(DataSettings(data=path))
     assert [name for name, _ in data.skipped] == ["red/003.png"]
-    assert "Bad CRC-32" in data.skipped[0].reason
+    assert reason in data.skipped[0].reason
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -332,6 +405,14 @@ def test_a_folder_that_links_to_itself_ends(tmp_path: Path, make_folder: MakeFol
     os.symlink(root, root / "train" / "red" / "again")
     data = open_data(DataSettings(data=root))
     assert len(data.train) == 36
+
+
+def test_training_pictures_are_those_that_are_not_held_out(folder: Path):
+    settings, classes = DataSettings(data=folder / "train"), ("blue", "green", "red")
+    train, val = (open_split(settings, split, classes)[0] for split in ("train", "val"))
+    assert (len(train), len(val)) == (33, 3) and not set(train.indices) & set(val.indices)
+    data = open_data(settings)
+    assert (train.indices, val.indices) == (data.train.indices, data.val.indices)
 
 
 def test_a_split_is_numbered_as_the_model_numbers_its_classes(folder: Path):
