@@ -195,13 +195,14 @@ Checkpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CLASSI
 class Evaluate(DataSettings, Verb):
     """Measure a classifier: top-1, top-5, per class, calibration, throughput.
 
-    Without --data it takes the pictures of the run that the classifier lies in.
+    Without --data it takes the pictures of the run that the classifier lies in, split as they were, unless
+    --val-fraction or --split-seed says otherwise.
     """
 
     classifier: Checkpoint = field(kw_only=True)
     """A folder that finetune or export wrote, such as outputs/RUN/stage2-shift/best."""
     split: Literal["val", "test", "train"] = "val"
-    """Which pictures; val is the held-out part where there is no such folder."""
+    """Which pictures; val is the held-out part where there is no such folder, and train the rest."""
     batch_size: int = 64
     """Pictures at once."""
     workers: int | None = None
@@ -318,11 +319,20 @@ class Export(DataSettings, Verb):
 
 
 def _data_of_run(given: DataSettings, classifier: Path) -> DataSettings:
-    """The pictures that the options name, or those of the run that a classifier lies in: RUN/stage2-shift/best."""
+    """The pictures that the options name, or those of the run that a classifier lies in: RUN/stage2-shift/best.
+
+    Of these the options change what they say differently than by default.
+    """
     if given.data is None and not given.dataset:
         with contextlib.suppress(UserError, IndexError):
             best = classifier.resolve()
-            return read_settings((best.parent if best.is_file() else best).parents[1])
+            settings = read_settings((best.parent if best.is_file() else best).parents[1])
+            changed = {
+                option.name: getattr(given, option.name)
+                for option in fields(DataSettings)
+                if getattr(given, option.name) != option.default
+            }
+            return replace(settings, **changed)
     return given
 
 

@@ -324,9 +324,15 @@ def open_split(settings: DataSettings, split: str, classes: Sequence[str]) -> tu
         classes: the model's classes.
 
     Raises:
-        UserError: no such split, or classes that the model does not know.
+        UserError: no such split, classes that the model does not know, or no pictures named for a model of others than
+            the digits that are there without.
     """
     name, found = _open_splits(settings)
+    if settings.data is None and not set(found.splits["train"].labels) <= set(classes):
+        raise UserError(
+            f"no pictures named, and none known of a classifier outside its run: expected --data with pictures of "
+            f"{_list(classes)}"
+        )
     source = found.splits.get(split)
     if split == "test" and source is None:
         raise UserError(f"{name}: no test pictures{found.why_none('test')}; there are {', '.join(found.splits)}")

@@ -63,6 +63,17 @@ def test_without_data_the_pictures_are_those_of_the_run(
         assert json.loads(file.read_text())["count"] == 36
 
 
+def test_options_change_how_the_pictures_of_the_run_are_split(
+    checkpoint: Path, settings: FinetuneSettings, tmp_path: Path
+):
+    settings = replace(settings, split_seed=3, val_fraction=0.25)
+    write_json_atomically(tmp_path / "run" / "settings.json", settings.as_dict())
+    file = tmp_path / "metrics.json"
+    for options, count in (([], 9), (["--val-fraction", "0.5", "--split-seed", "4", "--no-check"], 18)):
+        assert cli.main(["evaluate", str(checkpoint), "--json", str(file), *options]) == 0
+        assert json.loads(file.read_text())["count"] == count
+
+
 def test_what_is_wrong_is_one_line_and_exit_with_1(
     checkpoint: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -71,7 +82,7 @@ def test_what_is_wrong_is_one_line_and_exit_with_1(
     for arguments, complaint in (
         ([str(tmp_path / "nowhere"), "--data", str(folder)], "no config.json there"),
         ([str(checkpoint), "--data", str(folder), "--numerics", "int8"], "is not packed, so no kernel runs"),
-        ([str(checkpoint)], "digits: the model does not know the classes 0, 1, 2, 3, 4 and 5 more; it knows blue"),
+        ([str(checkpoint)], "no pictures named, and none known of a classifier outside its run: expected --data"),
         ([str(checkpoint), "--data", "nowhere"], "--data nowhere: no such file or folder"),
         ([str(checkpoint), "--data", str(tmp_path / "other")], "does not know the classes orange"),
         ([str(checkpoint), "--data", str(folder), "--split", "test"], "no test pictures; there are train, val"),
