@@ -21,6 +21,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from timm.layers import HybridEmbed, PatchEmbed
 from timm.layers.mlp import SwiGLU
 from timm.models import (
     generate_default_cfgs,
@@ -190,19 +191,39 @@ def _split(linear: nn.Module, parts: int) -> list[nn.Linear]:
     return layers
 
 
+class _TellGrid:
+    """Pre-hook of a model's patch embedding: tells a convolution on the values on which grid an image's patches lie.
+
+    Blocks are called with tokens alone, yet images may be of any size where the model has `dynamic_img_size`, and of
+    another one after `set_input_size`. Being an object, and no closure, it is copied and pickled with the model.
+    """
+
+    def __init__(self, conv: TokenConv2d) -> None:
+        self.conv = conv
+
+    def __call__(self, patch_embed: PatchEmbed | HybridEmbed, images: tuple[Tensor]) -> None:
+        height, width = images[0].shape[-2:]
+        grid = patch_embed.dynamic_feat_size((height, width))
+        # Where all images are of one size nothing is assigned: exporting strictly, torch would complain.
+        if not patch_embed.strict_img_size or grid != self.conv.grid:
+            self.conv.grid = grid
+
+
 def _additive_attention(attention: Attention, recipe: Recipe, model: VisionTransformer | None) -> ViTAddAttention:
     options = recipe.add_options()
     # Where the patches lie only the model knows. Without one, or where it drops patches in training, tokens are the
     # sequence that they are in the paper's released code.
     if model is not None and isinstance(model.patch_drop, nn.Identity):
         grid = model.patch_embed.grid_size
-        options["dwconv"] = _grid_conv(
+        conv = _grid_conv(
             attention.attn_dim,
             recipe,
             num_prefix_tokens=model.num_prefix_tokens,
-            # A square is recognised, whatever size the images are scaled to later.
-            grid=None if model.dynamic_img_size or grid is None or grid[0] == grid[1] else tuple(grid),
+            grid=None if model.dynamic_img_size or grid is None else tuple(grid),
         )
+        if isinstance(conv, TokenConv2d) and isinstance(model.patch_embed, (PatchEmbed, HybridEmbed)):
+            model.patch_embed.register_forward_pre_hook(_TellGrid(conv))
+        options["dwconv"] = conv
     return ViTAddAttention.from_attention(attention, **options)
 
 

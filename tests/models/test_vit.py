@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import sys
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -159,10 +161,11 @@ def test_masks_reach_the_attention_through_a_whole_model() -> None:
 @pytest.mark.parametrize(
     ("options", "prefix", "grid"),
     [
-        ({}, 1, None),
-        ({"class_token": False, "global_pool": "avg"}, 0, None),
-        ({"reg_tokens": 4}, 5, None),
+        ({}, 1, (4, 4)),
+        ({"class_token": False, "global_pool": "avg"}, 0, (4, 4)),
+        ({"reg_tokens": 4}, 5, (4, 4)),
         ({"img_size": (32, 64)}, 1, (4, 8)),
+        ({"dynamic_img_size": True}, 1, None),
     ],
 )
 def test_the_convolution_is_over_the_patches_and_knows_the_tokens_before_them(options, prefix, grid) -> None:
@@ -182,12 +185,61 @@ def test_distilled_models_have_two_tokens_before_the_patches() -> None:
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
 
 
-def test_images_of_changing_sizes_must_be_square_for_the_convolution() -> None:
-    model = vit(dynamic_img_size=True)
+def additive_vit(img_size: int | tuple[int, int], **options) -> nn.Module:
+    """One whose convolutions on the values count, with the same weights for any size of images."""
+    torch.manual_seed(0)
+    model = vit(img_size=img_size, pos_embed="none", **options)
     reparameterize_(model, "add", verbose=False)
-    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
-    with pytest.raises(UserError, match="no square"):
-        model(torch.randn(1, 3, 32, 64))
+    for block in model.blocks:
+        nn.init.normal_(block.attn.dwconv.weight, std=0.3)
+    return model.eval()
+
+
+SIZES = ((32, 64), (64, 32), (48, 48), (32, 64))
+
+
+def test_the_convolution_follows_images_of_changing_sizes() -> None:
+    model = additive_vit(32, dynamic_img_size=True)
+    with torch.no_grad():
+        for size in SIZES:
+            x = torch.randn(2, 3, *size)
+            torch.testing.assert_close(model(x), additive_vit(size)(x))
+
+
+def test_the_convolution_follows_the_size_that_a_model_is_set_to() -> None:
+    model = additive_vit(32)
+    with torch.no_grad():
+        for size in SIZES:
+            model.set_input_size(size)
+            x = torch.randn(2, 3, *size)
+            torch.testing.assert_close(model(x), additive_vit(size)(x))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_know_the_grids_of_their_own_images(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model = additive_vit(32, dynamic_img_size=True)
+    wide, high = torch.randn(2, 3, 32, 64), torch.randn(2, 3, 64, 32)
+    with torch.no_grad():
+        expected = model(wide)
+        twin = copied(model)
+        model(high)
+        assert twin.blocks[0].attn.dwconv.grid == (4, 8)
+        freeze_(twin, verbose=False)
+        torch.testing.assert_close(twin(wide), expected, rtol=1e-3, atol=1e-4)
+    assert model.blocks[0].attn.dwconv.grid == (8, 4)
+
+
+def test_models_of_changing_sizes_compile_and_export() -> None:
+    model = additive_vit(32, depth=1, dynamic_img_size=True)
+    with torch.no_grad():
+        images = [torch.randn(2, 3, *size) for size in SIZES[:2]]
+        expected = [model(x) for x in images]
+        compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
+        auto = torch.export.Dim.AUTO
+        program = torch.export.export(copy.deepcopy(model), (images[0],), dynamic_shapes=({2: auto, 3: auto},)).module()
+        for x, logits in zip(images, expected, strict=True):
+            torch.testing.assert_close(compiled(x), logits)
+            torch.testing.assert_close(program(x), logits)
 
 
 @pytest.mark.parametrize("surroundings", ["none", "patch dropout"])
