@@ -35,34 +35,44 @@ def _save(figure: Any, path: Path) -> None:
 def save_curves(history: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Losses, accuracy and, with mixtures, the routers' shares over the epochs, as a PNG.
 
+    Top-5 accuracy is left out where it never differs from 1, as with few classes.
+
     Raises:
         UserError: it cannot be written.
     """
     epochs = [record["epoch"] for record in history]
     layers = list(history[0]["mult_shares"])
-    figure = _figure(12 if layers else 8.5, 3.4)
+    figure = _figure(12 if layers else 8.5, 3.8)
     axes = figure.subplots(1, 3 if layers else 2)
     axes[0].plot(epochs, [record["train_loss"] for record in history], marker=".", label="training")
     axes[0].plot(epochs, [record["val_loss"] for record in history], marker=".", label="validation")
     axes[0].set(title="loss", xlabel="epoch")
-    axes[0].legend()
+    _legend_below(axes[0])
     axes[1].plot(epochs, [100 * record["top1"] for record in history], marker=".", label="top-1")
-    axes[1].plot(epochs, [100 * record["top5"] for record in history], marker=".", label="top-5")
+    if any(record["top5"] < 1 for record in history):
+        axes[1].plot(epochs, [100 * record["top5"] for record in history], marker=".", label="top-5")
     axes[1].set(title="validation accuracy, %", xlabel="epoch")
-    axes[1].legend(loc="lower right")
+    _legend_below(axes[1])
     if layers:
         for position, layer in enumerate(layers):
             shade = 0.15 + 0.75 * position / max(1, len(layers) - 1)
             shares = [100 * record["mult_shares"][layer] for record in history]
             axes[2].plot(epochs, shares, marker=".", color=_colormap("viridis")(shade), label=layer)
         axes[2].set(title="tokens sent to the mult expert, %", xlabel="epoch", ylim=(0, 100))
-        if len(layers) <= 8:
-            axes[2].legend(fontsize=7)
+        if len(layers) <= 12:
+            _legend_below(axes[2])
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(title)
     _save(figure, path)
+
+
+def _legend_below(axis: Any) -> None:
+    # Anywhere within, it covers the curves of some training.
+    longest = max(len(label) for label in axis.get_legend_handles_labels()[1])
+    columns = min(4, max(1, 50 // longest))
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=columns, fontsize=7, frameon=False)
 
 
 def _colormap(name: str) -> Any:
@@ -163,7 +173,12 @@ def save_routing(seen: np.ndarray, maps: Sequence[RoutingMap], title: str, path:
     axes[1].imshow(seen.mean(-1), extent=extent, cmap="gray")
     heat = axes[1].imshow(often, extent=extent, cmap="inferno", vmin=0, vmax=1, alpha=0.75, interpolation="nearest")
     axes[1].set_title(f"{maps[0].experts[0]}, mean of layers", fontsize=8)
-    figure.colorbar(heat, ax=axes[1], shrink=0.7)
+    # Within the panel: beside it, it would push the panels of all rows apart.
+    bar = axes[1].inset_axes((0.04, 0.04, 0.92, 0.1))
+    figure.colorbar(heat, cax=bar, orientation="horizontal", ticks=[])
+    for share, color in ((0, "white"), (1, "black")):
+        alignment = "right" if share else "left"
+        bar.text(0.02 + 0.96 * share, 0.45, f"{share:.0%}", color=color, fontsize=6, ha=alignment, va="center")
     for axis, layer in zip(axes[2:], maps, strict=False):
         colors = np.array([to_rgb(color) for color in _EXPERT_COLORS])[layer.assignment]
         axis.imshow(seen.mean(-1), extent=extent, cmap="gray")
@@ -171,8 +186,15 @@ def save_routing(seen: np.ndarray, maps: Sequence[RoutingMap], title: str, path:
         axis.set_title(f"{layer.layer}\n{layer.experts[0]} {layer.share(0):.0%}", fontsize=7)
     names = maps[0].experts
     handles = [Patch(color=color, label=name) for color, name in zip(_EXPERT_COLORS, names, strict=False)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(names), fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    figure.legend(
+        handles=handles,
+        title=title,
+        title_fontsize=10,
+        loc="outside upper center",
+        ncols=len(names),
+        fontsize=8,
+        frameon=False,
+    )
     _save(figure, path)
 
 

@@ -19,8 +19,9 @@ from shiftadd3d.nn import MoEMlp, freeze_, recipe
 from shiftadd3d.vision import predict as predict_module
 from shiftadd3d.vision.checkpoint import ClassifierConfig, create_classifier, save_classifier
 from shiftadd3d.vision.data import eval_transform
+from shiftadd3d.vision.pictures import save_curves, save_routing
 from shiftadd3d.vision.predict import camera_frame, predict
-from shiftadd3d.vision.routing import routing_maps
+from shiftadd3d.vision.routing import RoutingMap, routing_maps
 
 SavePicture = Callable[..., None]
 
@@ -179,8 +180,6 @@ def test_labelled_pictures_have_bounds(checkpoint: Path, tmp_path: Path, size: t
 
 
 def test_the_routing_picture_shows_experts_in_their_colours(routed: nn.Module, tmp_path: Path):
-    from shiftadd3d.vision.pictures import save_routing
-
     for block in routed.blocks:
         nn.init.zeros_(block.mlp.router.weight)
 
@@ -194,6 +193,16 @@ def test_the_routing_picture_shows_experts_in_their_colours(routed: nn.Module, t
         return float((pixels[..., 2] - pixels[..., 0]).mean())
 
     assert mean_blue(1.0) > 5 + mean_blue(-1.0)
+
+
+def test_the_panels_of_a_routing_picture_stand_close_together(tmp_path: Path):
+    maps = [RoutingMap(f"blocks.{i}.mlp", ("mult", "shift"), np.zeros((4, 4), int)) for i in range(10)]
+    save_routing(np.zeros((16, 16, 3), np.uint8), maps, "title", tmp_path / "routing.png")
+    pixels = np.asarray(Image.open(tmp_path / "routing.png").convert("L"))
+    white = (pixels[-pixels.shape[0] // 4 :] == 255).all(axis=0)  # the lower row of panels
+    edges = np.flatnonzero(np.diff(white.astype(int)))
+    gaps = edges[2:-1:2] - edges[1:-2:2]
+    assert len(gaps) == 5 and gaps.max() - gaps.min() <= 1 and gaps.max() < 20
 
 
 def test_a_classifier_without_mixtures_has_no_routing(
@@ -249,6 +258,15 @@ def test_wrong_paths_are_one_line_and_exit_with_1(
         assert cli.main(["predict", *arguments]) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and complaint in error
+
+
+@pytest.mark.parametrize(("top5", "drawn"), [(1.0, False), (0.9, True)])
+def test_curves_leave_top_5_out_where_it_says_nothing(tmp_path: Path, top5: float, drawn: bool):
+    record = {"train_loss": 1.0, "val_loss": 1.2, "top1": 0.5, "top5": top5, "mult_shares": {}}
+    save_curves([{"epoch": epoch, **record} for epoch in (1, 2)], "title", tmp_path / "curves.png")
+    pixels = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"))
+    accuracy = pixels[:, pixels.shape[1] // 2 :]
+    assert (accuracy == (0xFF, 0x7F, 0x0E)).all(-1).any() == drawn  # matplotlib's second colour
 
 
 def test_load_is_the_packages_own_verb(checkpoint: Path, routed: nn.Module):
