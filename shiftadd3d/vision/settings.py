@@ -25,8 +25,8 @@ class DataSettings:
     """Which pictures."""
 
     data: _Path = None
-    """An ImageFolder (class folders, alone or in train/ and val/), a .zip of one, or a Hugging Face datasets folder,
-    saved to disk or of Parquet files. If not set, scikit-learn's digits."""
+    """An ImageFolder (class folders, alone or in train/ and val/), a .zip of one, or a Hugging Face datasets folder
+    (saved to disk or of Parquet files; metadata beside pictures is not read). If not set, scikit-learn's digits."""
     dataset: str = ""
     """A torchvision set by timm's name, torch/cifar10 or the like, that lies in the folder --data."""
     val_fraction: float | None = None
