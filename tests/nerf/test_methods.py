@@ -335,6 +335,7 @@ def test_a_run_interrupted_in_its_first_stage_goes_on_in_it(tiny_scene, make_con
     assert primitives(pipeline.model) >= {"PackedShiftLinear", "FrozenMoE"}  # what is loaded to look at is frozen
 
 
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_ctrl_c_during_the_switch_waits_until_it_is_done(tiny_scene, make_config, ns_train, tmp_path, monkeypatch):
     change = GNTNerfModel._reparameterized
 

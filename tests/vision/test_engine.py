@@ -58,6 +58,7 @@ def test_without_a_folder_nothing_is_written_and_the_result_is_the_same(
     assert same(weights_of(in_memory.model), weights_of(on_disk.model))
 
 
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 @pytest.mark.parametrize("recipe_name", ["mult", "moe"])
 def test_an_interrupted_training_goes_on_as_if_it_had_not_been(
     recipe_name: str,
@@ -67,11 +68,7 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(
     settings: FinetuneSettings,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
 ):
-    # A process that a shell starts in the background inherits an ignored SIGINT.
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, inherited))
     settings = replace(settings, ema=0.9, mixup=0.4, cutmix=0.5)
     chosen = recipe(recipe_name, latencies=(2.0, 1.0))
     reparameterize_(model, chosen, verbose=False)
