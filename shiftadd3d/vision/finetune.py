@@ -42,6 +42,7 @@ from shiftadd3d.vision.settings import (
     SETTINGS_FILE,
     DataSettings,
     FinetuneSettings,
+    option_of,
     read_settings,
 )
 
@@ -142,7 +143,7 @@ def _check_folder(folder: Path, settings: FinetuneSettings, resume: bool) -> Non
         before = read_settings(folder)
         changed = [name for name in _FIXED if getattr(before, name) != getattr(settings, name)]
         if changed and _first_begun(folder) is not None:
-            options = ", ".join("--" + name.replace("_", "-") for name in changed)
+            options = ", ".join(map(option_of, changed))
             raise UserError(f"{folder} was begun with other {options}; choose another --name for a new run")
     elif resume:
         raise UserError(f"{folder}: no {SETTINGS_FILE} in there; expected the folder of an earlier run")

@@ -129,10 +129,10 @@ class TrainSettings:
             raise UserError(f"--batch-size {self.batch_size}: expected 1 or more")
         for name in ("distill_weight", "hflip", "random_erase"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{_option(name)} {getattr(self, name):g}: expected a number from 0 to 1")
+                raise UserError(f"{option_of(name)} {getattr(self, name):g}: expected a number from 0 to 1")
         for name in ("weight_decay", "mixup", "cutmix", "color_jitter", "moe_weight", "clip_grad"):
             if not 0 <= (getattr(self, name) or 0) < float("inf"):
-                raise UserError(f"{_option(name)} {getattr(self, name):g}: expected 0 or more")
+                raise UserError(f"{option_of(name)} {getattr(self, name):g}: expected 0 or more")
         if not 0 < self.min_scale <= 1:
             raise UserError(f"--min-scale {self.min_scale:g}: expected a number above 0 and at most 1")
         if not 0 < self.distill_temperature < float("inf"):
@@ -237,7 +237,8 @@ def check_workers(workers: int | None) -> None:
         raise UserError(f"--workers {workers}: expected 0 or more")
 
 
-def _option(name: str) -> str:
+def option_of(name: str) -> str:
+    """What a setting is called on the command line: `--batch-size` for `batch_size`."""
     return "--" + name.replace("_", "-")
 
 
