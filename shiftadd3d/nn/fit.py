@@ -204,7 +204,8 @@ def fit_contrast_(
     }
     if not layers:
         raise UserError("the model's attention has no contrast to fit; reparameterize it with one that is not 1")
-    products: dict[str, Tensor] = {}  # [3, H]: of additive and softmax, additive and itself, softmax and itself
+    # [4, H]: of additive and softmax, additive and itself, softmax and itself; and the square of what rounds off
+    products: dict[str, Tensor] = {}
 
     def attend(
         name: str,
@@ -219,7 +220,8 @@ def fit_contrast_(
         out, _ = AddAttention.attend(layers[name], q, k, v, mask, bias)
         flat = flat_attention(v, broadcastable_mask(mask), bias)
         add, target = ((x - flat).double().transpose(0, 1).flatten(1) for x in (out, softmax))
-        found = torch.stack([(add * target).sum(1), add.square().sum(1), target.square().sum(1)])
+        rounded = (out.double() * torch.finfo(out.dtype).eps).square().transpose(0, 1).flatten(1)
+        found = torch.stack([(add * target).sum(1), add.square().sum(1), target.square().sum(1), rounded.sum(1)])
         if not bool(torch.isfinite(found).all()):
             raise UserError(f"what {name} sees is not all finite")
         products[name] = products.get(name, 0) + found
@@ -245,8 +247,14 @@ def fit_contrast_(
 def _fit_contrast(name: str, layer: AddAttention, products: Tensor) -> FittedContrast:
     assert layer.log_contrast is not None
     before = layer.log_contrast.detach().double().exp()
-    both, add, softmax = products
-    # A head that sees one key only is not moved: nothing it does depends on its contrast.
+    both, add, softmax, rounded = products
+    # A head that sees one key only, or values that are all alike, is not moved: nothing that it does depends on its
+    # contrast, which multiplies what a handful of roundings leave.
+    add, softmax = (
+        torch.where(squares > (4 * scale).square() * rounded, squares, 0.0)
+        for squares, scale in ((add, 1 + before), (softmax, torch.ones_like(before)))
+    )
+    both = torch.where(add > 0, both, 0.0)
     after = torch.where(add > 0, before * both / add.clamp(min=1e-300), before).clamp(*_CONTRAST)
     layer.log_contrast.copy_(after.log())
 

@@ -198,9 +198,14 @@ def test_contrast_is_fitted_under_masks_and_biases_and_again_changes_nothing() -
     )
 
 
-def test_heads_with_one_key_keep_their_contrast_and_none_is_extreme() -> None:
+def test_heads_whose_values_are_all_alike_keep_their_contrast_and_none_is_extreme() -> None:
     layer = AddAttention(16, 2, contrast=9.0)
     report = fit_contrast_(layer, [torch.randn(3, 1, 16)], verbose=False)
+    torch.testing.assert_close(layer.log_contrast.exp(), torch.full((2,), 9.0))
+    assert report.layers[0].error_after == 0
+    # Tokens that are all alike: what is left is rounding, and contrast multiplies it.
+    alike = torch.randn(3, 1, 16).expand(3, 7, 16)
+    report = fit_contrast_(layer, [alike], verbose=False)
     torch.testing.assert_close(layer.log_contrast.exp(), torch.full((2,), 9.0))
     assert report.layers[0].error_after == 0
     layer.q_fc.weight.data *= 1e-4  # the softmax is flat then
