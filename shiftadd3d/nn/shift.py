@@ -339,7 +339,9 @@ class ShiftLinear(ShiftLayer):
         return self._hand_over(linear)
 
     def freeze(self, *, name: str | None = None) -> PackedShiftLinear:
-        """The same layer for inference, equal bit for bit in evaluation, with codes of `bits` bits as its only weight.
+        """The same layer for inference, with codes of `bits` bits as its only weight.
+
+        In plain torch its output is that of this layer in evaluation, bit for bit; kernels sum in another order.
 
         Args:
             name: how an error calls the layer.

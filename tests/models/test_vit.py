@@ -151,9 +151,9 @@ def test_causal_tokens_see_none_after_them() -> None:
 def test_masks_reach_the_attention_through_a_whole_model() -> None:
     model = vit(class_token=False, global_pool="avg").eval()
     reparameterize_(model, recipe("add", dwconv2d=0), verbose=False)
-    x = torch.randn(2, 3, 32, 32)
+    model, x = model.double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     mask = torch.ones(2, 1, 1, 16, dtype=torch.bool)
-    assert torch.equal(model.forward_features(x, attn_mask=mask), model.forward_features(x))
+    torch.testing.assert_close(model.forward_features(x, attn_mask=mask), model.forward_features(x))
     mask[..., 9:] = False
     assert not torch.allclose(model.forward_features(x, attn_mask=mask), model.forward_features(x))
 
