@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from shiftadd3d.kernels import numerics
+from shiftadd3d.kernels import numerics, targets
 from shiftadd3d.kernels.kernel import KERNELS
 from shiftadd3d.models.gnt import GNTModel
 from shiftadd3d.models.gnt.transformer import RayTransformer, ViewAttention
@@ -53,7 +53,9 @@ def test_pictures_are_the_same_with_and_without_kernels(config, views, name, cal
     out = render(model, sources)
     # A mixture of linear layers cannot be fused; everything else is.
     inner = set() if name == "moe" else {"view_attention", "ray_block"}
-    always = {"point_samples", "plane_sweep", "view_embedding", "position_layer", "color_blend"}
+    always = {"point_samples", "plane_sweep", "view_embedding", "color_blend"}
+    if targets.current().has_fma:
+        always.add("position_layer")
     assert set(calls) == inner | always
     for key in ("rgb", "depth", "weights", "accumulation"):
         # A code or a router on the brink may fall the other way on one ray in a while.
@@ -61,12 +63,16 @@ def test_pictures_are_the_same_with_and_without_kernels(config, views, name, cal
         assert close > (0.9999 if name == "mult" else 0.95)
 
 
-def test_frozen_models_render_the_same_bits(config, views):
+def test_frozen_models_render_the_same_bits_in_plain_torch_and_the_same_pictures_with_kernels(config, views):
     model = make(config, "add+shift")
     sources = views(model)
-    before = render(model, sources)["rgb"]
-    freeze_(model, verbose=False)
-    assert torch.equal(render(model, sources)["rgb"], before)
+    with numerics("twin"):
+        before = render(model, sources)["rgb"]
+        freeze_(model, verbose=False)
+        assert torch.equal(render(model, sources)["rgb"], before)
+    # Packed perceptrons become a kernel, which sums in an order of its own. A code on the brink may fall the other way.
+    close = torch.isclose(render(model, sources)["rgb"], before, rtol=1e-3, atol=1e-3).double().mean()
+    assert close > 0.95
 
 
 def test_training_and_gradients_run_through_the_layers(config, views, calls):
