@@ -1,0 +1,195 @@
+"""How far something is, and when it will be done: one bar in a terminal, one line a minute elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+_MEASURED_STEPS = 5  # from these the cost of the rest is estimated
+_EVERY = 60.0  # seconds between two lines where there is no terminal
+
+
+class Steps:
+    """Steps of some work, counted and timed; `progress` makes them.
+
+    Args:
+        description: what the work is.
+        total: how many steps it has.
+        unit: what a step is called, in the plural.
+        done: steps that were done earlier, and cost nothing now.
+        overhead: seconds spent in `aside` for each second spent in steps, as long as none has been measured.
+    """
+
+    def __init__(self, description: str, total: int, unit: str, done: int = 0, overhead: float = 0.0) -> None:
+        self.description, self.total, self.unit, self.done, self.overhead = description, total, unit, done, overhead
+        self.status = ""
+        self._first = done
+        self._began = time.monotonic()
+        self._aside = 0.0
+        self._done_at_last_aside = done
+        self._first_step: tuple[int, float] | None = None  # how many were done then, and when in time for steps
+
+    def advance(self, steps: int = 1, *, status: str | None = None) -> None:
+        """So many more steps are done. `status` is what else to show: the loss, what is next."""
+        if steps < 0:
+            raise ValueError(f"steps must not be negative, not {steps}")
+        self.done += steps
+        if status is not None:
+            self.status = status
+        if self._first_step is None and steps:
+            self._first_step = self.done, self._seconds_in_steps()
+        self._changed()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """For what is done every so many steps, and is none: a validation, a checkpoint. Not in a step's seconds."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._aside += time.monotonic() - began
+            self._done_at_last_aside = self.done
+
+    def seconds_a_step(self) -> float | None:
+        """The mean so far, without the first step, which makes ready what the others use; None before the second."""
+        if self._first_step is None:
+            return None
+        first, then = self._first_step
+        return (self._seconds_in_steps() - then) / (self.done - first) if self.done > first else None
+
+    def seconds_left(self) -> float | None:
+        """What remains, with what is done aside; None as long as nobody can say."""
+        seconds = self.seconds_a_step()
+        if seconds is None:
+            return None
+        aside = seconds * self.overhead
+        if self._done_at_last_aside > self._first:
+            aside = self._aside / (self._done_at_last_aside - self._first)
+        return (seconds + aside) * max(0, self.total - self.done)
+
+    def when(self) -> str:
+        """`4 min left, done at 15:42`, or nothing as long as nobody can say."""
+        left = self.seconds_left()
+        return "" if left is None else f"{duration(left)} left, done at {clock_time(left)}"
+
+    def line(self) -> str:
+        """All of it: what is done, of how much, and when the rest will be."""
+        parts = [f"{self.description}: {self.done} of {self.total} {self.unit}", self.status, self.when()]
+        return ", ".join(part for part in parts if part)
+
+    def _seconds_in_steps(self) -> float:
+        return time.monotonic() - self._began - self._aside
+
+    def _changed(self) -> None:
+        """Called after every `advance`."""
+
+
+class _Shown(Steps):
+    """Steps that print what they cost, once, and keep a bar up to date if there is one."""
+
+    console: Console
+    announce = False
+    bar: Progress | None = None
+
+    def _changed(self) -> None:
+        if self.announce and self.done - self._first >= min(_MEASURED_STEPS, self.total - self._first):
+            self.announce = False
+            seconds = self.seconds_a_step()
+            if seconds is not None and self.done < self.total:
+                cost = f"{seconds:.2g} s" if seconds < 10 else duration(seconds)
+                _say(self.console, f"{self.description}: {self.unit} take {cost} each; {self.when()}")
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=self.done, status=self.status, when=self.when())
+
+
+@contextlib.contextmanager
+def progress(
+    description: str,
+    total: int,
+    *,
+    unit: str = "steps",
+    status: str = "",
+    done: int = 0,
+    overhead: float = 0.0,
+    announce: bool = False,
+    console: Console | None = None,
+    disable: bool = False,
+    every: float = _EVERY,
+) -> Iterator[Steps]:
+    """Show how far the work in this context is: one bar in a terminal, which goes when it is done, else one line a
+    minute, also while a single step takes longer than that.
+
+    ``with progress("stage 1", total=640) as steps: ...; steps.advance(status="loss 1.2")``
+
+    Args:
+        description: what the work is.
+        total: how many steps it has.
+        unit: what a step is called, in the plural.
+        status: what else to show at first.
+        done: steps that were done earlier, as when something goes on that was interrupted.
+        overhead: what `Steps.aside` will cost for each second spent in steps, until it has been measured.
+        announce: print how many steps there are before the first, and after the fifth what each costs and when all
+            will be done.
+        console: where to; None is standard output.
+        disable: show nothing.
+        every: seconds between two lines where there is no terminal.
+    """
+    if disable:
+        yield Steps(description, total, unit, done, overhead)
+        return
+    console = console or Console()
+    steps = _Shown(description, total, unit, done, overhead)
+    steps.console, steps.announce, steps.status = console, announce, status
+    if announce:
+        _say(console, f"{description}: {total - done} {unit}" + (f" of {total} are left" if done else ""))
+    if console.is_terminal and not console.is_dumb_terminal:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}", markup=False),
+            TextColumn("{task.fields[when]}", markup=False),
+        )
+        with Progress(*columns, console=console, transient=True) as bar:
+            bar.add_task(description, total=total, completed=done, status=status, when="")
+            steps.bar = bar
+            yield steps
+        return
+    over = threading.Event()
+
+    def tell() -> None:
+        while not over.wait(every):
+            _say(console, steps.line())
+
+    teller = threading.Thread(target=tell, name="progress", daemon=True)
+    teller.start()
+    try:
+        yield steps
+    finally:
+        over.set()
+        teller.join()
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `4 min`, `2 h 10 min`."""
+    if seconds < 90:
+        return f"{max(0.0, seconds):.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def clock_time(seconds: float) -> str:
+    """What a clock on the wall shows so many seconds from now: `15:42`, with the day if that is not today."""
+    now = datetime.now()
+    then = now + timedelta(seconds=seconds)
+    return f"{then:%H:%M}" if then.date() == now.date() else f"{then:%H:%M on %Y-%m-%d}"
