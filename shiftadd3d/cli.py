@@ -137,8 +137,9 @@ class _Origin:
     """Where the defaults of all other options of `finetune` come from."""
 
     preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
-    """A model with settings that suit it, which further options change. If not set, small with --data, else digits.
-    From deit-tiny on they start from timm's pretrained weights, at 224 px."""
+    """A model with settings that suit it, which further options change. All but digits and small start from timm's
+    pretrained weights, laptop at 112 px, the others at 224. If not set, digits without --data; with it deit-tiny on a
+    GPU and laptop on a CPU, or small, from random weights, where no pretrained ones can be had or are asked for."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
     """Go on with an earlier run, in its folder, with its settings; options change what can still be changed."""
 
@@ -152,6 +153,9 @@ class Finetune(FinetuneSettings, _Origin, Verb):
     cores. Ctrl-C saves the state, --resume goes on. Several processes: torchrun -m shiftadd3d.cli finetune ...
     """
 
+    fallback: Annotated[FinetuneSettings | None, tyro.conf.Suppress] = None
+    """The same from random weights, where nobody has said that it must not be."""
+
     def run(self) -> None:
         """Run the stages that are left."""
         from rich.console import Console
@@ -161,7 +165,7 @@ class Finetune(FinetuneSettings, _Origin, Verb):
         # A folder that has been moved or is named from elsewhere is still that run.
         settings = replace(self, output_dir=self.resume.parent, name=self.resume.name) if self.resume else self
         try:
-            finetune(settings, resume=self.resume is not None, console=Console())
+            finetune(settings, resume=self.resume is not None, fallback=self.fallback, console=Console())
         except KeyboardInterrupt:
             print(f"go on with: shiftadd3d finetune --resume {run_folder(settings)}", file=sys.stderr)
             raise
@@ -175,17 +179,63 @@ class Finetune(FinetuneSettings, _Origin, Verb):
             preset: str | None = None
             resume: str | None = None
             data: str | None = None
+            device: str | None = None
+            model: str | None = None
 
         try:
-            given, _ = tyro.cli(Given, args=args, return_unknown_args=True, add_help=False, console_outputs=False)
+            given, rest = tyro.cli(Given, args=args, return_unknown_args=True, add_help=False, console_outputs=False)
         except SystemExit:  # the whole command line is wrong, and the real parser will say how
-            given = Given()
-        settings = PRESETS.get(given.preset or ("small" if given.data else "digits"), FinetuneSettings())
+            given, rest = Given(), []
+        fallback = None
+        settings = PRESETS.get(given.preset or "digits", FinetuneSettings())
         if given.resume is not None:
             # Whatever is wrong with the folder is told when the verb runs.
             with contextlib.suppress(UserError):
                 settings = read_settings(Path(given.resume))
-        return Finetune(**{option.name: getattr(settings, option.name) for option in fields(FinetuneSettings)})
+        elif given.preset is None and given.data is not None:
+            options = {word.partition("=")[0].replace("_", "-") for word in rest}
+            # What changes the network leaves no pretrained weights that fit.
+            if options & {"--no-pretrained", "--start-from", "--model-args"} and not options & {
+                "--pretrained",
+                "--weights",
+            }:
+                settings = PRESETS["small"]
+            else:
+                settings = PRESETS["deit-tiny" if _has_gpu(given.device, rest) else "laptop"]
+                if not options & {"--pretrained", "--weights"}:
+                    fallback = _from_random_weights(args, settings, given.model)
+        values = {option.name: getattr(settings, option.name) for option in fields(FinetuneSettings)}
+        return Finetune(**values, fallback=fallback)
+
+
+def _has_gpu(device: str | None, args: Sequence[str]) -> bool:
+    if device is not None or {"-h", "--help"} & set(args):  # help has to come at once, and shows what a CPU gets
+        return device is not None and device != "cpu"
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _from_random_weights(
+    args: Sequence[str], pretrained: FinetuneSettings, model: str | None
+) -> FinetuneSettings | None:
+    """What `args` say from random weights: with the preset for that, or of another model with what else it has."""
+    default = PRESETS["small"]
+    if model is not None and model != default.model:
+        stage0 = replace(PRESETS["small"].stage0, freeze_backbone=False)
+        default = replace(pretrained, pretrained=False, stage0=stage0)
+    try:
+        parsed, _ = tyro.cli(
+            FinetuneSettings,
+            args=args,
+            default=default,
+            return_unknown_args=True,
+            add_help=False,
+            console_outputs=False,
+        )
+    except SystemExit:
+        return None
+    return parsed
 
 
 Checkpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CLASSIFIER")]

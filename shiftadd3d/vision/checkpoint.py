@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from shiftadd3d._errors import UserError
 from shiftadd3d.nn import Recipe, freeze_, reparameterize_
 from shiftadd3d.vision.data import InputConfig
+from shiftadd3d.vision.pretrained import fetch, first_line
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 _FORMAT = "shiftadd3d.classifier"
@@ -84,19 +85,21 @@ class ClassifierConfig:
         except UserError:
             raise
         except (TypeError, ValueError) as error:
-            raise UserError(f"not a configuration of a classifier ({_first_line(error)})") from None
+            raise UserError(f"not a configuration of a classifier ({first_line(error)})") from None
 
 
-def create_dense(config: ClassifierConfig, pretrained: bool = False) -> nn.Module:
+def create_dense(config: ClassifierConfig, pretrained: bool | Path = False) -> nn.Module:
     """The timm model that `config` names, as it is before any reparameterization.
 
     Args:
         config: what to make.
-        pretrained: with timm's pretrained weights (a download, where they are not in the cache); a classifier for
-            another number of classes starts anew.
+        pretrained: with timm's pretrained weights (a download, where they are not in the cache), or with those of a
+            file in the form in which timm publishes them. Embeddings of positions are interpolated, and a classifier
+            for another number of classes starts anew.
 
     Raises:
-        UserError: timm knows no such model, cannot make it so, or has no weights for it.
+        UserError: timm knows no such model, cannot make it so, or has no weights for it; a file that is damaged, or
+            holds weights of another model.
     """
     import timm
 
@@ -110,29 +113,40 @@ def create_dense(config: ClassifierConfig, pretrained: bool = False) -> nn.Modul
     pretrained_config = timm.get_pretrained_cfg(name)
     if pretrained_config is not None and pretrained_config.fixed_input_size:
         args.setdefault("img_size", config.input.size)
-    if pretrained and (pretrained_config is None or not pretrained_config.has_weights):
-        raise UserError(f"timm has no pretrained weights for {name}; leave out --pretrained")
+    file = pretrained if isinstance(pretrained, Path) else None
+    if pretrained is True:
+        if pretrained_config is None or not pretrained_config.has_weights:
+            raise UserError(f"timm has no pretrained weights for {name}; leave out --pretrained")
+        try:
+            file = fetch(name)
+        except UserError as error:
+            raise _no_weights(name, str(error)) from None
+    if file is not None:
+        # timm itself would ask the hub once more, for minutes if it is out of reach, and may unpickle what others made.
+        args["pretrained_cfg_overlay"] = {"state_dict": read_weights(file), "source": ""}
+    given = ", ".join(f"{key}={value}" for key, value in config.model_args.items()) or "no arguments"
     try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=len(config.classes), **args)
+        model = timm.create_model(name, pretrained=bool(pretrained), num_classes=len(config.classes), **args)
     except UserError:
         raise
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
-        if pretrained and isinstance(error, RuntimeError):
-            raise _no_weights(name, error) from None
-        given = ", ".join(f"{key}={value}" for key, value in args.items()) or "no arguments"
-        raise UserError(f"timm cannot make {name} with {given}: {_first_line(error)}") from None
+    except (TypeError, AssertionError, ValueError, RuntimeError, KeyError) as error:
+        if pretrained and isinstance(error, (RuntimeError, KeyError)):
+            place = "timm's pretrained weights" if pretrained is True else f"--weights {pretrained}"
+            raise UserError(f"{place}: not of {name} with {given} ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"timm cannot make {name} with {given}: {first_line(error)}") from None
     except OSError as error:
-        raise _no_weights(name, error) from None
+        raise _no_weights(name, first_line(error)) from None
+    if file is not None:
+        model.pretrained_cfg["state_dict"] = None  # it would stay in memory, and go wherever the model is described
     describe_in(model, config)
     return model
 
 
-def _no_weights(name: str, error: Exception) -> UserError:
-    return UserError(f"the pretrained weights of {name} cannot be had ({_first_line(error)}); are you online?")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _no_weights(name: str, reason: str) -> UserError:
+    return UserError(
+        f"the pretrained weights of {name} cannot be had ({reason}); are you online? Expected --weights FILE, or "
+        "--no-pretrained"
+    )
 
 
 def describe_in(model: nn.Module, config: ClassifierConfig) -> None:
@@ -200,7 +214,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         else:
-            reason = _first_line(error)
+            reason = first_line(error)
         kept = f"; the one from before is kept in {path}" if path.exists() else ""
         raise UserError(f"cannot write {path} ({reason}): is the disk full, or the folder not yours?{kept}") from None
     finally:
@@ -254,7 +268,7 @@ def read_config(folder: Path) -> ClassifierConfig:
     except UserError as error:
         raise UserError(f"{file}: {error}; {_EXPECTED}") from None
     except ValueError as error:  # not JSON, not UTF-8
-        raise UserError(f"{file}: not JSON ({_first_line(error)}); {_EXPECTED}") from None
+        raise UserError(f"{file}: not JSON ({first_line(error)}); {_EXPECTED}") from None
 
 
 _EXPECTED = "expected a folder that `shiftadd3d finetune` or `export` wrote"
@@ -298,7 +312,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         state: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler meets foreign bytes with whatever its own code raises
         raise UserError(
-            f"{file}: damaged, or no weights that can be read safely ({_first_line(error)[:160]}); "
+            f"{file}: damaged, or no weights that can be read safely ({first_line(error)[:160]}); "
             "expected .safetensors, or a state dict saved by torch"
         ) from None
     # timm's and others' training scripts put the weights beside other things.

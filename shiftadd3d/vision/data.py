@@ -10,16 +10,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import random
 import warnings
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -28,10 +29,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.vision.files import (
+    Files,
+    count_by_suffix,
+    describe_unread,
+    files_of,
+    find_files,
+    how_to_read,
+    is_heif,
+    is_note,
+    picture_formats,
+    sort_out,
+    usual_suffixes,
+)
 from shiftadd3d.vision.settings import DataSettings, TrainSettings
-
-PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""What counts as a picture in a folder; other files are not looked at."""
 
 _TRAIN_NAMES = ("train", "training")
 _VAL_NAMES = ("val", "validation", "valid", "dev")
@@ -77,13 +88,22 @@ def decode_picture(data: bytes | Path) -> Image.Image:
         with warnings.catch_warnings():
             # A picture of more than 89 million pixels is unusual, not wrong; one of twice that PIL refuses.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=picture_formats()) as image:
                 return to_rgb(image)
     except Exception as error:  # decoders meet damaged bytes with whatever their own code raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "not a picture in a format that Pillow knows"
+            if is_heif(_start_of(data)):
+                reason = "HEIC, whatever its suffix: pip install pillow-heif"
         raise UserError(f"cannot be read as a picture ({reason})") from None
+
+
+def _start_of(data: bytes | Path) -> bytes:
+    if isinstance(data, bytes):
+        return data[:16]
+    with data.open("rb") as file:
+        return file.read(16)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -120,9 +140,10 @@ class _FolderSource:
 
 
 class _ZipSource:
-    def __init__(self, path: Path, files: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, path: Path, files: Sequence[tuple[str, str]], members: Mapping[str, str]) -> None:
         self.path = path
         self.names = [name for name, _ in files]
+        self.members = [members[name] for name in self.names]
         self.labels = [label for _, label in files]
         self._archives: dict[int, zipfile.ZipFile] = {}
 
@@ -132,7 +153,7 @@ class _ZipSource:
         if archive is None:
             archive = self._archives[os.getpid()] = zipfile.ZipFile(self.path)
         try:
-            data = archive.read(self.names[index])
+            data = archive.read(self.members[index])
         except Exception as error:  # every method of compression has its own for damaged bytes
             raise UserError(f"cannot be unpacked ({error or type(error).__name__})") from None
         return decode_picture(data)
@@ -182,10 +203,14 @@ class _HuggingFaceSource:
 
 
 class Skipped(NamedTuple):
-    """A picture that was left out: its name, and why."""
+    """A picture that was left out, or several of a kind: the name, why, and how many."""
 
     name: str
     reason: str
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
 
 
 class PictureSet:
@@ -235,7 +260,12 @@ class PictureData:
             text += f" pictures; none of {_list(missing)} in validation"
         else:
             text += " pictures"
-        return text + (f"; {len(self.skipped)} skipped" if self.skipped else "")
+        count = self.count_skipped()
+        return text + (f"; {count} skipped" if count else "")
+
+    def count_skipped(self) -> int:
+        """How many files were left out."""
+        return sum(entry.count for entry in self.skipped)
 
 
 def _list(names: Sequence[str]) -> str:
@@ -256,7 +286,7 @@ class _Found(NamedTuple):
 
     def why_none(self, split: str) -> str:
         """What to say about a split that is not there."""
-        return "".join(f" ({name}: {reason})" for name, reason in self.skipped.get(split, ())[:1])
+        return "".join(f" ({entry})" for entry in self.skipped.get(split, ())[:1])
 
 
 def open_data(settings: DataSettings, broadcast: Callable[[Any], Any] = lambda made: made()) -> PictureData:
@@ -306,9 +336,7 @@ def open_data(settings: DataSettings, broadcast: Callable[[Any], Any] = lambda m
         unreadable = [*skipped_in_train, *skipped_in_val]
     empty = sorted(set(range(len(classes))) - set(train_set.targets))
     if empty:
-        reason = (
-            f"; the first of {len(unreadable)} that cannot be read: {': '.join(unreadable[0])}" if unreadable else ""
-        )
+        reason = f"; the first of {len(unreadable)} that cannot be read: {unreadable[0]}" if unreadable else ""
         raise UserError(f"{name}: no readable training picture of {_list([classes[i] for i in empty])}{reason}")
     if not len(val_set):
         raise UserError(f"{name}: no validation pictures are left; hold some out with --val-fraction 0.1")
@@ -370,46 +398,79 @@ def _open_splits(settings: DataSettings) -> tuple[str, _Found]:
     if _is_hugging_face(path):
         return path.name, _open_hugging_face(path)
     try:
-        files = sorted(_walk(path))
+        files = find_files(path)
     except OSError as error:
         raise UserError(f"--data {path}: cannot be read ({error.strerror or error})") from None
     return path.name, _arrange(files, f"--data {path}", lambda found: _FolderSource(path, found))
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """Pictures below `root`, as paths with slashes relative to it. Links are followed, but not in circles."""
-    seen: set[str] = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_raise):
-        real = os.path.realpath(folder)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for file in files:
-            if file.lower().endswith(PICTURE_SUFFIXES) and not file.startswith("."):
-                yield (Path(folder) / file).relative_to(root).as_posix()
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _arrange(files: Sequence[str], what: str, make_source: Callable[[Sequence[tuple[str, str]]], Source]) -> _Found:
+def _arrange(files: Files, what: str, make_source: Callable[[Sequence[tuple[str, str]]], Source]) -> _Found:
     """Which split and class each file belongs to, from its path: [train|val|test/]class/.../file.
 
     Folders around all of that, as zip files often have, do not count. Beside train/ and val/ or test/, other folders
-    are left out.
+    are left out. So are files that are no pictures, unless a class has no others.
 
     Args:
-        files: paths with slashes.
+        files: pictures and others, as paths with slashes.
         what: how errors call their place.
-        make_source: of the files of a split, with their classes.
+        make_source: of the pictures of a split, with their classes.
     """
-    if not files:
+    if not files.pictures:
+        there = f"; found {describe_unread(files.others)}" if files.others else ""
+        raise UserError(f"{what}: no pictures in there; expected class folders with files of {usual_suffixes()}{there}")
+    least = min(name.count("/") for name in files.pictures)
+    unread = [name for name in files.others if not is_note(name) and name.count("/") >= least]
+    depth, with_splits = _layout([*files.pictures, *unread])
+    arranged: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    without_class = []
+    beside: dict[str, int] = defaultdict(int)
+    for file in files.pictures:
+        split, label = _place_of(file, depth, with_splits)
+        if split is None:
+            beside[label] += 1
+        elif not label:
+            without_class.append(file)
+        else:
+            arranged[split].append((file, label))
+    if without_class:
         raise UserError(
-            f"{what}: no pictures in there; expected class folders with {', '.join(PICTURE_SUFFIXES)} files"
+            f"{what}: {len(without_class)} of {len(files.pictures)} pictures are in no class folder "
+            f"({without_class[0]}); expected CLASS/PICTURE, or train/CLASS/PICTURE and val/CLASS/PICTURE; files of "
+            "metadata are not read"
         )
+    skipped: dict[str, list[Skipped]] = defaultdict(list)
+    for folder, count in beside.items():
+        skipped["train"].append(Skipped(f"{folder}/", f"beside the splits, with {count} of the pictures", count))
+    others: dict[str, list[str]] = defaultdict(list)
+    for file in files.others:
+        split, _ = _place_of(file, depth, with_splits)
+        others[split or "train"].append(file)
+    for split, names in others.items():
+        lost = _lost_classes(names, arranged.get(split, ()), depth, with_splits)
+        # In validation a class may be missing, and `PictureData.describe` says so; but not all of them.
+        needed = split == "train" or (split not in arranged and (split == "val" or "val" not in arranged))
+        if lost and needed:
+            raise UserError(
+                f"{what}: no picture of {_list(sorted(lost))} in {split} can be read: "
+                f"{describe_unread(itertools.chain(*lost.values()))}; expected files of {usual_suffixes()}, or these "
+                "folders moved away"
+            )
+        skipped[split] += skipped_files(names)
+    return _Found({split: make_source(found) for split, found in arranged.items()}, skipped)
+
+
+def skipped_files(names: Iterable[str]) -> list[Skipped]:
+    """Files that are no pictures as far as anybody can tell, one entry for each suffix."""
+    entries = []
+    for suffix, count in count_by_suffix(names):
+        hint = how_to_read(suffix)
+        reason = f"{count} {files_of(suffix, count)}, not read" + (f" ({hint})" if hint else "")
+        entries.append(Skipped(f"*{suffix}", reason, count))
+    return entries
+
+
+def _layout(files: Sequence[str]) -> tuple[int, bool]:
+    """How many folders stand around everything, and whether there are folders of splits within these."""
     paths = [PurePosixPath(file).parts for file in files]
     depth = 0
     while len({parts[depth] for parts in paths}) == 1 and all(len(parts) > depth + 2 for parts in paths):
@@ -418,29 +479,34 @@ def _arrange(files: Sequence[str], what: str, make_source: Callable[[Sequence[tu
         depth += 1
     top = {parts[depth].lower() for parts in paths if len(parts) > depth + 1}
     # A folder called train may be full of locomotives, but not one with a folder called val beside it.
-    with_splits = bool(top & set(_TRAIN_NAMES)) and (
+    return depth, bool(top & set(_TRAIN_NAMES)) and (
         top <= set(_TRAIN_NAMES) or bool(top & {*_VAL_NAMES, *_TEST_NAMES})
     )
-    arranged: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    without_class = []
-    beside: dict[str, int] = defaultdict(int)
-    for file, parts in zip(files, paths, strict=True):
-        rest = parts[depth + 1 :] if with_splits else parts[depth:]
-        if with_splits and rest and parts[depth].lower() not in _SPLIT_NAMES:
-            beside["/".join(parts[: depth + 1])] += 1
-        elif len(rest) < 2:
-            without_class.append(file)
-        else:
-            arranged[_split_of(parts[depth].lower()) if with_splits else "train"].append((file, rest[0]))
-    if without_class:
-        raise UserError(
-            f"{what}: {len(without_class)} of {len(files)} pictures are in no class folder ({without_class[0]}); "
-            "expected CLASS/PICTURE, or train/CLASS/PICTURE and val/CLASS/PICTURE; files of metadata are not read"
-        )
-    skipped = [
-        Skipped(f"{folder}/", f"beside the splits, with {count} of the pictures") for folder, count in beside.items()
-    ]
-    return _Found({split: make_source(found) for split, found in arranged.items()}, {"train": skipped})
+
+
+def _place_of(file: str, depth: int, with_splits: bool) -> tuple[str | None, str]:
+    """The split and the class of a file; no class for one outside of class folders, and no split, but the folder, for
+    one in a folder beside those of the splits."""
+    parts = PurePosixPath(file).parts
+    rest, split = parts[depth:], "train"
+    if with_splits and len(rest) > 1:
+        if rest[0].lower() not in _SPLIT_NAMES:
+            return None, "/".join(parts[: depth + 1])
+        rest, split = rest[1:], _split_of(rest[0].lower())
+    return split, rest[0] if len(rest) > 1 else ""
+
+
+def _lost_classes(
+    others: Sequence[str], pictures: Sequence[tuple[str, str]], depth: int, with_splits: bool
+) -> dict[str, list[str]]:
+    """Classes of a split that have files, of which none is read, and these files. Notes about pictures are no class."""
+    there = {label for _, label in pictures}
+    lost: dict[str, list[str]] = defaultdict(list)
+    for file in others:
+        split, label = _place_of(file, depth, with_splits)
+        if split is not None and label and label not in there and not is_note(file):
+            lost[label].append(file)
+    return lost
 
 
 def _split_of(name: str) -> str:
@@ -451,18 +517,18 @@ def _open_zip(path: Path) -> _Found:
     what = f"--data {path}"
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = [info.filename for info in archive.infolist() if not info.is_dir()]
+            # Some programs of Windows write backslashes.
+            members = {
+                name: info.filename
+                for info in archive.infolist()
+                if not (name := info.filename.replace("\\", "/")).endswith("/")
+            }
+            files = sort_out(members, lambda name: cast(BinaryIO, archive.open(members[name])))
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(
             f"{what}: not a zip file that can be read ({error}); expected a .zip of an ImageFolder"
         ) from None
-    pictures = sorted(
-        name
-        for name in entries
-        if name.lower().endswith(PICTURE_SUFFIXES)
-        and not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
-    )
-    return _arrange(pictures, what, lambda found: _ZipSource(path, found))
+    return _arrange(files, what, lambda found: _ZipSource(path, found, members))
 
 
 def _open_digits() -> Source:
@@ -530,7 +596,7 @@ def _open_hugging_face(path: Path) -> _Found:
         except UserError as error:
             if split == "train":
                 raise
-            found.skipped[split].append(Skipped(title, str(error)))  # tests often come without labels
+            found.skipped[split].append(Skipped(title, str(error), len(dataset)))  # tests often come without labels
             continue
         feature = dataset.features[label]
         rows = []
@@ -544,7 +610,7 @@ def _open_hugging_face(path: Path) -> _Found:
             dataset = dataset.cast_column(image, datasets.Image(decode=False))
             found.splits[split] = _HuggingFaceSource(dataset, image, rows, title)
         else:
-            found.skipped[split] = [Skipped(title, f"none of its {len(dataset)} pictures has a label")]
+            found.skipped[split] = [Skipped(title, f"none of its {len(dataset)} pictures has a label", len(dataset))]
     return found
 
 

@@ -21,10 +21,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
+from shiftadd3d._progress import Steps, progress
 from shiftadd3d.nn import MoE, ShiftLinear, collect_moe_losses, reset_router_statistics, router_statistics
 from shiftadd3d.vision.checkpoint import (
     WEIGHTS_FILE,
@@ -280,13 +280,14 @@ class _Training:
                 self.model, device_ids=[self.device] if self.device.type == "cuda" else None
             )
         explained = explain_memory_errors(self.device, self.settings.batch_size, self.config.input.size, self._kept)
-        with self._interruptible(), explained, self._tensorboard() as board, self._progress() as bar:
+        with self._interruptible(), explained, self._tensorboard() as board, self._progress() as steps:
             while self.epoch < self.stage.epochs:
                 began = time.perf_counter()
-                self._train_epoch(wrapped, bar)
-                self._finish_epoch(board, time.perf_counter() - began)
+                self._train_epoch(wrapped, steps)
+                with steps.aside():
+                    self._finish_epoch(board, time.perf_counter() - began)
 
-    def _train_epoch(self, wrapped: nn.Module, bar: Callable[[int, int, float], None]) -> None:
+    def _train_epoch(self, wrapped: nn.Module, steps: Steps) -> None:
         self.batches.start_at(self.epoch, self.batch)
         if self.batch == 0:
             self.sums = {"loss": 0.0, "moe": 0.0, "steps": 0.0}
@@ -300,7 +301,7 @@ class _Training:
             self.sums["loss"] += loss
             self.sums["moe"] += moe
             self.sums["steps"] += 1
-            bar(self.epoch, self.batch, loss)
+            steps.advance(status=f"epoch {self.epoch + 1}/{self.stage.epochs}, loss {loss:.3f}")
             if self.stop:
                 self._save_and_interrupt()
 
@@ -546,21 +547,19 @@ class _Training:
         finally:
             writer.close()
 
-    @contextlib.contextmanager
-    def _progress(self) -> Iterator[Callable[[int, int, float], None]]:
-        if self.console is None:
-            yield lambda epoch, batch, loss: None
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            total = self.stage.epochs * self.steps
-            task = progress.add_task("", total=total, completed=self.epoch * self.steps + self.batch)
-
-            def show(epoch: int, batch: int, loss: float) -> None:
-                description = f"epoch {epoch + 1}/{self.stage.epochs}, loss {loss:.3f}"
-                progress.update(task, completed=epoch * self.steps + batch, description=description)
-
-            yield show
+    def _progress(self) -> contextlib.AbstractContextManager[Steps]:
+        # A validation computes forwards only, and so does nearly all of a step with a frozen backbone.
+        batches = _most_batches(len(self.data.val), self.settings.batch_size, self.process.world_size)
+        overhead = batches / self.steps * (1 if self.stage.freeze_backbone else 1 / 3)
+        return progress(
+            "training" if self.folder is None else self.folder.name,
+            self.stage.epochs * self.steps,
+            done=self.epoch * self.steps + self.batch,
+            overhead=overhead,
+            announce=True,
+            console=self.console,
+            disable=self.console is None,
+        )
 
 
 def read_state(file: Path) -> Mapping[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from shiftadd3d._errors import UserError
+from shiftadd3d._progress import progress
 from shiftadd3d.kernels import Numerics, get_numerics
 from shiftadd3d.kernels import numerics as in_numerics
 from shiftadd3d.vision.checkpoint import ClassifierConfig, load
@@ -88,13 +88,12 @@ def evaluate_classifier(
         )
     pictures, skipped = open_split(data, split, config.classes)
     if console is not None:
-        for name, reason in skipped[:_LISTED]:
-            console.print(f"skipped {name}: {reason}", highlight=False, soft_wrap=True)
+        for entry in skipped[:_LISTED]:
+            console.print(f"skipped {entry}", highlight=False, markup=False, soft_wrap=True)
         if len(skipped) > _LISTED:
             console.print(f"skipped {len(skipped) - _LISTED} more", highlight=False)
-    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=console is None) as progress:
-        task = progress.add_task("", total=len(pictures))
+    bar = progress("evaluating", len(pictures), unit="pictures", console=console, disable=console is None)
+    with bar as steps:
         as_exactly = get_numerics() if numerics is None else numerics
         with explain_memory_errors(chosen, batch_size, config.input.size), in_numerics(as_exactly):
             metrics = evaluate(
@@ -103,7 +102,7 @@ def evaluate_classifier(
                 config.input,
                 batch_size=batch_size,
                 workers=workers,
-                on_batch=lambda count: progress.advance(task, count),
+                on_batch=steps.advance,
             )
             throughput = measure_throughput(model, config.input, batch_size)
     facts = {
@@ -115,7 +114,7 @@ def evaluate_classifier(
         "split": split,
         **metrics.as_dict(),
         "throughput": {"device": str(chosen), "threads": torch.get_num_threads(), **throughput},
-        "skipped": [{"name": name, "reason": reason} for name, reason in skipped],
+        "skipped": [{"name": entry.name, "reason": entry.reason} for entry in skipped],
     }
     if console is not None:
         frozen = f", packed, {as_exactly} numerics" if config.frozen else ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from shiftadd3d.vision.distributed import choose_device, connected, from_first_p
 from shiftadd3d.vision.engine import BEST_FOLDER, STATE_FILE, TrainResult, train
 from shiftadd3d.vision.metrics import ClassificationMetrics
 from shiftadd3d.vision.pictures import save_confusion, save_curves
+from shiftadd3d.vision.pretrained import describe_source, fetch
 from shiftadd3d.vision.settings import (
     SETTINGS_FILE,
     DataSettings,
@@ -48,6 +50,7 @@ from shiftadd3d.vision.settings import (
 
 STAGE_FOLDERS = ("stage0-dense", "stage1-add", "stage2-shift")
 _SHIFTADD_PREFIX = "shiftadd_"
+_LISTED = 5  # pictures that were left out, before the rest is counted
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,19 @@ def stage_recipes(chosen: Recipe) -> tuple[Recipe | None, Recipe | None]:
     return (attention if adds else None), (chosen if linear & {"shift", "moe"} else None)
 
 
-def finetune(settings: FinetuneSettings, *, resume: bool = False, console: Console | None = None) -> FinetuneResult:
+def finetune(
+    settings: FinetuneSettings,
+    *,
+    resume: bool = False,
+    fallback: FinetuneSettings | None = None,
+    console: Console | None = None,
+) -> FinetuneResult:
     """Run the stages; under `torchrun` or `accelerate launch`, each of the processes calls this.
 
     Args:
         settings: everything.
+        fallback: what to do instead, from random weights, where timm's pretrained ones cannot be had; about the same
+            pictures, in the same folder. None makes that an error.
         resume: go on with an unfinished run in the same folder, of which only what does not change the model may have
             changed. Stages that are finished are not run again.
         console: shows what happens; None is silent.
@@ -93,10 +104,13 @@ def finetune(settings: FinetuneSettings, *, resume: bool = False, console: Conso
         KeyboardInterrupt: Ctrl-C; the state has been saved.
     """
     settings.validate()
+    if fallback is not None:
+        fallback.validate()
     # Going on from another working directory must find the same pictures.
     settings = replace(
         settings,
         data=settings.data and settings.data.resolve(),
+        weights=settings.weights and settings.weights.resolve(),
         start_from=settings.start_from and settings.start_from.resolve(),
     )
     chosen = recipe(settings.recipe, **settings.parsed_recipe_args())
@@ -108,8 +122,12 @@ def finetune(settings: FinetuneSettings, *, resume: bool = False, console: Conso
         data = open_data(_data_settings(settings), from_first_process)
         if shown is not None:
             shown.print(data.describe(), highlight=False)
-            for name, reason in data.skipped[:5]:
-                shown.print(f"  skipped {name}: {reason}", highlight=False, soft_wrap=True)
+            for entry in data.skipped[:_LISTED]:
+                shown.print(f"  skipped {entry}", highlight=False, markup=False, soft_wrap=True)
+            if len(data.skipped) > _LISTED:
+                shown.print(f"  and more, listed in {folder / 'skipped.json'}", highlight=False, soft_wrap=True)
+        if fallback is not None and settings.pretrained and not resume:
+            settings, chosen = _what_can_be_had(settings, fallback, chosen, shown)
         try:
             return _run_stages(settings, chosen, data, folder, shown)
         except Exception:
@@ -118,6 +136,34 @@ def finetune(settings: FinetuneSettings, *, resume: bool = False, console: Conso
                 with contextlib.suppress(OSError):
                     (folder / SETTINGS_FILE).unlink()
             raise
+
+
+def _what_can_be_had(
+    settings: FinetuneSettings, fallback: FinetuneSettings, chosen: Recipe, console: Console | None
+) -> tuple[FinetuneSettings, Recipe]:
+    """The settings that start from pretrained weights, or, without these, the others, and the recipe."""
+    if console is not None:
+        console.print(f"looking for the pretrained weights of {settings.model} ...", highlight=False)
+
+    def why_not() -> str | None:
+        try:
+            fetch(settings.model.removeprefix(_SHIFTADD_PREFIX))
+        except UserError as error:
+            return str(error)
+        return None
+
+    reason = from_first_process(why_not)
+    if reason is None:
+        return settings, chosen
+    if console is not None:
+        console.print(
+            f"starting from random weights, which gives worse results: those of {settings.model} cannot be had "
+            f"({reason}); --weights FILE takes a file of them",
+            highlight=False,
+            soft_wrap=True,
+        )
+    fallback = replace(fallback, data=settings.data)
+    return fallback, recipe(fallback.recipe, **fallback.parsed_recipe_args())
 
 
 def run_folder(settings: FinetuneSettings) -> Path:
@@ -165,7 +211,7 @@ def _begin_stage(folder: Path, number: int, settings: FinetuneSettings, data: Pi
         )
     write_json_atomically(folder / SETTINGS_FILE, settings.as_dict())
     if data.skipped:
-        skipped = [{"name": name, "reason": reason} for name, reason in data.skipped]
+        skipped = [{"name": entry.name, "reason": entry.reason} for entry in data.skipped]
         write_json_atomically(folder / "skipped.json", skipped)
 
 
@@ -179,6 +225,8 @@ def _run_stages(
         model_args=settings.parsed_model_args(),
     )
     recipes = (None, *stage_recipes(chosen))
+    if console is not None:
+        console.print(_plan(settings, recipes, len(data.train)), highlight=False, soft_wrap=True)
     model, config, finished = _start(settings, config, recipes[1], folder, console)
     teacher: nn.Module | None = None
     results: list[StageResult] = []
@@ -228,6 +276,17 @@ def _run_stages(
     return FinetuneResult(tuple(results), model, folder)
 
 
+def _plan(settings: FinetuneSettings, recipes: Sequence[Recipe | None], pictures: int) -> str:
+    """How many steps the stages have."""
+    stages = zip(STAGE_FOLDERS, recipes, (settings.stage0, settings.stage1, settings.stage2), strict=True)
+    steps = [
+        f"{stage.epochs * (pictures // settings.batch_size)} in {name}" + (" (head alone)" * stage.freeze_backbone)
+        for name, stage_recipe, stage in stages
+        if stage.epochs and (stage_recipe is not None or name == STAGE_FOLDERS[0])
+    ]
+    return f"{settings.model} at {settings.image_size} px, steps of {settings.batch_size} pictures: {', '.join(steps)}"
+
+
 def _start(
     settings: FinetuneSettings,
     config: ClassifierConfig,
@@ -239,7 +298,8 @@ def _start(
     begun, gone = from_first_process(
         lambda: (_first_begun(folder), settings.start_from is not None and not settings.start_from.exists())
     )
-    unneeded = begun == 0 or ((settings.pretrained or gone) and settings.distill_weight == 0)
+    drawn_from = settings.pretrained or settings.weights is not None or gone
+    unneeded = begun == 0 or (drawn_from and settings.distill_weight == 0)
     if begun is not None and unneeded and (settings.stage0, settings.stage1, settings.stage2)[begun].epochs > 0:
         # All weights are in the states. Those from before may be gone, and only a teacher would need them.
         behind = begun - 1 if gone else -1
@@ -258,7 +318,11 @@ def _first_model(
     if path is None:
         # Weights that are drawn, not loaded, are part of what the seed decides.
         seed_everything(settings.seed)
-        return create_dense(config, settings.pretrained), config, -1
+        model = create_dense(config, settings.weights or settings.pretrained)
+        if console is not None and (settings.weights or settings.pretrained):
+            place = settings.weights or f"timm: {describe_source(config.architecture)}"
+            console.print(f"pretrained weights from {place}", highlight=False, markup=False, soft_wrap=True)
+        return model, config, -1
     if not path.exists():
         raise UserError(f"--start-from {path}: no such file or folder; expected a saved classifier, or weights")
     if path.is_dir() or path.name in (WEIGHTS_FILE, CONFIG_FILE):
@@ -362,7 +426,7 @@ def _summary(settings: FinetuneSettings, data: PictureData, results: list[StageR
         "model": settings.model,
         "recipe": settings.recipe,
         "classes": list(data.classes),
-        "pictures": {"train": len(data.train), "val": len(data.val), "skipped": len(data.skipped)},
+        "pictures": {"train": len(data.train), "val": len(data.val), "skipped": data.count_skipped()},
         "stages": [{"name": stage.name, "best": str(stage.best), **stage.metrics.as_dict()} for stage in results],
     }
 

@@ -14,8 +14,9 @@ from torch import nn
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.vision.checkpoint import ClassifierConfig, load
-from shiftadd3d.vision.data import PICTURE_SUFFIXES, Skipped, decode_picture, eval_transform, to_rgb
+from shiftadd3d.vision.data import Skipped, decode_picture, eval_transform, skipped_files, to_rgb
 from shiftadd3d.vision.distributed import choose_device
+from shiftadd3d.vision.files import describe_unread, find_files, usual_suffixes
 from shiftadd3d.vision.pictures import save_labelled, save_routing
 from shiftadd3d.vision.routing import RoutingMap, keep_routing, routing_maps
 
@@ -102,11 +103,10 @@ def predict_pictures(
             that the user can mend.
     """
     # Everything is found before anything is written: pictures may lie where results go.
-    inputs = _find_pictures(pictures)
+    inputs, skipped = _find_pictures(pictures)
     outputs = [None] * len(inputs) if out is None else _name_outputs(inputs, out)
     model = load(checkpoint, choose_device(device))
     predictions: list[dict[str, Any]] = []
-    skipped: list[Skipped] = []
     for source, output in zip(inputs, outputs, strict=True):
         if isinstance(source, Path):
             name = str(source)
@@ -138,37 +138,42 @@ def predict_pictures(
                 soft_wrap=True,
             )
     if console is not None:
-        for name, reason in skipped:
-            console.print(f"skipped {name}: {reason}", highlight=False, soft_wrap=True)
+        for entry in skipped:
+            console.print(f"skipped {entry}", highlight=False, markup=False, soft_wrap=True)
         if out is not None and predictions:
             console.print(f"pictures in {out}", highlight=False, soft_wrap=True)
         if show_routing and predictions and not any(facts["routing"] for facts in predictions):
             console.print("no routing to show: this classifier has no mixtures of experts")
     if not predictions:
-        first = f" ({skipped[0].name}: {skipped[0].reason})" if skipped else ""
-        raise UserError(f"none of {len(skipped)} pictures can be read{first}")
-    return {"checkpoint": str(checkpoint), "predictions": predictions, "skipped": [s._asdict() for s in skipped]}
+        first = f" ({skipped[-1]})" if skipped else ""
+        raise UserError(f"none of {len(inputs)} pictures can be read{first}")
+    listed = [{"name": entry.name, "reason": entry.reason} for entry in skipped]
+    return {"checkpoint": str(checkpoint), "predictions": predictions, "skipped": listed}
 
 
-def _find_pictures(words: Sequence[str]) -> list[Path | str]:
-    """Files by their paths, and cameras by their words."""
+def _find_pictures(words: Sequence[str]) -> tuple[list[Path | str], list[Skipped]]:
+    """Files by their paths, and cameras by their words; and what in folders is no picture."""
     found: list[Path | str] = []
+    others: list[str] = []
     for word in words:
         path = Path(word)
         if word == "camera" or word.startswith("camera:"):
             found.append(word)
         elif path.is_dir():
-            files = sorted(
-                file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file()
-            )
-            if not files:
-                raise UserError(f"{path}: no pictures in there; expected files of {', '.join(PICTURE_SUFFIXES)}")
-            found += files
+            try:
+                files = find_files(path)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+            if not files.pictures:
+                there = f"; found {describe_unread(files.others)}" if files.others else ""
+                raise UserError(f"{path}: no pictures in there; expected files of {usual_suffixes()}{there}")
+            found += [path / name for name in files.pictures]
+            others += files.others
         elif path.is_file():
             found.append(path)
         else:
             raise UserError(f"{path}: no such file or folder; expected pictures, folders of them, or camera:0")
-    return found
+    return found, skipped_files(others)
 
 
 class _Output(NamedTuple):

@@ -159,7 +159,10 @@ class FinetuneSettings(TrainSettings, DataSettings):
     image_size: int = 224
     """Pixels on a side of what the model sees."""
     pretrained: bool = False
-    """Start from timm's pretrained weights (a download)."""
+    """Start from timm's pretrained weights (a download, once)."""
+    weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Start from pretrained weights in this file instead: .safetensors, or a state dict saved by torch, as timm
+    publishes them."""
     start_from: _Path = None
     """Start from a saved classifier: a dense one saves stage 0, an additive one stages 0 and 1. Or start stage 0 from
     weights of timm's training script, .pth.tar or .safetensors."""
@@ -191,6 +194,8 @@ class FinetuneSettings(TrainSettings, DataSettings):
             raise UserError(f"--image-size {self.image_size}: expected 8 or more")
         if self.pretrained and self.start_from is not None:
             raise UserError("--pretrained and --start-from: expected one of the two")
+        if self.weights is not None and self.start_from is not None:
+            raise UserError("--weights and --start-from: expected one of the two")
         self.parsed_model_args()
         self.parsed_recipe_args()
 
@@ -220,7 +225,7 @@ class FinetuneSettings(TrainSettings, DataSettings):
         if unknown:
             raise UserError(f"there are no settings {', '.join(unknown)}")
         values = dict(values)
-        for key in ("data", "start_from", "output_dir"):
+        for key in ("data", "weights", "start_from", "output_dir"):
             if values.get(key) is not None:
                 values[key] = Path(values[key])
         for key in ("model_args", "recipe_args"):

@@ -68,7 +68,7 @@ def test_a_zip_file_with_or_without_folders_around_the_classes(folder: Path, tmp
         archive.writestr("__MACOSX/" + prefix + "red/._000.png", b"resource fork")
     zipped = open_data(DataSettings(data=tmp_path / "colors.zip", val_fraction=0.25))
     assert zipped.classes == ("blue", "green", "red")
-    assert len(zipped.train) == 27 and zipped.skipped == ()
+    assert len(zipped.train) == 27 and zipped.skipped == (("*.txt", "1 file of .txt, not read", 1),)
     assert np.array_equal(
         zipped.train.read(0),
         decode_picture(folder / "train" / zipped.train.name(0).rpartition("train/")[2].removeprefix("colors/")),
@@ -157,8 +157,8 @@ def test_rows_without_a_label_are_left_out_and_listed(folder: Path, tmp_path: Pa
     data = open_data(DataSettings(data=root))
     assert data.classes == ("blue", "red")
     assert (len(data.train), len(data.val)) == (22, 2)  # held out, as no picture of test has a label
-    assert len(data.skipped) == 13 and data.skipped[0] == ("pictures/train/0000012", "it has no label")
-    assert data.skipped[-1] == ("pictures/test", "none of its 12 pictures has a label")
+    assert len(data.skipped) == 13 and data.skipped[0] == ("pictures/train/0000012", "it has no label", 1)
+    assert data.skipped[-1] == ("pictures/test", "none of its 12 pictures has a label", 12)
     red = data.train.targets.index(1)
     assert np.asarray(data.train.read(red)).mean((0, 1)) == pytest.approx((200, 50, 40), abs=6)
     with pytest.raises(UserError, match=r"no test pictures .*none of its 12 pictures has a label"):
@@ -180,7 +180,7 @@ def test_folders_beside_the_splits_are_no_classes(
     path = root if where == "folder" else Path(shutil.make_archive(str(tmp_path / "colors"), "zip", root))
     data = open_data(DataSettings(data=path))
     assert data.classes == ("blue", "green", "red") and (len(data.train), len(data.val)) == (36, 12)
-    assert data.skipped == (("demo/", "beside the splits, with 1 of the pictures"),)
+    assert data.skipped == (("demo/", "beside the splits, with 1 of the pictures", 1),)
 
 
 @pytest.mark.parametrize("name", ["dev", "eval", "Validation"])
@@ -319,7 +319,7 @@ def damaged(tmp_path: Path, make_folder: MakeFolder) -> Path:
 def test_pictures_that_cannot_be_read_are_left_out_counted_and_listed(damaged: Path):
     data = open_data(DataSettings(data=damaged))
     assert len(data.train) == 36 and len(data.val) == 12
-    reasons = dict(data.skipped)
+    reasons = {entry.name: entry.reason for entry in data.skipped}
     assert sorted(reasons) == ["train/green/text.jpg", "train/red/cut.png", "train/red/empty.jpg", "val/blue/cut.png"]
     assert "not a picture in a format that Pillow knows" in reasons["train/green/text.jpg"]
     assert data.describe().endswith("; 4 skipped")
@@ -339,7 +339,7 @@ def test_a_picture_too_large_to_be_one_is_left_out(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     save_picture(root / "train" / "red" / "bomb.png", size=64)
     data = open_data(DataSettings(data=root))
-    assert [name for name, _ in data.skipped] == ["train/red/bomb.png"]
+    assert [entry.name for entry in data.skipped] == ["train/red/bomb.png"]
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_a_zip_whose_member_is_damaged(folder: Path, tmp_path: Path, compression
     content[where : where + 60] = b"\xff" * 60
     path.write_bytes(content)
     data = open_data(DataSettings(data=path))
-    assert [name for name, _ in data.skipped] == ["red/003.png"]
+    assert [entry.name for entry in data.skipped] == ["red/003.png"]
     assert reason in data.skipped[0].reason
 
 
@@ -491,3 +491,13 @@ def test_a_policy_that_timm_does_not_know(data: PictureData):
 def test_a_picture_set_can_be_indexed_by_position(data: PictureData):
     some = PictureSet(data.train.source, [30, 0], data.classes)
     assert some.targets == [2, 0] and some.name(0) == data.train.name(30)
+
+
+def test_a_palette_with_transparency_shows_white_where_it_is_transparent(tmp_path: Path):
+    image = Image.new("P", (4, 4))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((0, 0), 1)
+    for index, colors in ((0, ((0, 0, 255), (255, 255, 255))), (1, ((255, 255, 255), (255, 0, 0)))):
+        image.save(tmp_path / "palette.png", transparency=index)
+        rgb = decode_picture(tmp_path / "palette.png")
+        assert (rgb.getpixel((0, 0)), rgb.getpixel((3, 3))) == colors

@@ -381,7 +381,7 @@ def test_defaults_come_from_the_preset_the_data_or_the_run(run: Path):
         return cli.Finetune.with_defaults(args)
 
     assert changed().model_args == PRESETS["digits"].model_args
-    assert changed("--data", "somewhere").image_size == PRESETS["small"].image_size == 64
+    assert changed("--data", "somewhere", "--no-pretrained").image_size == PRESETS["small"].image_size == 64
     assert changed("--data", "somewhere", "--preset=pvt-v2-b3").model == "pvt_v2_b3"
     resumed = changed("--stage2.epochs", "9", "--resume", str(run))
     assert resumed.data == read_settings(run).data and resumed.stage0.epochs == 2
