@@ -136,8 +136,6 @@ def create_dense(config: ClassifierConfig, pretrained: bool | Path = False) -> n
         raise UserError(f"timm cannot make {name} with {given}: {first_line(error)}") from None
     except OSError as error:
         raise _no_weights(name, first_line(error)) from None
-    if file is not None:
-        model.pretrained_cfg["state_dict"] = None  # it would stay in memory, and go wherever the model is described
     describe_in(model, config)
     return model
 
@@ -152,6 +150,7 @@ def _no_weights(name: str, reason: str) -> UserError:
 def describe_in(model: nn.Module, config: ClassifierConfig) -> None:
     """Tell the model what it is: `pretrained_cfg`, where timm's tools look, and `classifier_config`."""
     pretrained_cfg = dict(getattr(model, "pretrained_cfg", None) or {})
+    pretrained_cfg.pop("state_dict", None)  # weights that were loaded from there; they would stay in memory
     pretrained_cfg.update(
         input_size=(3, config.input.size, config.input.size),
         mean=config.input.mean,

@@ -122,7 +122,8 @@ def test_files_folders_and_what_cannot_be_read(
     pictures = tmp_path / "pictures"
     (pictures / "deeper").mkdir(parents=True)
     Image.new("L", (30, 20), 100).save(pictures / "grey.png")
-    Image.new("RGB", (30, 20)).save(pictures / "deeper" / "grey.png")
+    Image.new("RGB", (30, 20)).save(pictures / "deeper" / "grey.jfif", format="JPEG")
+    (pictures / "phone.heic").write_bytes(b"whatever")
     (pictures / "broken.jpg").write_bytes(b"\xff\xd8nonsense")
     file, out = tmp_path / "labels.json", tmp_path / "labelled"
     red = folder / "val" / "red" / "000.png"
@@ -130,8 +131,8 @@ def test_files_folders_and_what_cannot_be_read(
     assert cli.main(["predict", *arguments]) == 0
     facts = json.loads(file.read_text())
     names = [prediction["picture"] for prediction in facts["predictions"]]
-    assert names == [str(pictures / "deeper" / "grey.png"), str(pictures / "grey.png"), str(red)]
-    assert [skipped["name"] for skipped in facts["skipped"]] == [str(pictures / "broken.jpg")]
+    assert names == [str(pictures / "deeper" / "grey.jfif"), str(pictures / "grey.png"), str(red)]
+    assert [skipped["name"] for skipped in facts["skipped"]] == ["*.heic", str(pictures / "broken.jpg")]
     printed = capsys.readouterr().out
     for prediction in facts["predictions"]:
         top = prediction["top"]
