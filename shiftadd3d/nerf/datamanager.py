@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
@@ -22,6 +22,7 @@ from torch import Tensor
 from shiftadd3d._errors import UserError
 from shiftadd3d.nerf.dataparsers import AutoDataParser, AutoDataParserConfig, LLFFDataParser, check_outputs
 from shiftadd3d.nerf.near_far import scene_near_far
+from shiftadd3d.nerf.photos import PhotoDataset, scale_crop_radius
 from shiftadd3d.nerf.source_bank import SourceBank, load_image, mend_fisheye_rays, opencv_cameras
 
 
@@ -67,7 +68,8 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
       `source_bank`, nearest first, without the target itself;
     - `batch["image"]`: [rays, 3] float32 RGB in 0..1, `batch["indices"]`: [rays, 3] long (view, row, column).
 
-    Rays follow the lens of their own view; the source views are undistorted. Only pixels inside masks are drawn.
+    Rays follow the lens of their own view; the source views are undistorted. Only pixels inside masks, and inside the
+    circle of a fisheye lens (`fisheye_crop_radius`), are drawn.
 
     Args:
         config: the settings.
@@ -144,10 +146,11 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
     def _create_dataset(self, outputs: DataparserOutputs, split: str) -> InputDataset:
         if not isinstance(self.dataparser, (AutoDataParser, LLFFDataParser)):  # these two have checked
             check_outputs(outputs, split)
+            scale_crop_radius(outputs.cameras, 1.0 / (getattr(self.dataparser, "downscale_factor", None) or 1))
         if outputs.alpha_color is None:
             # One background for sources, targets and metrics: without it RGBA images would reach the model.
             outputs.alpha_color = torch.ones(3)
-        dataset = _Images(outputs, scale_factor=self.config.camera_res_scale_factor)
+        dataset = PhotoDataset(outputs, scale_factor=self.config.camera_res_scale_factor)
         _make_float32(dataset.cameras)
         return dataset
 
@@ -210,21 +213,6 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
         return opencv_cameras(self.eval_dataset.cameras)[1]
 
 
-class _Images(InputDataset):
-    """nerfstudio's dataset; a file whose header is all that is good about it is refused by name."""
-
-    def get_data(self, image_idx: int, image_type: Literal["uint8", "float32"] = "float32") -> dict[str, Any]:
-        try:
-            return super().get_data(image_idx, image_type)
-        except (OSError, SyntaxError, ValueError) as error:
-            outputs = self._dataparser_outputs
-            mask = "" if outputs.mask_filenames is None else f" or its mask {outputs.mask_filenames[image_idx]}"
-            raise UserError(
-                f"{outputs.image_filenames[image_idx]}{mask} cannot be read ({error}); expected a whole image: copy it "
-                "again"
-            ) from error
-
-
 class _TargetPixels:
     """Draws pixels of one view at a time, every view once before any comes again.
 
@@ -233,7 +221,7 @@ class _TargetPixels:
         bank: the same views as sources: where it has not changed the pixels, they are not kept twice.
 
     Raises:
-        UserError: every mask is empty.
+        UserError: no pixel is inside its mask.
     """
 
     def __init__(self, dataset: InputDataset, bank: SourceBank | None = None) -> None:
@@ -252,7 +240,10 @@ class _TargetPixels:
             self.usable.append(None if mask is None or bool(mask.all()) else _flat_indices(mask))
         self.views = [index for index, usable in enumerate(self.usable) if usable is None or len(usable) > 0]
         if not self.views:
-            raise UserError(f"all {len(dataset)} masks are empty; expected white where a pixel may be used")
+            raise UserError(
+                f"all {len(dataset)} views are masked throughout; expected masks that are white where a pixel may be "
+                "used, and a fisheye_crop_radius in pixels of the camera file's images"
+            )
         self.queue: list[int] = []
 
     def draw(self, count: int) -> tuple[int, Int[Tensor, " count"], Int[Tensor, " count"], UInt8[Tensor, "count 3"]]:

@@ -32,9 +32,9 @@ from nerfstudio.data.utils.dataparsers_utils import (
 from nerfstudio.plugins.registry_dataparser import DataParserSpecification
 from nerfstudio.utils.colors import get_color
 from nerfstudio.utils.rich_utils import CONSOLE
-from PIL import Image, UnidentifiedImageError
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.nerf.photos import MASK_MODES, PHOTO_MODES, UNREADABLE, photo_header, scale_crop_radius
 from shiftadd3d.scenes import scene_path
 
 MAX_AUTO_RESOLUTION = 1600
@@ -125,23 +125,19 @@ def _check_spread(poses: np.ndarray, origin: Any) -> None:
         raise UserError(f"{origin}: all {len(poses)} cameras stand at one point; expected views from different places")
 
 
-def _image_size(path: Path) -> tuple[int, int, str]:
-    """(width, height, mode) from the image's header."""
-    with Image.open(path) as image:
-        return (*image.size, image.mode)
-
-
-_IMAGE_MODES = {"L": "8-bit grey", "RGB": "RGB", "RGBA": "RGBA"}
-_MASK_MODES = {"L": "8-bit grey", "1": "black and white", "P": "a palette", "I;16": "16-bit grey"}
-
-
-def _read_sizes(paths: Sequence[Path], what: str, modes: Mapping[str, str] | None = None) -> list[tuple[int, int]]:
+def _read_sizes(
+    paths: Sequence[Path],
+    what: str,
+    modes: Mapping[str, str] | None = None,
+    expected: Sequence[tuple[int, int]] | None = None,
+) -> list[tuple[int, int]]:
     """(width, height) of every image, from the headers alone.
 
     Args:
         paths: the files.
         what: what one of them is, for the message.
         modes: PIL's modes that are accepted, and what they are called; all if None.
+        expected: sizes of the cameras, by which photos are turned where their EXIF data says so (`photo_header`).
 
     Raises:
         UserError: files that are missing, that PIL cannot open, or that are of another mode.
@@ -153,10 +149,10 @@ def _read_sizes(paths: Sequence[Path], what: str, modes: Mapping[str, str] | Non
             "expected every file that the camera file names"
         )
     sizes, unreadable, odd = [], [], []
-    for path in paths:
+    for index, path in enumerate(paths):
         try:
-            width, height, mode = _image_size(path)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+            width, height, mode = photo_header(path, None if expected is None else expected[index])
+        except UNREADABLE:
             unreadable.append(path)
             continue
         sizes.append((width, height))
@@ -169,7 +165,7 @@ def _read_sizes(paths: Sequence[Path], what: str, modes: Mapping[str, str] | Non
         )
     if odd and modes is not None:
         raise UserError(
-            f"{len(odd)} of {_plural(len(paths), what)} in a pixel format that nerfstudio would misread "
+            f"{len(odd)} of {_plural(len(paths), what)} in a pixel format whose numbers are no such colours "
             f"({_list_first(odd)}); expected one of: {', '.join(modes.values())}"
         )
     return sizes
@@ -186,10 +182,10 @@ def check_outputs(outputs: DataparserOutputs, split: str, min_train_views: int =
         min_train_views: the fewest views that a training split may have.
 
     Raises:
-        UserError: an empty split or too few training views; images that are missing, unreadable or in a pixel format
-            other than 8-bit grey, RGB or RGBA; masks that are not of one channel; image sizes that disagree with the
-            cameras; poses that are not rigid; focal lengths that are not positive, principal points outside the image,
-            distortion that is not six numbers.
+        UserError: an empty split or too few training views; images and masks that are missing, unreadable or in a pixel
+            format that cannot be read (`shiftadd3d.nerf.photos`); image sizes that disagree with the cameras, masks'
+            that disagree with the images'; poses that are not rigid; focal lengths that are not positive, principal
+            points outside the image, distortion that is not six numbers.
     """
     paths = outputs.image_filenames
     if split == "train" and len(paths) < min_train_views:
@@ -227,8 +223,8 @@ def check_outputs(outputs: DataparserOutputs, split: str, min_train_views: int =
                 )
             )
 
-    sizes = _read_sizes(paths, "image", _IMAGE_MODES)
-    expected = zip(cameras.width.flatten().tolist(), cameras.height.flatten().tolist(), strict=True)
+    expected = list(zip(cameras.width.flatten().tolist(), cameras.height.flatten().tolist(), strict=True))
+    sizes = _read_sizes(paths, "image", PHOTO_MODES, expected)
     wrong = [(path, size, want) for path, size, want in zip(paths, sizes, expected, strict=True) if size != want]
     if wrong:
         path, (width, height), (want_w, want_h) = wrong[0]
@@ -238,9 +234,11 @@ def check_outputs(outputs: DataparserOutputs, split: str, min_train_views: int =
             "expected images of the cameras' size (or another downscale-factor)"
         )
     if outputs.mask_filenames is not None:
-        mask_sizes = _read_sizes(outputs.mask_filenames, "mask", _MASK_MODES)
+        mask_sizes = _read_sizes(outputs.mask_filenames, "mask", MASK_MODES)
         for mask, mask_size, size in zip(outputs.mask_filenames, mask_sizes, sizes, strict=True):
-            if mask_size != size:
+            if (
+                max(abs(a - b) for a, b in zip(mask_size, size, strict=True)) > 1
+            ):  # a pixel is rounding: read_mask fits it
                 raise UserError(
                     f"mask {mask} is {mask_size[0]}x{mask_size[1]}, its image {size[0]}x{size[1]}; "
                     "expected masks of the images' size"
@@ -256,8 +254,8 @@ def _adopt_rounded_sizes(outputs: DataparserOutputs) -> None:
     cameras.width, cameras.height = cameras.width.clone(), cameras.height.clone()  # one number seen n times, maybe
     for index, path in enumerate(outputs.image_filenames):
         try:
-            width, height, _ = _image_size(path)
-        except (OSError, SyntaxError, ValueError):
+            width, height, _ = photo_header(path, (int(cameras.width[index]), int(cameras.height[index])))
+        except UNREADABLE:
             continue  # check_outputs says it better
         if abs(width - int(cameras.width[index])) <= 1 and abs(height - int(cameras.height[index])) <= 1:
             cameras.width[index] = width
@@ -410,8 +408,9 @@ class LLFFDataParser(DataParser):
         indices = _split_indices(self.config, images, split)
         images = [images[i] for i in indices]
         # The images' own size, since the programs that made images_N round it as they please.
-        sizes = torch.tensor(_read_sizes(images, "image"), dtype=torch.int64).reshape(-1, 2)
         full = torch.from_numpy(intrinsics[indices])  # [n, 3] height, width, focal
+        expected = [(round(w / factor), round(h / factor)) for h, w, _ in full.tolist()]
+        sizes = torch.tensor(_read_sizes(images, "image", expected=expected), dtype=torch.int64).reshape(-1, 2)
         ratio = sizes.double() / full[:, [1, 0]]
         cameras = Cameras(
             camera_to_worlds=oriented[torch.from_numpy(indices), :3, :4],
@@ -597,6 +596,7 @@ class AutoDataParser(DataParser):
             outputs.metadata["near_far"] = (hint[0] * scale, hint[1] * scale)
         if kind in ("nerfstudio", "colmap") and self._factor(kind) > 1:
             _adopt_rounded_sizes(outputs)
+            scale_crop_radius(outputs.cameras, 1.0 / self._factor(kind))
         check_outputs(outputs, split)
         return outputs
 
@@ -649,7 +649,7 @@ class AutoDataParser(DataParser):
         usable = [factor for factor, folder in folders.items() if (folder / names[0]).is_file()]
         if not usable:
             raise UserError(f"{data}: {names[0]}, of the COLMAP model {model}, is in no folder images or images_N")
-        side = min(max(_image_size(folders[f] / names[0])[:2]) * f for f in usable)
+        side = min(max(photo_header(folders[f] / names[0])[:2]) * f for f in usable)
         factor = _choose_factor(self.config.downscale_factor, usable, side, data)
         masks = data / "masks" if factor == 1 else data / f"masks_{factor}"
         return ColmapDataParserConfig(

@@ -82,19 +82,21 @@ def near_far_from_bounds(bounds: Float[Tensor, "n 2"]) -> tuple[float, float]:
 
 
 def near_far_from_points(bank: SourceBank, points: Float[Tensor, "p 3"]) -> tuple[float, float] | None:
-    """From sparse points: percentiles of their z-depths in the cameras whose image they fall into, with margins.
+    """From sparse points: percentiles of their z-depths in the cameras on whose valid pixels they fall, with margins.
 
     Returns:
         (near, far), or None with too few points in view.
     """
     world_to_camera = torch.linalg.inv(bank.camera_to_world)
     depths = []
-    for transform, intrinsics in zip(world_to_camera, bank.intrinsics, strict=True):
+    for view, (transform, intrinsics) in enumerate(zip(world_to_camera, bank.intrinsics, strict=True)):
         camera = points.float() @ transform[:3, :3].T + transform[:3, 3]
         pixels = camera @ intrinsics.T
         z = camera[:, 2]
         u, v = pixels[:, 0] / z, pixels[:, 1] / z
         inside = (z > 0) & (u >= 0) & (u <= bank.width - 1) & (v >= 0) & (v <= bank.height - 1)
+        if bank.valid is not None:
+            inside[inside.clone()] = bank.valid[view][v[inside].round().long(), u[inside].round().long()]
         depths.append(z[inside])
     return _from_depths(torch.cat(depths).numpy())
 

@@ -125,7 +125,8 @@ def undistort(
     image = cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     image[~valid] = 0
     if mask is not None:
-        valid &= cv2.remap(mask.astype(np.uint8), x, y, cv2.INTER_NEAREST).astype(bool)
+        # As the image is interpolated: where a masked pixel was mixed in, the colour is not the scene's.
+        valid &= cv2.remap(mask.astype(np.float32), x, y, cv2.INTER_LINEAR) > 0.999
     return image, valid
 
 
@@ -171,12 +172,12 @@ class SourceBank:
     sizes are padded at the bottom and right, so that their intrinsics hold.
 
     Args:
-        images: [n, h, w, 3] uint8.
+        images: [n, h, w, 3] uint8, black where not valid.
         valid: [n, h, w], False where a pixel holds nothing or is masked, or None if all hold something.
         intrinsics: K in pixels, pixel centres at whole numbers.
         camera_to_world: OpenCV axes.
         image_paths: the images' files, in order.
-        pristine: whether the images are those of the files, pixel for pixel (no undistortion, no padding).
+        pristine: whether valid pixels are those of the files (no undistortion, no padding).
     """
 
     def __init__(
@@ -238,10 +239,12 @@ class SourceBank:
         distorted |= np.any(distortions != 0, axis=1)
 
         def read(index: int) -> tuple[np.ndarray, np.ndarray | None]:
-            image, mask = load_image(dataset, index, background)
-            if not distorted[index]:
-                return image, mask
-            return undistort(image, intrinsics[index].numpy(), distortions[index], types[index], mask)
+            image, usable = load_image(dataset, index, background)
+            if distorted[index]:
+                image, usable = undistort(image, intrinsics[index].numpy(), distortions[index], types[index], usable)
+            if usable is not None:
+                image[~usable] = 0  # features reach beyond a pixel: what must not be used must not be seen
+            return image, usable
 
         heights, widths = cameras.height.flatten(), cameras.width.flatten()
         height, width = int(heights.max()), int(widths.max())

@@ -72,7 +72,8 @@ def mean_of_projections(
         views.images, PinholeCameras(views.intrinsics, views.camera_to_world), (maps, maps), views.valid
     )
     # Where no view sees anything of a ray, the colour that errs least without knowing more.
-    blank = views.images.mean(dim=(0, 1, 2))
+    blank = (views.images if views.valid is None else views.images[views.valid]).reshape(-1, 3).mean(dim=0)
+    blank = blank.nan_to_num()  # all masked
     rays = camera.generate_rays(camera_indices=0, keep_shape=True).flatten()
     mend_fisheye_rays(rays, camera)
     near, far = (torch.tensor(value, device=device) for value in near_far)

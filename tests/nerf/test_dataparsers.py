@@ -243,8 +243,8 @@ def test_unreadable_images_are_named(write_scene, tmp_path):
 
 def test_pixel_formats_that_would_be_misread_are_refused(write_scene, tmp_path):
     scene = write_scene["nerfstudio"](tmp_path)
-    Image.fromarray(np.zeros((16, 24), dtype=np.uint16)).save(scene / "images/003.png")
-    assert "003.png is I;16" in refused(parse, scene)
+    Image.new("LAB", (24, 16)).save(scene / "images/003.png", format="TIFF")
+    assert "003.png is LAB); expected one of: black and white, 8-bit grey" in refused(parse, scene)
 
 
 def test_images_of_another_size_than_the_cameras_are_refused(write_scene, tmp_path):
@@ -263,12 +263,13 @@ def test_masks_of_another_size_than_the_images_are_refused(write_scene, tmp_path
     assert "1 of 9 masks not found" in refused(parse, scene)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "1", "P", "I;16"])
-def test_masks_have_one_channel(write_scene, tmp_path, mode):
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "1", "P", "I;16", "F", "CMYK"])
+def test_masks_are_of_a_pixel_format_that_says_white(write_scene, tmp_path, mode):
     scene = write_scene["nerfstudio"](tmp_path, masks=True)
-    Image.new(mode, (24, 16), 1 if mode in ("L", "1", "P", "I;16") else None).save(scene / "masks/003.png")
-    if mode in ("RGB", "RGBA", "LA"):
-        assert f"003.png is {mode}); expected one of: 8-bit grey" in refused(parse, scene)
+    picture = Image.new(mode, (24, 16))
+    picture.save(scene / "masks/003.png", format="TIFF" if mode in ("F", "CMYK") else "PNG")
+    if mode in ("F", "CMYK"):
+        assert f"003.png is {mode}); expected one of: black and white, 8-bit grey" in refused(parse, scene)
     else:
         assert parse(scene).mask_filenames is not None
 
