@@ -17,12 +17,13 @@ from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.pixel_samplers import PixelSamplerConfig
 from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIndicesEvalDataloader
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.nerf.dataparsers import AutoDataParser, AutoDataParserConfig, LLFFDataParser, check_outputs
 from shiftadd3d.nerf.near_far import scene_near_far
-from shiftadd3d.nerf.photos import PhotoDataset, scale_crop_radius
+from shiftadd3d.nerf.photos import PhotoDataset, is_cut_out, scale_crop_radius
 from shiftadd3d.nerf.source_bank import SourceBank, load_image, mend_fisheye_rays, opencv_cameras
 
 
@@ -150,9 +151,20 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
         if outputs.alpha_color is None:
             # One background for sources, targets and metrics: without it RGBA images would reach the model.
             outputs.alpha_color = torch.ones(3)
-        dataset = PhotoDataset(outputs, scale_factor=self.config.camera_res_scale_factor)
+        dataset = PhotoDataset(outputs, self.config.camera_res_scale_factor, self._cut_out)
         _make_float32(dataset.cameras)
         return dataset
+
+    @cached_property
+    def _cut_out(self) -> bool:
+        """Whether alpha is the scene's (`is_cut_out`); the training views say so for all."""
+        cut_out = is_cut_out(self.train_dataparser_outputs.image_filenames)
+        if not cut_out:
+            CONSOLE.log(
+                "[yellow]The photos are partly transparent over large parts: their colours are taken as they are, and "
+                "only what is wholly transparent is left out"
+            )
+        return cut_out
 
     def setup_train(self) -> None:
         # The base class caches every image as float32 here. Only the sampler's number of rays is read, and ns-export

@@ -7,7 +7,7 @@ any number but zero in a mask means "use", the grey rim of a soft mask and the n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -207,6 +207,46 @@ def crop_circle(cameras: Cameras, index: int) -> Bool[np.ndarray, "h w"] | None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# What alpha means
+# --------------------------------------------------------------------------------------------------------------------
+
+_LOOKED_AT = 8
+_PARTLY = (26, 229)
+"""Alpha between these is neither opaque nor transparent."""
+_MOST_PARTLY = 1 / 3
+"""What a photo shows of an object that is cut out is partly transparent along the outline only."""
+
+
+def is_cut_out(paths: Sequence[Path]) -> bool:
+    """Whether photos with alpha show objects cut out of their background, seen from up to eight of them.
+
+    There alpha is a property of the scene: partly transparent pixels are its outlines, and blending with one background
+    makes pictures that agree with each other. Where alpha is partial over large parts of the photos (soft masks,
+    vignettes, faded layers), it belongs to the photo: blended, each view would see its own haze in another place, and
+    no scene explains that.
+
+    Raises:
+        UserError: what `read_photo` refuses, and files that cannot be read.
+    """
+    step = -(-len(paths) // _LOOKED_AT)
+    shares = []
+    for path in paths[::step]:
+        try:
+            with Image.open(path) as image:
+                if not _has_alpha(image):
+                    continue
+            alpha = read_photo(path)[..., 3]
+        except UserError:
+            raise
+        except UNREADABLE:
+            continue  # whoever reads all of them names all of them
+        visible = (alpha > 0).sum()
+        partly = ((alpha > _PARTLY[0]) & (alpha < _PARTLY[1])).sum()
+        shares.append(partly / max(1, visible))
+    return not shares or float(np.mean(shares)) < _MOST_PARTLY
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Dataset
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -217,20 +257,30 @@ class PhotoDataset(InputDataset):
     Args:
         outputs: what a data parser made of a split; `fisheye_crop_radius` as large as its cameras.
         scale_factor: of the pictures.
+        cut_out: whether alpha says where the scene ends (see `is_cut_out`). Otherwise colours are taken as they are,
+            and alpha of zero is a mask.
 
     Raises:
         UserError: on reading, a file whose header is all that is good about it, and what `read_photo` and `read_mask`
             refuse.
     """
 
-    def __init__(self, outputs: DataparserOutputs, scale_factor: float = 1.0) -> None:
+    def __init__(self, outputs: DataparserOutputs, scale_factor: float = 1.0, cut_out: bool = True) -> None:
         super().__init__(outputs, scale_factor)
+        self.cut_out = cut_out
         scale_crop_radius(self.cameras, scale_factor)
 
     def get_numpy_image(self, image_idx: int) -> UInt8[np.ndarray, "h w c"]:
+        return self._with_alpha(image_idx)[0]
+
+    def _with_alpha(self, index: int) -> tuple[UInt8[np.ndarray, "h w c"], Bool[np.ndarray, "h w"] | None]:
+        """A photo, and where it is wholly transparent; its alpha only if that is to be blended."""
         outputs = self._dataparser_outputs
-        size = int(outputs.cameras.width[image_idx]), int(outputs.cameras.height[image_idx])
-        return read_photo(outputs.image_filenames[image_idx], size, self.scale_factor)
+        size = int(outputs.cameras.width[index]), int(outputs.cameras.height[index])
+        photo = read_photo(outputs.image_filenames[index], size, self.scale_factor)
+        if photo.shape[-1] == 3:
+            return photo, None
+        return (photo if self.cut_out else photo[..., :3]), photo[..., 3] == 0
 
     def get_data(self, image_idx: int, image_type: Literal["uint8", "float32"] = "float32") -> dict[str, Any]:
         outputs = self._dataparser_outputs
@@ -238,6 +288,10 @@ class PhotoDataset(InputDataset):
         try:
             image = self.get_image_float32(image_idx) if image_type == "float32" else self.get_image_uint8(image_idx)
             mask = crop_circle(self.cameras, image_idx)
+            if not self.cut_out:
+                clear = self._with_alpha(image_idx)[1]
+                if clear is not None:
+                    mask = ~clear if mask is None else ~clear & mask
             if outputs.mask_filenames is not None:
                 path = outputs.mask_filenames[image_idx]
                 use = read_mask(path, (image.shape[1], image.shape[0]))
@@ -253,3 +307,8 @@ class PhotoDataset(InputDataset):
                 data["image"] = torch.where(data["mask"], image, torch.tensor(self.mask_color).to(image))
         data.update(self.get_metadata(data))
         return data
+
+    def empty(self, image_idx: int) -> Bool[np.ndarray, "h w"] | None:
+        """Where a photo shows nothing but background, that is where its alpha is zero; None if nowhere."""
+        clear = self._with_alpha(image_idx)[1] if self.cut_out else None
+        return clear if clear is not None and clear.any() else None

@@ -32,10 +32,12 @@ def orbit(count: int, radius: float = 4.0, height: float = 1.0) -> np.ndarray:
 
 
 def write_image(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT), mode: str = "RGB", seed: int = 0) -> None:
-    """Noise that differs from seed to seed. `size` is (width, height)."""
+    """Noise that differs from seed to seed; a tenth of its alpha is neither 0 nor 255. `size` is (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     channels = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], *channels), dtype=np.uint8)
+    if mode == "RGBA":
+        pixels[..., 3] = np.where(pixels[..., 3] % 10 == 0, pixels[..., 3], 255 * (pixels[..., 3] > 127))
     Image.fromarray(pixels).save(path)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from shiftadd3d import UserError
 from shiftadd3d.nerf.datamanager import GNTDataManager, GNTDataManagerConfig
 from shiftadd3d.nerf.dataparsers import AutoDataParserConfig
-from shiftadd3d.nerf.photos import PhotoDataset, photo_header, read_mask, read_photo
+from shiftadd3d.nerf.photos import PhotoDataset, is_cut_out, photo_header, read_mask, read_photo
 
 ORIENTATION = 0x0112
 RNG = np.random.default_rng(0)
@@ -247,6 +247,68 @@ def test_masks_of_a_pixel_more_or_less_serve_and_of_more_do_not(write_scene, tmp
     mask.resize((26, 16), Image.Resampling.NEAREST).save(scene / "masks/003.png")
     with pytest.raises(UserError, match=r"003.png is 26x16, its image 24x16"):
         manager(scene)
+
+
+# Alpha
+
+
+def set_alpha(scene, alpha) -> None:
+    """Give every photo of a scene the alpha [h, w] that the function makes of its number."""
+    for index, path in enumerate(sorted((scene / "images").iterdir())):
+        picture = Image.open(path).convert("RGB")
+        picture.putalpha(Image.fromarray(alpha(index).astype(np.uint8)))
+        picture.save(path)
+
+
+def disc(_index: int) -> np.ndarray:
+    """Opaque within, transparent without, and a soft rim of a pixel."""
+    y, x = np.mgrid[:16, :24]
+    return (255 * (7 - np.hypot(x - 12, y - 8))).clip(0, 255)
+
+
+def haze(index: int) -> np.ndarray:
+    """A ramp that is another in each photo, transparent at one side."""
+    return np.roll(np.tile(np.linspace(0, 230, 24), (16, 1)), index, axis=1)
+
+
+def test_a_cut_out_is_blended_with_the_background(write_scene, tmp_path):
+    scene = write_scene["nerfstudio"](tmp_path)
+    set_alpha(scene, disc)
+    data = manager(scene)
+    rgba = np.asarray(Image.open(scene / "images/004.png")) / 255
+    white = rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:]
+    np.testing.assert_allclose(data.source_bank.gather([4]).images[0], white, atol=0.51 / 255)
+    np.testing.assert_allclose(data.eval_dataset[4]["image"], white, atol=1e-6)
+    assert "mask" not in data.eval_dataset[4]
+    assert data.source_bank.valid is None
+
+
+def test_alpha_that_belongs_to_the_photo_is_a_mask_where_it_is_zero(write_scene, tmp_path, capsys):
+    scene = write_scene["nerfstudio"](tmp_path)
+    pixels = [np.array(Image.open(path)) for path in sorted((scene / "images").iterdir())]
+    set_alpha(scene, haze)
+    data = manager(scene)
+    assert "partly transparent over large parts" in " ".join(capsys.readouterr().out.split())
+    for index in (0, 4):
+        clear = haze(index).astype(np.uint8) == 0
+        assert 0 < clear.sum() < 40
+        expected = np.where(clear[..., None], 0, pixels[index])
+        np.testing.assert_array_equal(data.source_bank.images[index].numpy(), expected)
+        assert data.source_bank.valid is not None
+        np.testing.assert_array_equal(data.source_bank.valid[index].numpy(), ~clear)
+        np.testing.assert_allclose(data.eval_dataset[index]["image"], pixels[index] / 255, atol=1e-6)
+        np.testing.assert_array_equal(data.eval_dataset[index]["mask"][..., 0].numpy(), ~clear)
+
+
+def test_opaque_photos_and_those_that_cannot_be_read_are_as_good_as_cut_out(write_scene, tmp_path):
+    scene = write_scene["nerfstudio"](tmp_path)
+    paths = sorted((scene / "images").iterdir())
+    assert is_cut_out(paths)
+    set_alpha(scene, haze)
+    assert not is_cut_out(paths)
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:60])
+    assert is_cut_out(paths)  # those who read all of them complain
 
 
 # The circle of a fisheye lens
