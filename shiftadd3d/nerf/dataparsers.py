@@ -236,9 +236,8 @@ def check_outputs(outputs: DataparserOutputs, split: str, min_train_views: int =
     if outputs.mask_filenames is not None:
         mask_sizes = _read_sizes(outputs.mask_filenames, "mask", MASK_MODES)
         for mask, mask_size, size in zip(outputs.mask_filenames, mask_sizes, sizes, strict=True):
-            if (
-                max(abs(a - b) for a, b in zip(mask_size, size, strict=True)) > 1
-            ):  # a pixel is rounding: read_mask fits it
+            # A pixel is rounding: `read_mask` fits the mask to its photo.
+            if max(abs(mask_size[0] - size[0]), abs(mask_size[1] - size[1])) > 1:
                 raise UserError(
                     f"mask {mask} is {mask_size[0]}x{mask_size[1]}, its image {size[0]}x{size[1]}; "
                     "expected masks of the images' size"

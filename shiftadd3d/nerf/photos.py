@@ -58,7 +58,7 @@ def _lies_on_its_side(image: Image.Image, size: tuple[int, int] | None) -> bool:
 
     Where it fits as it is stored, the poses are those of the stored pixels: the programs that find them know no EXIF.
     """
-    if size is None or _nearly(image.size, size) or not _nearly(image.size[::-1], size):
+    if size is None or _nearly(image.size, size) or not _nearly((image.height, image.width), size):
         return False
     try:
         return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
@@ -179,12 +179,13 @@ def scale_crop_radius(cameras: Cameras, scale: float) -> None:
     Raises:
         UserError: it is no positive number.
     """
-    radius = (cameras.metadata or {}).get("fisheye_crop_radius")
+    metadata = cameras.metadata or {}
+    radius = metadata.get("fisheye_crop_radius")
     if radius is None:
         return
     if isinstance(radius, bool) or not isinstance(radius, (int, float)) or not 0 < radius < float("inf"):
         raise UserError(f"fisheye_crop_radius is {radius!r}; expected a positive number of pixels")
-    cameras.metadata["fisheye_crop_radius"] = radius * scale
+    metadata["fisheye_crop_radius"] = radius * scale
 
 
 def crop_circle(cameras: Cameras, index: int) -> Bool[np.ndarray, "h w"] | None:
@@ -214,7 +215,7 @@ _LOOKED_AT = 8
 _PARTLY = (26, 229)
 """Alpha between these is neither opaque nor transparent."""
 _MOST_PARTLY = 1 / 3
-"""What a photo shows of an object that is cut out is partly transparent along the outline only."""
+"""Of a photo's pixels: an object that is cut out is partly transparent along its outline only."""
 
 
 def is_cut_out(paths: Sequence[Path]) -> bool:
@@ -236,13 +237,11 @@ def is_cut_out(paths: Sequence[Path]) -> bool:
                 if not _has_alpha(image):
                     continue
             alpha = read_photo(path)[..., 3]
+            shares.append(float(((alpha > _PARTLY[0]) & (alpha < _PARTLY[1])).mean()))
         except UserError:
             raise
         except UNREADABLE:
             continue  # whoever reads all of them names all of them
-        visible = (alpha > 0).sum()
-        partly = ((alpha > _PARTLY[0]) & (alpha < _PARTLY[1])).sum()
-        shares.append(partly / max(1, visible))
     return not shares or float(np.mean(shares)) < _MOST_PARTLY
 
 
@@ -271,16 +270,13 @@ class PhotoDataset(InputDataset):
         scale_crop_radius(self.cameras, scale_factor)
 
     def get_numpy_image(self, image_idx: int) -> UInt8[np.ndarray, "h w c"]:
-        return self._with_alpha(image_idx)[0]
+        photo = self._read(image_idx)
+        return photo if self.cut_out else photo[..., :3]
 
-    def _with_alpha(self, index: int) -> tuple[UInt8[np.ndarray, "h w c"], Bool[np.ndarray, "h w"] | None]:
-        """A photo, and where it is wholly transparent; its alpha only if that is to be blended."""
+    def _read(self, index: int) -> UInt8[np.ndarray, "h w c"]:
         outputs = self._dataparser_outputs
         size = int(outputs.cameras.width[index]), int(outputs.cameras.height[index])
-        photo = read_photo(outputs.image_filenames[index], size, self.scale_factor)
-        if photo.shape[-1] == 3:
-            return photo, None
-        return (photo if self.cut_out else photo[..., :3]), photo[..., 3] == 0
+        return read_photo(outputs.image_filenames[index], size, self.scale_factor)
 
     def get_data(self, image_idx: int, image_type: Literal["uint8", "float32"] = "float32") -> dict[str, Any]:
         outputs = self._dataparser_outputs
@@ -288,10 +284,9 @@ class PhotoDataset(InputDataset):
         try:
             image = self.get_image_float32(image_idx) if image_type == "float32" else self.get_image_uint8(image_idx)
             mask = crop_circle(self.cameras, image_idx)
-            if not self.cut_out:
-                clear = self._with_alpha(image_idx)[1]
-                if clear is not None:
-                    mask = ~clear if mask is None else ~clear & mask
+            if not self.cut_out and (photo := self._read(image_idx)).shape[-1] == 4:
+                use = photo[..., 3] > 0
+                mask = use if mask is None else use & mask
             if outputs.mask_filenames is not None:
                 path = outputs.mask_filenames[image_idx]
                 use = read_mask(path, (image.shape[1], image.shape[0]))
@@ -307,8 +302,3 @@ class PhotoDataset(InputDataset):
                 data["image"] = torch.where(data["mask"], image, torch.tensor(self.mask_color).to(image))
         data.update(self.get_metadata(data))
         return data
-
-    def empty(self, image_idx: int) -> Bool[np.ndarray, "h w"] | None:
-        """Where a photo shows nothing but background, that is where its alpha is zero; None if nowhere."""
-        clear = self._with_alpha(image_idx)[1] if self.cut_out else None
-        return clear if clear is not None and clear.any() else None

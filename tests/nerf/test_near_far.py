@@ -49,6 +49,18 @@ def test_points_in_view_give_their_depths_with_a_margin(orbit_poses):
     assert far == pytest.approx(1.2 * 5.0, rel=0.03)
 
 
+def test_points_on_masked_pixels_say_nothing_of_depths(orbit_poses):
+    poses = orbit_poses(10, radius=4.0, height=0.0)
+    ball = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0)) * 0.1 + torch.tensor([0.8, 0.0, 0.0])
+    bank, first = blank_bank(poses), blank_bank(poses[:1])
+    bank.valid = torch.zeros(10, 32, 32, dtype=torch.bool)
+    assert near_far_from_points(bank, ball) is None
+    bank.valid[0] = True
+    assert found(near_far_from_points(bank, ball)) == found(near_far_from_points(first, ball))
+    bank.valid = None
+    assert found(near_far_from_points(bank, ball)) != found(near_far_from_points(first, ball))
+
+
 def test_too_few_points_in_view_give_nothing(orbit_poses):
     assert near_far_from_points(blank_bank(orbit_poses(10)), torch.zeros(3, 3)) is None
 

@@ -1,12 +1,17 @@
 """Photos and masks of every pixel format, turned photos, and the circle of a fisheye lens."""
 
+from __future__ import annotations
+
 import json
 
 import numpy as np
 import pytest
 import torch
-from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from PIL import Image
+
+pytest.importorskip("nerfstudio")
+
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 
 from shiftadd3d import UserError
 from shiftadd3d.nerf.datamanager import GNTDataManager, GNTDataManagerConfig
@@ -298,6 +303,12 @@ def test_alpha_that_belongs_to_the_photo_is_a_mask_where_it_is_zero(write_scene,
         np.testing.assert_array_equal(data.source_bank.valid[index].numpy(), ~clear)
         np.testing.assert_allclose(data.eval_dataset[index]["image"], pixels[index] / 255, atol=1e-6)
         np.testing.assert_array_equal(data.eval_dataset[index]["mask"][..., 0].numpy(), ~clear)
+
+
+def test_thin_cut_outs_that_are_mostly_outline_are_cut_out(write_scene, tmp_path):
+    scene = write_scene["nerfstudio"](tmp_path)
+    set_alpha(scene, lambda index: np.where(np.arange(24) % 6 == index % 6, 128, 0) * np.ones((16, 1)))
+    assert is_cut_out(sorted((scene / "images").iterdir()))
 
 
 def test_opaque_photos_and_those_that_cannot_be_read_are_as_good_as_cut_out(write_scene, tmp_path):
