@@ -176,7 +176,9 @@ class GNTNerfModel(Model):
         if not torch.is_grad_enabled() and self._encoded is not None and self._encoded[0] == key:
             return self._encoded[1]
         views = self._bank.gather(ids, self.device)
-        sources = self.gnt.encode(views.images, PinholeCameras(views.intrinsics, views.camera_to_world), views.valid)
+        sources = self.gnt.encode(
+            views.images, PinholeCameras(views.intrinsics, views.camera_to_world), views.valid, views.empty
+        )
         if not self.training and not torch.is_grad_enabled():
             self._encoded = (key, sources)
         return sources

@@ -302,3 +302,13 @@ class PhotoDataset(InputDataset):
                 data["image"] = torch.where(data["mask"], image, torch.tensor(self.mask_color).to(image))
         data.update(self.get_metadata(data))
         return data
+
+    def empty(self, image_idx: int) -> Bool[np.ndarray, "h w"] | None:
+        """Where a photo of something cut out shows nothing but background: alpha is zero. None if nowhere."""
+        if not self.cut_out:
+            return None
+        with Image.open(self._dataparser_outputs.image_filenames[image_idx]) as image:
+            if not _has_alpha(image):
+                return None
+        empty = self._read(image_idx)[..., 3] == 0
+        return empty if empty.any() else None

@@ -23,6 +23,7 @@ from rich.progress import track
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.nerf.photos import PhotoDataset
 
 _OPENGL_TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
 _PROJECTIONS = (CameraType.PERSPECTIVE.value, CameraType.FISHEYE.value)
@@ -163,6 +164,8 @@ class SourceViews(NamedTuple):
     """K in pixels, pixel centres at whole numbers."""
     camera_to_world: Float[Tensor, "k 4 4"]
     """OpenCV axes."""
+    empty: Bool[Tensor, "k h w"] | None = None
+    """True at pixels whose photo is wholly transparent: nothing but background; None if none is."""
 
 
 class SourceBank:
@@ -178,6 +181,7 @@ class SourceBank:
         camera_to_world: OpenCV axes.
         image_paths: the images' files, in order.
         pristine: whether valid pixels are those of the files (no undistortion, no padding).
+        empty: [n, h, w], True where a pixel is known to show background alone, or None if none is.
     """
 
     def __init__(
@@ -188,6 +192,7 @@ class SourceBank:
         camera_to_world: Float[Tensor, "n 4 4"],
         image_paths: Sequence[Path] = (),
         pristine: bool = False,
+        empty: Bool[Tensor, "n h w"] | None = None,
     ) -> None:
         count = images.shape[0]
         assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[-1] == 3
@@ -199,6 +204,7 @@ class SourceBank:
         self.camera_to_world = camera_to_world.float().cpu()
         self.image_paths = list(image_paths)
         self.pristine = pristine
+        self.empty = empty
         self._distance_unit, self._angle_unit = self._neighbour_spacing()
 
     def __len__(self) -> int:
@@ -238,20 +244,25 @@ class SourceBank:
         distorted = np.array(types) == CameraType.FISHEYE.value
         distorted |= np.any(distortions != 0, axis=1)
 
-        def read(index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        def read(index: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
             image, usable = load_image(dataset, index, background)
+            clear = dataset.empty(index) if isinstance(dataset, PhotoDataset) else None
             if distorted[index]:
-                image, usable = undistort(image, intrinsics[index].numpy(), distortions[index], types[index], usable)
+                lens = intrinsics[index].numpy(), distortions[index], types[index]
+                if clear is not None:
+                    clear = undistort(np.full_like(image, 255), *lens, mask=clear)[1]
+                image, usable = undistort(image, *lens, usable)
             if usable is not None:
                 image[~usable] = 0  # features reach beyond a pixel: what must not be used must not be seen
-            return image, usable
+                clear = None if clear is None else clear & usable
+            return image, usable, clear
 
         heights, widths = cameras.height.flatten(), cameras.width.flatten()
         height, width = int(heights.max()), int(widths.max())
         padded = bool((heights != height).any() or (widths != width).any())
         # Written in place: a list of images and then a stack would need the memory twice.
         images = torch.zeros(count, height, width, 3, dtype=torch.uint8)
-        valid = torch.zeros(count, height, width, dtype=torch.bool)
+        valid, empty = torch.zeros(2, count, height, width, dtype=torch.bool)
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
             views = track(
                 pool.map(read, range(count)),
@@ -260,10 +271,12 @@ class SourceBank:
                 transient=True,
                 disable=count < 20,
             )
-            for index, (image, usable) in enumerate(views):
+            for index, (image, usable, clear) in enumerate(views):
                 h, w = image.shape[:2]
                 images[index, :h, :w] = torch.from_numpy(image)
                 valid[index, :h, :w] = True if usable is None else torch.from_numpy(usable)
+                if clear is not None:
+                    empty[index, :h, :w] = torch.from_numpy(clear)
         return cls(
             images=images,
             valid=None if bool(valid.all()) else valid,
@@ -271,6 +284,7 @@ class SourceBank:
             camera_to_world=camera_to_world,
             image_paths=dataset.image_filenames,
             pristine=not padded and not distorted.any(),
+            empty=empty if bool(empty.any()) else None,
         )
 
     def gather(self, ids: Int[Tensor, " k"] | Sequence[int], device: torch.device | str = "cpu") -> SourceViews:
@@ -281,6 +295,7 @@ class SourceBank:
             valid=None if self.valid is None else self.valid[ids].to(device),
             intrinsics=self.intrinsics[ids].to(device),
             camera_to_world=self.camera_to_world[ids].to(device),
+            empty=None if self.empty is None else self.empty[ids].to(device),
         )
 
     def nearest(

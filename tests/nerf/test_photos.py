@@ -286,6 +286,32 @@ def test_a_cut_out_is_blended_with_the_background(write_scene, tmp_path):
     np.testing.assert_allclose(data.eval_dataset[4]["image"], white, atol=1e-6)
     assert "mask" not in data.eval_dataset[4]
     assert data.source_bank.valid is None
+    empty = data.source_bank.gather([4, 4]).empty
+    assert empty is not None
+    np.testing.assert_array_equal(empty[1].numpy(), rgba[..., 3] == 0)
+
+
+def test_masked_pixels_and_those_of_opaque_photos_are_not_known_to_be_empty(write_scene, tmp_path):
+    scene = write_scene["nerfstudio"](tmp_path, masks=True)
+    assert manager(scene).source_bank.empty is None
+    set_alpha(scene, lambda _: np.where(np.arange(24) < 8, 0, 255) * np.ones((16, 1)))
+    bank = manager(scene).source_bank
+    assert bank.empty is not None
+    assert bank.valid is not None
+    left = (torch.arange(24) < 8).expand(10, 16, 24)
+    torch.testing.assert_close(bank.empty, left & bank.valid)
+
+
+def test_a_lens_bends_what_is_empty_with_the_photo(write_scene, tmp_path):
+    scene = write_scene["nerfstudio"](tmp_path, k1=0.4)
+    set_alpha(scene, disc)
+    bank = manager(scene).source_bank
+    assert bank.empty is not None
+    assert bank.valid is not None
+    white = (bank.images == 255).all(dim=-1)
+    assert 0.3 < bank.empty.float().mean() < 0.8
+    assert bool(white[bank.empty].all())
+    assert not bank.empty[~bank.valid].any()
 
 
 def test_alpha_that_belongs_to_the_photo_is_a_mask_where_it_is_zero(write_scene, tmp_path, capsys):

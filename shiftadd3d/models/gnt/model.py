@@ -11,10 +11,14 @@ from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.models.gnt.feature_net import ResUNet
-from shiftadd3d.models.gnt.projection import Cameras, SourceViews, sample_sources
+from shiftadd3d.models.gnt.projection import Cameras, SourceViews, empty_views, sample_sources
 from shiftadd3d.models.gnt.proposal import PlaneSweepProposal
 from shiftadd3d.models.gnt.sampling import sample_around, sample_depths, sample_importance
 from shiftadd3d.models.gnt.transformer import GNT
+
+#: What each view that sees background alone through a depth takes from the depth's logit in the proposal. On the
+#: synthetic chair, a half and 1 are as good as each other, 4 is worse than 0.
+_LOGIT_OF_EMPTY = 1.0
 
 
 @dataclass(frozen=True)
@@ -67,19 +71,22 @@ class GNTModel(nn.Module):
             blocks=config.feature_blocks,
         )
 
-    def encode(self, images: Tensor, cameras: Cameras, valid: Tensor | None = None) -> SourceViews:
+    def encode(
+        self, images: Tensor, cameras: Cameras, valid: Tensor | None = None, empty: Tensor | None = None
+    ) -> SourceViews:
         """Run the feature network over source images.
 
         Args:
             images: [V, H, W, 3], 0..1.
             cameras: V of them.
             valid: [V, H, W] bool, or None.
+            empty: [V, H, W] bool, or None.
         """
         features = self.feature_net(images.permute(0, 3, 1, 2))
         if not torch.is_grad_enabled():
             # Every chunk of rays looks up points in them, and kernels want a pixel's channels side by side.
             features = tuple(maps.contiguous(memory_format=torch.channels_last) for maps in features)
-        return SourceViews(images, cameras, features, valid)
+        return SourceViews(images, cameras, features, valid, empty)
 
     def forward(
         self,
@@ -144,7 +151,13 @@ class GNTModel(nn.Module):
         proposal: PlaneSweepProposal, sources: SourceViews, origins: Tensor, directions: Tensor, planes: Tensor
     ) -> dict[str, Any]:
         points = origins[:, None] + planes[..., None] * directions[:, None]
-        return _outputs(*proposal.sweep(points, origins, sources), planes)
+        rgb, weights, seen = proposal.sweep(points, origins, sources)
+        if sources.empty is not None:
+            # Views agree on a plain background wherever they look past an object, better than on the object itself.
+            # Softly: a ray that misses it inside the hull of few views needs samples beside, which show the background.
+            weights = weights * torch.exp(-_LOGIT_OF_EMPTY * empty_views(points, sources))
+            weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+        return _outputs(rgb, weights, seen, planes)
 
 
 def _outputs(rgb: Tensor, weights: Tensor, seen: Tensor, depths: Tensor) -> dict[str, Any]:

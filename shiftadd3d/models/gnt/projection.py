@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels import gather
-from shiftadd3d.kernels.gather import ray_differences
+from shiftadd3d.kernels.gather import VALID, ray_differences
 from shiftadd3d.kernels.numerics import uses_kernels
 
 __all__ = [
     "Cameras",
     "PointSamples",
     "SourceViews",
+    "empty_views",
     "project_points",
     "projection_matrices",
     "ray_differences",
@@ -95,12 +97,14 @@ class SourceViews:
         cameras: V pinhole cameras.
         features: feature maps for the coarse and the fine network, each [V, C, h, w].
         valid: [V, H, W] bool, False where a pixel says nothing (masked, beyond a lens's border); None if all do.
+        empty: [V, H, W] bool, True where a pixel is known to show background alone; None if none is.
     """
 
     images: Tensor
     cameras: Cameras
     features: tuple[Tensor, Tensor]
     valid: Tensor | None = None
+    empty: Tensor | None = None
 
 
 @dataclass
@@ -160,6 +164,25 @@ def sample_sources(points: Tensor, target_center: Tensor, sources: SourceViews, 
     look_up = gather.point_samples if uses_kernels("point_samples", points, feature_maps) else gather.point_samples_twin
     values, ray_diff, mask = look_up(*scene)
     return PointSamples(values, ray_diff, mask.unsqueeze(-1))
+
+
+def empty_views(points: Tensor, sources: SourceViews) -> Tensor:
+    """How many views see nothing but background through points: none of these is on a surface (the visual hull).
+
+    Args:
+        points: [R, S, 3], world.
+        sources: V views whose `empty` is known. A view counts where all that is interpolated is empty.
+
+    Returns:
+        [R, S], 0..V.
+    """
+    assert sources.empty is not None
+    height, width = sources.empty.shape[1:]
+    pixels, depth = project_points(points, sources.cameras)
+    last = pixels.new_tensor([width - 1.0, height - 1.0])
+    # Beyond the border zeros are mixed in.
+    shown = F.grid_sample(sources.empty[:, None].to(pixels.dtype), 2.0 * pixels / last - 1.0, align_corners=True)
+    return ((shown[:, 0] > VALID) & (depth > 0)).sum(dim=0)
 
 
 def scene_of(

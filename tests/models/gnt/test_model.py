@@ -7,7 +7,7 @@ import torch
 
 from shiftadd3d import UserError
 from shiftadd3d.models.gnt import Cameras, GNTModel, load_official_checkpoint, render_rays
-from shiftadd3d.models.gnt.projection import sample_sources
+from shiftadd3d.models.gnt.projection import empty_views, sample_sources
 from shiftadd3d.nn import RECIPES, reparameterize_
 
 NEAR, FAR, SAMPLES = 2.0, 6.0, 6
@@ -262,3 +262,33 @@ def test_colours_come_from_the_side_the_view_looks_from(config, cameras, views):
     left, right = samples.rgb[0, 0, :, 0].tolist()
     assert left + right == pytest.approx(1.0, abs=1e-4)
     assert abs(left - right) > 0.02
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_depths_that_views_see_background_through_are_proposed_less(config, cameras, views, training):
+    model = GNTModel(config(**EXTRAS)).train(training)
+    sources = views(model)
+    empty = torch.zeros(4, 36, 40, dtype=torch.bool)
+    empty[0, :, :30] = empty[1, :, :7] = True
+    with torch.set_grad_enabled(training):
+        plain = render(model, sources, cameras)["proposal"]
+        sources.empty = empty & False
+        torch.testing.assert_close(render(model, sources, cameras)["proposal"]["weights"], plain["weights"])
+        sources.empty = empty
+        hull = render(model, sources, cameras)["proposal"]
+    origins, directions = middle(cameras).rays(PIXELS)
+    counts = empty_views(origins[:, None] + plain["sample_depths"][..., None] * directions[:, None], sources)
+    assert counts.unique().tolist() == [0, 1, 2]
+    torch.testing.assert_close(hull["sample_depths"], plain["sample_depths"])
+    expected = plain["weights"] * torch.exp(-1.0 * counts)
+    torch.testing.assert_close(hull["weights"], expected / expected.sum(dim=-1, keepdim=True))
+
+
+def test_rays_through_nothing_but_background_render_it(config, cameras):
+    model = GNTModel(config(**EXTRAS)).eval()
+    color = torch.tensor([0.25, 0.5, 0.75])
+    with torch.no_grad():
+        empty = torch.ones(4, 36, 40, dtype=torch.bool)
+        out = render(model, model.encode(color.repeat(4, 36, 40, 1), cameras(4), empty=empty), cameras)
+    assert_well_formed(out, SAMPLES)
+    torch.testing.assert_close(out["rgb"], color.expand(3, 3), atol=1e-6, rtol=0)

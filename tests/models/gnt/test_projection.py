@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from shiftadd3d import UserError
-from shiftadd3d.models.gnt.projection import Cameras, SourceViews, project_points, ray_differences, sample_sources
+from shiftadd3d.models.gnt.projection import (
+    Cameras,
+    SourceViews,
+    empty_views,
+    project_points,
+    ray_differences,
+    sample_sources,
+)
 
 
 def pixel_grid(width: int, height: int) -> torch.Tensor:
@@ -133,3 +140,14 @@ EYE3, EYE4 = np.eye(3), np.eye(4)
 def test_a_bad_camera_is_refused_by_name(camera, complaint):
     with pytest.raises(UserError, match=rf"target_camera.*{complaint}"):
         Cameras.of(camera, "target_camera")
+
+
+def test_views_say_that_a_point_is_empty_where_all_around_it_is():
+    views = looking_ahead(8, 6)
+    views.empty = torch.zeros(1, 6, 8, dtype=torch.bool)
+    views.empty[0, 1:4, 2:5] = True
+    pixels = torch.tensor([[3.0, 2], [2.5, 1.5], [4.6, 2], [6, 2], [-3, 2], [3, 90]])
+    origins, directions = Cameras(views.cameras.intrinsics[0], views.cameras.camera_to_world[0]).rays(pixels)
+    ahead, behind = origins + 2.0 * directions, origins - 2.0 * directions
+    assert empty_views(ahead[:, None], views)[:, 0].tolist() == [1, 1, 0, 0, 0, 0]
+    assert empty_views(behind[:, None], views).sum() == 0
