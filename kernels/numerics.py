@@ -23,6 +23,7 @@ from torch import Tensor
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.kernel import KERNEL_DEVICES
+from shiftadd3d.kernels.recording import is_recorded
 
 Numerics = Literal["exact", "fast", "int8", "twin"]
 NUMERICS: tuple[Numerics, ...] = get_args(Numerics)
@@ -90,12 +91,13 @@ def numerics(name: Numerics) -> Iterator[None]:
 def uses_kernels(op: str, *tensors: Tensor) -> bool:
     """Whether layers should call an op on these tensors for inference, in place of the plain torch that they are.
 
-    So it is where the op has a kernel for their device, no gradients are wanted, and numerics are not ``"twin"``.
+    So it is where the op has a kernel for their device, no gradients are wanted, numerics are not ``"twin"``, and
+    nothing is recorded for TorchScript or ONNX, which should run where there are no such ops.
 
     Args:
         op: its name, such as ``"matshift"``.
     """
-    if get_numerics() == "twin" or torch.is_grad_enabled():
+    if get_numerics() == "twin" or torch.is_grad_enabled() or is_recorded():
         return False
     devices = KERNEL_DEVICES[op]
     return all(tensor.device.type in devices for tensor in tensors)

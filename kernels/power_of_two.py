@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.recording import is_recorded
 
 MIN_BITS, MAX_BITS = 2, 6
 MAX_TERMS = 2
@@ -179,8 +180,11 @@ def decode(codes: Tensor, offset: Tensor, bits: int, dtype: torch.dtype = torch.
     """Weights [*channels, inputs] of codes [terms, *channels, inputs] and offsets [terms, *channels], in `dtype`."""
     levels = num_exponents(bits)
     codes = codes.to(torch.int32)
-    level = codes & levels
+    level = codes % (levels + 1) if is_recorded() else codes & levels
     exponent = level + (offset.to(torch.int32) - levels).unsqueeze(-1)
+    if is_recorded():
+        magnitude = torch.where(level == 0, 0.0, exact_exp2(exponent))
+        return _sum_terms(torch.where(codes > levels, -magnitude, magnitude), dtype)
     pattern = torch.where(level == 0, 0, (exponent + 127) << 23)
     value = torch.where(codes > levels, pattern | -(2**31), pattern).view(torch.float32)
     return _sum_terms(value, dtype)
@@ -188,6 +192,9 @@ def decode(codes: Tensor, offset: Tensor, bits: int, dtype: torch.dtype = torch.
 
 def exact_exp2(exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """``2**exponent`` of int32 exponents within the code's range: the bits put together, exact where pow() is not."""
+    if is_recorded():
+        powers = [2.0**power for power in range(-127, MAX_EXPONENT + 2)]
+        return torch.tensor(powers, device=exponent.device)[(exponent + 127).long()].to(dtype)
     return ((exponent + 127) << 23).view(torch.float32).to(dtype)
 
 
@@ -209,6 +216,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, inputs: int) -> Tensor:
     """Undo `pack`: [..., ceil(inputs * bits / 8)] uint8 to [..., inputs] uint8."""
+    if is_recorded():  # shifts, and sums of uint8, are not everywhere
+        places = 2 ** torch.arange(8, device=packed.device)
+        stream = torch.div(packed.long().unsqueeze(-1), places, rounding_mode="floor") % 2
+        stream = stream.flatten(-2)[..., : inputs * bits].unflatten(-1, (inputs, bits))
+        return (stream * places[:bits]).sum(-1).to(torch.uint8)
     if bits == 4:
         return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :inputs]
     stream = ((packed.unsqueeze(-1) >> _bit_numbers(8, packed)) & 1).flatten(-2)[..., : inputs * bits]
@@ -228,6 +240,8 @@ def _sum_terms(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _nearest_power(magnitude: Tensor, stochastic: bool = False) -> Tensor:
     """The power of two next to each magnitude (normal, positive): the carry of an addition to the float's bits."""
+    if is_recorded() and not stochastic:
+        return _nearest_power_by_arithmetic(magnitude)
     integer, fraction_bits = _FLOAT_LAYOUT[magnitude.dtype]
     pattern = magnitude.view(integer)
     if stochastic:
@@ -235,6 +249,16 @@ def _nearest_power(magnitude: Tensor, stochastic: bool = False) -> Tensor:
     else:
         carry = 1 << (fraction_bits - 1)
     return ((pattern + carry) & (-1 << fraction_bits)).view(magnitude.dtype)
+
+
+def _nearest_power_by_arithmetic(magnitude: Tensor) -> Tensor:
+    """The same where no bits can be read: a binary search for the exponent, in which every product is exact."""
+    power = torch.ones_like(magnitude)
+    for step in (64, 32, 16, 8, 4, 2, 1):
+        factor = torch.where(magnitude >= 2.0**step, 2.0**step, 1.0).to(magnitude.dtype)
+        factor = torch.where(magnitude < 2.0 ** (1 - step), 2.0**-step, factor).to(magnitude.dtype)
+        magnitude, power = magnitude / factor, power * factor
+    return torch.where(magnitude >= 1.5, 2 * power, power)
 
 
 def _quantize_term(weight: Tensor, levels: int, low: int, high: int, stochastic: bool) -> Tensor:

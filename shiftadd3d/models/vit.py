@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.nn import AddAttention, Recipe, TokenConv2d, register_attention, register_mlp, reparameterize_
+from shiftadd3d.nn.tracing import one_node
 
 
 class ViTAddAttention(AddAttention):
@@ -68,6 +69,7 @@ class ViTAddAttention(AddAttention):
         layer.gate = attention.gate
         return layer
 
+    @one_node
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attend within each image.
 
@@ -129,6 +131,7 @@ class SpatialReductionAddAttention(AddAttention):
         layer.sr, layer.norm, layer.pool, layer.act = attention.sr, attention.norm, attention.pool, attention.act
         return layer
 
+    @one_node
     def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
         """Attend from each token of an image to the reduced ones.
 
@@ -202,6 +205,10 @@ class _TellGrid:
         self.conv = conv
 
     def __call__(self, patch_embed: PatchEmbed | HybridEmbed, images: tuple[Tensor]) -> None:
+        if isinstance(images[0], torch.fx.Proxy):  # it has no size
+            if not patch_embed.strict_img_size:
+                raise UserError("torch.fx cannot follow images of any size: make the model without dynamic_img_size")
+            return
         height, width = images[0].shape[-2:]
         grid = patch_embed.dynamic_feat_size((height, width))
         # Where all images are of one size nothing is assigned: exporting strictly, torch would complain.

@@ -25,6 +25,7 @@ from shiftadd3d.kernels.numerics import uses_kernels
 from shiftadd3d.nn.binarize import Codes, make_binarizer
 from shiftadd3d.nn.mlp import has_hooks
 from shiftadd3d.nn.shift import joint_product
+from shiftadd3d.nn.tracing import one_node
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -174,6 +175,7 @@ class TokenConv(nn.Module):
         self.num_heads, self.kernel_size = num_heads, _checked_kernel_size(kernel_size)
         self.weight = nn.Parameter(torch.zeros(num_heads, 1, kernel_size, 1))
 
+    @one_node
     def forward(self, v: Tensor) -> Tensor:  # [B, H, N, E] -> [B, H, N, E]
         return F.conv2d(v, self.weight, padding=(self.kernel_size // 2, 0), groups=self.num_heads)
 
@@ -205,6 +207,7 @@ class TokenConv2d(nn.Module):
         self.frozen = False
         self.weight = nn.Parameter(torch.zeros(channels, 1, kernel_size, kernel_size))
 
+    @one_node
     def forward(self, v: Tensor, grid: tuple[int, int] | None = None, addend: Tensor | None = None) -> Tensor:
         """Convolve.
 
@@ -384,6 +387,7 @@ class AddAttention(nn.Module):
         layer.q_fc, layer.k_fc, layer.v_fc, layer.out_fc = q_fc, k_fc, v_fc, out_fc
         return layer
 
+    @one_node
     def forward(
         self,
         x: Tensor,

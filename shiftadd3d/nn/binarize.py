@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.recording import is_recorded
 
 Codes = Literal["pm1", "01"]
 CODES = ("pm1", "01")
@@ -75,7 +76,8 @@ def binarize(x: Tensor, codes: Codes = "pm1", clip: float | Tensor = 1.0) -> Ten
     """
     if codes not in CODES:
         raise UserError(f"codes must be one of {', '.join(CODES)}, not {codes!r}")
-    return _Binarize.apply(x, codes, clip)
+    # Autograd functions cannot be recorded.
+    return _Binarize.forward(x, codes, clip) if is_recorded() else _Binarize.apply(x, codes, clip)
 
 
 class Binarizer(nn.Module):

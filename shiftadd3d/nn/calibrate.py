@@ -36,6 +36,7 @@ from shiftadd3d.nn.activations import (
     watching,
 )
 from shiftadd3d.nn.add import AddAttention
+from shiftadd3d.nn.attachments import keep_attributes
 from shiftadd3d.nn.binarize import HashBinarizer
 from shiftadd3d.nn.fit import FittedBinarizer, FittedContrast, fit_binarizers_, fit_contrast_
 from shiftadd3d.nn.moe import MoE
@@ -524,6 +525,7 @@ def _train_shift_and_sign(model: nn.Module, layers: Mapping[str, ShiftLayer]) ->
             assert isinstance(layer, ShiftLinear)
             twin = ShiftLinear.from_linear(layer.to_linear(), **options)
         twin.bias = layer.bias
+        keep_attributes(layer, twin, type(layer))
         for parameter in (twin.shift, twin.sign):
             parameter.requires_grad_(layer.weight.requires_grad)
         for parent in list(model.modules()):

@@ -14,10 +14,11 @@ from torch import nn
 from shiftadd3d._errors import UserError
 from shiftadd3d._report import RichReport
 from shiftadd3d.nn.add import TokenConv2d
+from shiftadd3d.nn.attachments import keep_attributes, overridden_methods
 from shiftadd3d.nn.binarize import Binarizer
 from shiftadd3d.nn.mlp import FrozenConvMlp, FrozenMlp, is_conv_mlp, is_plain_mlp
-from shiftadd3d.nn.moe import FrozenMoE, MoE
-from shiftadd3d.nn.reparam import make_replacement
+from shiftadd3d.nn.moe import FrozenMoE, MoE, MoELinear, MoEMlp
+from shiftadd3d.nn.reparam import make_replacement, offloading_problems
 from shiftadd3d.nn.shift import PackedShiftLinear, ShiftConv2d, ShiftLinear
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ def freeze_(model: nn.Module, verbose: bool = True) -> FreezeReport:
         verbose: print the report.
 
     Raises:
-        UserError: listing every layer that cannot be frozen (NaN or infinite weights, hooks that would be lost, the
-            model itself being the layer). The model has not been changed then.
+        UserError: listing every layer that cannot be frozen (NaN or infinite weights, hooks and the like that would
+            be lost, the model itself being the layer). The model has not been changed then.
     """
     bytes_before = _stored_bytes(model)
     new: dict[nn.Module, nn.Module] = {}  # a module that stands in several places becomes one in all of them
@@ -103,6 +104,8 @@ def freeze_(model: nn.Module, verbose: bool = True) -> FreezeReport:
         if module in new:
             parent, _, attribute = name.rpartition(".")
             places.append((model.get_submodule(parent), attribute, new[module]))
+    if places:
+        problems += offloading_problems(model)
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(f"cannot freeze this model:\n{listed}")
@@ -128,7 +131,16 @@ def freeze_(model: nn.Module, verbose: bool = True) -> FreezeReport:
 
 
 def _frozen(module: ShiftLinear | ShiftConv2d | MoE, name: str) -> nn.Module:
-    return FrozenMoE(module) if isinstance(module, MoE) else module.freeze(name=name)
+    kind = next(kind for kind in (ShiftLinear, ShiftConv2d, MoE) if isinstance(module, kind))
+    known = type(module) if type(module) in (MoELinear, MoEMlp) else kind
+    own = overridden_methods(module, known)
+    if own:
+        raise UserError(f"it derives from {known.__name__} but has a {', '.join(own)} of its own, which would be lost")
+    if isinstance(module, MoE):
+        return FrozenMoE(module)
+    frozen = module.freeze(name=name)
+    keep_attributes(module, frozen, kind)
+    return frozen
 
 
 def _freeze_mlps(model: nn.Module) -> int:
@@ -147,6 +159,7 @@ def _freeze_mlps(model: nn.Module) -> int:
                 frozen[module] = FrozenConvMlp(module)
             else:
                 continue
+            keep_attributes(module, frozen[module])
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, frozen[module])
     return len(frozen)

@@ -9,12 +9,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from shiftadd3d.kernels.activations import Activation
 from shiftadd3d.kernels.conv_mlp import shift_conv_mlp
 from shiftadd3d.kernels.depthwise import depthwise_conv
 from shiftadd3d.kernels.mlp import shift_mlp
 from shiftadd3d.kernels.numerics import numerics, uses_kernels
+from shiftadd3d.nn.attachments import has_own_forward, would_be_lost
 from shiftadd3d.nn.shift import PackedShiftLinear
 
 
@@ -43,7 +45,8 @@ class FrozenMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [*, in_features] -> [*, out_features]
         first, second, activation = self.fc1, self.fc2, activation_name(self.act)
         if (
-            isinstance(first, PackedShiftLinear)
+            not isinstance(x, Proxy)  # torch.fx sees the layers, as those of other perceptrons
+            and isinstance(first, PackedShiftLinear)
             and isinstance(second, PackedShiftLinear)
             and (first.bits, first.terms) == (second.bits, second.terms)
             and activation is not None
@@ -94,6 +97,9 @@ class FrozenConvMlp(nn.Module):
         """
         first, second, conv, (height, width) = self.fc1, self.fc2, self.dwconv, feat_size
         activation = activation_name(self.act)
+        if isinstance(x, Proxy):  # torch.fx sees the layers, as those of other perceptrons
+            image = conv(first(x).transpose(1, 2).unflatten(-1, (height, width)))
+            return second(self.act(image.flatten(2).transpose(1, 2)))
         if (
             isinstance(first, PackedShiftLinear)
             and isinstance(second, PackedShiftLinear)
@@ -122,7 +128,7 @@ def activation_name(module: nn.Module) -> Activation | None:
 
 def has_hooks(*modules: nn.Module) -> bool:
     """Whether someone sees or changes what goes into and comes out of these modules."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    return any(module._forward_hooks or module._forward_pre_hooks or has_own_forward(module) for module in modules)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -185,7 +191,7 @@ def _consists_of(module: nn.Module, *names: str, layers: tuple[type[nn.Module], 
         return False
     if list(module.parameters(recurse=False)) or list(module.buffers(recurse=False)):
         return False
-    return not has_hooks(*module.modules()) and first.out_features == second.in_features
+    return not any(would_be_lost(part) for part in module.modules()) and first.out_features == second.in_features
 
 
 def _computes(

@@ -15,20 +15,24 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.fx import Proxy
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.activations import Activation
 from shiftadd3d.kernels.moe import moe_mlp
 from shiftadd3d.kernels.numerics import uses_kernels
+from shiftadd3d.kernels.recording import is_exported
+from shiftadd3d.nn.derived_weight import WithoutWeight, derived_weight
 from shiftadd3d.nn.mlp import FrozenMlp, activation_name, is_watched
 from shiftadd3d.nn.shift import PackedShiftLinear, ShiftLinear
+from shiftadd3d.nn.tracing import one_node
 
 Gate = Literal["unit", "probability"]
 GATES = ("unit", "probability")
@@ -226,6 +230,21 @@ def dispatch(tokens: Tensor, assignment: Tensor, experts: Sequence[nn.Module]) -
     return _Permute.apply(outputs, inverse, order), counts
 
 
+def run_all(tokens: Tensor, assignment: Tensor, experts: Sequence[nn.Module]) -> Tensor:
+    """Run each token through all experts, and keep what its own one makes of it.
+
+    That costs more than `dispatch`, and depends on no value: what is recorded of it holds for other tokens, too.
+
+    Args:
+        tokens, assignment, experts: as for `dispatch`.
+
+    Returns:
+        [T, C'].
+    """
+    outputs = torch.stack([expert(tokens) for expert in experts], 1)  # [T, E, C']
+    return outputs.gather(1, assignment[:, None, None].expand(-1, 1, outputs.shape[-1])).squeeze(1)
+
+
 def _router_logits(tokens: Tensor, router: nn.Linear, temperature: float) -> Tensor:  # [T, C] -> [T, E]
     if tokens.shape[-1] != router.in_features:
         raise UserError(f"the mixture takes tokens [..., {router.in_features}], not {list(tokens.shape)}")
@@ -338,6 +357,7 @@ class MoE(nn.Module):
         noisy = logits + torch.randn_like(logits) * self.noise if self.training and self.noise > 0 else None
         return logits, (logits if noisy is None else noisy).argmax(-1), noisy
 
+    @one_node
     def forward(self, x: Tensor) -> Tensor:  # [*, dim] -> [*, dim']
         tokens = x.reshape(-1, x.shape[-1])
         # A process without tokens must not leave the others waiting for its share of the sums.
@@ -345,6 +365,8 @@ class MoE(nn.Module):
         if self.measure_pending and counts_in_training:
             self.set_latencies(_latencies_here(list(self.experts), tokens))
         logits, assignment, noisy = self.route(tokens)
+        if is_exported():
+            return self._exported(x, tokens, logits, assignment)
         out, counts = dispatch(tokens, assignment, list(self.experts))
         if self.gate == "probability" or (torch.is_grad_enabled() and logits.requires_grad):
             chosen = _chosen_probability(logits, assignment)
@@ -364,6 +386,13 @@ class MoE(nn.Module):
         if not repeated:
             self._passed_without_gradients = counts_in_training and not torch.is_grad_enabled()
             self._count(assignment, counts, x.shape[:-1])
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    def _exported(self, x: Tensor, tokens: Tensor, logits: Tensor, assignment: Tensor) -> Tensor:
+        """What a program for inference has to compute, without losses and statistics."""
+        out = run_all(tokens, assignment, list(self.experts))
+        if self.gate == "probability":
+            out = out * _chosen_probability(logits, assignment).to(out.dtype)
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
     def _record(self, loss: Tensor) -> None:
@@ -404,7 +433,54 @@ def check_router(noise: float, temperature: float) -> None:
         raise UserError(f"the router's temperature must be positive and finite, got {temperature}")
 
 
-class FrozenMoE(nn.Module):
+class _InPlace(WithoutWeight):
+    """A mixture in the place of a layer: it is asked for what that had, and answers with its first expert's.
+
+    That is `weight` and `bias`, for reading, in the place of a linear layer; the parts (`fc1` and so on) in that of a
+    perceptron.
+    """
+
+    _read_only = "weight", "bias"
+    experts: nn.ModuleList
+
+    def _derived_weight(self) -> Tensor:
+        return self._of_linear("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The first expert's."""
+        return self._of_linear("bias")
+
+    @bias.setter
+    def bias(self, value: Tensor | None) -> None:
+        raise UserError(self._refusal())
+
+    def _of_linear(self, name: str) -> Any:
+        if getattr(self, "out_features", None) is None:
+            raise AttributeError(name)
+        first = self.experts[0]
+        like = getattr(first, name)
+        if like is None or isinstance(like, Proxy):  # torch.fx reads the parameter
+            return like
+        return derived_weight(lambda: getattr(first, name), like, tuple(like.shape), like.dtype, self._refusal())
+
+    def _refusal(self) -> str:
+        return (
+            f"weight and bias of a {type(self).__name__} are read-only: each of its experts has its own, which can be "
+            "written; weight.clone() is an ordinary tensor"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            experts = self.__dict__["_modules"].get("experts")
+            if not experts or name not in experts[0]._modules:
+                raise
+            return experts[0]._modules[name]
+
+
+class FrozenMoE(_InPlace):
     """A mixture for inference: no noise, no loss, no statistics.
 
     Args:
@@ -427,6 +503,7 @@ class FrozenMoE(nn.Module):
         self.keep_assignment = False
         self.last_assignment: Tensor | None = None
 
+    @one_node
     def forward(self, x: Tensor) -> Tensor:  # [*, dim] -> [*, dim']
         tokens = x.reshape(-1, x.shape[-1])
         logits = _router_logits(tokens, self.router, self.temperature)
@@ -435,7 +512,10 @@ class FrozenMoE(nn.Module):
             out, assignment = moe_mlp(tokens, logits, *chains, self.gate == "probability")
         else:
             assignment = logits.argmax(-1)
-            out, _ = dispatch(tokens, assignment, list(self.experts))
+            if is_exported():
+                out = run_all(tokens, assignment, list(self.experts))
+            else:
+                out, _ = dispatch(tokens, assignment, list(self.experts))
             if self.gate == "probability":
                 out = out * _chosen_probability(logits, assignment).to(out.dtype)
         if self.keep_assignment:
@@ -474,7 +554,7 @@ def _chains(experts: Iterable[nn.Module]) -> tuple[list[Tensor | None], int, int
     return tensors, depths.pop(), bits, activation
 
 
-class MoELinear(MoE):
+class MoELinear(_InPlace, MoE):
     """A linear layer as a mixture of a multiplying and a shifting one.
 
     Args:
@@ -509,7 +589,7 @@ class MoELinear(MoE):
         return layer
 
 
-class MoEMlp(MoE):
+class MoEMlp(_InPlace, MoE):
     """A two-layer perceptron as a mixture of a multiplying and a shifting one.
 
     Args:

@@ -23,11 +23,21 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard, TypeVar, cast
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from shiftadd3d._errors import UserError
 from shiftadd3d._report import RichReport
 from shiftadd3d.nn import power_of_two
 from shiftadd3d.nn.add import ORDERS, AddAttention
+from shiftadd3d.nn.attachments import (
+    ADAPTED,
+    foreign_to_linear,
+    is_adapted,
+    keep_attributes,
+    offloaded,
+    overridden_methods,
+    would_be_lost,
+)
 from shiftadd3d.nn.binarize import BINARIZERS, CODES
 from shiftadd3d.nn.moe import GATES, FrozenMoE, MoE, MoELinear, MoEMlp, check_router, latency_weights
 from shiftadd3d.nn.shift import (
@@ -257,6 +267,7 @@ class _AttentionClass(NamedTuple):
 
     converter: AttentionConverter | None = None
     within: type[nn.Module] | None = None
+    base: type[nn.Module] | None = None
 
 
 _attention_converters: dict[type[nn.Module], _AttentionClass] = {AddAttention: _AttentionClass()}
@@ -279,7 +290,7 @@ def register_attention(
         within: a class of models that know more about the tokens than the attention in them does, such as the grid they
             lie on. The converter then gets, third, the innermost module of that class around the attention, or None.
     """
-    _attention_converters[module_class] = _AttentionClass(converter, within)
+    _attention_converters[module_class] = _AttentionClass(converter, within, module_class)
 
 
 def register_mlp(module_class: type[nn.Module], token_wise: bool = True) -> None:
@@ -368,6 +379,8 @@ def reparameterize_(
     surgery = _Surgery(model, recipe, filter_fn)
     surgery.visit(None, "", model, "", role=None)
     problems = surgery.problems + surgery.rules.idle(model, surgery.additive)
+    if surgery.replacements:
+        problems += offloading_problems(model)
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(f"cannot reparameterize this model with recipe {recipe.name!r}:\n{listed}")
@@ -375,6 +388,10 @@ def reparameterize_(
         setattr(parent, attribute, replacement)
         if isinstance(parent, nn.TransformerEncoderLayer):
             parent.activation_relu_or_gelu = 0  # torch's fast path would read the weights past the new layer
+    changed = {parent for parent, _, _ in surgery.replacements}
+    for encoder in (module for module in model.modules() if isinstance(module, nn.TransformerEncoder)):
+        if not changed.isdisjoint(encoder.modules()):
+            encoder.use_nested_tensor = False  # which are for the fast path alone
     report = ReparameterizationReport(recipe, tuple(surgery.layers), tuple(surgery.untouched))
     if verbose:
         from rich.console import Console
@@ -507,8 +524,14 @@ class _Surgery:
         if isinstance(module, (ShiftLayer, PackedShiftLayer, MoE, FrozenMoE)):
             self._mark_replaced(module)
             return
+        if is_adapted(module):
+            self._visit_adapted(module, name, role)
+            return
         if type(module) is nn.Linear or _is_linear_conv(module):
             self._visit_linear(parent, attribute, module, name, role)
+            return
+        if parametrize.is_parametrized(module):
+            self._leave(module, name, self.rules.keeps(name) or f"it has {would_be_lost(module)}")
             return
         if role is None:
             known, attention_class = _find(_attention_converters, module)
@@ -539,16 +562,25 @@ class _Surgery:
         if isinstance(module, AddAttention):
             self.rules.mark(name, ("keep", "add"))
             return module
-        converter, within = attention_class
+        converter, within, base = attention_class
         fitting = ("keep",) if converter is None else ("keep", "add")
         choice = self._choose(module, name, "attention", fitting, refused=("add",))
         if choice is None:
             return None
         if choice.primitive == "keep" or converter is None or not self._wanted(module, name):
             return module
+        own = [] if base is None else overridden_methods(module, base)
+        if own and base is not None:
+            self.problems.append(
+                f"{name} ({type(module).__name__}): it derives from {base.__name__} but has a {', '.join(own)} of its "
+                "own, which would be lost; tell register_attention about this class, or leave it out by a rule that "
+                "says keep"
+            )
+            return None
         surroundings = () if within is None else (self._innermost(within, name),)
         additive = self._attempt(module, name, lambda: converter(module, self.recipe, *surroundings))
         if additive is not None:
+            keep_attributes(module, additive)
             self.additive[name] = additive
             self._replace(parent, attribute, module, additive, name, "codes 1")
         return additive
@@ -616,6 +648,16 @@ class _Surgery:
             if mixture is not None:
                 self._replace(parent, attribute, linear, mixture, name, f"{_float_bits(linear)}/{code_bits}")
 
+    def _visit_adapted(self, module: nn.Module, name: str, role: str | None) -> None:
+        """A layer with adapters around it stays as a whole, or is refused."""
+        choice = self._choose(module, name, _PLACES[role], _LINEAR_PRIMITIVES, refused=("add",))
+        if choice is None:
+            return
+        if choice.primitive in ("keep", "mult") or not self._wanted(module, name):
+            self._leave(module, name, f"{choice.reason}; it has {ADAPTED}")
+        else:
+            self.problems.append(f"{name} ({type(module).__name__}): it has {ADAPTED}")
+
     def _choose(
         self, module: nn.Module, name: str, place: str, fitting: tuple[str, ...], refused: tuple[str, ...]
     ) -> _Choice | None:
@@ -678,20 +720,34 @@ def make_replacement(module: nn.Module, name: str, make: Callable[[], _Module]) 
     """What `make` makes to stand in the place of `module`.
 
     Raises:
-        UserError: naming the module, if it has no place or hooks would be lost; or what `make` raises.
+        UserError: naming the module, if it has no place or what is attached to it would be lost (see
+            `shiftadd3d.nn.attachments`); or what `make` raises.
     """
     kind = type(module).__name__
     if not name:
         raise UserError(f"the model itself is a {kind}: put it into a module, its place is what gets replaced")
-    if any(
-        inner._forward_hooks or inner._forward_pre_hooks or inner._backward_hooks or inner._backward_pre_hooks
-        for inner in module.modules()
-    ):
-        raise UserError(f"{name} ({kind}): it has hooks, which would be lost; remove them first")
+    for inner_name, inner in module.named_modules():
+        lost = would_be_lost(inner)
+        if lost is None and type(inner) in (nn.Linear, nn.Conv2d):
+            lost = foreign_to_linear(cast(nn.Linear, inner))
+        if lost is not None:
+            inside = f" in {inner_name}" if inner_name else ""
+            raise UserError(f"{name} ({kind}): it has{inside} {lost}")
     try:
         return make()
     except UserError as error:
         raise UserError(f"{name} ({kind}): {error}") from None
+
+
+def offloading_problems(model: nn.Module) -> list[str]:
+    """What keeps the layers of `model` from being replaced because accelerate manages their weights by name."""
+    name = offloaded(model)
+    if name is None:
+        return []
+    return [
+        f"{name}: accelerate offloads its weights, by names that would change; call "
+        "accelerate.hooks.remove_hook_from_submodules(model) first, and offload the outcome"
+    ]
 
 
 def _shift_in_place_of(layer: nn.Linear | nn.Conv2d, name: str, **options) -> ShiftLayer:
@@ -704,7 +760,10 @@ def _shift_in_place_of(layer: nn.Linear | nn.Conv2d, name: str, **options) -> Sh
         shift = ShiftLinear.from_linear(layer, name=name, **options)
     if shift.mode == "Q":
         shift.weight = cast(nn.Parameter, layer.weight)
+    elif layer.weight._backward_hooks or getattr(layer.weight, "_post_accumulate_grad_hooks", None):
+        raise UserError("it has hooks on its weight's gradient, which would be lost; remove them first, or take mode Q")
     shift.bias = cast(nn.Parameter, layer.bias)
+    keep_attributes(layer, shift, type(layer))
     return shift
 
 

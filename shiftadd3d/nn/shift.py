@@ -21,7 +21,11 @@ from torch.autograd import Function
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.matshift import matshift
 from shiftadd3d.kernels.numerics import uses_kernels
+from shiftadd3d.kernels.recording import is_recorded
 from shiftadd3d.nn import power_of_two
+from shiftadd3d.nn.attachments import has_own_forward
+from shiftadd3d.nn.derived_weight import WithoutWeight, derived_weight
+from shiftadd3d.nn.tracing import one_node
 
 ShiftMode = Literal["Q", "PS"]
 SHIFT_MODES = ("Q", "PS")
@@ -94,8 +98,12 @@ class _Patches:
     """How a convolution whose patches do not overlap reads an image: `in_channels`, `kernel_size` and `stride`."""
 
     in_channels: int
+    out_channels: int
     kernel_size: tuple[int, int]
     stride: tuple[int, int]
+    # What `nn.Conv2d` has, too.
+    padding, dilation, output_padding = (0, 0), (1, 1), (0, 0)
+    groups, padding_mode, transposed = 1, "zeros", False
 
     def tokens(self, x: Tensor) -> Tensor:  # [*, C, H, W] -> [*, H', W', C * kh * kw]
         """The patches that the weight multiplies, channels first within each. What does not fill one is left out."""
@@ -141,7 +149,7 @@ class ShiftLayer(nn.Module):
             raise UserError(f"mode must be one of {', '.join(SHIFT_MODES)}, not {mode!r}")
         if stochastic and mode != "Q":
             raise UserError("stochastic rounding needs mode 'Q': in mode 'PS' no float weight is rounded")
-        self.in_features, self.out_features = math.prod(weight_shape[1:]), weight_shape[0]
+        self.in_features, self.out_features, self._shape = math.prod(weight_shape[1:]), weight_shape[0], weight_shape
         self.bits, self.mode, self.terms, self.stochastic = bits, mode, terms, stochastic
         factory = {"device": device, "dtype": dtype}
         if mode == "Q":
@@ -155,6 +163,42 @@ class ShiftLayer(nn.Module):
             self.register_parameter("bias", None)
         self._cache: tuple | None = None
         self.reset_parameters()
+
+    # A property, for mode PS: there it is only derived. In mode Q it is a parameter, or what utilities that keep
+    # another one (pruning, older norms of weights) put in its place.
+    @property
+    def weight(self) -> nn.Parameter:
+        """The float weight (Q), or for reading the quantised one (PS); in the shape that the ordinary layer's has."""
+        if self.mode == "PS":
+            shift = cast(Tensor, self._parameters["shift"])  # itself, also where torch.fx looks on
+            values = lambda: self.quantized_weight().view(self._shape)  # noqa: E731
+            weight = derived_weight(values, shift, self._shape, shift.dtype, self._refusal())
+        elif "weight" in self.__dict__:
+            weight = self.__dict__["weight"]
+        else:
+            weight = self.__getattr__("weight")
+        return cast(nn.Parameter, weight)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        if self.mode == "PS":
+            raise UserError(self._refusal())
+        self.__dict__["weight"] = value
+
+    @weight.deleter
+    def weight(self) -> None:
+        del self.__dict__["weight"]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight" and self.mode == "PS":
+            raise UserError(self._refusal())
+        super().register_parameter(name, param)
+
+    def _refusal(self) -> str:
+        return (
+            f"the weight of a {type(self).__name__} in mode PS is read-only: it is derived from shift and sign, which "
+            "can be written; weight.clone() is an ordinary tensor"
+        )
 
     def reset_parameters(self) -> None:
         """Draw the parameters as `nn.Linear` and `nn.Conv2d` do (then split into shift and sign in mode PS)."""
@@ -173,7 +217,10 @@ class ShiftLayer(nn.Module):
         Differentiable: straight through to `weight` (Q), DeepShift's rules to `shift` and `sign` (PS).
         """
         if self.mode == "PS":
-            return _ShiftAndSign.apply(self.shift.flatten(2), self.sign.flatten(2), self.bits)[0]
+            quantize = _ShiftAndSign.forward if is_recorded() else _ShiftAndSign.apply
+            return quantize(self.shift.flatten(2), self.sign.flatten(2), self.bits)[0]
+        if is_recorded():
+            return self._quantize()
         if torch.is_grad_enabled() and self.weight.requires_grad:
             # What comes next may be a step of a fused optimizer, which the version counter does not see.
             self._cache = None
@@ -252,6 +299,7 @@ class ShiftLayer(nn.Module):
         packed.codes = power_of_two.pack(codes, self.bits)
         packed.offset = offset
         packed.bias = None if self.bias is None else self.bias.detach().clone()
+        packed.dtype = (self.weight if self.mode == "Q" else self.shift).dtype
         packed.eval()
 
     def train(self: _Layer, mode: bool = True) -> _Layer:
@@ -355,6 +403,7 @@ class ShiftLinear(ShiftLayer):
         self._pack_into(packed, name)
         return packed
 
+    @one_node
     def forward(self, x: Tensor) -> Tensor:  # [*, in_features] -> [*, out_features]
         _check_width(self, x)
         return F.linear(x, self.quantized_weight(), self.bias)
@@ -463,6 +512,7 @@ class ShiftConv2d(_Patches, ShiftLayer):
         self._pack_into(packed, name)
         return packed
 
+    @one_node
     def forward(self, x: Tensor) -> Tensor:  # [*, in_channels, H, W] -> [*, out_channels, H', W']
         return self._over_tokens(x, lambda tokens: F.linear(tokens, self.quantized_weight(), self.bias))
 
@@ -473,17 +523,25 @@ class ShiftConv2d(_Patches, ShiftLayer):
         )
 
 
-class PackedShiftLayer(nn.Module):
-    """What `PackedShiftLinear` and `PackedShiftConv2d` share: the packed weight, and the product with it."""
+_Packed = TypeVar("_Packed", bound="PackedShiftLayer")
+
+
+class PackedShiftLayer(WithoutWeight):
+    """What `PackedShiftLinear` and `PackedShiftConv2d` share: the packed weight, and the product with it.
+
+    `weight` is there for reading, in the shape and dtype that the ordinary layer would have it in: decoded whenever its
+    values are read, and never kept.
+    """
 
     codes: Tensor
     offset: Tensor
     bias: Tensor | None
+    dtype: torch.dtype
+    """Of `weight` as it is read: the float layer's, changed by `half()` and the like. Products are in that of x."""
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        weight_shape: tuple[int, ...],
         bias: bool,
         bits: int,
         terms: int,
@@ -492,7 +550,10 @@ class PackedShiftLayer(nn.Module):
     ) -> None:
         super().__init__()
         power_of_two.check_format(bits, terms)
+        in_features, out_features = math.prod(weight_shape[1:]), weight_shape[0]
         self.in_features, self.out_features, self.bits, self.terms = in_features, out_features, bits, terms
+        self._shape = weight_shape
+        self.dtype = torch.get_default_dtype() if dtype is None else dtype
         row = (in_features * bits + 7) // 8
         self.register_buffer("codes", torch.zeros(terms, out_features, row, dtype=torch.uint8, device=device))
         self.register_buffer("offset", torch.zeros(terms, out_features, dtype=torch.int8, device=device))
@@ -506,6 +567,21 @@ class PackedShiftLayer(nn.Module):
     def quantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out_features, in_features] that the codes stand for."""
         return power_of_two.decode(*self.weight_codes(), dtype)
+
+    def _derived_weight(self) -> Tensor:
+        values = lambda: self.quantized_weight(self.dtype).view(self._shape)  # noqa: E731
+        return derived_weight(values, self.codes, self._shape, self.dtype, self._refusal())
+
+    def _refusal(self) -> str:
+        return (
+            f"the weight of a {type(self).__name__} is read-only: it is derived from codes; change weights before "
+            "freeze_, weight.clone() is an ordinary tensor"
+        )
+
+    def _apply(self: _Packed, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="meta" if self.codes.is_meta else None)).dtype
+        return self
 
     def product(self, x: Tensor) -> Tensor:  # [*, in_features] -> [*, out_features]
         """``x W^T + b``, the weight decoded for this call only: a layer keeps no float copy of it.
@@ -543,8 +619,9 @@ class PackedShiftLinear(PackedShiftLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias, bits, terms, device, dtype)
+        super().__init__((out_features, in_features), bias, bits, terms, device, dtype)
 
+    @one_node
     def forward(self, x: Tensor) -> Tensor:  # [*, in_features] -> [*, out_features]
         _check_width(self, x)
         return self.product(x)
@@ -560,7 +637,7 @@ def _go_together(first: nn.Module, layer: nn.Module) -> bool:
         and type(layer) is PackedShiftLinear
         and (layer.in_features, layer.bits, layer.terms) == (first.in_features, first.bits, first.terms)
         and (layer.bias is None) == (first.bias is None)
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not (layer._forward_hooks or layer._forward_pre_hooks or has_own_forward(layer))
     )
 
 
@@ -599,9 +676,10 @@ class PackedShiftConv2d(_Patches, PackedShiftLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         kernel, stride = _check_patches(kernel_size, stride)
-        super().__init__(in_channels * kernel[0] * kernel[1], out_channels, bias, bits, terms, device, dtype)
+        super().__init__((out_channels, in_channels, *kernel), bias, bits, terms, device, dtype)
         self.in_channels, self.out_channels, self.kernel_size, self.stride = in_channels, out_channels, kernel, stride
 
+    @one_node
     def forward(self, x: Tensor) -> Tensor:  # [*, in_channels, H, W] -> [*, out_channels, H', W']
         return self._over_tokens(x, self.product)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd3d.nn import AddAttention, PackedShiftLinear, ShiftLinear, SignBinarizer, TokenConv
+from shiftadd3d.nn.mlp import has_hooks
 
 
 def weights_and_biases(layers: Sequence[nn.Module]) -> tuple[list[Tensor], list[Tensor | None]] | None:
@@ -48,6 +49,4 @@ def is_free(blocks: Iterable[nn.Module]) -> bool:
     """Whether none of these is training, and nobody watches or changes what goes into and comes out of their parts."""
     if torch.nn.modules.module._has_any_global_hook():
         return False
-    return not any(
-        part.training or part._forward_hooks or part._forward_pre_hooks for block in blocks for part in block.modules()
-    )
+    return not any(part.training or has_hooks(part) for block in blocks for part in block.modules())
