@@ -33,6 +33,7 @@ from timm.models import (
 from timm.models._pretrained import DefaultCfg
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.nn import AddAttention, Recipe, TokenConv2d, register_attention, register_mlp, reparameterize_
@@ -69,7 +70,6 @@ class ViTAddAttention(AddAttention):
         layer.gate = attention.gate
         return layer
 
-    @one_node
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attend within each image.
 
@@ -81,6 +81,8 @@ class ViTAddAttention(AddAttention):
         Returns:
             [B, N, C'].
         """
+        if isinstance(x, Proxy):
+            return one_node(self, x, attn_mask, is_causal)
         q, k, v = self.project(x, x)
         mask, bias = _mask_and_bias(attn_mask, is_causal, x)
         out, _ = self.attend(self.q_norm(q), self.k_norm(k), v, mask, bias)
@@ -131,7 +133,6 @@ class SpatialReductionAddAttention(AddAttention):
         layer.sr, layer.norm, layer.pool, layer.act = attention.sr, attention.norm, attention.pool, attention.act
         return layer
 
-    @one_node
     def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
         """Attend from each token of an image to the reduced ones.
 
@@ -142,6 +143,8 @@ class SpatialReductionAddAttention(AddAttention):
         Returns:
             [B, N, C].
         """
+        if isinstance(x, Proxy):
+            return one_node(self, x, feat_size)
         reduced, grid = self.reduce(x, feat_size)
         q, k, v = self.project(x, reduced)
         out, _ = self.attend(q, k, v)

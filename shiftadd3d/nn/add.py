@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.depthwise import depthwise_conv
@@ -175,8 +176,9 @@ class TokenConv(nn.Module):
         self.num_heads, self.kernel_size = num_heads, _checked_kernel_size(kernel_size)
         self.weight = nn.Parameter(torch.zeros(num_heads, 1, kernel_size, 1))
 
-    @one_node
     def forward(self, v: Tensor) -> Tensor:  # [B, H, N, E] -> [B, H, N, E]
+        if isinstance(v, Proxy):
+            return one_node(self, v)
         return F.conv2d(v, self.weight, padding=(self.kernel_size // 2, 0), groups=self.num_heads)
 
     def extra_repr(self) -> str:
@@ -207,7 +209,6 @@ class TokenConv2d(nn.Module):
         self.frozen = False
         self.weight = nn.Parameter(torch.zeros(channels, 1, kernel_size, kernel_size))
 
-    @one_node
     def forward(self, v: Tensor, grid: tuple[int, int] | None = None, addend: Tensor | None = None) -> Tensor:
         """Convolve.
 
@@ -222,6 +223,8 @@ class TokenConv2d(nn.Module):
         Raises:
             UserError: if that many tokens are no such grid.
         """
+        if isinstance(v, Proxy):
+            return one_node(self, v, grid, addend)
         prefix, tokens = self.num_prefix_tokens, v.shape[-2] - self.num_prefix_tokens
         height, width = grid or self.grid or (math.isqrt(max(tokens, 0)),) * 2
         if height * width != tokens:
@@ -387,7 +390,6 @@ class AddAttention(nn.Module):
         layer.q_fc, layer.k_fc, layer.v_fc, layer.out_fc = q_fc, k_fc, v_fc, out_fc
         return layer
 
-    @one_node
     def forward(
         self,
         x: Tensor,
@@ -413,6 +415,8 @@ class AddAttention(nn.Module):
         Raises:
             UserError: for a context in a layer with a convolution, which is over the values at the queries' own places.
         """
+        if isinstance(x, Proxy):
+            return one_node(self, x, return_weights, mask, context=context, bias=bias)
         if context is not None and self.dwconv is not None:
             raise UserError("cross attention has no convolution on the values: make the layer with dwconv=0")
         context = x if context is None else context

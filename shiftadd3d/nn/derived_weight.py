@@ -120,7 +120,7 @@ def _among(value: Any) -> Iterator[DerivedWeight]:
 
 
 _IN_PLACE = {"__setitem__", "__set__"} | {
-    f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
 }
 
 

@@ -357,8 +357,9 @@ class MoE(nn.Module):
         noisy = logits + torch.randn_like(logits) * self.noise if self.training and self.noise > 0 else None
         return logits, (logits if noisy is None else noisy).argmax(-1), noisy
 
-    @one_node
     def forward(self, x: Tensor) -> Tensor:  # [*, dim] -> [*, dim']
+        if isinstance(x, Proxy):
+            return one_node(self, x)
         tokens = x.reshape(-1, x.shape[-1])
         # A process without tokens must not leave the others waiting for its share of the sums.
         counts_in_training = self.training and (len(tokens) > 0 or _is_distributed())
@@ -503,8 +504,9 @@ class FrozenMoE(_InPlace):
         self.keep_assignment = False
         self.last_assignment: Tensor | None = None
 
-    @one_node
     def forward(self, x: Tensor) -> Tensor:  # [*, dim] -> [*, dim']
+        if isinstance(x, Proxy):
+            return one_node(self, x)
         tokens = x.reshape(-1, x.shape[-1])
         logits = _router_logits(tokens, self.router, self.temperature)
         chains = _chains(self.experts) if uses_kernels("moe_mlp", x) and not is_watched(self.experts) else None

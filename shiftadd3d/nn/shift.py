@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.fx import Proxy
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.matshift import matshift
@@ -403,8 +404,9 @@ class ShiftLinear(ShiftLayer):
         self._pack_into(packed, name)
         return packed
 
-    @one_node
     def forward(self, x: Tensor) -> Tensor:  # [*, in_features] -> [*, out_features]
+        if isinstance(x, Proxy):
+            return one_node(self, x)
         _check_width(self, x)
         return F.linear(x, self.quantized_weight(), self.bias)
 
@@ -512,8 +514,9 @@ class ShiftConv2d(_Patches, ShiftLayer):
         self._pack_into(packed, name)
         return packed
 
-    @one_node
     def forward(self, x: Tensor) -> Tensor:  # [*, in_channels, H, W] -> [*, out_channels, H', W']
+        if isinstance(x, Proxy):
+            return one_node(self, x)
         return self._over_tokens(x, lambda tokens: F.linear(tokens, self.quantized_weight(), self.bias))
 
     def extra_repr(self) -> str:
@@ -621,8 +624,9 @@ class PackedShiftLinear(PackedShiftLayer):
     ) -> None:
         super().__init__((out_features, in_features), bias, bits, terms, device, dtype)
 
-    @one_node
     def forward(self, x: Tensor) -> Tensor:  # [*, in_features] -> [*, out_features]
+        if isinstance(x, Proxy):
+            return one_node(self, x)
         _check_width(self, x)
         return self.product(x)
 
@@ -679,8 +683,9 @@ class PackedShiftConv2d(_Patches, PackedShiftLayer):
         super().__init__((out_channels, in_channels, *kernel), bias, bits, terms, device, dtype)
         self.in_channels, self.out_channels, self.kernel_size, self.stride = in_channels, out_channels, kernel, stride
 
-    @one_node
     def forward(self, x: Tensor) -> Tensor:  # [*, in_channels, H, W] -> [*, out_channels, H', W']
+        if isinstance(x, Proxy):
+            return one_node(self, x)
         return self._over_tokens(x, self.product)
 
     def extra_repr(self) -> str:

@@ -6,31 +6,20 @@ not torch's. What is decided by shapes and by the machine could not be followed 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from torch import nn
 from torch.fx import Proxy
 
 from shiftadd3d._errors import UserError
 
-_Forward = TypeVar("_Forward", bound=Callable[..., Any])
 
-
-def one_node(forward: _Forward) -> _Forward:
-    """A layer's forward pass, of which torch.fx sees the call only.
+def one_node(layer: nn.Module, x: Proxy, *args: Any, **kwargs: Any) -> Any:
+    """The call of a layer, for torch.fx to note down.
 
     Raises:
-        UserError: if the layer is the model that is traced.
+        UserError: if the layer is itself the model that is traced.
     """
-
-    @functools.wraps(forward)
-    def traceable(self: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(x, Proxy):
-            return forward(self, x, *args, **kwargs)
-        if self is x.tracer.root:
-            raise UserError(f"to torch.fx a {type(self).__name__} is one node: put it into a module, and trace that")
-        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *args), kwargs)
-
-    return cast(_Forward, traceable)
+    if layer is x.tracer.root:
+        raise UserError(f"to torch.fx a {type(layer).__name__} is one node: put it into a module, and trace that")
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x, *args), kwargs)
