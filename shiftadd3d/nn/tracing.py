@@ -6,10 +6,10 @@ not torch's. What is decided by shapes and by the machine could not be followed 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
-from torch.fx import Proxy
+from torch.fx import Proxy, Tracer
 
 from shiftadd3d._errors import UserError
 
@@ -20,6 +20,7 @@ def one_node(layer: nn.Module, x: Proxy, *args: Any, **kwargs: Any) -> Any:
     Raises:
         UserError: if the layer is itself the model that is traced.
     """
-    if layer is x.tracer.root:
+    tracer = cast(Tracer, x.tracer)
+    if layer is tracer.root:
         raise UserError(f"to torch.fx a {type(layer).__name__} is one node: put it into a module, and trace that")
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x, *args), kwargs)
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (x, *args), kwargs)
