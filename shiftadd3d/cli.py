@@ -530,6 +530,68 @@ class Bench(Verb):
             write_json(self.json, facts)
 
 
+@dataclass(frozen=True)
+class MakeFactory(Verb):
+    """Make up scenes to train across: varied objects, textures, lights and cameras, with true depths.
+
+    Needs Mitsuba (`pip install mitsuba==3.9.1`, or `make setup`). A scene depends on the seed, its number and --size
+    alone. Scenes that are there stay, so that the same command goes on after Ctrl-C and a larger --count adds scenes.
+    Each scene is a folder in nerfstudio's format; factory.json lists them, and pictures in contact-sheets show them.
+    """
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder to write to: new, empty, or a factory with the same seed and size."""
+    count: Annotated[int, tyro.conf.arg(metavar="N")]
+    """How many scenes OUT shall hold."""
+    seed: int = 0
+    """Decides what the scenes show; the same seed gives the same scenes."""
+    workers: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Processes that make scenes, one core and about 300 MB each."""
+    size: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="W H")] = None
+    """Width and height of all pictures. If not set, each scene draws its own: 96 to 252 pixels on the longer side,
+    upright, square or wide."""
+
+    def run(self) -> None:
+        """Make what is missing."""
+        from rich.console import Console
+
+        from shiftadd3d.scenes.factory import Factory, make_factory
+
+        make_factory(Factory(self.out, self.seed, self.size), self.count, workers=self.workers, console=Console())
+
+
+@dataclass(frozen=True)
+class ContactSheets(Verb):
+    """Draw the contact sheets of a factory again, also while it is being made."""
+
+    factory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FACTORY")]
+    """A folder that make-factory writes."""
+
+    def run(self) -> None:
+        """Draw them."""
+        from rich.console import Console
+
+        from shiftadd3d.scenes.factory import draw_contact_sheets, open_factory
+
+        draw_contact_sheets(open_factory(self.factory), Console())
+
+
+@dataclass(frozen=True)
+class Scenes(Verb):
+    """Make scenes to train on and to try things with."""
+
+    action: Annotated[
+        Annotated[MakeFactory, tyro.conf.subcommand("make-factory")]
+        | Annotated[ContactSheets, tyro.conf.subcommand("contact-sheets")],
+        tyro.conf.arg(name=""),
+    ]
+    """What to do."""
+
+    def run(self) -> None:
+        """Do it."""
+        self.action.run()
+
+
 def _need_nerfstudio() -> None:
     # It meets newer libraries than it was written for, and each of them says so.
     warnings.filterwarnings("ignore", module=r"nerfstudio|torch\.jit|torch\.functional|viser|websockets")
@@ -546,6 +608,7 @@ VERBS: dict[str, type[Verb]] = {
     "export": Export,
     "kernels": Kernels,
     "bench": Bench,
+    "scenes": Scenes,
     "info": Info,
 }
 
