@@ -1,10 +1,11 @@
-"""Triangle meshes of the embedded scenes: surfaces of revolution, swept tubes, boxes and sheets, in plain NumPy.
+"""Triangle meshes of made-up scenes: surfaces of revolution, swept tubes, boxes, sheets and ribbons, in plain NumPy.
 
 World axes are x right, y away from the middle camera, z up; the table top is z = 0 and one unit is about 20 cm.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +37,16 @@ class Mesh:
         return replace(
             self, points=scale * self.points @ rotation.T + np.asarray(at), normals=self.normals @ rotation.T
         )
+
+    def transformed(self, linear: np.ndarray, at: Sequence[float] | np.ndarray = (0.0, 0.0, 0.0)) -> Mesh:
+        """Map every point p to `linear` @ p + `at`; `linear` is [3, 3], invertible, and does not mirror."""
+        normals = self.normals @ np.linalg.inv(linear)
+        normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
+        return replace(self, points=self.points @ linear.T + np.asarray(at), normals=normals)
+
+    def tiled(self, along_u: float, along_v: float) -> Mesh:
+        """The same surface with its texture repeated so many times."""
+        return replace(self, uv=self.uv * [along_u, along_v])
 
     def write_ply(self, path: Path) -> None:
         """Write a binary little-endian PLY file with normals and texture coordinates."""
@@ -204,3 +215,68 @@ def sheet(width: float, depth: float, heights: np.ndarray) -> Mesh:
         np.stack([x / width + 0.5, y / depth + 0.5], axis=2).reshape(-1, 2),
         _grid_faces(rows, columns),
     )
+
+
+def ribbons(
+    roots: np.ndarray, tips: np.ndarray, droop: np.ndarray, width: np.ndarray, rng: np.random.Generator, segments: int
+) -> Mesh:
+    """Flat curved blades: grass, leaves, hair.
+
+    Args:
+        roots, tips: [N, 3] where blades begin, and where they would end if they were straight.
+        droop: [N, 3] how far the tip is bent away; the bend grows with the square of the way along.
+        width: [N, segments + 1] width along each blade.
+        rng: turns each blade about its own axis, and chooses which part of the texture it shows.
+        segments: quads along a blade.
+    """
+    count = len(roots)
+    t = np.linspace(0, 1, segments + 1)[None, :, None]
+    spine = roots[:, None] + t * (tips - roots)[:, None] + t**2 * droop[:, None]  # [N, S + 1, 3]
+    along = np.gradient(spine, axis=1)
+    along /= np.maximum(np.linalg.norm(along, axis=2, keepdims=True), 1e-12)
+    side = np.cross(along, rng.standard_normal((count, 1, 3)))
+    side /= np.maximum(np.linalg.norm(side, axis=2, keepdims=True), 1e-12)
+    half = 0.5 * width[..., None] * side
+    points = np.stack([spine - half, spine + half], axis=2)  # [N, S + 1, 2, 3]
+    normals = np.repeat(np.cross(side, along)[:, :, None], 2, axis=2)
+    u = rng.uniform(0, 1, (count, 1, 1)) + np.array([0.0, 0.08])
+    v = rng.uniform(0, 0.5, (count, 1, 1)) + 0.5 * t[..., 0, None]
+    uv = np.stack(np.broadcast_arrays(u, v + np.zeros(2)), axis=3)
+    blade = _grid_faces(segments + 1, 2)
+    first = 2 * (segments + 1) * np.arange(count)[:, None, None]
+    return Mesh(points.reshape(-1, 3), normals.reshape(-1, 3), uv.reshape(-1, 2), (blade + first).reshape(-1, 3))
+
+
+def extrude(outline: np.ndarray, height: float) -> Mesh:
+    """A prism on z = 0 whose sides and top carry the texture; `outline` is [N, 2], anticlockwise, seen from its middle.
+
+    Every corner of the outline must be visible from the outline's mean, from which the top is fanned out.
+    """
+    count = len(outline)
+    following = np.roll(outline, -1, axis=0)
+    edge = following - outline
+    normal = np.stack([edge[:, 1], -edge[:, 0], np.zeros(count)], axis=1)
+    normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)
+    low, high = np.zeros((count, 1)), np.full((count, 1), height)
+    corners = [(outline, low), (following, low), (following, high), (outline, high)]
+    points = np.stack([np.concatenate(corner, axis=1) for corner in corners], axis=1).reshape(-1, 3)
+    way = np.concatenate([[0.0], np.cumsum(np.linalg.norm(edge, axis=1))])
+    way /= way[-1]
+    u = np.stack([way[:-1], way[1:], way[1:], way[:-1]], axis=1)
+    v = np.broadcast_to([0.0, 0.0, 1.0, 1.0], (count, 4))
+    quads = 4 * np.arange(count)[:, None]
+    faces = np.concatenate([quads + np.array(corners) for corners in ((0, 1, 2), (0, 2, 3))])
+    sides = Mesh(points, np.repeat(normal, 4, axis=0), np.stack([u, v], axis=2).reshape(-1, 2), faces)
+    rim = np.concatenate([outline, [outline.mean(axis=0)]])
+    extent = max(float(np.ptp(outline)), 1e-9)
+    k = np.arange(count)
+    lids = [
+        Mesh(
+            np.concatenate([rim, np.full((count + 1, 1), z)], axis=1),
+            np.broadcast_to([0.0, 0.0, up], (count + 1, 3)),
+            rim / extent + 0.5,
+            np.stack([np.full(count, count), k, (k + 1) % count], axis=1)[:, ::order],
+        )
+        for z, up, order in ((height, 1.0, 1), (0.0, -1.0, -1))
+    ]
+    return merge(sides, *lids)

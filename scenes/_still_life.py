@@ -8,32 +8,17 @@ top at z = 0; one unit is about 20 cm.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import _textures as textures
-from ._meshes import Mesh, box, ellipsoid, lathe, merge, sheet, smooth_curve, torus, tube
+from ._meshes import box, ellipsoid, lathe, merge, sheet, smooth_curve, torus, tube
+from ._thing import Thing
 
 ROOM_RADIUS = 4.7
 ROOM_HEIGHT = 3.6
-
-
-@dataclass(frozen=True)
-class Thing:
-    """A mesh with its material: a texture under a clear coat.
-
-    Attributes:
-        mesh: the surface, in world units.
-        texture: [H, W, 3] uint8 sRGB.
-        roughness: of the coat (Beckmann alpha); None for a purely diffuse surface.
-    """
-
-    mesh: Mesh
-    texture: np.ndarray
-    roughness: float | None = None
 
 
 def _teapot(rng: np.random.Generator) -> Iterator[Thing]:
@@ -204,20 +189,5 @@ def scene_dict(mi: Any, folder: Path, seed: int) -> dict[str, Any]:
     for k, thing in enumerate(things(seed)):
         path = folder / f"{k:03d}.ply"
         thing.mesh.write_ply(path)
-        # Mitsuba puts v = 0 at the first row of a bitmap.
-        colour = {
-            "type": "bitmap",
-            "bitmap": mi.Bitmap(np.ascontiguousarray(thing.texture[::-1])),
-            "wrap_mode": "repeat",
-        }
-        if thing.roughness is None:
-            material: dict[str, Any] = {"type": "diffuse", "reflectance": colour}
-        else:
-            material = {
-                "type": "roughplastic",
-                "diffuse_reflectance": colour,
-                "alpha": thing.roughness,
-                "nonlinear": True,
-            }
-        scene[f"thing_{k:03d}"] = {"type": "ply", "filename": str(path), "bsdf": {"type": "twosided", "bsdf": material}}
+        scene[f"thing_{k:03d}"] = thing.to_dict(mi, path, wrap="repeat")
     return scene
