@@ -21,7 +21,7 @@ from ._textures import noise
 from ._thing import Thing
 from .make import look_at
 
-PIXELS = 360_000
+PIXELS = 300_000
 """Of all pictures of a scene together, at most: large pictures come in small numbers."""
 
 _UPRIGHT = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0.0]])  # turns a sheet that faces up towards -y
