@@ -24,7 +24,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -99,10 +99,14 @@ def scenes_of(factory: Factory) -> Iterator[dict[str, Any]]:
         UserError: for a scene's folder that has lost its `scene.json`.
     """
     for path in sorted(factory.folder.glob("scene_*")):
-        try:
-            yield json.loads((path / "scene.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error}); delete it, and make-factory makes it again") from error
+        yield _read_facts(path)
+
+
+def _read_facts(scene: Path) -> dict[str, Any]:
+    try:
+        return json.loads((scene / "scene.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{scene} is damaged ({error}); delete it, and make-factory makes it again") from error
 
 
 def make_factory(factory: Factory, count: int, *, workers: int = 1, console: Console | None = None) -> Path:
@@ -130,7 +134,8 @@ def make_factory(factory: Factory, count: int, *, workers: int = 1, console: Con
     if missing:
         _make(factory, missing, min(workers, len(missing)), count, console)
     draw_contact_sheets(factory, console)
-    scenes = _write_index(factory)
+    scenes = list(scenes_of(factory))
+    _write_index(factory, scenes)
     console.print(f"{factory.folder / _INDEX}: {len(scenes)} scenes, {sum(scene['views'] for scene in scenes)} views")
     return factory.folder / _INDEX
 
@@ -163,7 +168,7 @@ def _begin(factory: Factory, console: Console) -> None:
                     f"{folder} holds something else; name a new or empty folder, or a factory to go on with"
                 )
             folder.mkdir(parents=True, exist_ok=True)
-            _write_index(factory)
+            _write_index(factory, [])
             return
     except OSError as error:
         raise UserError(
@@ -179,8 +184,13 @@ def _begin(factory: Factory, console: Console) -> None:
     for name, begun in index["versions"].items():
         if version(name) != begun:
             console.print(f"begun with {name} {begun}, goes on with {version(name)}: scenes may differ in detail")
-    for leftover in folder.glob(".scene_*"):
-        _, _, host, process = leftover.name.split("-", 3) if leftover.name.count("-") >= 3 else ("", "", "", "0")
+    _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove the halves of scenes whose makers are no more."""
+    for leftover in folder.glob(".scene_*-*-*"):
+        _, host, process = leftover.name.rsplit("-", 2)
         if host == _host() and not psutil.pid_exists(int(process)):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -205,17 +215,14 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _write_index(factory: Factory) -> list[dict[str, Any]]:
-    """Write `factory.json` by what lies in the folder; returns its scenes."""
+def _write_index(factory: Factory, scenes: list[dict[str, Any]]) -> None:
     path = factory.folder / _INDEX
     versions = {name: version(name) for name in ("shiftadd3d", "mitsuba", "numpy", "pillow")}
     if path.exists():
         versions = _read_index(factory.folder)["versions"]
-    scenes = list(scenes_of(factory))
     beside = path.with_name(f".{_INDEX}-{os.getpid()}")
     write_json(beside, {"format": _FORMAT, **factory.identity(), "versions": versions, "scenes": scenes})
     beside.replace(path)
-    return scenes
 
 
 # In several processes
@@ -229,11 +236,12 @@ def _make(factory: Factory, missing: list[int], workers: int, count: int, consol
         ProcessPoolExecutor(workers, mp_context=context, initializer=_be_worker) as pool,
     ):
         task = progress.add_task("making scenes", total=count, completed=count - len(missing))
+        done = {scene["name"]: scene for scene in scenes_of(factory)}
         try:
-            futures: list[Future[None]] = [pool.submit(make_scene, factory, index) for index in missing]
-            for future in as_completed(futures):
-                future.result()
-                _write_index(factory)
+            for future in as_completed([pool.submit(make_scene, factory, index) for index in missing]):
+                scene = future.result()
+                done[scene["name"]] = scene
+                _write_index(factory, [done[name] for name in sorted(done)])
                 progress.advance(task)
         except BrokenProcessPool as error:
             raise UserError(
@@ -245,29 +253,37 @@ def _make(factory: Factory, missing: list[int], workers: int, count: int, consol
             for process in multiprocessing.active_children():
                 process.terminate()
                 process.join()
-            for leftover in factory.folder.glob(".scene_*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            _clear(factory.folder)
+            console.print(f"{len(done)} scenes are finished; the same command goes on")
             raise
 
 
 def _be_worker() -> None:
-    """Leave Ctrl-C to the parent, and the other cores to the other workers."""
+    """Leave Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    load_mitsuba()
+
+
+def _renderer() -> Any:
+    """The mitsuba module, on one core: with several, samples depend on which thread took which part of a picture."""
+    mi = load_mitsuba()
     import drjit
 
     drjit.set_thread_count(1)
+    return mi
 
 
-def make_scene(factory: Factory, index: int) -> None:
+def make_scene(factory: Factory, index: int) -> dict[str, Any]:
     """Draw, photograph and write one scene; it appears in the folder when it is complete.
+
+    Returns:
+        Its line in `factory.json`.
 
     Raises:
         UserError: where the disk takes no more, or no scene can be drawn at that size.
     """
     target = factory.scene(index)
     if target.exists():
-        return
+        return _read_facts(target)
     begun = time.process_time()
     stage, studio, surveyed, attempt = _fit_stage(factory, index)
     factor = exposure(stage, surveyed)
@@ -295,13 +311,15 @@ def make_scene(factory: Factory, index: int) -> None:
         beside.rename(target)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
-        if not target.exists():  # else another process was faster, with the same scene
-            raise UserError(f"cannot write {target}: {error.strerror or error}; the same command goes on") from error
+        if target.exists():  # another process was faster, with the same scene
+            return _read_facts(target)
+        raise UserError(f"cannot write {target}: {error.strerror or error}; the same command goes on") from error
+    return facts
 
 
 def _fit_stage(factory: Factory, index: int) -> tuple[Stage, Studio, list[Photograph], int]:
     """The first stage of this number's that nothing speaks against."""
-    mi, complaint = load_mitsuba(), None
+    mi, complaint = _renderer(), None
     for attempt in range(_ATTEMPTS):
         stage = draw_stage(np.random.default_rng([factory.seed, index, attempt]), factory.size)
         studio = Studio(mi, stage)

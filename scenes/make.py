@@ -129,7 +129,9 @@ def load_mitsuba() -> Any:
     try:
         import mitsuba
     except ImportError as error:
-        raise UserError("mitsuba is not installed: install the `scenes` dependency group") from error
+        raise UserError(
+            "mitsuba is not installed: `make setup` installs it, or install the `scenes` dependency group"
+        ) from error
     mitsuba.set_variant("scalar_rgb")
     mitsuba.set_log_level(mitsuba.LogLevel.Error)
     return mitsuba
