@@ -12,7 +12,7 @@ UV := $(BIN)/uv
 INSTALLED := $(VENV)/.installed# newer than the lock and pyproject.toml: nothing to install
 WORKERS ?= logical# processes that share the tests, at most four: as many as there are cores
 PYTEST_ARGS ?=
-GROUPS := --group nerf --group scenes --group vision --group bench --group dev
+GROUPS := --group nerf --group scenes --group poses --group vision --group bench --group dev
 
 # uv does not read pip's settings: hand it the index that pip has been told of, where there is one.
 pip_index = $(BIN)/python -m pip config list 2>/dev/null | sed -n "s/^global.index-url='\(.*\)'$$/\1/p"
