@@ -23,6 +23,7 @@ import tyro
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.configs.classification import PRESETS
+from shiftadd3d.scenes.photo_options import FromPhotosOptions
 from shiftadd3d.vision.settings import DataSettings, FinetuneSettings, read_settings
 
 __all__ = ["VERBS", "Demo", "Evaluate", "Export", "Finetune", "Info", "Predict", "Render", "Verb", "main"]
@@ -577,11 +578,43 @@ class ContactSheets(Verb):
 
 
 @dataclass(frozen=True)
+class FromPhotos(FromPhotosOptions, Verb):
+    """Find out where photos, or frames of a video, were taken, and write a scene to train on.
+
+    Needs pycolmap (`pip install pycolmap`, or `make setup`), and neither COLMAP nor ffmpeg. The photos themselves stay
+    as they are. After Ctrl-C the same command goes on. Every nerfstudio method trains on the scene.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PHOTOS")] = field(kw_only=True)
+    """A folder of photos, 10 to 300 of one scene from different places, or a video file."""
+    out: Annotated[Path, tyro.conf.arg(metavar="SCENE")] = field(kw_only=True)
+    """Folder to write: new or empty."""
+    json: JsonFile = None
+    """Write what became of the photos to this JSON file, too."""
+
+    def run(self) -> None:
+        """Make the scene, say what became of the photos."""
+        from rich.console import Console
+
+        from shiftadd3d._report import write_json
+        from shiftadd3d.scenes.from_photos import scene_from_photos
+
+        options = FromPhotosOptions(**{option.name: getattr(self, option.name) for option in fields(FromPhotosOptions)})
+        console = Console()
+        report = scene_from_photos(self.source, self.out, options, console)
+        console.print(report, soft_wrap=True)
+        console.print(f"train on it: ns-train shiftadd-gnt-tiny --data {self.out}", soft_wrap=True, highlight=False)
+        if self.json is not None:
+            write_json(self.json, report.as_dict())
+
+
+@dataclass(frozen=True)
 class Scenes(Verb):
     """Make scenes to train on and to try things with."""
 
     action: Annotated[
-        Annotated[MakeFactory, tyro.conf.subcommand("make-factory")]
+        Annotated[FromPhotos, tyro.conf.subcommand("from-photos")]
+        | Annotated[MakeFactory, tyro.conf.subcommand("make-factory")]
         | Annotated[ContactSheets, tyro.conf.subcommand("contact-sheets")],
         tyro.conf.arg(name=""),
     ]
