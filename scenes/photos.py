@@ -7,6 +7,7 @@ umlauts, or of one stem then trouble nobody.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import shutil
 import subprocess
@@ -269,9 +270,10 @@ def prepare_video(video: Path, images: Path, max_side: int, frames: int | None, 
     import imageio_ffmpeg
 
     unreadable = UserError(
-        f"{video} cannot be read as a video; expected a folder of photos, or a file of MP4, MOV, MKV, WebM or another "
-        "kind that ffmpeg reads"
+        f"{video} cannot be read as a video; expected a folder of photos, or a whole file of MP4, MOV, MKV, WebM or "
+        "another kind that ffmpeg reads (an MP4 that breaks off may have lost its index, and all is lost with it)"
     )
+    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of videos that are rotated
     try:
         reader = imageio_ffmpeg.read_frames(str(video.resolve()))
         meta: dict[str, Any] = next(reader)  # type: ignore[assignment]

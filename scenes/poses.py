@@ -137,7 +137,9 @@ def find_poses(
     poses = _poses(model, work / "sparse_pc.ply")
     centres = np.stack([pose[:3, 3] for pose in poses.camera_to_world.values()])
     spread = float(np.linalg.norm(centres - centres.mean(0), axis=1).max())
-    if not len(poses.depths) or spread < 0.01 * float(np.median(poses.depths)):
+    # Of photos from one spot a wrong focal length can make a model; their pairs tell: a homography explains each.
+    flat = graph.without_parallax > 0.9 * graph.verified
+    if flat or not len(poses.depths) or spread < 0.01 * float(np.median(poses.depths)):
         raise UserError(_NO_PARALLAX)
     return poses
 
@@ -402,11 +404,15 @@ def _largest(models: dict[int, Any]) -> Any | None:
 
 
 def _turn_upright(pycolmap: Any, model: pycolmap.Reconstruction) -> None:
-    """Let the world's z be what is up in most photos: a model has no up of its own, and viewers and paths need one."""
-    up = np.zeros(3)
-    for image_id in model.reg_image_ids():
-        up -= model.image(image_id).cam_from_world().matrix()[1, :3]  # y in the camera points down
-    if np.linalg.norm(up) < 1e-6:
+    """Let the world's z be up: a model has no up of its own, and viewers and paths need one.
+
+    Up is what is at right angles to the photos' horizontal axes, as people hold cameras level; where these all point
+    one way and leave it free, it is the mean of what is up in the photos.
+    """
+    axes = np.stack([model.image(image).cam_from_world().matrix()[:, :3] for image in model.reg_image_ids()])
+    right, mean = axes[:, 0], -axes[:, 1].mean(0)  # y in the camera points down
+    up = np.linalg.solve(right.T @ right / len(right) + 1e-3 * np.eye(3), mean)
+    if not np.linalg.norm(mean) > 1e-6:
         return
     up /= np.linalg.norm(up)
     # The right-angled frame whose third axis is up, and whose first is as near as can be to the world's.
