@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from shiftadd3d import UserError, cli
+from shiftadd3d.scenes import poses as poses_module
 from shiftadd3d.scenes import scene_path
 from shiftadd3d.scenes.from_photos import scene_from_photos
 from shiftadd3d.scenes.photo_options import FromPhotosOptions
@@ -289,6 +290,21 @@ def test_pictures_of_several_cameras_give_intrinsics_to_each_frame(tmp_path: Pat
         assert frame["fl_x"] == pytest.approx(198, rel=0.08)
         with Image.open(tmp_path / "scene" / frame["file_path"]) as image:
             assert image.size == (frame["w"], frame["h"])
+
+
+def test_comparing_only_photos_that_look_alike_places_them_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    compared = []
+    match = pycolmap.match_image_pairs
+
+    def counted(*args: object, pairing_options: object, **kwargs: object) -> None:
+        compared.extend(Path(pairing_options.match_list_path).read_text().splitlines())
+        match(*args, pairing_options=pairing_options, **kwargs)
+
+    monkeypatch.setattr(pycolmap, "match_image_pairs", counted)
+    for name, value in (("_ALL_PAIRS_UP_TO", 10), ("_SIMILAR", 6), ("_NEIGHBOURS", 1)):
+        monkeypatch.setattr(poses_module, name, value)
+    assert scene_from_photos(still_life(tmp_path / "photos"), tmp_path / "scene").registered >= 23
+    assert 25 * 3 < len(compared) < 25 * 24 / 2 / 2
 
 
 def test_what_cannot_be_written_and_wrong_options_are_refused(tmp_path: Path):
