@@ -22,12 +22,12 @@ from PIL import ExifTags, Image, ImageOps
 from rich.console import Console
 
 from shiftadd3d._errors import UserError
+from shiftadd3d._heif import HEIF_REMEDY, HEIF_SUFFIXES, heif_is_readable
 from shiftadd3d._progress import progress
 
 __all__ = ["Photo", "Prepared", "choose_frames", "list_photos", "prepare_photos", "prepare_video"]
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".mpo", ".avif")
-_HEIF = (".heic", ".heif", ".hif")
 
 _FULL_FRAME_DIAGONAL = 43.267
 """Millimetres: what EXIF's focal length "in 35 mm film" refers to, by its diagonal."""
@@ -86,7 +86,7 @@ def list_photos(folder: Path) -> list[Path]:
         raise UserError(
             f"cannot read {folder}: {error.strerror or error}; name a folder of photos or a video"
         ) from None
-    photos = [path for path in files if path.suffix.lower() in _SUFFIXES + _HEIF]
+    photos = [path for path in files if path.suffix.lower() in {*_SUFFIXES, *HEIF_SUFFIXES}]
     if not photos:
         inside = sorted(path.parent.name for path in folder.glob("*/*") if path.suffix.lower() in _SUFFIXES + _HEIF)
         hint = f"; there are some in {folder / inside[0]}" if inside else ""
@@ -97,17 +97,6 @@ def list_photos(folder: Path) -> list[Path]:
 def _counting(name: str) -> tuple[Any, ...]:
     parts = re.split(r"(\d+)", name.lower())
     return (*(int(part) if index % 2 else part for index, part in enumerate(parts)), name)
-
-
-def _heif_is_readable() -> bool:
-    """Teach PIL to open HEIC files, if a package that can is installed."""
-    for name in ("pillow_heif", "pi_heif"):
-        try:
-            __import__(name).register_heif_opener()
-        except ImportError:
-            continue
-        return True
-    return False
 
 
 def prepare_photos(
@@ -128,9 +117,9 @@ def prepare_photos(
     Raises:
         UserError: every photo is of a kind that cannot be read here.
     """
-    heif = [path for path in files if path.suffix.lower() in _HEIF]
-    no_heif = "HEIC, which needs another package: pip install pi-heif (or let the phone save JPEG)"
-    blind = bool(heif) and not _heif_is_readable()
+    heif = [path for path in files if path.suffix.lower() in HEIF_SUFFIXES]
+    no_heif = f"HEIC, which needs another package: {HEIF_REMEDY} (or let the phone save JPEG)"
+    blind = bool(heif) and not heif_is_readable()
     if blind and len(heif) == len(files):
         raise UserError(f"{len(files)} of {len(files)} photos are {no_heif}")
     images.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from shiftadd3d._errors import UserError
+from shiftadd3d._heif import HEIF_REMEDY
 from shiftadd3d.vision.files import (
     Files,
     count_by_suffix,
@@ -95,7 +96,7 @@ def decode_picture(data: bytes | Path) -> Image.Image:
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "not a picture in a format that Pillow knows"
             if is_heif(_start_of(data)):
-                reason = "HEIC, whatever its suffix: pip install pillow-heif"
+                reason = f"HEIC, whatever its suffix: {HEIF_REMEDY}"
         raise UserError(f"cannot be read as a picture ({reason})") from None
 
 

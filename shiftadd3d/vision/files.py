@@ -13,11 +13,12 @@ from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 
+from shiftadd3d._heif import HEIF_REMEDY, HEIF_SUFFIXES, heif_is_readable
+
 # What Pillow knows the suffix of, but does not decode by itself (EPS would run Ghostscript), or what is no picture.
 _NO_PICTURE_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PALM", "PDF", "WMF"}
 # Known by their first bytes alone, and no container that others keep something else in, as cameras do in TIFF.
 _SNIFFED_FORMATS = {"AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "WEBP"}
-_HEIF_SUFFIXES = {".heic", ".heics", ".heif", ".heifs", ".hif"}
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _ARCHIVES = {".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip"}
 # What stands beside pictures and says something about them. A folder of nothing else never was a class.
@@ -32,13 +33,8 @@ _LISTED = 5
 
 @functools.cache
 def picture_suffixes() -> frozenset[str]:
-    """The suffixes of pictures, in small letters with their dot: those that Pillow, and pillow-heif if there, read."""
-    try:
-        import pillow_heif  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        pass
-    else:
-        pillow_heif.register_heif_opener()
+    """The suffixes of pictures, in small letters with their dot: those that Pillow reads, HEIC if it was taught to."""
+    heif_is_readable()
     known = Image.registered_extensions()  # loads all of Pillow's formats
     return frozenset(suffix for suffix, name in known.items() if name in _readable() or name == "MPO")
 
@@ -65,8 +61,8 @@ def is_heif(start: bytes) -> bool:
 
 def how_to_read(suffix: str) -> str:
     """What would make files of a suffix that is not read readable; nothing if nobody knows."""
-    if suffix in _HEIF_SUFFIXES:
-        return "pip install pillow-heif"
+    if suffix in HEIF_SUFFIXES:
+        return HEIF_REMEDY
     if suffix in (".avif", ".avifs"):
         return "pip install --upgrade pillow"
     if suffix in _ARCHIVES:
@@ -101,7 +97,7 @@ def _is_picture(path: PurePosixPath, open_file: Callable[[], BinaryIO]) -> bool:
     suffix = path.suffix.lower()
     if suffix in picture_suffixes():
         return True
-    if suffix in _NOTES or suffix in _ARCHIVES or suffix in _HEIF_SUFFIXES:
+    if suffix in _NOTES or suffix in _ARCHIVES or suffix in HEIF_SUFFIXES:
         return False
     # No suffix, or one such as in photo.jpg_large or J.Smith: what is within says it.
     try:
@@ -153,7 +149,7 @@ def count_by_suffix(names: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def describe_unread(names: Iterable[str]) -> str:
-    """`8 files of .heic (pip install pillow-heif), 1 file of .txt`: files that are not read, by suffix."""
+    """`8 files of .heic (pip install pi-heif), 1 file of .txt`: files that are not read, by suffix."""
     words = []
     counted = count_by_suffix(names)
     for suffix, count in counted[:_LISTED]:
