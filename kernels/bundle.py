@@ -24,6 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from shiftadd3d._claim import claimed
 from shiftadd3d._errors import UserError
 from shiftadd3d._report import write_json
 
@@ -115,16 +116,16 @@ def write(folder: Path, libraries: list[Packed], tvm_runtime: Path | None) -> No
     if tvm_runtime is not None:
         libraries = [Packed(tvm_runtime, {"part": _RUNTIME}, {}), *libraries]
     rows = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for one in libraries:
-            digest = hashlib.sha256(one.file.read_bytes()).hexdigest()
-            name = f"{one.identity.get('kernel', one.identity['part'])}-{digest[:16]}{one.file.suffix}"
-            shutil.copyfile(one.file, folder / name)
-            rows.append({"file": name, "sha256": digest, "identity": one.identity, "facts": one.facts})
-    except OSError as error:
-        raise UserError(f"cannot write the bundle {folder}: {error.strerror or error}") from error
-    write_json(folder / MANIFEST, {**_versions(), "libraries": rows})
+    with claimed(folder, "--out"):
+        try:
+            for one in libraries:
+                digest = hashlib.sha256(one.file.read_bytes()).hexdigest()
+                name = f"{one.identity.get('kernel', one.identity['part'])}-{digest[:16]}{one.file.suffix}"
+                shutil.copyfile(one.file, folder / name)
+                rows.append({"file": name, "sha256": digest, "identity": one.identity, "facts": one.facts})
+        except OSError as error:
+            raise UserError(f"cannot write the bundle {folder}: {error.strerror or error}") from error
+        write_json(folder / MANIFEST, {**_versions(), "libraries": rows})
 
 
 @lru_cache(maxsize=4)

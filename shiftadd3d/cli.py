@@ -314,19 +314,22 @@ class Predict(Verb):
         """Print the labels."""
         from rich.console import Console
 
+        from shiftadd3d._claim import claimed
         from shiftadd3d._report import write_json
         from shiftadd3d.vision.predict import predict_pictures
 
         if not self.pictures:
             raise UserError("no pictures named; expected files, folders of them, or camera:0")
-        facts = predict_pictures(
-            self.classifier,
-            self.pictures,
-            out=Path("predictions") if self.out is None and self.show_routing else self.out,
-            show_routing=self.show_routing,
-            device=self.device,
-            console=Console(),
-        )
+        out = Path("predictions") if self.out is None and self.show_routing else self.out
+        with contextlib.nullcontext() if out is None else claimed(out, "--out"):
+            facts = predict_pictures(
+                self.classifier,
+                self.pictures,
+                out=out,
+                show_routing=self.show_routing,
+                device=self.device,
+                console=Console(),
+            )
         if self.json is not None:
             write_json(self.json, facts)
 
@@ -354,17 +357,19 @@ class Export(DataSettings, Verb):
         """Write the files."""
         from rich.console import Console
 
+        from shiftadd3d._claim import claimed
         from shiftadd3d._report import write_json
         from shiftadd3d.vision.export import export_classifier
 
-        facts = export_classifier(
-            self.classifier,
-            self.out,
-            formats=self.formats,
-            recipe_name=self.recipe,
-            data=_data_of_run(self, self.classifier),
-            console=Console(),
-        )
+        with claimed(self.out, "--out"):
+            facts = export_classifier(
+                self.classifier,
+                self.out,
+                formats=self.formats,
+                recipe_name=self.recipe,
+                data=_data_of_run(self, self.classifier),
+                console=Console(),
+            )
         if self.json is not None:
             write_json(self.json, facts)
 

@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor, nn
 
+from shiftadd3d._claim import claimed
 from shiftadd3d._errors import UserError
 from shiftadd3d.nn import Recipe, fit_binarizers_, recipe, reparameterize_
 from shiftadd3d.vision.checkpoint import (
@@ -115,10 +116,10 @@ def finetune(
     )
     chosen = recipe(settings.recipe, **settings.parsed_recipe_args())
     device = choose_device(settings.device)
-    with connected(device):
+    with connected(device), contextlib.ExitStack() as held:
         shown = console if this_process().is_first else None
         folder = run_folder(settings)
-        from_first_process(lambda: _check_folder(folder, settings, resume))
+        from_first_process(lambda: _check_folder(folder, settings, resume, held))
         data = open_data(_data_settings(settings), from_first_process)
         if shown is not None:
             shown.print(data.describe(), highlight=False)
@@ -180,7 +181,7 @@ def _data_settings(settings: FinetuneSettings) -> DataSettings:
 _FIXED = ("data", "dataset", "val_fraction", "split_seed", "model", "model_args", "image_size", "recipe", "recipe_args")
 
 
-def _check_folder(folder: Path, settings: FinetuneSettings, resume: bool) -> None:
+def _check_folder(folder: Path, settings: FinetuneSettings, resume: bool, held: contextlib.ExitStack) -> None:
     if (folder / SETTINGS_FILE).exists():
         if not resume:
             raise UserError(
@@ -193,6 +194,7 @@ def _check_folder(folder: Path, settings: FinetuneSettings, resume: bool) -> Non
             raise UserError(f"{folder} was begun with other {options}; choose another --name for a new run")
     elif resume:
         raise UserError(f"{folder}: no {SETTINGS_FILE} in there; expected the folder of an earlier run")
+    held.enter_context(claimed(folder, "--name"))
 
 
 def _first_begun(folder: Path) -> int | None:
