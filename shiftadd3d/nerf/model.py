@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import OrientedBox
+from nerfstudio.model_components import renderers
 from nerfstudio.models.base_model import Model, ModelConfig
 from nerfstudio.utils import colormaps
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -25,7 +26,8 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from shiftadd3d._errors import UserError
 from shiftadd3d.models.gnt import Cameras as PinholeCameras
 from shiftadd3d.models.gnt import GNTConfig, GNTModel, SourceViews
-from shiftadd3d.nerf.source_bank import SourceBank, mend_fisheye_rays, opencv_cameras
+from shiftadd3d.nerf.foreign_rays import group_rays
+from shiftadd3d.nerf.source_bank import PROJECTIONS, SourceBank, mend_fisheye_rays, opencv_cameras
 from shiftadd3d.nerf.warm_start import load_dense_weights
 from shiftadd3d.nn import MoE, Recipe, collect_moe_losses, recipe, reparameterize_, router_statistics
 
@@ -169,13 +171,16 @@ class GNTNerfModel(Model):
             groups["feature_net" if name.startswith("feature_net.") else "transformers"].append(parameter)
         return groups
 
-    def _sources(self, ids: Tensor) -> SourceViews:
+    def _get_bank(self) -> SourceBank:
         if self._bank is None:
             raise RuntimeError("the model has no source views: the pipeline hands them over by set_sources")
+        return self._bank
+
+    def _sources(self, ids: Tensor) -> SourceViews:
         key = tuple(ids.tolist())
         if not torch.is_grad_enabled() and self._encoded is not None and self._encoded[0] == key:
             return self._encoded[1]
-        views = self._bank.gather(ids, self.device)
+        views = self._get_bank().gather(ids, self.device)
         sources = self.gnt.encode(
             views.images, PinholeCameras(views.intrinsics, views.camera_to_world), views.valid, views.empty
         )
@@ -184,23 +189,52 @@ class GNTNerfModel(Model):
         return sources
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
-        """Render rays whose metadata names their source views.
+        """Render rays.
 
         Args:
-            ray_bundle: [rays], with `metadata["source_ids"]` [rays, views], the same for every ray.
+            ray_bundle: [rays]. `metadata["source_ids"]` [rays, views], the same for every ray, names the source views.
+                Where it is missing, in rays that others made, views are chosen by where rays start and look
+                (`group_rays`).
 
         Returns:
             `rgb` [rays, 3], `depth` [rays, 1] along the ray, `accumulation` [rays, 1], and in training what the losses
             need.
         """
-        sources = self._sources(ray_bundle.metadata["source_ids"][0])
-        # Rays whose length counts z depth: near and far are planes.
-        length = ray_bundle.metadata["directions_norm"]
+        if "source_ids" not in ray_bundle.metadata:
+            return self._get_outputs_by_group(ray_bundle)
+        return self._render(
+            self._sources(ray_bundle.metadata["source_ids"][0]),
+            ray_bundle.origins,
+            ray_bundle.directions,
+            # Rays whose length counts z depth: near and far are planes.
+            ray_bundle.metadata["directions_norm"],
+            *self.near_far.expand(len(ray_bundle), 2).unbind(dim=1),
+        )
+
+    @torch.no_grad()
+    def _get_outputs_by_group(self, ray_bundle: RayBundle) -> dict[str, Tensor]:
         near, far = self.near_far.tolist()
+        parts: list[dict[str, Tensor]] = []
+        rows: list[Tensor] = []
+        for group in group_rays(ray_bundle, self._get_bank(), self._num_source_views, (near, far)):
+            rays = (group.origins, group.directions, group.length, group.near, group.far)
+            parts.append(self._render(self._sources(group.source_ids), *(value.to(self.device) for value in rays)))
+            rows.append(group.rows)
+        shape, place = ray_bundle.shape, torch.cat(rows).argsort().to(self.device)
+        return {name: torch.cat([part[name] for part in parts])[place].view(*shape, -1) for name in parts[0]}
+
+    def _render(
+        self, sources: SourceViews, origins: Tensor, directions: Tensor, length: Tensor, near: Tensor, far: Tensor
+    ) -> dict[str, Tensor]:
+        at_once = self.config.eval_num_rays_per_chunk
+        if not self.training and len(origins) > at_once:  # exporters ask for as many as other networks bear
+            rays = (origins, directions, length, near, far)
+            parts = [self._render(sources, *chunk) for chunk in zip(*(ray.split(at_once) for ray in rays), strict=True)]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         out = self.gnt(
             sources,
-            ray_bundle.origins,
-            ray_bundle.directions * length,
+            origins,
+            directions * length,
             near,
             far,
             self.config.num_samples,
@@ -248,14 +282,36 @@ class GNTNerfModel(Model):
 
     @torch.no_grad()
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
-        """Render a camera from the source views nearest to it; a view at the camera's own pose is left out."""
-        if self._bank is None:
-            raise RuntimeError("the model has no source views: the pipeline hands them over by set_sources")
-        ids = self._bank.nearest(opencv_cameras(camera)[1][0], self._num_source_views, exclude_same_pose=True)
-        rays = camera.generate_rays(camera_indices=0, keep_shape=True, obb_box=obb_box)
-        mend_fisheye_rays(rays, camera)
-        rays.metadata["source_ids"] = ids.to(rays.origins.device).expand(*rays.shape, -1)
-        return self.get_outputs_for_camera_ray_bundle(rays)
+        """Render a camera from the source views nearest to it; a view at the camera's own pose is left out.
+
+        Args:
+            camera: one, of any type. Panoramas look everywhere: each ray of theirs has the views nearest to it.
+            obb_box: a crop. Pixels whose surface lies outside become background: what it hides stays hidden.
+        """
+        rays = camera.generate_rays(camera_indices=0, keep_shape=True)
+        if int(camera.camera_type) in PROJECTIONS:
+            ids = self._get_bank().nearest(opencv_cameras(camera)[1][0], self._num_source_views, exclude_same_pose=True)
+            mend_fisheye_rays(rays, camera)
+            rays.metadata["source_ids"] = ids.to(rays.origins.device).expand(*rays.shape, -1)
+        else:
+            rays.camera_indices = None  # 0 is no training view's
+        outputs = self.get_outputs_for_camera_ray_bundle(rays)
+        if obb_box is not None:
+            points = rays.origins + rays.directions * outputs["depth"].to(rays.origins)
+            inside = obb_box.within(points.view(-1, 3)).view(outputs["depth"].shape).to(outputs["rgb"].device)
+            background = renderers.BACKGROUND_COLOR_OVERRIDE
+            background = torch.zeros(3) if background is None else background
+            outputs["rgb"] = torch.where(inside, outputs["rgb"], background.to(outputs["rgb"]))
+            outputs["accumulation"] = outputs["accumulation"] * inside
+        return outputs
+
+    @torch.no_grad()
+    def get_outputs_for_camera_ray_bundle(self, camera_ray_bundle: RayBundle) -> dict[str, Tensor]:
+        """Render a picture's rays, [h, w]; those of others are put together by their source views first."""
+        if "source_ids" in camera_ray_bundle.metadata:
+            return super().get_outputs_for_camera_ray_bundle(camera_ray_bundle)
+        outputs = self._get_outputs_by_group(camera_ray_bundle)
+        return {name: value.to(camera_ray_bundle.origins.device) for name, value in outputs.items()}
 
     def get_rgba_image(self, outputs: dict[str, Tensor], output_name: str = "rgb") -> Tensor:
         """Colour and, as alpha, how much of the ray some source view has seen."""

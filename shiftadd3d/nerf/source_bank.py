@@ -15,6 +15,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.cameras.rays import RayBundle
@@ -26,7 +27,9 @@ from shiftadd3d._errors import UserError
 from shiftadd3d.nerf.photos import PhotoDataset
 
 _OPENGL_TO_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
-_PROJECTIONS = (CameraType.PERSPECTIVE.value, CameraType.FISHEYE.value)
+_RAYS_AT_ONCE = 1 << 16
+#: Types of cameras that see a picture in one direction; nerfstudio's others are panoramas.
+PROJECTIONS = (CameraType.PERSPECTIVE.value, CameraType.FISHEYE.value)
 
 
 def opencv_cameras(cameras: Cameras) -> tuple[Float[Tensor, "n 3 3"], Float[Tensor, "n 4 4"]]:
@@ -234,7 +237,7 @@ class SourceBank:
         cameras = dataset.cameras
         count = len(dataset)
         types = cameras.camera_type.flatten().tolist()
-        odd = sorted({CameraType(value).name for value in types if value not in _PROJECTIONS})
+        odd = sorted({CameraType(value).name for value in types if value not in PROJECTIONS})
         if odd:
             raise UserError(f"camera type {', '.join(odd)} cannot be a source view; expected PERSPECTIVE or FISHEYE")
         intrinsics, camera_to_world = opencv_cameras(cameras)
@@ -340,6 +343,30 @@ class SourceBank:
         if len(order) > k:
             order = order[torch.randperm(len(order))[:k].sort().values]
         return order
+
+    def nearest_to_rays(
+        self, origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"]
+    ) -> Int[Tensor, " rays"]:
+        """Id of the source view nearest to each ray, which is taken for a camera that looks along it; see `nearest`.
+
+        Args:
+            origins: where the rays start, on any device.
+            directions: of any length.
+        """
+        centres, axes = self.camera_to_world[:, :3, 3], self.camera_to_world[:, :3, 2]
+        plain = "donot_use_mm_for_euclid_dist"  # the fast way cancels digits where cameras stand far from the origin
+        found = [torch.zeros(0, dtype=torch.long)]
+        for start in range(0, len(origins), _RAYS_AT_ONCE):
+            these = slice(start, start + _RAYS_AT_ONCE)
+            distance = torch.cdist(origins[these].cpu().float(), centres, compute_mode=plain)
+            chord = torch.cdist(F.normalize(directions[these].cpu().float(), dim=-1), axes, compute_mode=plain)
+            angle = 2.0 * torch.asin((chord / 2.0).clamp(max=1.0))
+            found.append((distance / self._distance_unit + angle / self._angle_unit).argmin(dim=1))
+        return torch.cat(found)
+
+    def stand_at(self, ids: Int[Tensor, " rays"], origins: Float[Tensor, "rays 3"]) -> Bool[Tensor, " rays"]:
+        """Whether each point is the centre of the source view of that id, as far as float32 can tell."""
+        return (self.camera_to_world[ids, :3, 3] - origins).norm(dim=-1) < 1e-3 * self._distance_unit
 
     def _neighbour_spacing(self) -> tuple[float, float]:
         """Median distance (scene units) and angle (radians) from a view to its nearest neighbour in each."""
