@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
-from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
+from nerfstudio.configs.base_config import LocalWriterConfig, LoggingConfig, MachineConfig, ViewerConfig
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
@@ -51,6 +51,8 @@ def _trainer(
         steps_per_eval_image=eval_every,
         steps_per_eval_all_images=10 * steps,
         mixed_precision=False,
+        # Its table writes over itself; the trainer shows a bar instead, or a line a minute.
+        logging=LoggingConfig(local_writer=LocalWriterConfig(enable=False)),
         machine=MachineConfig(device_type=_device_type()),  # type: ignore[arg-type]
         pipeline=GNTPipelineConfig(
             datamanager=GNTDataManagerConfig(

@@ -16,6 +16,7 @@ from rich.markup import escape
 
 import shiftadd3d.kernels
 from shiftadd3d._errors import UserError
+from shiftadd3d._progress import progress
 from shiftadd3d._report import write_json
 from shiftadd3d.kernels import bundle, cache, targets
 from shiftadd3d.kernels.cuda import CUDA_KERNELS
@@ -98,7 +99,7 @@ def build_kernels(
         return {"built": True, **_attempt(lambda: variant.kernel.load(cast(Any, variant.target), **variant.spec))}
 
     variants = list(all_variants(names, target))
-    rows = [{**variant.facts(), **build(variant)} for variant in _progress(variants)]
+    rows = [{**variant.facts(), **build(variant)} for variant in _with_progress("building", variants)]
     if out is not None and not any(row["error"] for row in rows):
         libraries = [variant.kernel.packed(variant.target, **variant.spec) for variant in variants]
         on_cpu = [variant for variant in variants if isinstance(variant.target, CpuTarget)]
@@ -118,7 +119,7 @@ def check_kernels(names: Iterable[str] = (), json: Path | None = None, target: s
     def check(variant: Variant) -> None:
         variant.kernel.check(cast(Any, variant.target), **variant.spec)
 
-    variants = _progress(all_variants(names, target))
+    variants = _with_progress("checking", all_variants(names, target))
     rows = [{**variant.facts(), **_attempt(partial(check, variant))} for variant in variants]
     _show(rows, json, "as its twin", lambda row: "yes")
 
@@ -156,11 +157,15 @@ def tune_kernels(
         write_json(json, {"records": str(path), "threads": threads, "found": found})
 
 
-def _progress(variants: Iterable[Variant]) -> Iterable[Variant]:
+def _with_progress(what: str, variants: Iterable[Variant]) -> Iterator[Variant]:
     from rich.console import Console
-    from rich.progress import track
 
-    return track(list(variants), console=Console(stderr=True), transient=True)
+    variants = list(variants)
+    with progress(what, len(variants), unit="variants", console=Console(stderr=True)) as shown:
+        for variant in variants:
+            shown.advance(0, status=variant.kernel.name)
+            yield variant
+            shown.advance()
 
 
 def _attempt(action: Callable[[], Any]) -> dict[str, Any]:

@@ -12,10 +12,11 @@ import torch
 from jaxtyping import UInt8
 from nerfstudio.scripts.train import train_loop
 from nerfstudio.utils.rich_utils import CONSOLE
-from rich.progress import track
 from rich.table import Table
 
+from shiftadd3d._claim import claimed
 from shiftadd3d._errors import UserError
+from shiftadd3d._progress import progress
 from shiftadd3d._report import write_json
 from shiftadd3d.nerf.model import GNTNerfModelConfig, image_metrics
 from shiftadd3d.nerf.pictures import grid, save_picture
@@ -54,27 +55,23 @@ def evaluate(pipeline: GNTPipeline) -> tuple[list[dict[str, float]], list[list[U
     """
     near, far = pipeline.model.near_far.tolist()
     metrics, pictures = [], []
-    views = track(
-        pipeline.datamanager.fixed_indices_eval_dataloader,
-        description="Test views",
-        total=len(pipeline.datamanager.eval_dataset),
-        console=CONSOLE,
-        transient=True,
-    )
-    for camera, batch in views:
-        start = time.perf_counter()
-        outputs = pipeline.model.get_outputs_for_camera(camera)
-        seconds = time.perf_counter() - start
-        image = batch["image"].to(outputs["rgb"])
-        metrics.append({**image_metrics(outputs["rgb"], image, batch.get("mask")), "seconds": seconds})
-        pictures.append(
-            [
-                to_bytes(image),
-                picture(outputs, ["rgb"], (near, far)),
-                picture(outputs, ["depth"], (near, far)),
-                to_bytes(nearest_image(pipeline.datamanager, camera)),
-            ]
-        )
+    count = len(pipeline.datamanager.eval_dataset)
+    with progress("Test views", count, unit="views", console=CONSOLE) as shown:
+        for camera, batch in pipeline.datamanager.fixed_indices_eval_dataloader:
+            start = time.perf_counter()
+            outputs = pipeline.model.get_outputs_for_camera(camera)
+            seconds = time.perf_counter() - start
+            image = batch["image"].to(outputs["rgb"])
+            metrics.append({**image_metrics(outputs["rgb"], image, batch.get("mask")), "seconds": seconds})
+            pictures.append(
+                [
+                    to_bytes(image),
+                    picture(outputs, ["rgb"], (near, far)),
+                    picture(outputs, ["depth"], (near, far)),
+                    to_bytes(nearest_image(pipeline.datamanager, camera)),
+                ]
+            )
+            shown.advance()
     return metrics, pictures
 
 
@@ -110,6 +107,12 @@ def demo(
     config.pipeline.datamanager.data = scene_path() if data is None else data
     if steps is not None:
         config.max_num_iterations = steps
+    folder = output_dir / "demo"
+    with claimed(folder, "--output-dir"):
+        return _demo(config, folder, frames)
+
+
+def _demo(config: GNTTrainerConfig, folder: Path, frames: int) -> dict[str, Any]:
     start = time.perf_counter()
     config_file = train(config)
     training_seconds = time.perf_counter() - start
@@ -126,7 +129,6 @@ def demo(
         "model": average_metrics(views),
         **trivial_metrics(run.pipeline),
     }
-    folder = output_dir / "demo"
     _save_comparison(folder / "comparison.png", views, pictures)
     write_path(run.pipeline, make_path(run.pipeline, frames=frames), folder / "video.mp4", names=["rgb", "depth"])
     facts["files"] = {

@@ -24,6 +24,15 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def from_first_process(value: str) -> str:
+    """What the first of the processes says, once they are connected; alone, one's own."""
+    if not dist.is_initialized():
+        return value
+    said = [value]
+    dist.broadcast_object_list(said, src=0)
+    return said[0]
+
+
 def check_processes(machine: MachineConfig) -> None:
     """See whether nerfstudio can start the processes that are asked for, before it tries.
 

@@ -21,10 +21,11 @@ from nerfstudio.cameras.camera_utils import get_interpolated_poses_many
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.utils import colormaps
 from nerfstudio.utils.rich_utils import CONSOLE
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from shiftadd3d._claim import claimed
 from shiftadd3d._errors import UserError
+from shiftadd3d._progress import progress
 from shiftadd3d.nerf.pipeline import GNTPipeline
 from shiftadd3d.nerf.runs import load_run
 
@@ -253,22 +254,16 @@ def picture(
 def render_frames(
     pipeline: GNTPipeline, cameras: Cameras, names: Sequence[str] = ("rgb",)
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """Pictures along a path, one after the other, with a progress bar.
+    """Pictures along a path, one after the other, and how many there are to come.
 
     Raises:
         UserError: an output that the model does not have.
     """
     near, far = pipeline.model.near_far.tolist()
-    progress = Progress(
-        TextColumn("Rendering"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=CONSOLE,
-    )
-    with progress:
-        for index in progress.track(range(len(cameras))):
+    with progress("Rendering", len(cameras), unit="frames", console=CONSOLE) as shown:
+        for index in range(len(cameras)):
             outputs = pipeline.model.get_outputs_for_camera(cameras[index : index + 1].to(pipeline.device))
+            shown.advance()
             yield picture(outputs, names, (near, far))
 
 
@@ -409,6 +404,10 @@ def check_out(out: Path) -> None:
         raise UserError(f"cannot make the folder {folder}: {error.strerror or error}; name a writable one") from None
 
 
+def _is_video(out: Path) -> bool:
+    return out.suffix.lower() in VIDEO_SUFFIXES and not out.is_dir()
+
+
 def open_writer(out: Path, fps: float, size: tuple[int, int]) -> FrameWriter:
     """A writer for a video (.mp4, .gif) or a folder (no suffix).
 
@@ -421,7 +420,7 @@ def open_writer(out: Path, fps: float, size: tuple[int, int]) -> FrameWriter:
         UserError: see `check_out`; also not writable.
     """
     check_out(out)
-    if out.suffix.lower() in VIDEO_SUFFIXES and not out.is_dir():
+    if _is_video(out):
         return VideoWriter(out, fps, size)
     return FolderWriter(out)
 
@@ -488,10 +487,11 @@ def render(
         if value is not None and not 0.0 < value < float("inf"):
             raise UserError(f"{option} {value:g}: expected a positive number")
     check_out(out)
-    chosen, rate = (None, None) if camera_path is None else read_camera_path(camera_path)
-    if fps is None:
-        fps = 24.0 if rate is None else rate
-    run = load_run(config)
-    cameras = make_path(run.pipeline, path, frames, views) if chosen is None else chosen
-    write_path(run.pipeline, scale_cameras(cameras, scale), out, fps=fps, names=outputs)
+    with claimed(out, "--out", file=_is_video(out)):
+        chosen, rate = (None, None) if camera_path is None else read_camera_path(camera_path)
+        if fps is None:
+            fps = 24.0 if rate is None else rate
+        run = load_run(config)
+        cameras = make_path(run.pipeline, path, frames, views) if chosen is None else chosen
+        write_path(run.pipeline, scale_cameras(cameras, scale), out, fps=fps, names=outputs)
     CONSOLE.print(f"{len(cameras)} frames of step {run.step} in {out}", soft_wrap=True)

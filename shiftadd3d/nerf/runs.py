@@ -60,9 +60,8 @@ def load_run(path: Path) -> Run:
         UserError: anything wrong with the configuration, the checkpoint, or the scene.
     """
     config = read_config(path)
-    # Beside the configuration first: paths in it are relative to where the training was started.
-    folder = path.parent / config.relative_model_dir
-    config.load_dir = folder if folder.is_dir() else config.get_base_dir() / config.relative_model_dir
+    config.lie_at(path)
+    config.load_dir = config.get_base_dir() / config.relative_model_dir
     checkpoint = latest_checkpoint(config.load_dir)
     state = read_checkpoint(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,6 +6,8 @@ import contextlib
 import copy
 import dataclasses
 import errno
+import inspect
+import itertools
 import os
 import shlex
 import signal
@@ -23,10 +25,12 @@ from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
 
+from shiftadd3d._claim import release, try_claim
 from shiftadd3d._errors import UserError
+from shiftadd3d._progress import Steps, progress
 from shiftadd3d.nerf.checkpoint import RunScene, latest_checkpoint, read_checkpoint, scene_of, stage_of, step_of
 from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
-from shiftadd3d.nerf.distributed import check_processes, is_first_process, join_processes
+from shiftadd3d.nerf.distributed import check_processes, from_first_process, is_first_process, join_processes
 from shiftadd3d.nerf.pipeline import GNTPipeline
 from shiftadd3d.nerf.schedulers import WarmupCosineSchedulerConfig
 
@@ -43,39 +47,112 @@ class GNTTrainerConfig(TrainerConfig):
     """Steps of the whole run, at the end of which the learning rates are down. Going on from a checkpoint, its steps
     count: an interrupted run does the rest. One that has as many steps already does so many more."""
 
-    _trains = False  # no field: it is about this process, not about the run
+    # No fields: they are about this process, not about the run.
+    _trains = False
+    _folder = cast("Path | None", None)
 
     def setup(self, **kwargs: Any) -> Any:
         """The trainer, one of several where torchrun started this process."""
         self._trains = True
-        return super().setup(**{**kwargs, **join_processes(self.machine)})
+        joined = join_processes(self.machine)
+        self.timestamp = from_first_process(self.timestamp)  # clocks differ, and a folder may have got a number
+        return super().setup(**{**kwargs, **joined})
+
+    def set_timestamp(self) -> None:
+        """Choose the run's folder, in which no other process writes from then on.
+
+        A timestamp that was not named, of a second in which another run began, gets a number.
+
+        Raises:
+            UserError: a folder that was named holds another run, is written to by another process or cannot be made; or
+                nerfstudio cannot start the processes that are asked for.
+        """
+        check_processes(self.machine)
+        named = self.timestamp != "{timestamp}"
+        super().set_timestamp()
+        if not is_first_process():
+            return
+        if named:
+            folder = self.get_base_dir()
+            if self._holds_another_run(folder):
+                raise UserError(
+                    f"{folder} holds a run: choose another --timestamp or --experiment-name, go on with it with "
+                    f"--load-dir {folder / self.relative_model_dir}, or remove it"
+                )
+            if not self._claim(folder):
+                raise UserError(f"another process is training in {folder}: choose another --timestamp, or wait")
+            return
+        first = self.timestamp
+        for number in itertools.count(2):
+            folder = self.get_base_dir()
+            if self._claim(folder):
+                if not (folder / "config.yml").exists():
+                    return
+                release(folder)
+            self.timestamp = f"{first}-{number}"
+
+    def _claim(self, folder: Path) -> bool:
+        try:
+            return try_claim(folder)
+        except OSError as error:
+            raise UserError(self._cannot_write(error)) from None
+
+    def _holds_another_run(self, folder: Path) -> bool:
+        """Whether there are checkpoints that this command does not go on from."""
+        models = folder / self.relative_model_dir
+        source = self.load_dir if self.load_checkpoint is None else self.load_checkpoint.parent
+        goes_on = source is not None and source.resolve() == models.resolve()
+        return not goes_on and any(models.glob("step-*.ckpt"))
+
+    def _cannot_write(self, error: OSError) -> str:
+        return f"cannot write {self.get_base_dir()}: {error.strerror or error}; name a writable --output-dir"
 
     def save_config(self) -> None:
         """Write the run's config.yml. It is the last thing that ns-train does before it starts processes.
 
         Raises:
-            UserError: its folder cannot be written to, or nerfstudio cannot start that many processes.
+            UserError: its folder cannot be written to.
         """
-        check_processes(self.machine)
         if not is_first_process():
             return
         try:
             super().save_config()
         except OSError as error:
-            raise UserError(
-                f"cannot write {self.get_base_dir()}: {error.strerror or error}; name a writable --output-dir"
-            ) from None
+            raise UserError(self._cannot_write(error)) from None
+
+    def lie_at(self, config_file: Path) -> None:
+        """Take the run for where its config.yml was found, wherever it was when it was trained.
+
+        Where no checkpoints lie beside the file, those of the folder that it names count, and that is said.
+        """
+        folder = config_file.absolute().parent
+        if (folder / self.relative_model_dir).is_dir():
+            self._folder = folder
+        elif folder != self.get_base_dir().absolute():
+            CONSOLE.print(
+                f"{folder} has no {self.relative_model_dir}: taking what lies in {self.get_base_dir()}, where this run "
+                "was trained",
+                soft_wrap=True,
+            )
+
+    def get_base_dir(self) -> Path:
+        """The run's folder; see `lie_at`."""
+        return super().get_base_dir() if self._folder is None else self._folder
 
     def get_checkpoint_dir(self) -> Path:
         """Where the run's checkpoints lie.
 
         ns-eval, ns-render and ns-viewer ask for it, then unpickle the file there whose name has the highest number
         (before torch 2.6, with whatever code it brings along). Nothing else of ours runs between their reading the
-        configuration and that, so this is where the newest checkpoint is checked and chosen for them.
+        configuration and that, so this is where the newest checkpoint beside the config.yml that they were given is
+        checked and chosen for them.
 
         Raises:
             UserError: the run has no checkpoint, or none that can be read.
         """
+        config_file = None if self._trains else _config_being_loaded()
+        if config_file is not None:
+            self.lie_at(config_file)
         folder = super().get_checkpoint_dir()
         if not self._trains:
             newest = latest_checkpoint(folder)
@@ -93,6 +170,7 @@ class GNTTrainer(Trainer):
     pipeline: GNTPipeline
     _stage_of_checkpoint = 1
     _saved_step: int | None = None
+    _steps: Steps | None = None
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         # Whatever is wrong is found before minutes go into reading images.
@@ -103,6 +181,10 @@ class GNTTrainer(Trainer):
         except KeyboardInterrupt:
             CONSOLE.print("Interrupted before the first step.")
             raise SystemExit(130) from None
+        if self.viewer_state is not None and not self.config.logging.local_writer.enable:
+            # Otherwise it stands below nerfstudio's table.
+            for line in getattr(self.viewer_state, "viewer_info", ()):
+                CONSOLE.print(line, soft_wrap=True)
 
     def _steps_done(self) -> int:
         """Steps of the checkpoint to go on from; 0 without one.
@@ -197,7 +279,8 @@ class GNTTrainer(Trainer):
         self.config = copy.copy(self.config)
         self.config.max_num_iterations -= self._start_step
         try:
-            super().train()
+            with self._show_progress() as self._steps:
+                super().train()
         except KeyboardInterrupt:
             saved = self._saved_step == self.step
             if saved and self.training_state == "completed":
@@ -216,6 +299,19 @@ class GNTTrainer(Trainer):
             if error.errno != errno.ENOSPC:
                 raise
             raise UserError(f"{self.base_dir}: {error.strerror}: {self._where_to_go_on()}") from None
+        finally:
+            release(self.base_dir)
+
+    def _show_progress(self) -> contextlib.AbstractContextManager[Steps]:
+        return progress(
+            self.config.method_name or "training",
+            self._steps_of_run,
+            done=self._start_step,
+            announce=True,
+            console=CONSOLE,
+            # nerfstudio's own table, if someone wants it, moves the cursor about.
+            disable=self.config.logging.local_writer.enable or self.local_rank != 0 or not is_first_process(),
+        )
 
     def _where_to_go_on(self) -> str:
         kept = sorted(self.checkpoint_dir.glob("step-*.ckpt"))
@@ -230,7 +326,15 @@ class GNTTrainer(Trainer):
         if model.stage == 1 and self.share_done(step) >= model.config.second_stage_at:
             self._enter_second_stage()
             CONSOLE.print(f"Second stage from step {step}: linear layers become what {model.config.recipe} says")
-        return super().train_iteration(step)
+        result = super().train_iteration(step)
+        if self._steps is not None:
+            shown = step % self.config.logging.steps_per_log == 0  # a GPU is waited for
+            self._steps.advance(status=f"loss {result[0].item():.4f}" if shown else None)
+        return result
+
+    def eval_iteration(self, step: int) -> None:
+        with contextlib.nullcontext() if self._steps is None else self._steps.aside():
+            super().eval_iteration(step)
 
     def _enter_second_stage(self) -> None:
         """Let the model change its layers, and the optimizers follow."""
@@ -282,6 +386,16 @@ class GNTTrainer(Trainer):
             for other in self.checkpoint_dir.glob("*.ckpt"):
                 if other != path:
                     other.unlink()
+
+
+def _config_being_loaded() -> Path | None:
+    """The config.yml that nerfstudio is about to load a run from. It reads the file, and tells nobody where it lay."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "eval_setup" and frame.f_globals.get("__name__") == "nerfstudio.utils.eval_utils":
+            return frame.f_locals.get("config_path")
+        frame = frame.f_back
+    return None
 
 
 def _described(scene: RunScene) -> str:

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.utils.rich_utils import CONSOLE
-from rich.progress import track
 from torch import Tensor
 
+from shiftadd3d._progress import progress
 from shiftadd3d.models.gnt import Cameras as PinholeCameras
 from shiftadd3d.models.gnt import SourceViews
 from shiftadd3d.models.gnt.projection import sample_sources
@@ -106,26 +106,22 @@ def trivial_metrics(pipeline: GNTPipeline) -> dict[str, dict[str, float]]:
     datamanager, config = pipeline.datamanager, pipeline.model.config
     near, far = pipeline.model.near_far.tolist()
     found: dict[str, list[dict[str, float]]] = {"nearest": [], "mean": []}
-    views = track(
-        datamanager.fixed_indices_eval_dataloader,
-        description="Trivial renderers",
-        total=len(datamanager.eval_dataset),
-        console=CONSOLE,
-        transient=True,
-    )
-    for camera, batch in views:
-        image, mask = batch["image"].to(camera.device), batch.get("mask")
-        mean = mean_of_projections(
-            datamanager.source_bank,
-            camera,
-            num_source_views=datamanager.config.num_source_views,
-            near_far=(near, far),
-            num_samples=config.gnt.proposal_samples or config.num_samples,
-            inverse_depth=config.inverse_depth,
-            rays_per_chunk=config.eval_num_rays_per_chunk,
-        )
-        found["nearest"].append(image_metrics(nearest_image(datamanager, camera).to(image), image, mask))
-        found["mean"].append(image_metrics(mean, image, mask))
+    count = len(datamanager.eval_dataset)
+    with progress("Trivial renderers", count, unit="views", console=CONSOLE) as shown:
+        for camera, batch in datamanager.fixed_indices_eval_dataloader:
+            image, mask = batch["image"].to(camera.device), batch.get("mask")
+            mean = mean_of_projections(
+                datamanager.source_bank,
+                camera,
+                num_source_views=datamanager.config.num_source_views,
+                near_far=(near, far),
+                num_samples=config.gnt.proposal_samples or config.num_samples,
+                inverse_depth=config.inverse_depth,
+                rays_per_chunk=config.eval_num_rays_per_chunk,
+            )
+            found["nearest"].append(image_metrics(nearest_image(datamanager, camera).to(image), image, mask))
+            found["mean"].append(image_metrics(mean, image, mask))
+            shown.advance()
     return {name: average_metrics(metrics) for name, metrics in found.items()}
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -346,3 +347,18 @@ def test_a_folder_without_permission_is_named(tiny_run: Path, tmp_path: Path, ca
     args = ["render", "--load-config", str(tiny_run), "--out", str(tmp_path / "a.mp4")]
     assert "cannot write" in error_of(args, capsys)
     tmp_path.chmod(0o700)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks of its own")
+@pytest.mark.parametrize("out", ["frames", "video.mp4"])
+def test_a_place_that_another_process_renders_to_is_refused(
+    out: str, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    import fcntl
+
+    held = tmp_path / (".video.mp4.being-written" if out == "video.mp4" else "frames/.being-written")
+    held.parent.mkdir(exist_ok=True)
+    with held.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # of another opening of the file, as another process's is
+        error = error_of(["render", "--load-config", str(tiny_run), "--out", str(tmp_path / out)], capsys)
+    assert f"another process is writing to {tmp_path / out}" in error
