@@ -4,22 +4,43 @@ from __future__ import annotations
 
 import sys
 import traceback as tracebacks
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from shiftadd3d._errors import UserError
 
-#: Commands of nerfstudio that assert another kind of method, by their classes, and what serves instead.
-_OTHER_METHODS_ONLY = {
-    "ExportMarchingCubesMesh": "ns-export marching-cubes needs a signed distance field, and this method has none; use "
-    "ns-export tsdf, or ns-export poisson --normal-method open3d",
-    "ExportGaussianSplat": "ns-export gaussian-splat needs Gaussians, and this method has none; use ns-export "
-    "pointcloud --normal-method open3d",
-}
+#: Where nerfstudio's commands give up without saying what would do: an error's kind, the innermost class or function of
+#: theirs that was at work, and what to do instead.
+_WHAT_TO_DO: tuple[tuple[type[Exception], str, str], ...] = (
+    (
+        AssertionError,
+        "ExportMarchingCubesMesh",
+        "ns-export marching-cubes needs a signed distance field, and this method has none; use ns-export tsdf, or "
+        "ns-export poisson --normal-method open3d",
+    ),
+    (
+        AssertionError,
+        "ExportGaussianSplat",
+        "ns-export gaussian-splat needs Gaussians, and this method has none; use ns-export pointcloud --normal-method "
+        "open3d",
+    ),
+    (
+        ValueError,
+        "get_interpolated_poses_many",
+        "there is one view, and ns-render interpolate needs two or more; use --pose-source train",
+    ),
+    (OSError, "DatasetRender", "ns-render cannot write this as JPEG, which knows no alpha; use --image-format png"),
+    (
+        OSError,
+        "_render_trajectory_video",
+        "ns-render cannot write this as JPEG, which knows no alpha; use --image-format png",
+    ),
+    (AttributeError, "apply_colormap", "this output is no picture; expected rgb, depth, accumulation, rgba or gt-rgb"),
+)
 
 
 def print_expected_errors_as_one_line() -> None:
     """Print an uncaught `UserError`, and Ctrl-C while a command works on a run of ours, as one line on stderr; likewise
-    why a command of nerfstudio is for other methods only.
+    what nerfstudio's commands cannot do with such a run.
 
     The exit code stays what Python makes of it: 1, and 130 for Ctrl-C. Everything else keeps its traceback.
     """
@@ -30,7 +51,7 @@ def print_expected_errors_as_one_line() -> None:
             print("error:", " ".join(str(error).split()), file=sys.stderr)
         elif isinstance(error, KeyboardInterrupt) and _is_ours(traceback):
             print("interrupted", file=sys.stderr)
-        elif isinstance(error, AssertionError) and _is_ours(traceback) and (reason := _other_method(traceback)):
+        elif _is_ours(traceback) and (reason := _what_to_do(error, traceback)):
             print("error:", reason, file=sys.stderr)
         else:
             previous(kind, error, traceback)
@@ -38,10 +59,17 @@ def print_expected_errors_as_one_line() -> None:
     sys.excepthook = hook
 
 
-def _other_method(traceback: TracebackType | None) -> str | None:
-    """Why the command that asserted something is none for our methods, if that is what it found out."""
-    *_, (frame, _) = tracebacks.walk_tb(traceback)
-    return _OTHER_METHODS_ONLY.get(type(frame.f_locals.get("self")).__name__)
+def _what_to_do(error: BaseException, traceback: TracebackType | None) -> str | None:
+    """What the user can do about an error of nerfstudio's own, if that is known."""
+    theirs = [frame for frame, _ in tracebacks.walk_tb(traceback) if _package(frame) == "nerfstudio"]
+    if not theirs or (isinstance(error, OSError) and "as JPEG" not in str(error)):
+        return None
+    at_work = {theirs[-1].f_code.co_name, type(theirs[-1].f_locals.get("self")).__name__}
+    return next((text for kind, place, text in _WHAT_TO_DO if isinstance(error, kind) and place in at_work), None)
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).partition(".")[0]
 
 
 def _is_ours(traceback: TracebackType | None) -> bool:

@@ -17,6 +17,7 @@ from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.configs import experiment_config
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.model_components.renderers import background_color_override_context
+from nerfstudio.scripts import render as ns_render
 from nerfstudio.scripts.viewer import run_viewer
 from nerfstudio.utils.eval_utils import eval_setup
 
@@ -135,6 +136,31 @@ def test_an_export_for_other_methods_is_one_line_with_what_serves_instead(
 ):
     with pytest.raises(AssertionError) as caught:
         getattr(exporter, command)(tiny_run, tmp_path).main()
+    capsys.readouterr()
+    sys.excepthook(caught.type, caught.value, caught.tb)
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1 and instead in line
+
+
+@pytest.mark.parametrize("kind", ["one view", "jpeg", "no picture"])
+def test_what_ns_render_cannot_do_is_one_line(
+    kind: str,
+    tiny_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(ns_render.install_checks, "check_ffmpeg_installed", lambda: None)
+    command, instead = {
+        "one view": (ns_render.RenderInterpolated(tiny_run, tmp_path, output_format="images"), "--pose-source train"),
+        "jpeg": (ns_render.DatasetRender(tiny_run, tmp_path, rendered_output_names=["rgba"]), "--image-format png"),
+        "no picture": (
+            ns_render.DatasetRender(tiny_run, tmp_path, rendered_output_names=["gt-image_idx"]),
+            "expected rgb, depth",
+        ),
+    }[kind]
+    with pytest.raises(Exception) as caught:  # noqa: PT011 whatever nerfstudio meets first
+        command.main()
     capsys.readouterr()
     sys.excepthook(caught.type, caught.value, caught.tb)
     line = capsys.readouterr().err
