@@ -132,7 +132,10 @@ class _OnScene:
             parser.eval_mode, parser.eval_interval = "interval", self.eval_interval
         config: TrainerConfig = all_methods[method]
         if method == "nerfacto":
-            suit_nerfacto(config, blender=find_scene(folder)[0] == "blender")
+            scale = None
+            if find_scene(folder)[0] == "blender":
+                scale = parser.setup().get_dataparser_outputs(split="train").dataparser_scale
+            suit_nerfacto(config, scale)
         datamanager: Any = config.pipeline.datamanager
         datamanager.data = None
         datamanager.dataparser = parser
@@ -258,8 +261,13 @@ def shrink_factor(parser: Any, max_side: int | None) -> int:
     return math.ceil(max(int(cameras.width.max()), int(cameras.height.max())) / max_side)
 
 
-def suit_nerfacto(config: TrainerConfig, blender: bool) -> None:
-    """nerfacto as it does best on a CPU in minutes, and comparable: on the poses as given."""
+def suit_nerfacto(config: TrainerConfig, blender_scale: float | None) -> None:
+    """nerfacto as it does best on a CPU in minutes, and comparable: on the poses as given.
+
+    Args:
+        config: nerfacto's own, changed in place.
+        blender_scale: by how much a scene of Blender's is scaled; None for other scenes.
+    """
     import torch
     from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
     from nerfstudio.configs.base_config import MachineConfig
@@ -275,10 +283,10 @@ def suit_nerfacto(config: TrainerConfig, blender: bool) -> None:
     model.camera_optimizer = CameraOptimizerConfig(mode="off")
     model.eval_num_rays_per_chunk = 1 << 10  # its 1 << 15 takes twice the time on a CPU
     del config.optimizers["camera_opt"]
-    if blender:  # as nerfstudio's own benchmark on Blender scenes does
+    if blender_scale is not None:  # as nerfstudio's own benchmark on Blender scenes does
         model.background_color = "white"
         model.proposal_initial_sampler = "uniform"
-        model.near_plane, model.far_plane = 2.0, 6.0
+        model.near_plane, model.far_plane = 2.0 * blender_scale, 6.0 * blender_scale
         model.use_average_appearance_embedding = False
         model.distortion_loss_mult = 0.0
         model.disable_scene_contraction = True

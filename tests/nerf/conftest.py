@@ -101,9 +101,8 @@ def write_colmap(
     model = folder / "sparse/0"
     model.mkdir(parents=True)
     width, height = size[0] * factor, size[1] * factor
-    (model / "cameras.txt").write_text(
-        f"1 PINHOLE {width} {height} {FOCAL * factor} {FOCAL * factor} {width / 2} {height / 2}\n"
-    )
+    focal = FOCAL * width / WIDTH
+    (model / "cameras.txt").write_text(f"1 PINHOLE {width} {height} {focal} {focal} {width / 2} {height / 2}\n")
     lines = []
     for index, pose in enumerate(orbit(count)):
         world_to_camera = np.linalg.inv(pose @ np.diag([1.0, -1.0, -1.0, 1.0]))

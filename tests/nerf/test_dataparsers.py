@@ -260,7 +260,7 @@ def test_masks_of_another_size_than_the_images_are_refused(write_scene, tmp_path
     Image.new("L", (12, 8)).save(scene / "masks/003.png")
     assert "is 12x8, its image 24x16" in refused(parse, scene)
     (scene / "masks/003.png").unlink()
-    assert "1 of 9 masks not found" in refused(parse, scene)
+    assert "1 of 10 masks not found" in refused(parse, scene)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "1", "P", "I;16", "F", "CMYK"])
@@ -330,10 +330,11 @@ def test_a_focal_length_that_is_not_positive_is_refused(write_scene, tmp_path):
         ({"shiftadd3d": {"far": 2}}, '"shiftadd3d" is {"far": 2}; expected'),
         (
             {"cx": 4000},
-            "cx is 4000 (000.png, 001.png, 002.png and 6 more); expected a point inside the image, 0 < cx < 24",
+            "cx is 4000 (000.png, 001.png, 002.png and 6 more); expected a point in the middle half of the image, "
+            "6 < cx < 18: are these numbers of the full-size photos",
         ),
-        ({"cy": -1}, "0 < cy < 16"),
-        ({"applied_transform": None}, "cannot be read as a nerfstudio scene"),
+        ({"cy": -1}, "4 < cy < 12"),
+        ({"applied_transform": None}, "applied_transform is null; expected a 3x4 matrix"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -396,7 +397,7 @@ def test_scenes_of_few_views_still_hold_one_out(write_scene, tmp_path):
 
 def test_camera_files_that_are_incomplete_are_refused(write_scene, tmp_path):
     scene = write_scene["nerfstudio"](tmp_path)
-    edit_transforms(scene, lambda meta: meta.pop("fl_x"))
+    edit_transforms(scene, lambda meta: (meta.pop("fl_x"), meta.pop("fl_y")))
     assert "lacks fl_x" in refused(parse, scene)
     edit_transforms(scene, lambda meta: meta.pop("frames"))
     assert "has no frames" in refused(parse, scene)

@@ -139,8 +139,8 @@ def test_the_range_of_the_real_fox_photos_spans_the_point_that_they_look_at(shar
 
 @pytest.mark.slow
 def test_the_range_of_a_synthetic_object_spans_all_of_it(shared):
-    bank, _ = read(AutoDataParserConfig(data=shared / "data/nvs/chair"))
-    near, far = found(near_far_from_matches(bank))
+    bank, outputs = read(AutoDataParserConfig(data=shared / "data/nvs/chair"))
+    near, far = (depth / outputs.dataparser_scale for depth in found(near_far_from_matches(bank)))
     # Depths of the object's silhouette hull over the training cameras, carved from the alpha channels: 2.80 to 5.32.
     assert 2.0 < near < 2.80
     assert 5.32 < far < 6.5
