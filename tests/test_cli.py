@@ -38,11 +38,12 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]):
 
 
 def option_docstrings(verb: type[cli.Verb]) -> dict[str, str]:
-    """Each field of a verb's dataclass with the string below it, "" where there is none."""
+    """Each field of a verb's dataclass that is an option, with the string below it, "" where there is none."""
     body = next(node for node in ast.walk(ast.parse(inspect.getsource(verb))) if isinstance(node, ast.ClassDef)).body
     found: dict[str, str] = {}
     for node, following in itertools.zip_longest(body, body[1:]):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        shown = isinstance(node, ast.AnnAssign) and "tyro.conf.Suppress" not in ast.unparse(node.annotation)
+        if shown and isinstance(node.target, ast.Name):
             below = following.value if isinstance(following, ast.Expr) else None
             found[node.target.id] = str(below.value) if isinstance(below, ast.Constant) else ""
     return found
