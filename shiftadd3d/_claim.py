@@ -17,6 +17,8 @@ _NAME = ".being-written"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _held: dict[Path, tuple[int, int, int]] = {}
 """By lock file: its descriptor, the process that opened it (a forked one has it, too), and how often it was claimed."""
+_made: dict[Path, list[Path]] = {}
+"""By lock file: the folders that were made for it, innermost first."""
 
 
 def try_claim(out: Path, *, file: bool = False) -> bool:
@@ -40,6 +42,7 @@ def try_claim(out: Path, *, file: bool = False) -> bool:
         handle, owner, times = _held[lock]
         _held[lock] = (handle, owner, times + 1)
         return True
+    made = [folder for folder in (lock.parent, *lock.parent.parents) if not folder.exists()]
     lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
@@ -54,7 +57,7 @@ def try_claim(out: Path, *, file: bool = False) -> bool:
             if os.path.samestat(os.fstat(handle), lock.stat()):
                 break
         os.close(handle)
-    _held[lock] = (handle, os.getpid(), 1)
+    _held[lock], _made[lock] = (handle, os.getpid(), 1), made
     return True
 
 
@@ -83,7 +86,10 @@ def claim(out: Path, option: str, *, file: bool = False) -> None:
 
 
 def release(out: Path, *, file: bool = False) -> None:
-    """Give a place back that `try_claim` or `claim` took; of another's, or in a child of the process, do nothing."""
+    """Give a place back that `try_claim` or `claim` took. Folders that were made for it and stayed empty go.
+
+    Of another's place, or in a child of the process, do nothing.
+    """
     lock = _lock_file(out, file)
     handle, owner, times = _held.get(lock, (-1, -1, 0))
     if owner != os.getpid():
@@ -104,6 +110,9 @@ def _give_back(lock: Path) -> None:
         lock.unlink()
     if sys.platform != "win32":
         os.close(handle)
+    with contextlib.suppress(OSError):
+        for folder in _made.pop(lock, []):
+            folder.rmdir()  # not where there is anything in it
 
 
 @atexit.register

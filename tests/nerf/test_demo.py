@@ -71,7 +71,7 @@ def test_an_interrupted_demo_ends_with_130_instead_of_going_on(
     [
         (["--steps", "0"], "--steps 0: expected 1 or more"),
         (["--frames", "1"], "--frames 1: expected 2 or more"),
-        (["--output-dir", "{file}"], "name a writable --output-dir"),
+        (["--output-dir", "{file}"], "is a file; expected a folder (--output-dir)"),
     ],
 )
 def test_an_impossible_argument_is_explained(

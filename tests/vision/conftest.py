@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from shiftadd3d.vision.checkpoint import ClassifierConfig, create_dense
 from shiftadd3d.vision.data import InputConfig, PictureData, open_data, seed_everything
+from shiftadd3d.vision.files import picture_suffixes
 from shiftadd3d.vision.settings import DataSettings, FinetuneSettings, StageSettings
 
 COLORS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
@@ -90,3 +92,16 @@ def settings(folder: Path, tmp_path: Path) -> FinetuneSettings:
         output_dir=tmp_path / "outputs",
         name="run",
     )
+
+
+@pytest.fixture
+def no_heif(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No package that reads HEIC, and none that has been registered."""
+    for name in ("pi_heif", "pillow_heif"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
+    monkeypatch.setattr(Image, "OPEN", {name: value for name, value in Image.OPEN.items() if name != "HEIF"})
+    monkeypatch.setattr(Image, "EXTENSION", {key: name for key, name in Image.EXTENSION.items() if name != "HEIF"})
+    picture_suffixes.cache_clear()
+    yield
+    picture_suffixes.cache_clear()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,19 +33,6 @@ FORMATS = {
 def heic(repository: Path) -> Path:
     """A photo of 72x96 pixels, as a phone stores it."""
     return repository / "tests" / "scenes" / "upright.heic"
-
-
-@pytest.fixture
-def no_heif(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No package that reads HEIC, and none that has been registered."""
-    for name in ("pi_heif", "pillow_heif"):
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
-    monkeypatch.setattr(Image, "OPEN", {name: value for name, value in Image.OPEN.items() if name != "HEIF"})
-    monkeypatch.setattr(Image, "EXTENSION", {key: name for key, name in Image.EXTENSION.items() if name != "HEIF"})
-    picture_suffixes.cache_clear()
-    yield
-    picture_suffixes.cache_clear()
 
 
 def test_whatever_suffix_pillow_reads_is_a_picture(tmp_path: Path):

@@ -116,6 +116,7 @@ def test_pyramids_have_maps_of_several_sizes(config: ClassifierConfig):
     assert sides["stages.3.blocks.0.mlp.fc2"] == (2, 2)
 
 
+@pytest.mark.usefixtures("no_heif")
 def test_files_folders_and_what_cannot_be_read(
     checkpoint: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
