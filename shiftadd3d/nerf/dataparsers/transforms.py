@@ -242,8 +242,6 @@ def _check_values(values: Mapping[str, Any], where: str) -> None:
             expected = "a number"
         elif key == "applied_scale" and float(value) <= 0:
             expected = "a positive number"
-        elif key == "fisheye_crop_radius" and value is not None and not _is_length(value):
-            expected = "a positive number of pixels"
         elif key in ("w", "h") and not 1 <= float(value) < 1e6:
             expected = "a number of pixels"
         elif key == "distortion_params" and numbers(value).shape != (6,):
@@ -258,6 +256,8 @@ def _check_values(values: Mapping[str, Any], where: str) -> None:
             expected = "one of: pca, up, vertical, none"
         elif key == "applied_transform" and not _is_motion(value):
             expected = "a 3x4 matrix of numbers whose 3x3 part is a rotation or a reflection"
+        elif key == "fisheye_crop_radius" and value is not None and not _is_length(value):
+            expected = "a positive number of pixels"
         elif key in ("train_filenames", "val_filenames", "test_filenames") and not (
             isinstance(value, list) and all(isinstance(name, str) for name in value)
         ):
