@@ -76,9 +76,10 @@ TINY = GNTConfig(
     feature_blocks=(1, 1, 1),
     color_head=True,
     proposal_samples=48,
+    canonical=True,
 )
 #: The released network's sizes, with the colour head.
-BASE = GNTConfig(depth=4, color_head=True)
+BASE = GNTConfig(depth=4, color_head=True, canonical=True)
 #: The paper's network: eight blocks, colours regressed.
 BIG = GNTConfig(depth=8)
 

@@ -1,12 +1,14 @@
 """A ray's colour as a mixture of what the source views show: softmaxes over views and over samples, in one pass.
 
-For each sample, with x its features, y_v = [colour and features, ray difference] of view v::
+For each sample, with x its features, y_v = [colour and features] of view v, and d_v the view's ray difference::
 
-    l_v = w . relu(W_x x + b_x + W_y y_v + b_y) + b + angle_scale (cosine_v - 1)        masked views: MASKED_LOGIT
-    colour = sum_v softmax_v(l) colour_v,    deviation = the same mean of |colour_v - colour|, over the channels too
+    consensus = sum_v softmax_v(angle_scale (cosine_v - 1)) y_v,    apart_v = |y_v - consensus|
+    l_v = w . relu(W_x x + b_x + W_y [y_v, d_v, apart_v] + b_y) + b + angle_scale (cosine_v - 1)    masked: MASKED_LOGIT
+    colour = sum_v softmax_v(l) colour_v,    deviation = the consensus' mean of apart_v, over the colour's channels
     m = u . x + c - agreement_scale deviation             samples fewer than two views see: MASKED_LOGIT
 
-and over the samples of a ray, rgb = sum softmax(m) colour.
+and over the samples of a ray, rgb = sum softmax(m) colour. A view that shows something else than the others may be
+hidden from the sample: that is what the network tells by `apart_v`.
 
 Inference only: no gradients flow through the op; training uses `shiftadd3d.models.gnt`'s layers.
 
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.kernel import Kernel, define_op
-from shiftadd3d.kernels.plane_sweep import MASKED_LOGIT
+from shiftadd3d.kernels.plane_sweep import MASKED_LOGIT, view_agreement
 from shiftadd3d.kernels.targets import CpuTarget, current
 from shiftadd3d.kernels.vector import ACCUMULATORS, ROW_PADDING, Vectors
 
@@ -47,19 +49,18 @@ _ROWS = 64
 def blend(
     view_logits: Tensor,  # [R, S, V]
     sample_logits: Tensor,  # [R, S]
-    rgb: Tensor,  # [R, S, V, 3]
+    values: Tensor,  # [R, S, V, K], colour first
     cosine: Tensor,  # [R, S, V] between the directions to the target and to the source camera
     mask: Tensor,  # [R, S, V] bool
+    deviation: Tensor,  # [R, S, K] over the views, as `view_agreement` gives it
     angle_scale: Tensor,  # scalar
     agreement_scale: Tensor,  # scalar
 ) -> tuple[Tensor, Tensor]:
     """Colours of rays [R, 3] and weights of their samples [R, S] from what a network says of views and samples."""
     view_logits = view_logits + angle_scale * (cosine - 1.0)
     share = torch.softmax(view_logits.masked_fill(~mask, MASKED_LOGIT), dim=2).unsqueeze(-1)
-    colors = (share * rgb).sum(dim=2)  # [R, S, 3]
-    # Weighted by the same view weights: a distant view that sees past an edge must not veto a sample.
-    deviation = (share * (rgb - colors[:, :, None]).abs()).sum(dim=2).mean(dim=-1)
-    sample_logits = sample_logits - agreement_scale * deviation
+    colors = (share * values[..., :3]).sum(dim=2)  # [R, S, 3]
+    sample_logits = sample_logits - agreement_scale * deviation[..., :3].mean(dim=-1)
     # One view alone always agrees with itself: that says nothing about the depth.
     weights = torch.softmax(sample_logits.masked_fill(mask.sum(dim=2) < 2, MASKED_LOGIT), dim=-1)
     return (weights[..., None] * colors).sum(dim=1), weights
@@ -70,17 +71,20 @@ def color_blend_twin(
     values: Tensor,  # [R, S, V, K], colour first
     ray_diff: Tensor,  # [R, S, V, 4]
     mask: Tensor,  # [R, S, V] bool
-    weights: list[Tensor],  # of LAYERS: [D, C], [D, K + 4], [1, D], [1, C]
+    weights: list[Tensor],  # of LAYERS: [D, C], [D, 2 K + 4], [1, D], [1, C]
     biases: list[Tensor],  # [D], [D], [1], [1]
     angle_scale: Tensor,  # scalar
     agreement_scale: Tensor,  # scalar
 ) -> tuple[Tensor, Tensor]:
     """What `color_blend` computes, in plain torch: colours of rays [R, 3] and weights of their samples [R, S]."""
     point, view, view_logit, sample_logit = zip(weights, biases, strict=True)
-    hidden = F.linear(x, *point)[:, :, None] + F.linear(torch.cat([values, ray_diff], dim=-1), *view)
+    cosine = ray_diff[..., 3]
+    mean, deviation = view_agreement(values, cosine, mask, angle_scale)
+    apart = (values - mean.unsqueeze(-2)).abs()
+    hidden = F.linear(x, *point)[:, :, None] + F.linear(torch.cat([values, ray_diff, apart], dim=-1), *view)
     view_logits = F.linear(F.relu(hidden), *view_logit)[..., 0]
     sample_logits = F.linear(x, *sample_logit)[..., 0]
-    return blend(view_logits, sample_logits, values[..., :3], ray_diff[..., 3], mask, angle_scale, agreement_scale)
+    return blend(view_logits, sample_logits, values, cosine, mask, deviation, angle_scale, agreement_scale)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -94,42 +98,27 @@ def _build(target: CpuTarget, *, width: int, inputs: int, hidden: int) -> Any:
     vec = Vectors(target)
     four = Vectors(target, 4)  # a colour, and the first feature, which nobody reads
     lanes, at, splat = vec.lanes, vec.at, vec.splat
-    deep = vec.padded(hidden)
+    deep, long = vec.padded(hidden), vec.padded(inputs)
     # Of a sample: its part of the views' hidden layer, then its own logit.
     own = vec.padded(hidden + 1)
     most = -(-MAX_VIEWS // lanes) * lanes
 
     def view_logit(activation: Any, i: Any, points: Any, s: Any, w_logit: Any) -> Any:
-        """The second layer for view row `i` of sample `s`, without its bias."""
+        """The second layer for view row `i` of sample `s`, without its bias, which all views have alike."""
         total = splat(0.0)
         for n in range(0, deep, lanes):
             unit = vec.relu(activation[i, at(n)] + points[s, at(n)])
             total = vec.multiply_add(unit, w_logit[at(n)], total)
         return vec.total(total)
 
-    def blend_views(
-        logits: Any,
-        values: Any,
-        ray_diff: Any,
-        mask: Any,
-        row: Any,
-        V: Any,
-        colors: Any,
-        scores: Any,
-        s: Any,
-        scales: Any,
-    ) -> None:
-        """From the views' logits of sample `s`, whose views are the rows from `row` on: its colour and score."""
-        seen = T.alloc_buffer((1,), "float32")
+    def shares(logits: Any, ray_diff: Any, mask: Any, row: Any, V: Any, scales: Any, seen: Any, total: Any) -> None:
+        """The softmax of the views' logits and angles, in place but for the division by `total`; counts who sees."""
         largest = T.alloc_buffer((1,), "float32")
-        total = T.alloc_buffer((1,), "float32")
-        color = T.alloc_buffer((4,), "float32", align=16)
-        apart = T.alloc_buffer((4,), "float32", align=16)
         T.buffer_store(seen, T.float32(0.0), [0])
         T.buffer_store(largest, T.float32(-3.0e38), [0])
         with T.serial(V) as v:
             T.buffer_store(seen, seen[0] + T.cast(mask[row + v], "float32"), [0])
-            angle = scales[0] * (ray_diff[row + v, 3] - T.float32(1.0)) + scales[2]
+            angle = scales[0] * (ray_diff[row + v, 3] - T.float32(1.0))
             with T.If(mask[row + v] != T.uint8(0)):
                 with T.Then():
                     T.buffer_store(logits, logits[v] + angle, [v])
@@ -139,24 +128,81 @@ def _build(target: CpuTarget, *, width: int, inputs: int, hidden: int) -> Any:
         with T.serial((V + (lanes - 1)) // lanes) as n:
             T.buffer_store(logits, vec.exp(logits[at(n * lanes)] - splat(largest[0])), [at(n * lanes)])
         T.buffer_store(total, T.float32(0.0), [0])
-        T.buffer_store(color, four.splat(0.0), [four.at(0)])
-        T.buffer_store(apart, four.splat(0.0), [four.at(0)])
         with T.serial(V) as v:
             T.buffer_store(total, total[0] + logits[v], [0])
-            mixed = four.multiply_add(four.splat(logits[v]), values[row + v, four.at(0)], color[four.at(0)])
-            T.buffer_store(color, mixed, [four.at(0)])
         T.buffer_store(total, T.float32(1.0) / total[0], [0])
-        T.buffer_store(color, color[four.at(0)] * four.splat(total[0]), [four.at(0)])
+
+    def each_channel(of_vectors: Any, of_rest: Any) -> None:
+        """`of_vectors(start)` for the channels of a view that fill vectors, `of_rest(channel)` for the others."""
+        whole_vectors = inputs // lanes * lanes
+        for start in range(0, whole_vectors, lanes):
+            of_vectors(start)
+        with T.serial(inputs - whole_vectors) as k:
+            of_rest(whole_vectors + k)
+
+    def consensus(
+        logits: Any,
+        values: Any,
+        ray_diff: Any,
+        mask: Any,
+        row: Any,
+        V: Any,
+        apart: Any,
+        first: Any,
+        scores: Any,
+        s: Any,
+        scales: Any,
+    ) -> None:
+        """How far the views of sample `s` are from what they show together: rows of `apart` from `first`; its score."""
+        seen = T.alloc_buffer((1,), "float32")
+        total = T.alloc_buffer((1,), "float32")
+        mean = T.alloc_buffer((long,), "float32", align=64)
+        deviation = T.alloc_buffer((1,), "float32")
         with T.serial(V) as v:
-            distance = four.absolute(values[row + v, four.at(0)] - color[four.at(0)])
-            T.buffer_store(apart, four.multiply_add(four.splat(logits[v]), distance, apart[four.at(0)]), [four.at(0)])
-        T.buffer_store(colors, color[four.at(0)], [s, four.at(0)])
-        deviation = (apart[0] + apart[1] + apart[2]) * total[0] * T.float32(1.0 / 3.0)
+            T.buffer_store(logits, T.float32(0.0), [v])
+        shares(logits, ray_diff, mask, row, V, scales, seen, total)
+        for k in range(0, long, lanes):
+            T.buffer_store(mean, splat(0.0), [at(k)])
+        with T.serial(V) as v:
+            share = logits[v] * total[0]
+            each_channel(
+                lambda k: T.buffer_store(
+                    mean, vec.multiply_add(splat(share), values[row + v, at(k)], mean[at(k)]), [at(k)]
+                ),
+                lambda k: T.buffer_store(mean, mean[k] + share * values[row + v, k], [k]),
+            )
+        T.buffer_store(deviation, T.float32(0.0), [0])
+        with T.serial(V) as v:
+            each_channel(
+                lambda k: T.buffer_store(apart, vec.absolute(values[row + v, at(k)] - mean[at(k)]), [first + v, at(k)]),
+                lambda k: T.buffer_store(
+                    apart,
+                    T.Select(values[row + v, k] < mean[k], mean[k] - values[row + v, k], values[row + v, k] - mean[k]),
+                    [first + v, k],
+                ),
+            )
+            of_color = apart[first + v, 0] + apart[first + v, 1] + apart[first + v, 2]
+            T.buffer_store(deviation, deviation[0] + logits[v] * of_color, [0])
         with T.If(seen[0] < T.float32(1.5)):
             with T.Then():
                 T.buffer_store(scores, T.float32(MASKED_LOGIT), [s])
             with T.Else():
-                T.buffer_store(scores, scores[s] - scales[1] * deviation, [s])
+                apart_by = deviation[0] * total[0] * T.float32(1.0 / 3.0)
+                T.buffer_store(scores, scores[s] - scales[1] * apart_by, [s])
+
+    def blend_views(
+        logits: Any, values: Any, ray_diff: Any, mask: Any, row: Any, V: Any, colors: Any, s: Any, scales: Any
+    ) -> None:
+        """From the views' logits of sample `s`, whose views are the rows from `row` on: its colour."""
+        seen = T.alloc_buffer((1,), "float32")
+        total = T.alloc_buffer((1,), "float32")
+        color = T.alloc_buffer((4,), "float32", align=16)
+        shares(logits, ray_diff, mask, row, V, scales, seen, total)
+        T.buffer_store(color, four.splat(0.0), [four.at(0)])
+        with T.serial(V) as v:
+            mixed = four.multiply_add(four.splat(logits[v]), values[row + v, four.at(0)], color[four.at(0)])
+            T.buffer_store(color, mixed, [four.at(0)])
+        T.buffer_store(colors, color[four.at(0)] * four.splat(total[0]), [s, four.at(0)])
 
     @T.prim_func(s_tir=True)
     def color_blend(
@@ -166,9 +212,9 @@ def _build(target: CpuTarget, *, width: int, inputs: int, hidden: int) -> Any:
         mask_handle: T.handle,
         w_own: T.Buffer((width, own), "float32"),
         b_own: T.Buffer((own,), "float32"),
-        w_view: T.Buffer((inputs + 4, deep), "float32"),
+        w_view: T.Buffer((2 * inputs + 4, deep), "float32"),
         w_logit: T.Buffer((deep,), "float32"),
-        scales: T.Buffer((3,), "float32"),  # of angles and of agreement, and the view logits' bias
+        scales: T.Buffer((2,), "float32"),  # of angles and of agreement
         V: T.int64,
         rgb_handle: T.handle,
         weights_handle: T.handle,
@@ -187,6 +233,7 @@ def _build(target: CpuTarget, *, width: int, inputs: int, hidden: int) -> Any:
         for r in T.parallel(R):
             points = T.alloc_buffer((S + ROW_PADDING, own), "float32", align=64)
             activation = T.alloc_buffer((_ROWS + ROW_PADDING, deep), "float32", align=64)
+            apart = T.alloc_buffer((_ROWS + ROW_PADDING, inputs), "float32", align=64)
             logits = T.alloc_buffer((most,), "float32", align=64)
             colors = T.alloc_buffer((S, 4), "float32", align=64)
             scores = T.alloc_buffer((S + lanes,), "float32", align=64)
@@ -210,6 +257,8 @@ def _build(target: CpuTarget, *, width: int, inputs: int, hidden: int) -> Any:
                 first: T.let[T.int64] = block * samples_a_block
                 here: T.let[T.int64] = T.min(samples_a_block, S - first)
                 row: T.let[T.int64] = (r * S + first) * V
+                for s in T.serial(here):
+                    consensus(logits, values, ray_diff, mask, row + s * V, V, apart, s * V, scores, first + s, scales)
                 vec.product(
                     here * V,
                     deep,
@@ -217,6 +266,7 @@ def _build(target: CpuTarget, *, width: int, inputs: int, hidden: int) -> Any:
                     [
                         (inputs, lambda i, k: values[T.min(row + i, N - 1), k], lambda k, c: w_view[k, at(c)]),
                         (4, lambda i, k: ray_diff[T.min(row + i, N - 1), k], lambda k, c: w_view[inputs + k, at(c)]),
+                        (inputs, lambda i, k: apart[i, k], lambda k, c: w_view[inputs + 4 + k, at(c)]),
                     ],
                     lambda i, c, sums: T.buffer_store(activation, sums, [i, at(c)]),
                     accumulators,
@@ -224,7 +274,7 @@ def _build(target: CpuTarget, *, width: int, inputs: int, hidden: int) -> Any:
                 for s in T.serial(here):
                     for v in T.serial(V):
                         logits[v] = view_logit(activation, s * V + v, points, first + s, w_logit)
-                    blend_views(logits, values, ray_diff, mask, row + s * V, V, colors, scores, first + s, scales)
+                    blend_views(logits, values, ray_diff, mask, row + s * V, V, colors, first + s, scales)
             peak[0] = T.float32(-3.0e38)
             for s in T.serial(S):
                 if not (scores[s] <= peak[0]):  # NaN included
@@ -263,7 +313,8 @@ def _run(
     rays, samples, views, inputs = values.shape
     lanes = current().lanes
     point, view, view_logit, sample_logit = (weight.detach() for weight in weights)
-    point_bias, view_bias, view_logit_bias, sample_logit_bias = (bias.detach() for bias in biases)
+    # The view logits' bias is the same for all views: the softmax takes it out.
+    point_bias, view_bias, _, sample_logit_bias = (bias.detach() for bias in biases)
 
     def across(panel: Tensor) -> Tensor:
         return F.pad(panel, (0, -panel.shape[-1] % lanes)).contiguous()
@@ -278,7 +329,7 @@ def _run(
         across(torch.cat([point_bias + view_bias, sample_logit_bias])),
         across(view.mT),
         across(view_logit[0]),
-        torch.stack([angle_scale.detach(), agreement_scale.detach(), view_logit_bias[0]]),
+        torch.stack([angle_scale.detach(), agreement_scale.detach()]),
         views,
         rgb,
         outcome,
@@ -295,7 +346,7 @@ def random_blend(
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    sizes = ((hidden, width), (hidden, inputs + 4), (1, hidden), (1, width))
+    sizes = ((hidden, width), (hidden, 2 * inputs + 4), (1, hidden), (1, width))
     mask = torch.rand(rays, samples, views, generator=generator) > 0.4
     return (
         draw(rays, samples, width),
@@ -336,7 +387,7 @@ def _check(
     if len(weights) != len(LAYERS) or len(biases) != len(LAYERS):
         raise UserError(f"color_blend takes weights and biases of {', '.join(LAYERS)}")
     hidden, width = weights[0].shape[0], x.shape[-1]
-    sizes = ((hidden, width), (hidden, values.shape[-1] + 4), (1, hidden), (1, width))
+    sizes = ((hidden, width), (hidden, 2 * values.shape[-1] + 4), (1, hidden), (1, width))
     for name, weight, bias, size in zip(LAYERS, weights, biases, sizes, strict=True):
         if weight.shape != size or bias.shape != size[:1]:
             raise UserError(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import tyro
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.configs.dataparser_configs import AnnotatedDataParserUnion
@@ -23,8 +25,17 @@ from torch import Tensor
 from shiftadd3d._errors import UserError
 from shiftadd3d.nerf.dataparsers import AutoDataParser, AutoDataParserConfig, LLFFDataParser, check_outputs
 from shiftadd3d.nerf.near_far import scene_near_far
-from shiftadd3d.nerf.photos import PhotoDataset, is_cut_out, scale_crop_radius
-from shiftadd3d.nerf.source_bank import SourceBank, load_image, mend_fisheye_rays, opencv_cameras
+from shiftadd3d.nerf.photos import PhotoDataset, is_cut_out, scale_crop_radius, unlit_border
+from shiftadd3d.nerf.scene_mixture import (
+    Photometric,
+    SceneMixture,
+    TrainScene,
+    jittered,
+    list_scenes,
+    read_depths,
+)
+from shiftadd3d.nerf.source_bank import DrawnSources, SourceBank, mend_fisheye_rays, opencv_cameras
+from shiftadd3d.nerf.target_pixels import TargetPixels
 
 
 @dataclass
@@ -47,6 +58,16 @@ class GNTDataManagerConfig(VanillaDataManagerConfig):
     """Nearest depth to sample, in units of the scaled scene. If not set, found from the scene."""
     far: float | None = None
     """Farthest depth to sample, in units of the scaled scene. If not set, found from the scene."""
+
+    train_scenes: tuple[Path, ...] = ()
+    """Train across these scenes instead of on --data, which is then the held-out scene that evaluation renders: scene
+    folders, folders of such, and .txt files with a path (and a weight) a line."""
+    train_scene_max_side: int = 400
+    """Longest side in pixels that training scenes are shrunk to."""
+    train_source_views: tuple[int, int] = (3, 10)
+    """Training across scenes, the fewest and the most source views of a step."""
+    train_scenes_memory: float = 4.0
+    """Memory in GB for the pictures of training scenes; beyond it, those drawn longest ago are read again."""
 
     # Settings of the base class that mean nothing when every step draws its rays from one view kept in memory.
     train_num_images_to_sample_from: tyro.conf.Suppress[int] = -1
@@ -99,6 +120,8 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
                 raise UserError(f"{name.replace('_', '-')} {getattr(config, name)}: expected 1 or more")
         if not 0.0 < config.camera_res_scale_factor < float("inf"):
             raise UserError(f"camera-res-scale-factor {config.camera_res_scale_factor:g}: expected a positive number")
+        self.drawn: DrawnSources | None = None
+        self._near_far_of: dict[Path, tuple[float, float]] = {}
         # In "inference" mode the base class would read images at full size, whatever they were trained at, and leave
         # out the loaders that rendering needs. The set-up here reads no image, so there is nothing to save.
         super().__init__(
@@ -109,6 +132,7 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
             local_rank=local_rank,
             **kwargs,
         )
+        _ = self.train_mixture  # what is wrong with it is found before anything is read
         views, needed = len(self.train_dataset), config.num_source_views + 1
         if views < needed:
             raise UserError(
@@ -124,19 +148,55 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
     @cached_property
     def near_far(self) -> tuple[float, float]:
         """Nearest and farthest z-depth to sample; see `scene_near_far`."""
-        metadata = self.train_dataset.metadata
-        points = metadata.get("points3D_xyz")
-        if points is not None and "points3D_num_points2D" in metadata:
-            # Points that two views agree on may still be false matches; three rarely are.
-            points = points[metadata["points3D_num_points2D"] >= 3]
-        return scene_near_far(
-            self.source_bank,
-            hint=metadata.get("near_far"),
-            bounds=metadata.get("bounds"),
-            points=points,
-            near=self.config.near,
-            far=self.config.far,
-        )
+        return _near_far(self.train_dataset, self.source_bank, self.config.near, self.config.far)
+
+    @cached_property
+    def train_mixture(self) -> SceneMixture | None:
+        """The scenes to train across; None where it is the one scene.
+
+        Raises:
+            UserError: no scenes where some are named, or the held-out scene among them.
+        """
+        config = self.config
+        if not config.train_scenes:
+            return None
+        fewest, most = config.train_source_views
+        if not 2 <= fewest <= most:
+            raise UserError(f"--pipeline.datamanager.train-source-views {fewest} {most}: expected 2 <= fewest <= most")
+        if not config.train_scenes_memory > 0:
+            raise UserError(
+                f"--pipeline.datamanager.train-scenes-memory {config.train_scenes_memory:g}: expected a positive "
+                "number of GB"
+            )
+        scenes = list_scenes(config.train_scenes)
+        held_out = self.get_datapath().resolve()
+        if any(scene.path.resolve() == held_out for scene in scenes):
+            raise UserError(
+                f"{held_out} is held out for evaluation and among the training scenes: take it from "
+                "--pipeline.datamanager.train-scenes, or name another --data"
+            )
+        return SceneMixture(scenes, self._load_train_scene, int(config.train_scenes_memory * 2**30))
+
+    def _load_train_scene(self, path: Path) -> TrainScene:
+        """All views of a scene, shrunk to `train_scene_max_side`.
+
+        Raises:
+            UserError: it cannot be read, or has too few views.
+        """
+        outputs = AutoDataParserConfig(data=path, eval_mode="all").setup().get_dataparser_outputs(split="train")
+        needed = self.config.train_source_views[0] + 1
+        if len(outputs.image_filenames) < needed:
+            raise UserError(
+                f"{path} has {len(outputs.image_filenames)} views; expected at least {needed} to train across"
+            )
+        longest = int(max(outputs.cameras.width.max(), outputs.cameras.height.max()))
+        scale = min(1.0, self.config.train_scene_max_side / longest)
+        unlit = unlit_border(outputs.cameras, outputs.image_filenames, scale)
+        dataset = _dataset(outputs, scale, is_cut_out(outputs.image_filenames), unlit)
+        bank = SourceBank.from_dataset(dataset)
+        if path not in self._near_far_of:  # found by matching, maybe, which takes seconds
+            self._near_far_of[path] = _near_far(dataset, bank)
+        return TrainScene(dataset, bank, TargetPixels(dataset, bank), *self._near_far_of[path], read_depths(dataset))
 
     def create_train_dataset(self) -> InputDataset:
         return self._create_dataset(self.train_dataparser_outputs, "train")
@@ -148,12 +208,7 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
         if not isinstance(self.dataparser, (AutoDataParser, LLFFDataParser)):  # these two have checked
             check_outputs(outputs, split)
             scale_crop_radius(outputs.cameras, 1.0 / (getattr(self.dataparser, "downscale_factor", None) or 1))
-        if outputs.alpha_color is None:
-            # One background for sources, targets and metrics: without it RGBA images would reach the model.
-            outputs.alpha_color = torch.ones(3)
-        dataset = PhotoDataset(outputs, self.config.camera_res_scale_factor, self._cut_out)
-        _make_float32(dataset.cameras)
-        return dataset
+        return _dataset(outputs, self.config.camera_res_scale_factor, self._cut_out, self._unlit)
 
     @cached_property
     def _cut_out(self) -> bool:
@@ -165,6 +220,12 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
                 "only what is wholly transparent is left out"
             )
         return cut_out
+
+    @cached_property
+    def _unlit(self) -> np.ndarray | None:
+        """What a fisheye lens leaves black (`unlit_border`); the training views say so for all."""
+        outputs = self.train_dataparser_outputs
+        return unlit_border(outputs.cameras, outputs.image_filenames, self.config.camera_res_scale_factor)
 
     def setup_train(self) -> None:
         # The base class caches every image as float32 here. Only the sampler's number of rays is read, and ns-export
@@ -179,6 +240,8 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
     def next_train(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
         """Rays of one training view, drawn at random, with that view's nearest others as sources."""
         self.train_count += 1
+        if self.train_mixture is not None:
+            return self._next_of(self.train_mixture.draw())
         view, rows, columns, colours = self._train_pixels.draw(self.get_train_rays_per_batch())
         sources = self.source_bank.nearest(
             self.source_bank.camera_to_world[view],
@@ -188,6 +251,24 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
             spare=self.config.spare_source_views,
         )
         return self._batch(self.train_dataset.cameras, view, rows, columns, colours, sources)
+
+    def _next_of(self, scene: TrainScene) -> tuple[RayBundle, dict[str, Tensor]]:
+        """Rays of one view of a scene to train across. Its sources, with their colours changed, are then `drawn`."""
+        view, rows, columns, colours = scene.pixels.draw(self.get_train_rays_per_batch())
+        fewest, most = self.config.train_source_views
+        spare = int(torch.randint(0, 3, ())) ** 2  # 0, 1 or 4: sparser views, too
+        count = min(int(torch.randint(fewest, most + 1, ())), len(scene.bank) - 1)
+        sources = scene.bank.nearest(
+            scene.bank.camera_to_world[view], count, exclude=view, exclude_same_pose=True, spare=spare
+        )
+        ray_bundle, batch = self._batch(scene.dataset.cameras, view, rows, columns, colours, sources)
+        change, views = Photometric.draw(), scene.bank.gather(sources, self.device)
+        self.drawn = DrawnSources(views._replace(images=change(views.images)), *jittered(scene.near, scene.far))
+        batch["image"] = change(batch["image"])
+        depths = scene.depths[view]
+        if depths is not None:
+            batch["depth"] = depths[rows, columns].to(self.device)
+        return ray_bundle, batch
 
     def next_eval(self, step: int) -> tuple[RayBundle, dict[str, Tensor]]:
         """Rays of one held-out view, drawn at random, with its nearest training views as sources."""
@@ -213,67 +294,38 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
         return ray_bundle.to(self.device), {key: value.to(self.device) for key, value in batch.items()}
 
     @cached_property
-    def _train_pixels(self) -> _TargetPixels:
-        return _TargetPixels(self.train_dataset, self.source_bank)
+    def _train_pixels(self) -> TargetPixels:
+        return TargetPixels(self.train_dataset, self.source_bank)
 
     @cached_property
-    def _eval_pixels(self) -> _TargetPixels:
-        return _TargetPixels(self.eval_dataset)
+    def _eval_pixels(self) -> TargetPixels:
+        return TargetPixels(self.eval_dataset)
 
     @cached_property
     def _eval_poses(self) -> Float[Tensor, "n 4 4"]:
         return opencv_cameras(self.eval_dataset.cameras)[1]
 
 
-class _TargetPixels:
-    """Draws pixels of one view at a time, every view once before any comes again.
-
-    Args:
-        dataset: the target views.
-        bank: the same views as sources: where it has not changed the pixels, they are not kept twice.
-
-    Raises:
-        UserError: no pixel is inside its mask.
-    """
-
-    def __init__(self, dataset: InputDataset, bank: SourceBank | None = None) -> None:
-        self.images: list[UInt8[Tensor, "h w 3"]] = []
-        self.usable: list[Int[Tensor, " m"] | None] = []
-        """Flat indices of the pixels inside the mask, or None for all."""
-        for index in range(len(dataset)):
-            if bank is not None and bank.pristine:
-                image = bank.images[index]
-                mask = None if bank.valid is None else bank.valid[index]
-            else:
-                pixels, mask = load_image(dataset, index)
-                image = torch.from_numpy(pixels)
-                mask = None if mask is None else torch.from_numpy(mask)
-            self.images.append(image)
-            self.usable.append(None if mask is None or bool(mask.all()) else _flat_indices(mask))
-        self.views = [index for index, usable in enumerate(self.usable) if usable is None or len(usable) > 0]
-        if not self.views:
-            raise UserError(
-                f"all {len(dataset)} views are masked throughout; expected masks that are white where a pixel may be "
-                "used, and a fisheye_crop_radius in pixels of the camera file's images"
-            )
-        self.queue: list[int] = []
-
-    def draw(self, count: int) -> tuple[int, Int[Tensor, " count"], Int[Tensor, " count"], UInt8[Tensor, "count 3"]]:
-        """View, rows, columns and colours of `count` pixels (with replacement), from torch's global generator."""
-        if not self.queue:
-            self.queue = [self.views[i] for i in torch.randperm(len(self.views)).tolist()]
-        view = self.queue.pop()
-        image, usable = self.images[view], self.usable[view]
-        height, width = image.shape[:2]
-        if usable is None:
-            pixels = torch.randint(height * width, (count,))
-        else:
-            pixels = usable[torch.randint(len(usable), (count,))].long()
-        return view, pixels // width, pixels % width, image.view(-1, 3)[pixels]
+def _near_far(
+    dataset: InputDataset, bank: SourceBank, near: float | None = None, far: float | None = None
+) -> tuple[float, float]:
+    metadata = dataset.metadata
+    points = metadata.get("points3D_xyz")
+    if points is not None and "points3D_num_points2D" in metadata:
+        # Points that two views agree on may still be false matches; three rarely are.
+        points = points[metadata["points3D_num_points2D"] >= 3]
+    return scene_near_far(
+        bank, hint=metadata.get("near_far"), bounds=metadata.get("bounds"), points=points, near=near, far=far
+    )
 
 
-def _flat_indices(mask: Bool[Tensor, "h w"]) -> Int[Tensor, " m"]:
-    return mask.flatten().nonzero()[:, 0].int()
+def _dataset(outputs: DataparserOutputs, scale_factor: float, cut_out: bool, unlit: np.ndarray | None) -> InputDataset:
+    if outputs.alpha_color is None:
+        # One background for sources, targets and metrics: without it RGBA images would reach the model.
+        outputs.alpha_color = torch.ones(3)
+    dataset = PhotoDataset(outputs, scale_factor, cut_out, unlit)
+    _make_float32(dataset.cameras)
+    return dataset
 
 
 def _make_float32(cameras: Cameras) -> None:

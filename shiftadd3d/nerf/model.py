@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,10 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from shiftadd3d._errors import UserError
 from shiftadd3d.models.gnt import Cameras as PinholeCameras
 from shiftadd3d.models.gnt import GNTConfig, GNTModel, SourceViews
+from shiftadd3d.nerf.feature_cache import FeatureCache
 from shiftadd3d.nerf.foreign_rays import group_rays
-from shiftadd3d.nerf.source_bank import PROJECTIONS, SourceBank, mend_fisheye_rays, opencv_cameras
+from shiftadd3d.nerf.source_bank import PROJECTIONS, DrawnSources, SourceBank, mend_fisheye_rays, opencv_cameras
+from shiftadd3d.nerf.source_bank import SourceViews as BankViews
 from shiftadd3d.nerf.warm_start import load_dense_weights
 from shiftadd3d.nn import MoE, Recipe, collect_moe_losses, recipe, reparameterize_, router_statistics
 
@@ -65,6 +68,11 @@ class GNTNerfModelConfig(ModelConfig):
     """Weight of the mixture's latency-aware load-balancing loss."""
     proposal_loss_mult: float = 0.5
     """Weight of the colour error of the plane sweep's own blend."""
+    depth_loss_mult: float = 0.002
+    """Weight of the plane sweep's cross entropy to true depths, for training scenes that have depth maps."""
+    color_error: Literal["mse", "rmse"] = "mse"
+    """What colour losses are: the mean squared error, or its root, under which hard scenes weigh no more than easy
+    ones."""
     num_samples: int = 64
     """Samples a ray for the transformers."""
     num_importance: int = 0
@@ -99,7 +107,9 @@ class GNTNerfModel(Model):
         self.register_buffer("near_far", torch.tensor([float("nan"), float("nan")]))
         self._bank: SourceBank | None = None
         self._num_source_views = 0
+        self._drawn: Callable[[], DrawnSources | None] = lambda: None
         self._encoded: tuple[tuple[int, ...], SourceViews] | None = None
+        self._features = FeatureCache()
         self._lpips: LearnedPerceptualImagePatchSimilarity | None = None
         self._lpips_missing = False
 
@@ -136,7 +146,7 @@ class GNTNerfModel(Model):
         """
         self.stage = 2
         self._reparameterized(self.gnt)
-        self._encoded = None
+        self._forget_features()
         mixtures = (module for module in self.gnt.modules() if isinstance(module, MoE))
         return {
             copied: original
@@ -156,13 +166,28 @@ class GNTNerfModel(Model):
         # In place: under DDP the parameters are already being watched.
         self.gnt.load_state_dict(self._reparameterized(gnt).state_dict())
 
-    def set_sources(self, bank: SourceBank, num_source_views: int) -> None:
-        """Hand over the source views. They are data, not weights: they stay out of the state dict."""
-        self._bank, self._num_source_views = bank, num_source_views
+    def set_sources(
+        self,
+        bank: SourceBank,
+        num_source_views: int,
+        drawn: Callable[[], DrawnSources | None] = lambda: None,
+    ) -> None:
+        """Hand over the source views. They are data, not weights: they stay out of the state dict.
+
+        Args:
+            bank: the views that cameras are rendered from.
+            num_source_views: how many of them, for each camera.
+            drawn: in training, what the rays drawn last are to be rendered from if that is another scene.
+        """
+        self._bank, self._num_source_views, self._drawn = bank, num_source_views, drawn
+        self._forget_features()
+
+    def _forget_features(self) -> None:
         self._encoded = None
+        self._features.clear()
 
     def train(self, mode: bool = True) -> GNTNerfModel:
-        self._encoded = None  # features of weights that are about to change
+        self._forget_features()  # of weights that are about to change
         return super().train(mode)
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
@@ -181,12 +206,20 @@ class GNTNerfModel(Model):
         if not torch.is_grad_enabled() and self._encoded is not None and self._encoded[0] == key:
             return self._encoded[1]
         views = self._get_bank().gather(ids, self.device)
-        sources = self.gnt.encode(
-            views.images, PinholeCameras(views.intrinsics, views.camera_to_world), views.valid, views.empty
-        )
-        if not self.training and not torch.is_grad_enabled():
-            self._encoded = (key, sources)
+        if self.training or torch.is_grad_enabled():
+            return self._encode(views)
+
+        def compute(missing: list[int]) -> tuple[Tensor, Tensor]:
+            return self.gnt.features(views.images[[key.index(view) for view in missing]])
+
+        cameras = PinholeCameras(views.intrinsics, views.camera_to_world)
+        sources = SourceViews(views.images, cameras, self._features.maps(key, compute), views.valid, views.empty)
+        self._encoded = (key, sources)
         return sources
+
+    def _encode(self, views: BankViews) -> SourceViews:
+        cameras = PinholeCameras(views.intrinsics, views.camera_to_world)
+        return self.gnt.encode(views.images, cameras, views.valid, views.empty)
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
         """Render rays.
@@ -202,13 +235,18 @@ class GNTNerfModel(Model):
         """
         if "source_ids" not in ray_bundle.metadata:
             return self._get_outputs_by_group(ray_bundle)
+        drawn = self._drawn() if self.training else None
+        if drawn is None:
+            sources, near_far = self._sources(ray_bundle.metadata["source_ids"][0]), self.near_far
+        else:
+            sources, near_far = self._encode(drawn.views), self.near_far.new_tensor([drawn.near, drawn.far])
         return self._render(
-            self._sources(ray_bundle.metadata["source_ids"][0]),
+            sources,
             ray_bundle.origins,
             ray_bundle.directions,
             # Rays whose length counts z depth: near and far are planes.
             ray_bundle.metadata["directions_norm"],
-            *self.near_far.expand(len(ray_bundle), 2).unbind(dim=1),
+            *near_far.expand(len(ray_bundle), 2).unbind(dim=1),
         )
 
     @torch.no_grad()
@@ -251,22 +289,35 @@ class GNTNerfModel(Model):
             for name in ("coarse", "proposal"):
                 if out.get(name):
                     outputs[f"rgb_{name}"] = out[name]["rgb"]
+            if out["proposal"]:
+                outputs["proposal"] = out["proposal"]
         return outputs
 
     def get_loss_dict(
         self, outputs: dict[str, Any], batch: dict[str, Any], metrics_dict: dict[str, Any] | None = None
     ) -> dict[str, Tensor]:
         image = batch["image"].to(self.device)
-        loss_dict = {"rgb_loss": F.mse_loss(outputs["rgb"], image)}
+        loss_dict = {"rgb_loss": self._color_error(outputs["rgb"], image)}
         if "rgb_coarse" in outputs:
-            loss_dict["coarse_loss"] = F.mse_loss(outputs["rgb_coarse"], image)
+            loss_dict["coarse_loss"] = self._color_error(outputs["rgb_coarse"], image)
         if "rgb_proposal" in outputs:
-            loss_dict["proposal_loss"] = self.config.proposal_loss_mult * F.mse_loss(outputs["rgb_proposal"], image)
+            loss_dict["proposal_loss"] = self.config.proposal_loss_mult * self._color_error(
+                outputs["rgb_proposal"], image
+            )
+        if "depth" in batch and "proposal" in outputs:
+            proposal = outputs["proposal"]
+            loss_dict["depth_loss"] = self.config.depth_loss_mult * depth_cross_entropy(
+                proposal["weights"], proposal["sample_depths"], batch["depth"].to(self.device)
+            )
         if self.training:
             if self._has_mixtures:
                 loss_dict["balance_loss"] = self.config.balance_loss_mult * collect_moe_losses(self.gnt)
             _check_finite(loss_dict)
         return loss_dict
+
+    def _color_error(self, rgb: Tensor, image: Tensor) -> Tensor:
+        error = F.mse_loss(rgb, image)
+        return error if self.config.color_error == "mse" else (error + 1e-5).sqrt()
 
     @property
     def _has_mixtures(self) -> bool:
@@ -349,6 +400,28 @@ class GNTNerfModel(Model):
             # Not a submodule: its weights belong in no checkpoint.
             object.__setattr__(self, "_lpips", lpips.eval().requires_grad_(False))
         return self._lpips
+
+
+def depth_cross_entropy(
+    weights: Float[Tensor, "rays planes"], depths: Float[Tensor, "rays planes"], truth: Float[Tensor, " rays"]
+) -> Tensor:
+    """Cross entropy of a plane sweep's weights to the planes around the true surface; a scalar.
+
+    The truth is spread over the planes next to it by a Gaussian in inverse depth, as wide as the planes are apart, so
+    that a surface between two of them belongs to both.
+
+    Args:
+        weights: of the planes, which sum to one.
+        depths: z depths of the planes, increasing.
+        truth: z depth of the surface; rays where it is 0, or beyond the planes, do not count.
+    """
+    inside = (truth >= depths[:, 0]) & (truth <= depths[:, -1])
+    inverse = 1.0 / depths
+    spacing = (inverse[:, :1] - inverse[:, -1:]) / (depths.shape[1] - 1)
+    offset = (inverse - 1.0 / truth.clamp(min=1e-6)[:, None]) / spacing
+    target = torch.softmax(-0.5 * offset.square(), dim=-1)
+    entropy = -(target * weights.clamp(min=1e-5).log()).sum(dim=-1)
+    return (entropy * inside).sum() / inside.sum().clamp(min=1)
 
 
 def _check_finite(loss_dict: dict[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 import torch
 from jaxtyping import Bool, UInt8
@@ -207,6 +208,50 @@ def crop_circle(cameras: Cameras, index: int) -> Bool[np.ndarray, "h w"] | None:
     return np.hypot(x, y[:, None]) < radius
 
 
+_DARK = 8
+"""Of 255: black, but for the noise of a JPEG."""
+_FEWEST_DARK = 5
+"""Photos: what only a few of them show black may be the scene."""
+
+
+def unlit_border(cameras: Cameras, paths: Sequence[Path], scale: float = 1.0) -> Bool[np.ndarray, "h w"] | None:
+    """True at pixels within the circle of a fisheye lens that no light has reached in any photo.
+
+    The circle of a camera file often reaches beyond the lens's own, or beyond the sensor. What is black in every photo,
+    and joined to the outside of the circle, is lens and no scene.
+
+    Args:
+        cameras: of the training views, not scaled; those of a lens have one size and one principal point.
+        paths: their photos.
+        scale: of the pictures that the outcome is for.
+
+    Returns:
+        [h, w], or None where there is no circle, no such pixel, no single lens, or too few photos to tell.
+
+    Raises:
+        UserError: what `read_photo` refuses, and a radius that is no positive number.
+    """
+    scale_crop_radius(cameras, 1.0)  # refuses what is no radius
+    lens = torch.cat([cameras.width, cameras.height, cameras.cx, cameras.cy], dim=-1)
+    circle = crop_circle(cameras, 0)
+    if circle is None or len(paths) < _FEWEST_DARK or bool((lens != lens[0]).any()):
+        return None
+    size = int(cameras.width[0]), int(cameras.height[0])
+    dark = np.ones((size[1], size[0]), dtype=bool)
+    for path in paths:
+        try:
+            dark &= read_photo(path, size)[..., :3].max(axis=-1) <= _DARK
+        except UNREADABLE as error:
+            if isinstance(error, UserError):
+                raise
+            continue  # whoever reads all of them names all of them
+    labels = cv2.connectedComponents((dark | ~circle).astype(np.uint8), connectivity=4)[1]
+    unlit = circle & np.isin(labels, np.unique(labels[~circle]))
+    if not unlit.any():
+        return None
+    return np.array(Image.fromarray(unlit).resize(_scaled(size, scale), resample=Image.Resampling.NEAREST))
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # What alpha means
 # --------------------------------------------------------------------------------------------------------------------
@@ -258,15 +303,22 @@ class PhotoDataset(InputDataset):
         scale_factor: of the pictures.
         cut_out: whether alpha says where the scene ends (see `is_cut_out`). Otherwise colours are taken as they are,
             and alpha of zero is a mask.
+        unlit: what the lens leaves black (see `unlit_border`), of the pictures' size.
 
     Raises:
         UserError: on reading, a file whose header is all that is good about it, and what `read_photo` and `read_mask`
             refuse.
     """
 
-    def __init__(self, outputs: DataparserOutputs, scale_factor: float = 1.0, cut_out: bool = True) -> None:
+    def __init__(
+        self,
+        outputs: DataparserOutputs,
+        scale_factor: float = 1.0,
+        cut_out: bool = True,
+        unlit: Bool[np.ndarray, "h w"] | None = None,
+    ) -> None:
         super().__init__(outputs, scale_factor)
-        self.cut_out = cut_out
+        self.cut_out, self.unlit = cut_out, unlit
         scale_crop_radius(self.cameras, scale_factor)
 
     def get_numpy_image(self, image_idx: int) -> UInt8[np.ndarray, "h w c"]:
@@ -284,6 +336,8 @@ class PhotoDataset(InputDataset):
         try:
             image = self.get_image_float32(image_idx) if image_type == "float32" else self.get_image_uint8(image_idx)
             mask = crop_circle(self.cameras, image_idx)
+            if mask is not None and self.unlit is not None and self.unlit.shape == mask.shape:
+                mask &= ~self.unlit
             if not self.cut_out and (photo := self._read(image_idx)).shape[-1] == 4:
                 use = photo[..., 3] > 0
                 mask = use if mask is None else use & mask

@@ -61,7 +61,9 @@ class GNTPipeline(VanillaPipeline):
         if on_cpus:
             self.world_size = world_size
             self._model = cast(Model, DistributedDataParallel(self._model, find_unused_parameters=True))
-        self.model.set_sources(self.datamanager.source_bank, config.datamanager.num_source_views)
+        self.model.set_sources(
+            self.datamanager.source_bank, config.datamanager.num_source_views, lambda: self.datamanager.drawn
+        )
         if test_mode == "val":  # training; otherwise a checkpoint brings the range and the weights
             self.model.near_far.copy_(torch.tensor(self.datamanager.near_far))
             if config.warm_start is not None:

@@ -171,6 +171,14 @@ class SourceViews(NamedTuple):
     """True at pixels whose photo is wholly transparent: nothing but background; None if none is."""
 
 
+class DrawnSources(NamedTuple):
+    """What the rays drawn last are to be rendered from, training across scenes."""
+
+    views: SourceViews
+    near: float
+    far: float
+
+
 class SourceBank:
     """The training views as undistorted images and pinhole cameras. A plain object: it stays out of state dicts.
 

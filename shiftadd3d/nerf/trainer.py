@@ -13,6 +13,7 @@ import shlex
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,6 +29,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from shiftadd3d._claim import release, try_claim
 from shiftadd3d._errors import UserError
 from shiftadd3d._progress import Steps, progress
+from shiftadd3d.nerf.averaging import WeightAverage
 from shiftadd3d.nerf.checkpoint import RunScene, latest_checkpoint, read_checkpoint, scene_of, stage_of, step_of
 from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
 from shiftadd3d.nerf.distributed import check_processes, from_first_process, is_first_process, join_processes
@@ -46,6 +48,10 @@ class GNTTrainerConfig(TrainerConfig):
     max_num_iterations: int = 1_000_000
     """Steps of the whole run, at the end of which the learning rates are down. Going on from a checkpoint, its steps
     count: an interrupted run does the rest. One that has as many steps already does so many more."""
+
+    average_weights: float = 0.0
+    """Evaluate and keep a moving average of the weights, of which so large a share stays in each step (0.995, say): it
+    is better than the weights themselves where steps are noisy. 0: no average."""
 
     # No fields: they are about this process, not about the run.
     _trains = False
@@ -169,8 +175,10 @@ class GNTTrainer(Trainer):
     config: GNTTrainerConfig
     pipeline: GNTPipeline
     _stage_of_checkpoint = 1
+    _training_state: dict[str, Any] | None = None
     _saved_step: int | None = None
     _steps: Steps | None = None
+    _average: WeightAverage | None = None
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         # Whatever is wrong is found before minutes go into reading images.
@@ -201,6 +209,7 @@ class GNTTrainer(Trainer):
         state = None if path is None else read_checkpoint(path)
         if path is not None:
             self._check_scene(path)
+        self._training_state = None if state is None else state.get("training")
         self._stage_of_checkpoint = 1 if state is None else stage_of(state["pipeline"])
         done = 0 if state is None else state["step"] + 1
         if config.max_num_iterations < 1:
@@ -262,6 +271,17 @@ class GNTTrainer(Trainer):
                 f"{self.config.load_dir or self.config.load_checkpoint}: the optimizers' state is not this method's "
                 f"({reason}); expected a checkpoint of an earlier run of the same method"
             ) from None
+        self._restart_average()
+        if self._average is not None and self._training_state is not None:
+            self._average.go_on(self._training_state)
+        self._training_state = None
+
+    def _restart_average(self) -> None:
+        decay = self.config.average_weights
+        self._average = WeightAverage(self.pipeline.model.gnt, decay) if decay else None
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._average is None else self._average.in_place()
 
     def setup_optimizers(self) -> Optimizers:
         config = self.config
@@ -327,13 +347,15 @@ class GNTTrainer(Trainer):
             self._enter_second_stage()
             CONSOLE.print(f"Second stage from step {step}: linear layers become what {model.config.recipe} says")
         result = super().train_iteration(step)
+        if self._average is not None:
+            self._average.update()
         if self._steps is not None:
             shown = step % self.config.logging.steps_per_log == 0  # a GPU is waited for
             self._steps.advance(status=f"loss {result[0].item():.4f}" if shown else None)
         return result
 
     def eval_iteration(self, step: int) -> None:
-        with contextlib.nullcontext() if self._steps is None else self._steps.aside():
+        with contextlib.nullcontext() if self._steps is None else self._steps.aside(), self._averaged():
             super().eval_iteration(step)
 
     def _enter_second_stage(self) -> None:
@@ -349,6 +371,7 @@ class GNTTrainer(Trainer):
                 for copied, original in copies.items():
                     if original in optimizer.state:
                         optimizer.state[copied] = copy.deepcopy(optimizer.state[original])
+            self._restart_average()  # of layers that it does not know
 
     @check_main_thread
     def save_checkpoint(self, step: int) -> None:
@@ -357,13 +380,18 @@ class GNTTrainer(Trainer):
         # Beside the folder, not in it: nerfstudio reads a step from every name in there.
         unfinished = self.base_dir / f"{path.name}.unfinished"
         pipeline = self.pipeline
+        with self._averaged():
+            weights = getattr(pipeline, "module", pipeline).state_dict()
+            weights = {name: value.clone() if torch.is_tensor(value) else value for name, value in weights.items()}
         state = {
             "step": step,
-            "pipeline": getattr(pipeline, "module", pipeline).state_dict(),
+            "pipeline": weights,
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.optimizers.items()},
             "schedulers": {name: scheduler.state_dict() for name, scheduler in self.optimizers.schedulers.items()},
             "scalers": self.grad_scaler.state_dict(),
         }
+        if self._average is not None:
+            state["training"] = self._average.training_state()
         try:
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
             with unfinished.open("wb") as file:

@@ -397,6 +397,37 @@ def test_a_circle_shrinks_with_the_pictures(write_scene, tmp_path, parser):
     np.testing.assert_array_equal(data.eval_dataset[0]["mask"][..., 0].numpy(), expected)
 
 
+def blacken(scene, where: np.ndarray, names: slice = slice(None)) -> None:
+    """Make some pixels of some photos black."""
+    for path in sorted((scene / "images").iterdir())[names]:
+        pixels = np.array(Image.open(path)) | 16  # noise has black pixels of its own
+        pixels[where] = 0
+        Image.fromarray(pixels).save(path)
+
+
+def test_what_a_lens_leaves_black_in_all_photos_is_no_scene_though_the_circle_holds_it(write_scene, tmp_path):
+    scene = edit_scene(write_scene["nerfstudio"](tmp_path), **CIRCLE)
+    below = np.zeros((16, 24), dtype=bool)
+    below[10:] = True  # reaches the circle's edge
+    spot = np.zeros((16, 24), dtype=bool)
+    spot[6:8, 10:13] = True  # black in every photo as well, but in the middle of the picture
+    blacken(scene, below | spot)
+    data = manager(scene)
+    expected = torch.from_numpy(inside_circle(24, 16, 11.0, 7.5, 6.0) & ~below)
+    torch.testing.assert_close(data.next_eval_image(0)[1]["mask"][..., 0], expected)
+    _, rows, columns = data.next_train(0)[1]["indices"].T
+    assert bool(expected[rows, columns].all())
+
+
+def test_what_one_photo_shows_is_scene(write_scene, tmp_path):
+    scene = edit_scene(write_scene["nerfstudio"](tmp_path), **CIRCLE)
+    below = np.zeros((16, 24), dtype=bool)
+    below[10:] = True
+    blacken(scene, below, slice(1, None))  # dark in all but the first
+    mask = manager(scene).next_eval_image(0)[1]["mask"][..., 0]
+    torch.testing.assert_close(mask, torch.from_numpy(inside_circle(24, 16, 11.0, 7.5, 6.0)))
+
+
 @pytest.mark.parametrize("radius", [0, -3.0, "wide", True, [38.0], float("inf")])
 def test_a_circle_without_a_radius_is_refused(write_scene, tmp_path, radius):
     scene = edit_scene(write_scene["nerfstudio"](tmp_path), **{**CIRCLE, "fisheye_crop_radius": radius})

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shiftadd3d.kernels.color_blend import blend, color_blend
 from shiftadd3d.kernels.numerics import uses_kernels
+from shiftadd3d.kernels.plane_sweep import view_agreement
 from shiftadd3d.kernels.view_embedding import view_moments
 from shiftadd3d.models.gnt.fused import is_free, weights_and_biases
 from shiftadd3d.models.gnt.projection import PointSamples
@@ -37,16 +38,17 @@ class ImageColorHead(nn.Module):
         hidden = width // 2
         self.consistency_fc = nn.Linear(2 * channels + 1, width)
         self.point_fc = nn.Linear(width, hidden)
-        self.view_fc = nn.Linear(channels + 4, hidden)
+        self.view_fc = nn.Linear(2 * channels + 4, hidden)
         self.view_logit_fc = nn.Linear(hidden, 1)
         self.sample_logit_fc = nn.Linear(width, 1)
-        # Logits per unit of (1 - cosine) and per unit of colour deviation; see the class docstring.
-        self.angle_scale = nn.Parameter(torch.tensor(20.0))
-        self.agreement_scale = nn.Parameter(torch.tensor(20.0))
+        # Logarithms of logits per unit of (1 - cosine) and per unit of colour deviation; see the class docstring. The
+        # numbers themselves are so large that an optimizer's small steps would hardly change them.
+        self.log_angle_scale = nn.Parameter(torch.tensor(20.0).log())
+        self.log_agreement_scale = nn.Parameter(torch.tensor(40.0).log())
         self.regressed_scale = nn.Parameter(torch.zeros(()))
-        for fc in (self.view_logit_fc, self.sample_logit_fc):
-            nn.init.zeros_(fc.weight)
-            nn.init.zeros_(fc.bias)
+        nn.init.zeros_(self.view_logit_fc.bias)
+        nn.init.zeros_(self.sample_logit_fc.weight)
+        nn.init.zeros_(self.sample_logit_fc.bias)
 
     def consistency(self, samples: PointSamples) -> Tensor:
         """How well the views agree at each sample, as a feature added to the initial query, [R, S, width]."""
@@ -64,15 +66,18 @@ class ImageColorHead(nn.Module):
             rgb [R, 3] and weights [R, S], which sum to one.
         """
         mask = samples.mask[..., 0]
-        scales = (self.angle_scale, self.agreement_scale)
+        scales = (self.log_angle_scale.exp(), self.log_agreement_scale.exp())
         plain = None
         if uses_kernels("color_blend", x, samples.values) and is_free(self.children()):
             plain = weights_and_biases((self.point_fc, self.view_fc, self.view_logit_fc, self.sample_logit_fc))
         if plain is not None:
             rgb, weights = color_blend(x, samples.values, samples.ray_diff, mask, *plain, *scales)
         else:
-            view_input = torch.cat([samples.values, samples.ray_diff], dim=-1)
+            cosine = samples.ray_diff[..., 3]
+            mean, deviation = view_agreement(samples.values, cosine, mask, scales[0])
+            apart = (samples.values - mean.unsqueeze(-2)).abs()
+            view_input = torch.cat([samples.values, samples.ray_diff, apart], dim=-1)
             view_logits = self.view_logit_fc(F.relu(self.point_fc(x)[:, :, None] + self.view_fc(view_input)))[..., 0]
             sample_logits = self.sample_logit_fc(x)[..., 0]
-            rgb, weights = blend(view_logits, sample_logits, samples.rgb, samples.ray_diff[..., 3], mask, *scales)
+            rgb, weights = blend(view_logits, sample_logits, samples.values, cosine, mask, deviation, *scales)
         return rgb + self.regressed_scale * regressed, weights

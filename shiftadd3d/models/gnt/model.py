@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,9 @@ class GNTConfig:
     """Depths a ray at which a plane sweep looks first, to propose the samples for the transformers; 0: no proposal."""
     proposal_features: int = 8
     """Feature channels the plane sweep compares."""
+    canonical: bool = False
+    """Show the network positions and directions in a frame of the ray's own (`canonical_frame`) instead of the world's,
+    so that its weights serve scenes of any origin, orientation and scale."""
 
 
 class GNTModel(nn.Module):
@@ -82,11 +86,19 @@ class GNTModel(nn.Module):
             valid: [V, H, W] bool, or None.
             empty: [V, H, W] bool, or None.
         """
-        features = self.feature_net(images.permute(0, 3, 1, 2))
-        if not torch.is_grad_enabled():
-            # Every chunk of rays looks up points in them, and kernels want a pixel's channels side by side.
-            features = tuple(maps.contiguous(memory_format=torch.channels_last) for maps in features)
-        return SourceViews(images, cameras, features, valid, empty)
+        return SourceViews(images, cameras, self.features(images), valid, empty)
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Feature maps of source images [V, H, W, 3] for the coarse and the fine network, each [V, C, H/4, W/4].
+
+        Every image is normalised by itself: its maps do not depend on the others.
+        """
+        coarse, fine = self.feature_net(images.permute(0, 3, 1, 2))
+        if torch.is_grad_enabled():
+            return coarse, fine
+        # Every chunk of rays looks up points in them, and kernels want a pixel's channels side by side.
+        coarse = coarse.contiguous(memory_format=torch.channels_last)
+        return coarse, coarse if self.config.single_net else fine.contiguous(memory_format=torch.channels_last)
 
     def forward(
         self,
@@ -118,6 +130,11 @@ class GNTModel(nn.Module):
             and the first pass's under `coarse`. Under `proposal` the plane sweep's, if there is one.
         """
         near, far = (torch.as_tensor(x).to(origins).expand(origins.shape[0]) for x in (near, far))
+        unit = torch.ones((), dtype=origins.dtype, device=origins.device)
+        if self.config.canonical and len(origins):
+            unit = (0.5 / near + 0.5 / far).mean().reciprocal()
+            sources, origins, directions = canonical_frame(sources, origins, directions, unit)
+            near, far = near / unit, far / unit
         rays = (sources, origins, directions)
         proposed: dict[str, Any] = {}
         if self.proposal is None:
@@ -126,30 +143,31 @@ class GNTModel(nn.Module):
             planes = sample_depths(
                 near, far, self.config.proposal_samples, inverse_depth=inverse_depth, stratified=stratified
             )
-            proposed = self._propose(self.proposal, *rays, planes)
+            proposed = _outputs(*self._propose(self.proposal, *rays, planes), planes, unit)
             depths = sample_around(planes, proposed["weights"], num_samples, stratified=stratified)
-        outputs = self._render(self.net_coarse, *rays, depths, sources.features[0])
+        coarse = self._render(self.net_coarse, *rays, depths, sources.features[0])
+        outputs = _outputs(*coarse, depths, unit)
         if num_importance == 0:
             return {**outputs, "proposal": proposed}
         depths = sample_importance(
             depths, outputs["weights"], num_importance, inverse_depth=inverse_depth, stratified=stratified
         )
         net = self.net_coarse if self.net_fine is None else self.net_fine
-        return {**self._render(net, *rays, depths, sources.features[1]), "coarse": outputs, "proposal": proposed}
+        fine = self._render(net, *rays, depths, sources.features[1])
+        return {**_outputs(*fine, depths, unit), "coarse": outputs, "proposal": proposed}
 
     @staticmethod
     def _render(
         net: GNT, sources: SourceViews, origins: Tensor, directions: Tensor, depths: Tensor, feature_maps: Tensor
-    ) -> dict[str, Any]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         points = origins[:, None] + depths[..., None] * directions[:, None]
         samples = sample_sources(points, origins, sources, feature_maps)
-        rgb, weights = net(samples, points, directions)
-        return _outputs(rgb, weights, samples.mask[..., 0].any(dim=-1), depths)
+        return *net(samples, points, directions), samples.mask[..., 0].any(dim=-1)
 
     @staticmethod
     def _propose(
         proposal: PlaneSweepProposal, sources: SourceViews, origins: Tensor, directions: Tensor, planes: Tensor
-    ) -> dict[str, Any]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         points = origins[:, None] + planes[..., None] * directions[:, None]
         rgb, weights, seen = proposal.sweep(points, origins, sources)
         if sources.empty is not None:
@@ -157,10 +175,36 @@ class GNTModel(nn.Module):
             # Softly: a ray that misses it inside the hull of few views needs samples beside, which show the background.
             weights = weights * torch.exp(-_LOGIT_OF_EMPTY * empty_views(points, sources))
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-12)
-        return _outputs(rgb, weights, seen, planes)
+        return rgb, weights, seen
 
 
-def _outputs(rgb: Tensor, weights: Tensor, seen: Tensor, depths: Tensor) -> dict[str, Any]:
+def canonical_frame(
+    sources: SourceViews, origins: Tensor, directions: Tensor, unit: Tensor
+) -> tuple[SourceViews, Tensor, Tensor]:
+    """Sources and rays in a frame that means the same in every scene.
+
+    Its origin is where the rays start, its axes are those of the first source view (the nearest, as the source bank
+    lists them), and its unit of length is `unit`.
+
+    Args:
+        sources: V views.
+        origins, directions: [R, 3] each.
+        unit: scalar, in the world's units; a depth of so many counts 1.
+
+    Returns:
+        The same views; origins [R, 3], near zero; and directions [R, 3], as long as before.
+    """
+    poses = sources.cameras.camera_to_world
+    axes, centre = poses[0, :3, :3], origins.mean(dim=0)
+    moved = poses.clone()
+    moved[:, :3, :3] = axes.T @ poses[:, :3, :3]
+    moved[:, :3, 3] = (poses[:, :3, 3] - centre) @ axes / unit
+    cameras = Cameras(sources.cameras.intrinsics, moved)
+    return dataclasses.replace(sources, cameras=cameras), (origins - centre) @ axes / unit, directions @ axes
+
+
+def _outputs(rgb: Tensor, weights: Tensor, seen: Tensor, depths: Tensor, unit: Tensor) -> dict[str, Any]:
+    depths = depths * unit
     return {
         "rgb": rgb,
         "depth": (weights * depths).sum(dim=-1),

@@ -24,7 +24,7 @@ class PlaneSweepProposal(nn.Module):
         hidden_dim: width of the scoring network.
     """
 
-    def __init__(self, feature_dim: int, hidden_dim: int = 16) -> None:
+    def __init__(self, feature_dim: int, hidden_dim: int = 32) -> None:
         super().__init__()
         self.feature_dim = feature_dim
         # A sample is judged beside its two neighbours: agreement means little on a flat stretch, much at a dip.
@@ -32,8 +32,9 @@ class PlaneSweepProposal(nn.Module):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.score = nn.Sequential(nn.Linear(3 * (3 + feature_dim + 1), hidden_dim), nn.ReLU(), last)
-        self.angle_scale = nn.Parameter(torch.tensor(20.0))
-        self.agreement_scale = nn.Parameter(torch.tensor(20.0))
+        # Logarithms, for the reason that the colour head has.
+        self.log_angle_scale = nn.Parameter(torch.tensor(20.0).log())
+        self.log_agreement_scale = nn.Parameter(torch.tensor(60.0).log())
 
     def forward(self, samples: PointSamples) -> tuple[Tensor, Tensor]:
         """Colours and weights of rays.
@@ -45,9 +46,9 @@ class PlaneSweepProposal(nn.Module):
             rgb [R, 3] and weights [R, P], which sum to one.
         """
         mask = samples.mask[..., 0]
-        mean, deviation = view_agreement(samples.values, samples.ray_diff[..., 3], mask, self.angle_scale)
+        mean, deviation = view_agreement(samples.values, samples.ray_diff[..., 3], mask, self.log_angle_scale.exp())
         scores = self.score(sweep_evidence(deviation, mask))[..., 0]
-        return sweep_outcome(scores, mean, deviation, mask, self.agreement_scale)
+        return sweep_outcome(scores, mean, deviation, mask, self.log_agreement_scale.exp())
 
     def sweep(self, points: Tensor, origins: Tensor, sources: SourceViews) -> tuple[Tensor, Tensor, Tensor]:
         """Look up points in the source views, and judge them.
@@ -65,7 +66,14 @@ class PlaneSweepProposal(nn.Module):
             plain = weights_and_biases((self.score[0], self.score[2]))
             if plain is not None:
                 (hidden, last), (hidden_bias, last_bias) = plain
-                network = (hidden, hidden_bias, last, last_bias, self.angle_scale, self.agreement_scale)
+                network = (
+                    hidden,
+                    hidden_bias,
+                    last,
+                    last_bias,
+                    self.log_angle_scale.exp(),
+                    self.log_agreement_scale.exp(),
+                )
                 return plane_sweep(*scene_of(points, origins, sources, feature_maps), *network)
         samples = sample_sources(points, origins, sources, feature_maps[:, : self.feature_dim])
         return *self(samples), samples.mask[..., 0].any(dim=-1)

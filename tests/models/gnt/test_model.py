@@ -1,6 +1,7 @@
 """Rendering rays with the whole model."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -90,6 +91,7 @@ UNMOVED = ("attn.attn_fc.2.bias", "view_logit_fc.bias", "sample_logit_fc.bias", 
 
 @pytest.mark.parametrize("recipe", ["mult", "add+shift-attn+moe"])
 def test_a_step_of_training_moves_every_parameter(config, cameras, views, recipe):
+    torch.manual_seed(1)  # some layers have two hidden units: other seeds may begin with both of them dead
     model = GNTModel(config(single_net=False, **EXTRAS))
     with torch.no_grad():  # what starts at zero hides the gradients of what comes before it
         for parameter in model.parameters():
@@ -292,3 +294,42 @@ def test_rays_through_nothing_but_background_render_it(config, cameras):
         out = render(model, model.encode(color.repeat(4, 36, 40, 1), cameras(4), empty=empty), cameras)
     assert_well_formed(out, SAMPLES)
     torch.testing.assert_close(out["rgb"], color.expand(3, 3), atol=1e-6, rtol=0)
+
+
+def turned_and_scaled(cameras_, scale: float, shift: torch.Tensor) -> Cameras:
+    """The same cameras in a world that is turned, `scale` times as large and elsewhere."""
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(3)))[0]
+    turn = turn * torch.linalg.det(turn).sign()
+    moved = cameras_.camera_to_world.clone()
+    moved[..., :3, :3] = turn @ moved[..., :3, :3]
+    moved[..., :3, 3] = scale * cameras_.camera_to_world[..., :3, 3] @ turn.T + shift
+    return Cameras(cameras_.intrinsics, moved)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
+def test_a_canonical_network_renders_the_same_wherever_a_scene_lies_and_however_large_it_is(
+    config, cameras, views, scale
+):
+    model = GNTModel(config(canonical=True, **EXTRAS)).eval()
+    shift = scale * torch.tensor([5.0, -3.0, 2.0])
+    sources = views(model)
+    moved = dataclasses.replace(sources, cameras=turned_and_scaled(sources.cameras, scale, shift))
+    target = middle(cameras)
+    with torch.no_grad():
+        out = model(sources, *target.rays(PIXELS), NEAR, FAR, SAMPLES)
+        rays = turned_and_scaled(target, scale, shift).rays(PIXELS)
+        again = model(moved, *rays, scale * NEAR, scale * FAR, SAMPLES)
+    torch.testing.assert_close(again["rgb"], out["rgb"], rtol=0, atol=2e-3)
+    torch.testing.assert_close(again["depth"], scale * out["depth"], rtol=2e-3, atol=0)
+    assert_well_formed(out, SAMPLES)
+
+
+def test_a_network_that_is_not_canonical_sees_the_world(config, cameras, views):
+    model = GNTModel(config()).eval()
+    sources = views(model)
+    moved = dataclasses.replace(sources, cameras=turned_and_scaled(sources.cameras, 1.0, torch.zeros(3)))
+    target = middle(cameras)
+    with torch.no_grad():
+        out = model(sources, *target.rays(PIXELS), NEAR, FAR, SAMPLES)
+        again = model(moved, *turned_and_scaled(target, 1.0, torch.zeros(3)).rays(PIXELS), NEAR, FAR, SAMPLES)
+    assert not torch.allclose(again["weights"], out["weights"], atol=1e-4)

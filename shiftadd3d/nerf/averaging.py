@@ -1,0 +1,59 @@
+"""The moving average of a network's weights: what is evaluated and kept, while training goes on with the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from shiftadd3d._errors import UserError
+
+
+class WeightAverage:
+    """An exponential moving average beside a network (Polyak and Juditsky 1992; torch's `AveragedModel`).
+
+    Args:
+        network: whose weights are averaged.
+        decay: share of the average that stays in a step, 0 < decay < 1.
+
+    Raises:
+        UserError: another decay.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        if not 0.0 < decay < 1.0:
+            raise UserError(f"--average-weights {decay:g}: expected 0 < average-weights < 1, or 0 for no average")
+        self._network = network
+        # It copies the network as it is, and again at the first update.
+        self._average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def update(self) -> None:
+        """Take the network's weights in, after a step of the optimizer."""
+        self._average.update_parameters(self._network)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the network have the averaged weights for a while."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        pairs = zip(self._network.parameters(), self._average.module.parameters(), strict=True)
+        for own, averaged in pairs:
+            own.data, averaged.data = averaged.data, own.data
+
+    def training_state(self) -> dict[str, Any]:
+        """What going on takes beside the averaged weights, to be asked for outside of `in_place`."""
+        return {"weights": self._network.state_dict(), "updates": int(self._average.n_averaged)}
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Take the network's weights for the average, and `training_state`'s for the network."""
+        self._average.module.load_state_dict(self._network.state_dict())
+        self._average.n_averaged.fill_(state["updates"])
+        self._network.load_state_dict(state["weights"])
