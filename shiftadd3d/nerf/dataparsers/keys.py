@@ -47,6 +47,13 @@ _GROUPS: list[tuple[Literal["heeded", "harmless", "refused"], str, str, str]] = 
     ("heeded", "is_fisheye", "true is camera_model OPENCV_FISHEYE", "instant-ngp"),
     ("heeded", "fisheye_crop_radius", "pixels farther from the centre of a fisheye picture are not used", "nerfstudio"),
     ("heeded", "mask_path", "white where a pixel may be used; frames without one use all pixels", "nerfstudio"),
+    (
+        "heeded",
+        "depth_file_path depth_unit_scale_factor",
+        "true z depths to train by, and their unit (a thousandth): where all frames have them, and read only to train "
+        "across scenes",
+        "nerfstudio",
+    ),
     ("heeded", "train_filenames val_filenames test_filenames", "which views are in which split", "nerfstudio"),
     ("heeded", "orientation_override", "how to turn the scene: up, vertical, pca or none", "nerfstudio, Polycam"),
     (
@@ -123,9 +130,9 @@ _GROUPS: list[tuple[Literal["heeded", "harmless", "refused"], str, str, str]] = 
     ("harmless", "enable_ray_loading", "files of rays are refused where there are any", "instant-ngp"),
     (
         "harmless",
-        "enable_depth_loading integer_depth_scale depth_path depth_file_path depth_scale depth_unit_scale_factor",
+        "enable_depth_loading integer_depth_scale depth_path depth_scale",
         "depth maps are not read",
-        "instant-ngp, nerfstudio, Polycam, Record3D",
+        "instant-ngp, Polycam, Record3D",
     ),
     (
         "harmless",

@@ -59,6 +59,10 @@ class Scene:
     """Whether an image may be a pixel larger or smaller than it should."""
     masks: list[Path | None] = field(default_factory=list)
     """As many as images, or none at all."""
+    depths: list[Path] = field(default_factory=list)
+    """Depth maps, as many as images, or none at all."""
+    depth_unit: float = 1e-3
+    """What a whole number in them stands for, in units of the user's own frame."""
     splits: dict[str, list[int]] = field(default_factory=dict)
     """Views by split, where the scene lists them."""
     reference: list[int] | None = None
@@ -183,6 +187,9 @@ def make_outputs(
         metadata["bounds"] = torch.from_numpy(scene.bounds[index] * scale).float()
     if scene.near_far is not None:
         metadata["near_far"] = (scene.near_far[0] * scale, scene.near_far[1] * scale)
+    if scene.depths:
+        metadata["depth_filenames"] = [scene.depths[i] for i in index]
+        metadata["depth_unit_scale_factor"] = scene.depth_unit
     for name, values in scene.points.items():
         if name == "points3D_xyz":
             middle = reference[:, :3, 3].mean(axis=0)

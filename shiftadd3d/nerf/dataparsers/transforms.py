@@ -242,6 +242,8 @@ def _check_values(values: Mapping[str, Any], where: str) -> None:
             expected = "a number"
         elif key == "applied_scale" and float(value) <= 0:
             expected = "a positive number"
+        elif key == "depth_unit_scale_factor" and not _is_length(value):
+            expected = "a positive number"
         elif key in ("w", "h") and not 1 <= float(value) < 1e6:
             expected = "a number of pixels"
         elif key == "distortion_params" and numbers(value).shape != (6,):
@@ -347,6 +349,7 @@ def heed_settings(scene: Scene, file: CameraFile) -> None:
     scene.near_far = _near_far_hint(file.meta, file.path)
     scene.orientation = file.meta.get("orientation_override", scene.orientation)
     scene.applied_scale = float(file.meta.get("applied_scale", 1.0))
+    scene.depth_unit = float(file.meta.get("depth_unit_scale_factor", scene.depth_unit))
     if "applied_transform" in file.meta:
         scene.applied_transform = np.eye(4)
         scene.applied_transform[:3] = numbers(file.meta["applied_transform"])[:3]
@@ -400,6 +403,7 @@ def assemble(files: Sequence[CameraFile], folder: Folder, factor: int) -> tuple[
     """
     images: list[Path] = []
     masks: list[Path | None] = []
+    depths: list[Path | None] = []
     poses: list[np.ndarray] = []
     lenses: list[tuple[Lens, str]] = []
     missing: list[Path] = []
@@ -444,6 +448,8 @@ def assemble(files: Sequence[CameraFile], folder: Folder, factor: int) -> tuple[
                 if mask is None:
                     missing_masks.append(folder.path / written)
             masks.append(mask)
+            depth = frame.get("depth_file_path")
+            depths.append(_find(folder, depth, factor, "depths") if isinstance(depth, str) else None)
             images.append(image)
             poses.append(file.poses[index])
         if twice:
@@ -463,6 +469,8 @@ def assemble(files: Sequence[CameraFile], folder: Folder, factor: int) -> tuple[
         )
     scene = _with_lenses(files[0].path, images, np.stack(poses), lenses, factor)
     scene.masks = masks if masked else []
+    known = [depth for depth in depths if depth is not None]
+    scene.depths = known if len(known) == len(images) else []
     scene.crop_radius = next(iter(radii), 0.0) / factor or None
     _look_beside(files[0], scene)
     return scene, groups
@@ -501,7 +509,7 @@ def _with_lenses(
 def _look_beside(file: CameraFile, scene: Scene) -> None:
     """Says what lies beside the pictures and is not read; refuses instant-ngp's files of rays."""
     folders = dict.fromkeys(image.parent for image in scene.images)
-    known = set(scene.images) | {mask for mask in scene.masks if mask is not None}
+    known = {*scene.images, *scene.depths, *(mask for mask in scene.masks if mask is not None)}
     beside = [path for folder in folders for path in image_files(folder) if path not in known]
     others = [path for path in beside if not is_map(path)]
     if others:
