@@ -721,6 +721,20 @@ class InputConfig:
     """Share of the shorter side that evaluation looks at."""
 
 
+def input_of(architecture: str, size: int) -> InputConfig:
+    """What a model of timm's takes in: normalised as its pretrained weights have seen pictures, which is not the same
+    for all of them.
+
+    Args:
+        architecture: timm's name; one that timm has no weights of gets ImageNet's mean and deviation.
+        size: pixels on a side.
+    """
+    import timm
+
+    found = timm.get_pretrained_cfg(architecture)
+    return InputConfig(size) if found is None else InputConfig(size, tuple(found.mean), tuple(found.std))
+
+
 def seed_everything(*words: int) -> None:
     """Seed Python's, numpy's and torch's generators by a few numbers, so that what follows depends on them alone."""
     state = np.random.SeedSequence([word & 0xFFFFFFFF for word in words]).generate_state(4)

@@ -35,7 +35,7 @@ from shiftadd3d.vision.checkpoint import (
     read_weights,
     write_json_atomically,
 )
-from shiftadd3d.vision.data import InputConfig, PictureData, example_inputs, open_data, seed_everything
+from shiftadd3d.vision.data import PictureData, example_inputs, input_of, open_data, seed_everything
 from shiftadd3d.vision.distributed import choose_device, connected, from_first_process, this_process
 from shiftadd3d.vision.engine import BEST_FOLDER, STATE_FILE, TrainResult, train
 from shiftadd3d.vision.metrics import ClassificationMetrics
@@ -220,10 +220,11 @@ def _begin_stage(folder: Path, number: int, settings: FinetuneSettings, data: Pi
 def _run_stages(
     settings: FinetuneSettings, chosen: Recipe, data: PictureData, folder: Path, console: Console | None
 ) -> FinetuneResult:
+    architecture = settings.model.removeprefix(_SHIFTADD_PREFIX)
     config = ClassifierConfig(
-        architecture=settings.model.removeprefix(_SHIFTADD_PREFIX),
+        architecture=architecture,
         classes=data.classes,
-        input=InputConfig(size=settings.image_size),
+        input=input_of(architecture, settings.image_size),
         model_args=settings.parsed_model_args(),
     )
     recipes = (None, *stage_recipes(chosen))

@@ -26,6 +26,7 @@ from shiftadd3d.vision.data import (
     TransformedPictures,
     decode_picture,
     eval_transform,
+    input_of,
     open_data,
     open_split,
     split_by_class,
@@ -501,3 +502,17 @@ def test_a_palette_with_transparency_shows_white_where_it_is_transparent(tmp_pat
         image.save(tmp_path / "palette.png", transparency=index)
         rgb = decode_picture(tmp_path / "palette.png")
         assert (rgb.getpixel((0, 0)), rgb.getpixel((3, 3))) == colors
+
+
+@pytest.mark.parametrize(
+    ("architecture", "mean"),
+    [
+        ("deit_tiny_patch16_224", (0.485, 0.456, 0.406)),
+        ("pvt_v2_b0", (0.485, 0.456, 0.406)),
+        ("vit_tiny_patch16_224", (0.5, 0.5, 0.5)),
+        ("no_model_of_timms", (0.485, 0.456, 0.406)),
+    ],
+)
+def test_pictures_are_normalised_as_the_pretrained_weights_have_seen_them(architecture, mean):
+    config = input_of(architecture, 112)
+    assert config.size == 112 and config.mean == mean
