@@ -26,7 +26,7 @@ from shiftadd3d.configs.classification import PRESETS
 from shiftadd3d.scenes.photo_options import FromPhotosOptions
 from shiftadd3d.vision.settings import DataSettings, FinetuneSettings, read_settings
 
-__all__ = ["VERBS", "Demo", "Evaluate", "Export", "Finetune", "Info", "Predict", "Render", "Verb", "main"]
+__all__ = ["VERBS", "Demo", "EvalScenes", "Evaluate", "Export", "Finetune", "Info", "Predict", "Render", "Verb", "main"]
 
 JsonFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 
@@ -105,6 +105,45 @@ class Render(Verb):
             scale=self.scale,
             outputs=self.outputs,
         )
+
+
+@dataclass(frozen=True)
+class EvalScenes(Verb):
+    """Render the held-out views of many scenes with one network that is not trained on them, and make a table.
+
+    The network is the one that comes with the package, or a run's, such as one trained across other scenes.
+    """
+
+    scenes: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH")]
+    """Scene folders, folders of such (a factory, say), and .txt files with a path a line."""
+    load_config: Annotated[Path | None, tyro.conf.arg(metavar="CONFIG.yml")] = None
+    """The config.yml of a run. If not set, the weights of --method that come with the package."""
+    method: Literal["gnt-tiny", "shiftadd-gnt-tiny"] = "shiftadd-gnt-tiny"
+    """Whose weights, where no run is named."""
+    max_side: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = 252
+    """Longest side that pictures are shrunk to; None leaves them as they are."""
+    json: JsonFile = None
+    """Write the same facts to this JSON file, too."""
+
+    def run(self) -> None:
+        """Print the table."""
+        _need_nerfstudio()
+        from nerfstudio.utils.rich_utils import CONSOLE
+
+        from shiftadd3d._report import write_json
+        from shiftadd3d.configs import methods
+        from shiftadd3d.nerf.eval_scenes import evaluate_scenes
+
+        config = {"gnt-tiny": methods.gnt_tiny, "shiftadd-gnt-tiny": methods.shiftadd_gnt_tiny}[self.method].config
+        report = evaluate_scenes(
+            config,  # type: ignore[arg-type]
+            self.scenes,
+            load_config=self.load_config,
+            max_side=self.max_side,
+        )
+        CONSOLE.print(report)
+        if self.json is not None:
+            write_json(self.json, report.as_dict())
 
 
 @dataclass(frozen=True)
@@ -640,6 +679,7 @@ def _need_nerfstudio() -> None:
 VERBS: dict[str, type[Verb]] = {
     "demo": Demo,
     "render": Render,
+    "eval-scenes": EvalScenes,
     "finetune": Finetune,
     "evaluate": Evaluate,
     "predict": Predict,

@@ -32,14 +32,15 @@ from shiftadd3d.nerf.foreign_rays import group_rays
 from shiftadd3d.nerf.source_bank import PROJECTIONS, DrawnSources, SourceBank, mend_fisheye_rays, opencv_cameras
 from shiftadd3d.nerf.source_bank import SourceViews as BankViews
 from shiftadd3d.nerf.warm_start import load_dense_weights
-from shiftadd3d.nn import MoE, Recipe, collect_moe_losses, recipe, reparameterize_, router_statistics
+from shiftadd3d.nn import MoE, Recipe, collect_moe_losses, freeze_, recipe, reparameterize_, router_statistics
 
 #: The feature network's convolutions; and layers with one or three outputs: next to no multiplications, and what they
 #: put out is a colour or a logit itself. A network may be without some of them.
 KEPT_IN_FLOAT = ("feature_net.*", "*.rgb_fc", "*_logit_fc", "proposal.score.2")
 
 
-def _may_change(_module: nn.Module, name: str) -> bool:
+def may_change(_module: nn.Module, name: str) -> bool:
+    """Whether a recipe may change a layer of a GNT: all but `KEPT_IN_FLOAT`."""
     return not any(fnmatchcase(name, pattern) for pattern in KEPT_IN_FLOAT)
 
 
@@ -85,6 +86,25 @@ class GNTNerfModelConfig(ModelConfig):
     """Evaluate LPIPS, too; its network is downloaded when first wanted."""
 
 
+def method_recipe(config: GNTNerfModelConfig, stage: int, latencies: tuple[float, float] | None) -> Recipe:
+    """What the layers become in one of the paper's two stages.
+
+    Args:
+        config: says the recipe in which the second ends.
+        stage: 1 or 2.
+        latencies: of the Mult and the Shift expert; measured if None.
+    """
+    changes: dict[str, Any] = {"bits": config.shift_bits, "terms": config.shift_terms, "dwconv": 3}
+    if latencies is not None:
+        changes["latencies"] = latencies
+    if stage == 1:
+        changes |= {"attention_linear": "mult", "mlp": "mult"}
+    elif recipe(config.recipe).attention_linear != "mult":
+        # The networks that embed features and positions are as wide as the attention's: they follow it.
+        changes["other_linear"] = "shift"
+    return recipe(config.recipe, **changes)
+
+
 class GNTNerfModel(Model):
     """Renders a camera from the nearest views of its source bank.
 
@@ -114,19 +134,10 @@ class GNTNerfModel(Model):
         self._lpips_missing = False
 
     def _recipe(self, stage: int) -> Recipe:
-        config = self.config
-        changes: dict[str, Any] = {"bits": config.shift_bits, "terms": config.shift_terms, "dwconv": 3}
-        if config.expert_latencies is not None:
-            changes["latencies"] = config.expert_latencies
-        if stage == 1:
-            changes |= {"attention_linear": "mult", "mlp": "mult"}
-        elif recipe(config.recipe).attention_linear != "mult":
-            # The networks that embed features and positions are as wide as the attention's: they follow it.
-            changes["other_linear"] = "shift"
-        return recipe(config.recipe, **changes)
+        return method_recipe(self.config, stage, self.config.expert_latencies)
 
     def _reparameterized(self, gnt: GNTModel) -> GNTModel:
-        reparameterize_(gnt, self._recipe(self.stage), filter_fn=_may_change, verbose=False)
+        reparameterize_(gnt, self._recipe(self.stage), filter_fn=may_change, verbose=False)
         return gnt
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -154,6 +165,13 @@ class GNTNerfModel(Model):
             for expert in mixture.experts[1:]
             for original, copied in zip(mixture.experts[0].parameters(), expert.parameters(), strict=True)
         }
+
+    def pack(self) -> None:
+        """Go to the form for inference that the recipe ends in: second stage, packed weights."""
+        if self.stage == 1:
+            self.enter_second_stage()
+        freeze_(self.gnt, verbose=False)
+        self._forget_features()
 
     def warm_start(self, path: Path) -> None:
         """Start from a trained dense GNT, reparameterized: of a `gnt` run, or an official checkpoint.

@@ -35,8 +35,8 @@ class GNTPipelineConfig(VanillaPipelineConfig):
     model: GNTNerfModelConfig = field(default_factory=GNTNerfModelConfig)
     """Settings of the model."""
     warm_start: Path | None = None
-    """Start from a trained dense network, reparameterized: a gnt run's nerfstudio_models folder or step-*.ckpt, or an
-    official GNT checkpoint (.pth)."""
+    """Start from a trained dense network, reparameterized: a gnt run's nerfstudio_models folder or step-*.ckpt, an
+    official GNT checkpoint (.pth), `pretrained` for the weights that come with the package, or `none`."""
 
 
 class GNTPipeline(VanillaPipeline):
@@ -66,7 +66,7 @@ class GNTPipeline(VanillaPipeline):
         )
         if test_mode == "val":  # training; otherwise a checkpoint brings the range and the weights
             self.model.near_far.copy_(torch.tensor(self.datamanager.near_far))
-            if config.warm_start is not None:
+            if config.warm_start is not None and config.warm_start != Path("none"):
                 self.model.warm_start(config.warm_start)
 
     def enter_second_stage(self) -> dict[Parameter, Parameter]:

@@ -54,12 +54,13 @@ class TrainScene:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-def list_scenes(entries: Sequence[Path]) -> list[ListedScene]:
+def list_scenes(entries: Sequence[Path], option: str = "--pipeline.datamanager.train-scenes") -> list[ListedScene]:
     """The scenes that a user names.
 
     Args:
         entries: scene folders, folders of such (a scene factory's, say), and list files. A list file (`.txt`) has a
             path a line, relative to itself, and a weight after it where that is not 1; `#` begins a comment.
+        option: where they were named, for messages.
 
     Raises:
         UserError: an entry that is none of these, a list with nothing in it, or a weight that is not positive.
@@ -67,20 +68,20 @@ def list_scenes(entries: Sequence[Path]) -> list[ListedScene]:
     scenes: list[ListedScene] = []
     for entry in entries:
         if entry.suffix == ".txt":
-            scenes += _read_list(entry)
+            scenes += _read_list(entry, option)
         else:
-            scenes += _scenes_at(entry, 1.0)
+            scenes += _scenes_at(entry, 1.0, option)
     return scenes
 
 
-def _scenes_at(path: Path, weight: float) -> list[ListedScene]:
+def _scenes_at(path: Path, weight: float, option: str) -> list[ListedScene]:
     if _is_scene(path):
         return [ListedScene(path, weight)]
     inside = sorted(p for p in path.iterdir() if not p.name.startswith(".") and p.is_dir()) if path.is_dir() else []
     found = [ListedScene(p, weight) for p in inside if _is_scene(p)]
     if not found:
         raise UserError(
-            f"--pipeline.datamanager.train-scenes {path}: neither a scene nor a folder of scenes; expected scene "
+            f"{option} {path}: neither a scene nor a folder of scenes; expected scene "
             "folders, folders of such, or a .txt file with a path a line"
         )
     return found
@@ -94,7 +95,7 @@ def _is_scene(path: Path) -> bool:
     return True
 
 
-def _read_list(path: Path) -> list[ListedScene]:
+def _read_list(path: Path, option: str) -> list[ListedScene]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -111,7 +112,7 @@ def _read_list(path: Path) -> list[ListedScene]:
             name, weight = "", 1.0
         if not (math.isfinite(weight) and weight > 0):
             raise UserError(f"{path}, line {number}: weight {last}; expected a positive number")
-        scenes += _scenes_at(path.parent / (name.strip() or line), weight)
+        scenes += _scenes_at(path.parent / (name.strip() or line), weight, option)
     if not scenes:
         raise UserError(f"{path} lists no scene; expected a path a line")
     return scenes

@@ -10,6 +10,7 @@ from torch import Tensor
 from shiftadd3d._errors import UserError
 from shiftadd3d.models.gnt import GNTModel, load_official_checkpoint
 from shiftadd3d.nerf.checkpoint import latest_checkpoint, list_misfits, misfits, network_of, read_checkpoint
+from shiftadd3d.nerf.weights import pretrained_file, read_weights
 
 
 def load_dense_weights(gnt: GNTModel, path: Path) -> None:
@@ -17,16 +18,21 @@ def load_dense_weights(gnt: GNTModel, path: Path) -> None:
 
     Args:
         gnt: the network to fill.
-        path: a `gnt` run's `nerfstudio_models` folder or one of its `step-*.ckpt` files, or an official GNT checkpoint
-            (`.pth`). Parts that an official checkpoint does not have (colour head, proposal) keep their initial values.
+        path: a `gnt` run's `nerfstudio_models` folder or one of its `step-*.ckpt` files, an official GNT checkpoint
+            (`.pth`), a file of safetensors, or `pretrained`: the weights of `gnt-tiny` that come with the package.
+            Parts that an official checkpoint does not have (colour head, proposal) keep their initial values.
 
     Raises:
         UserError: unreadable, or of another network.
     """
     official = path.suffix == ".pth"
     state: Mapping[str, Tensor]
+    if path == Path("pretrained"):
+        path = pretrained_file("gnt-tiny")
     if official:
         state = load_official_checkpoint(path).state_dict()
+    elif path.suffix == ".safetensors":
+        state = read_weights(path)[0]
     else:
         path = latest_checkpoint(path) if path.is_dir() else path
         state = network_of(read_checkpoint(path)["pipeline"])

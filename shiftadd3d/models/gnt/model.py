@@ -49,8 +49,9 @@ class GNTConfig:
     proposal_features: int = 8
     """Feature channels the plane sweep compares."""
     canonical: bool = False
-    """Show the network positions and directions in a frame of the ray's own (`canonical_frame`) instead of the world's,
-    so that its weights serve scenes of any origin, orientation and scale."""
+    """Show the network where samples are from where their ray starts, in the axes of the nearest source view and in
+    units of the scene's depth, instead of in the world: so its weights serve scenes of any origin, orientation and
+    scale."""
 
 
 class GNTModel(nn.Module):
@@ -132,7 +133,8 @@ class GNTModel(nn.Module):
         near, far = (torch.as_tensor(x).to(origins).expand(origins.shape[0]) for x in (near, far))
         unit = torch.ones((), dtype=origins.dtype, device=origins.device)
         if self.config.canonical and len(origins):
-            unit = (0.5 / near + 0.5 / far).mean().reciprocal()
+            # The median, as all are the same as a rule: their mean would depend on how many rays there are.
+            unit = (0.5 / near + 0.5 / far).median().reciprocal()
             sources, origins, directions = canonical_frame(sources, origins, directions, unit)
             near, far = near / unit, far / unit
         rays = (sources, origins, directions)
@@ -156,13 +158,14 @@ class GNTModel(nn.Module):
         fine = self._render(net, *rays, depths, sources.features[1])
         return {**_outputs(*fine, depths, unit), "coarse": outputs, "proposal": proposed}
 
-    @staticmethod
     def _render(
-        net: GNT, sources: SourceViews, origins: Tensor, directions: Tensor, depths: Tensor, feature_maps: Tensor
+        self, net: GNT, sources: SourceViews, origins: Tensor, directions: Tensor, depths: Tensor, feature_maps: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        points = origins[:, None] + depths[..., None] * directions[:, None]
-        samples = sample_sources(points, origins, sources, feature_maps)
-        return *net(samples, points, directions), samples.mask[..., 0].any(dim=-1)
+        along = depths[..., None] * directions[:, None]
+        samples = sample_sources(origins[:, None] + along, origins, sources, feature_maps)
+        # Where a sample is: from where its ray starts, or in the world, as the released code has it.
+        shown = along if self.config.canonical else origins[:, None] + along
+        return *net(samples, shown, directions), samples.mask[..., 0].any(dim=-1)
 
     @staticmethod
     def _propose(
@@ -183,8 +186,8 @@ def canonical_frame(
 ) -> tuple[SourceViews, Tensor, Tensor]:
     """Sources and rays in a frame that means the same in every scene.
 
-    Its origin is where the rays start, its axes are those of the first source view (the nearest, as the source bank
-    lists them), and its unit of length is `unit`.
+    Its origin and axes are those of the first source view (the nearest, as the source bank lists them), and its unit of
+    length is `unit`.
 
     Args:
         sources: V views.
@@ -192,10 +195,10 @@ def canonical_frame(
         unit: scalar, in the world's units; a depth of so many counts 1.
 
     Returns:
-        The same views; origins [R, 3], near zero; and directions [R, 3], as long as before.
+        The same views, origins [R, 3], and directions [R, 3], as long as before.
     """
     poses = sources.cameras.camera_to_world
-    axes, centre = poses[0, :3, :3], origins.mean(dim=0)
+    axes, centre = poses[0, :3, :3], poses[0, :3, 3]
     moved = poses.clone()
     moved[:, :3, :3] = axes.T @ poses[:, :3, :3]
     moved[:, :3, 3] = (poses[:, :3, 3] - centre) @ axes / unit

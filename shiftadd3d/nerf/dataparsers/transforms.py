@@ -240,9 +240,9 @@ def _check_values(values: Mapping[str, Any], where: str) -> None:
     for key, value in values.items():
         if key in NUMBERS and numbers(value).shape != ():
             expected = "a number"
-        elif key == "applied_scale" and float(value) <= 0:
-            expected = "a positive number"
-        elif key == "depth_unit_scale_factor" and not _is_length(value):
+        elif (key == "applied_scale" and float(value) <= 0) or (
+            key == "depth_unit_scale_factor" and not _is_length(value)
+        ):
             expected = "a positive number"
         elif key in ("w", "h") and not 1 <= float(value) < 1e6:
             expected = "a number of pixels"

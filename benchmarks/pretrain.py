@@ -1,0 +1,260 @@
+"""The weights that come with the package, and the page docs/results/pretraining.md.
+
+    shiftadd3d scenes make-factory FACTORY --count 240 --seed 1
+    python benchmarks/pretrain.py train --factory FACTORY      # hours; goes on where it stopped
+    python benchmarks/pretrain.py pack --factory FACTORY       # into shiftadd3d/nerf/weights
+    python benchmarks/pretrain.py evaluate --scene fern --method shiftadd-gnt-tiny
+    python benchmarks/pretrain.py report
+
+Nothing but scenes that this project makes itself goes into the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from nerf import SCENES_VARIABLE, Trivial, evaluate, find_scene_folder, seed_everything
+from reporting import (
+    DATA,
+    OUTPUTS,
+    PICTURES,
+    REPOSITORY,
+    command_block,
+    git_commit,
+    machine_facts,
+    machine_list,
+    markdown_table,
+    write_page,
+    write_result,
+)
+
+if TYPE_CHECKING:
+    from shiftadd3d.models.gnt import GNTModel
+
+WEIGHTS = REPOSITORY / "shiftadd3d" / "nerf" / "weights"
+RUN = OUTPUTS / "pretraining"
+BATCHES = 48
+"""Steps that packed weights are calibrated on."""
+
+Method = Literal["gnt-tiny", "shiftadd-gnt-tiny"]
+
+
+def checkpoint_folder(run: Path) -> Path:
+    """Where ns-train leaves the run's checkpoints."""
+    return run / "still_life" / "gnt-tiny" / "run" / "nerfstudio_models"
+
+
+@dataclass
+class Train:
+    """Train gnt-tiny across the scenes of a factory, by ns-train, which keeps a checkpoint every 250 steps."""
+
+    factory: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Made by `shiftadd3d scenes make-factory`."""
+    steps: Annotated[int, tyro.conf.arg(metavar="N")] = 9000
+    """Steps of one scene and 512 rays each; the optimizer moves at every second one."""
+    run: Annotated[Path, tyro.conf.arg(metavar="DIR")] = RUN
+    """Where checkpoints go."""
+
+    def __call__(self) -> None:
+        """Become ns-train."""
+        from shiftadd3d.scenes import scene_path
+
+        checkpoints = checkpoint_folder(self.run)
+        go_on = ["--load-dir", str(checkpoints)] if any(checkpoints.glob("step-*.ckpt")) else []
+        clip = [
+            word
+            for group in ("transformers", "feature-net")
+            for word in (f"--optimizers.{group}.optimizer.max-norm", "1.0")
+        ]
+        words = [
+            *("ns-train", "gnt-tiny", "--vis", "tensorboard", "--max-num-iterations", str(self.steps)),
+            *("--average-weights", "0.998", "--pipeline.model.color-error", "rmse"),
+            *("--pipeline.model.depth-loss-mult", "0.02", "--pipeline.model.lpips", "False"),
+            *("--gradient-accumulation-steps", "transformers", "2", "feature_net", "2", *clip),
+            *("--steps-per-save", "250", "--steps-per-eval-image", "1000"),
+            *("--pipeline.datamanager.train-scenes", str(self.factory), "--pipeline.warm-start", "none"),
+            *("--output-dir", str(self.run), "--experiment-name", "still_life", "--timestamp", "run"),
+            *(*go_on, "--data", str(scene_path())),
+        ]
+        print(shlex.join(words))
+        os.execvp(Path(sys.executable).with_name("ns-train"), words)
+
+
+@dataclass
+class Pack:
+    """Write the newest checkpoint as weights that come with the package: dense in bfloat16, and packed to shifts."""
+
+    factory: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Scenes to calibrate the shifts on."""
+    run: Annotated[Path, tyro.conf.arg(metavar="DIR")] = RUN
+    """Where `train` left its checkpoints."""
+
+    def __call__(self) -> None:
+        """Write both files."""
+        import torch
+        from safetensors.torch import save_file
+
+        from shiftadd3d.configs.methods import gnt_tiny, shiftadd_gnt_tiny
+        from shiftadd3d.models.gnt import GNTModel
+        from shiftadd3d.nerf.checkpoint import latest_checkpoint, network_of, read_checkpoint
+        from shiftadd3d.nerf.model import may_change, method_recipe
+        from shiftadd3d.nn import calibrate_, freeze_
+
+        seed_everything(0)
+        path = latest_checkpoint(checkpoint_folder(self.run))
+        state = read_checkpoint(path)
+        dense = network_of(state["pipeline"])
+        facts = {"steps": str(state["step"] + 1), "license": "Apache-2.0"}
+        WEIGHTS.mkdir(exist_ok=True)
+        halves = {name: value.to(torch.bfloat16).contiguous() for name, value in dense.items()}
+        save_file(halves, WEIGHTS / "gnt-tiny.safetensors", {**facts, "method": "gnt-tiny"})
+
+        config: Any = shiftadd_gnt_tiny.config
+        gnt = GNTModel(gnt_tiny.config.pipeline.model.gnt).eval()  # type: ignore[attr-defined]
+        gnt.load_state_dict(dense)
+        settings = config.pipeline.model
+        chosen = method_recipe(settings, stage=2, latencies=(1.0, 1.0))
+        report = calibrate_(
+            gnt, calibration_batches(self.factory), chosen, forward=render_batch, filter_fn=may_change, verbose=False
+        )
+        freeze_(gnt, verbose=False)
+        # What is left of float weights are the feature network's convolutions.
+        packed = {
+            name: (value.to(torch.bfloat16) if name.startswith("feature_net.") else value).contiguous()
+            for name, value in gnt.state_dict().items()
+        }
+        facts |= {"method": "shiftadd-gnt-tiny", "packed": "true"}
+        save_file(packed, WEIGHTS / "shiftadd-gnt-tiny.safetensors", facts)
+        for file in sorted(WEIGHTS.glob("*.safetensors")):
+            print(f"{file.relative_to(REPOSITORY)}: {file.stat().st_size / 1e6:.2f} MB")
+        print(f"{len(report.layers)} layers of shifts, calibrated on {BATCHES} steps")
+
+
+def calibration_batches(factory: Path) -> list[tuple[Any, ...]]:
+    """Steps of training across scenes: what `render_batch` needs of each."""
+    from shiftadd3d.configs.methods import gnt_tiny
+    from shiftadd3d.scenes import scene_path
+
+    config: Any = gnt_tiny.config.pipeline.datamanager  # type: ignore[attr-defined]
+    config.data, config.train_scenes, config.train_num_rays_per_batch = scene_path(), (factory,), 256
+    manager = config.setup(device="cpu", test_mode="val")
+    batches = []
+    for step in range(BATCHES):
+        rays, _ = manager.next_train(step)
+        batches.append((manager.drawn, rays.origins, rays.directions * rays.metadata["directions_norm"]))
+    return batches
+
+
+def render_batch(gnt: GNTModel, batch: tuple[Any, ...]) -> Any:
+    """Render the rays of a step."""
+    from shiftadd3d.models.gnt import Cameras
+
+    drawn, origins, directions = batch
+    views = drawn.views
+    cameras = Cameras(views.intrinsics, views.camera_to_world)
+    sources = gnt.encode(views.images, cameras, views.valid, views.empty)
+    return gnt(sources, origins, directions, drawn.near, drawn.far, 8, inverse_depth=True)["rgb"]
+
+
+@dataclass
+class Evaluate:
+    """How well the weights render a scene that they have not seen, without any training on it."""
+
+    scene: Annotated[str, tyro.conf.arg(metavar="SCENE")]
+    """The embedded scene, a folder, or a folder under $SHIFTADD3D_SCENES."""
+    method: Method = "shiftadd-gnt-tiny"
+    """Whose weights."""
+    weights: Literal["shipped", "random"] = "shipped"
+    """`random`: the network as it is initialised."""
+    max_side: Annotated[int, tyro.conf.arg(metavar="PIXELS")] = 252
+    """Longest side that pictures are shrunk to."""
+
+    def __call__(self) -> None:
+        """Render the test views, as `benchmarks/nerf.py` does after training."""
+        import torch
+
+        from shiftadd3d.nerf.pretrained import load_pretrained
+        from shiftadd3d.nerf.weights import pretrained_file
+
+        name, folder, embedded = find_scene_folder(self.scene)
+        on = Trivial(scene=self.scene, max_side=None if embedded else self.max_side)
+        config: Any = on._config("gnt-tiny" if self.method == "gnt-tiny" else "shiftadd-gnt-tiny", folder)
+        config.pipeline.model.lpips, config.pipeline.warm_start = False, None
+        seed_everything(0)
+        pipeline = config.pipeline.setup(device="cpu", test_mode="test")
+        pipeline.model.near_far.copy_(torch.tensor(pipeline.datamanager.near_far))
+        if self.weights == "shipped":
+            load_pretrained(pipeline.model, pretrained_file(self.method))
+        quality = evaluate(pipeline, PICTURES / f"untrained-{name}-{self.method}.png")
+        words = ["--scene", name, "--method", self.method, "--weights", self.weights]
+        prefix = "" if embedded else f"{SCENES_VARIABLE}=... "
+        write_result(
+            DATA / f"untrained-{name}-{self.method}-{self.weights}.json",
+            {
+                "kind": "untrained",
+                "scene": name,
+                "method": self.method,
+                "weights": self.weights,
+                "command": f"{prefix}python benchmarks/pretrain.py evaluate {shlex.join(words)}",
+                "commit": git_commit(),
+                "machine": machine_facts(),
+                **quality,
+            },
+        )
+
+
+@dataclass
+class Report:
+    """Make docs/results/pretraining.md from the results."""
+
+    def __call__(self) -> None:
+        """Write the page."""
+        results = [json.loads(path.read_text()) for path in sorted(DATA.glob("untrained-*.json"))]
+        write_page("pretraining", lambda template: render_report(results, template))
+
+
+def render_report(results: list[dict[str, Any]], template: str) -> str:
+    """The page: its template with the tables filled in."""
+    columns = [("gnt-tiny", "random"), ("gnt-tiny", "shipped"), ("shiftadd-gnt-tiny", "shipped")]
+    scenes = sorted({result["scene"] for result in results})
+    rows = []
+    for scene in scenes:
+        row = [scene]
+        for method, weights in columns:
+            found = [r for r in results if (r["scene"], r["method"], r["weights"]) == (scene, method, weights)]
+            row.append(f"{found[0]['psnr']:.2f} / {found[0]['ssim']:.3f}" if found else "")
+        rows.append(row)
+    header = ["scene", "gnt-tiny as initialised", "gnt-tiny", "shiftadd-gnt-tiny, packed"]
+    pictures = sorted({f"untrained-{r['scene']}-{r['method']}.png" for r in results if r["weights"] == "shipped"})
+    shown = "\n\n".join(f"![{name}](pictures/{name})" for name in pictures if (PICTURES / name).is_file())
+    filled = {
+        "QUALITY": markdown_table(header, rows),
+        "PICTURES": shown,
+        "COMMANDS": command_block("pretrain", results),
+        "MACHINES": machine_list(results),
+    }
+    for name, text in filled.items():
+        template = template.replace("{{" + name + "}}", text)
+    return template
+
+
+def main() -> None:
+    from shiftadd3d._errors import UserError
+
+    commands = {"train": Train, "pack": Pack, "evaluate": Evaluate, "report": Report}
+    command = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    try:
+        command()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""docs/results/pretraining.md says what the JSON files beside it say."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def benchmark(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("pretrain")
+
+
+def results(repository: Path) -> list[dict]:
+    return [
+        json.loads(path.read_text()) for path in sorted((repository / "docs/results/data").glob("untrained-*.json"))
+    ]
+
+
+def test_the_page_is_what_the_results_make_of_the_template(benchmark, repository: Path):
+    folder = repository / "docs" / "results"
+    template = (folder / "pretraining.template.md").read_text(encoding="utf-8")
+    made = benchmark.render_report(results(repository), template)
+    assert (folder / "pretraining.md").read_text(encoding="utf-8") == made, "run: python benchmarks/pretrain.py report"
+
+
+def test_the_template_states_no_result_of_its_own(repository: Path):
+    template = (repository / "docs/results/pretraining.template.md").read_text(encoding="utf-8")
+    assert re.findall(r"\d+\.\d+", template) == []
+
+
+def test_every_result_names_its_command_and_machine(repository: Path):
+    found = results(repository)
+    assert found
+    for result in found:
+        assert f"--scene {result['scene']} --method {result['method']}" in result["command"]
+        assert result["machine"] and 0 < result["psnr"] < 60
+
+
+def test_a_cell_without_a_result_is_empty(benchmark, repository: Path):
+    template = "{{QUALITY}}"
+    one = {"scene": "s", "method": "gnt-tiny", "weights": "shipped", "psnr": 25.0, "ssim": 0.8}
+    one |= {
+        "command": "python benchmarks/pretrain.py evaluate",
+        "commit": "c",
+        "machine": results(repository)[0]["machine"],
+    }
+    assert "| s |  | 25.00 / 0.800 |  |" in benchmark.render_report([one], template)

@@ -1,0 +1,148 @@
+"""The weights that come with the package, and what renders scenes with them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("nerfstudio")
+
+from shiftadd3d import UserError, cli
+from shiftadd3d.configs import methods
+from shiftadd3d.models.gnt import GNTModel
+from shiftadd3d.nerf.pretrained import open_scene
+from shiftadd3d.nerf.warm_start import load_dense_weights
+from shiftadd3d.nerf.weights import pretrained_file, pretrained_methods, read_weights
+from shiftadd3d.nn import PackedShiftLinear
+
+SIZE = (64, 48)
+CONFIGS = {"gnt-tiny": methods.gnt_tiny.config, "shiftadd-gnt-tiny": methods.shiftadd_gnt_tiny.config}
+DEPTHS = {"near": 2.0, "far": 8.0}
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory, write_scene) -> Path:
+    return write_scene["nerfstudio"](tmp_path_factory.mktemp("scene"), size=SIZE, shiftadd3d=DEPTHS)
+
+
+def test_both_tiny_methods_have_weights_well_under_a_megabyte():
+    assert pretrained_methods() == sorted(CONFIGS)
+    for method in CONFIGS:
+        assert pretrained_file(method).stat().st_size < 1e6
+
+
+def test_weights_of_shifts_are_stored_as_codes():
+    tensors, facts = read_weights(pretrained_file("shiftadd-gnt-tiny"))
+    assert facts["packed"] == "true" and int(facts["steps"]) > 0
+    assert any(tensor.dtype == torch.uint8 for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_scene_renders_without_training(method, scene):
+    pipeline = open_scene(CONFIGS[method], scene)
+    packed = [module for module in pipeline.model.modules() if isinstance(module, PackedShiftLinear)]
+    assert bool(packed) == (method == "shiftadd-gnt-tiny")
+    assert len(pipeline.datamanager.source_bank) == 10, "no view is held out"
+    near, far = pipeline.model.near_far.tolist()
+    assert far / near == pytest.approx(4.0, rel=1e-3)
+    out = pipeline.model.get_outputs_for_camera(pipeline.datamanager.train_dataset.cameras[0:1])
+    assert out["rgb"].shape == (48, 64, 3) and bool(out["rgb"].isfinite().all())
+    assert float(out["rgb"].std()) > 0.01
+
+
+def test_views_are_shrunk_to_the_longest_side_asked_for(scene):
+    pipeline = open_scene(CONFIGS["gnt-tiny"], scene, max_side=48)
+    assert (pipeline.datamanager.source_bank.width, pipeline.datamanager.source_bank.height) == (48, 36)
+
+
+def test_the_methods_configuration_stays_as_it_is(scene):
+    before = copy.deepcopy(CONFIGS["gnt-tiny"].pipeline)
+    open_scene(CONFIGS["gnt-tiny"], scene, max_side=48)
+    assert CONFIGS["gnt-tiny"].pipeline == before
+
+
+def test_a_scene_of_two_views_is_refused(tmp_path, write_scene):
+    with pytest.raises(UserError, match="has 2 views to render from; expected at least 3"):
+        open_scene(CONFIGS["gnt-tiny"], write_scene["nerfstudio"](tmp_path, count=2, size=SIZE))
+
+
+def test_a_method_without_weights_is_refused():
+    with pytest.raises(UserError, match=r"no weights of gnt-big come with this package; expected one of: gnt-tiny, "):
+        pretrained_file("gnt-big")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04not safetensors" * 20])
+def test_a_damaged_file_is_one_line(tmp_path, scene, content):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"weights\.safetensors cannot be read") as caught:
+        open_scene(CONFIGS["gnt-tiny"], scene, weights=path)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_network_are_refused(tmp_path, scene):
+    tensors = load_file(pretrained_file("gnt-tiny"))
+    tensors.popitem()
+    save_file(tensors, tmp_path / "short.safetensors")
+    with pytest.raises(UserError, match=r"holds another network than this method's .1 tensors missing, 0 strange"):
+        open_scene(CONFIGS["gnt-tiny"], scene, weights=tmp_path / "short.safetensors")
+
+
+@pytest.mark.parametrize("name", ["pretrained", "file"])
+def test_training_may_start_from_them(name):
+    gnt = GNTModel(CONFIGS["gnt-tiny"].pipeline.model.gnt)
+    file = pretrained_file("gnt-tiny")
+    load_dense_weights(gnt, Path("pretrained") if name == "pretrained" else file)
+    for key, value in load_file(file).items():
+        assert torch.equal(gnt.state_dict()[key], value.float())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# eval-scenes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_eval_scenes_makes_a_table_of_what_can_be_read(tmp_path, write_scene, capsys):
+    for name in ("a", "b"):
+        write_scene["nerfstudio"](tmp_path / "scenes" / name, size=SIZE, shiftadd3d=DEPTHS)
+    broken = write_scene["nerfstudio"](tmp_path / "scenes/c", size=SIZE)
+    (broken / "images/000.png").unlink()
+    out = tmp_path / "table.json"
+    assert cli.main(["eval-scenes", "--scenes", str(tmp_path / "scenes"), "--json", str(out)]) == 0
+    facts = json.loads(out.read_text())
+    assert [row["scene"] for row in facts["scenes"]] == ["a", "b"]
+    assert list(facts["skipped"]) == [str(broken)]
+    for row in facts["scenes"]:
+        assert row["views"] == 1 and 0 < row["psnr"] < 60 and row["seconds_per_view"] > 0
+    told = capsys.readouterr().out
+    assert "left out" in told and f"{facts['scenes'][0]['psnr']:.2f}" in told
+
+
+def test_eval_scenes_takes_a_run(tmp_path, tiny_run, write_scene):
+    other = write_scene["nerfstudio"](tmp_path / "other", size=SIZE, shiftadd3d=DEPTHS)
+    out = tmp_path / "table.json"
+    args = ["eval-scenes", "--scenes", str(other), "--load-config", str(tiny_run), "--json", str(out)]
+    assert cli.main(args) == 0
+    facts = json.loads(out.read_text())
+    assert [row["scene"] for row in facts["scenes"]] == ["other"] and "step-" in facts["network"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--scenes", "nowhere"], "--scenes nowhere: neither a scene nor a folder of scenes"),
+        (["--scenes", "scene", "--max-side", "0"], "--max-side 0: expected 1 or more"),
+        (["--scenes", "scene", "--load-config", "nowhere.yml"], "nowhere.yml: no such file"),
+    ],
+)
+def test_eval_scenes_says_in_one_line_what_is_wrong(tmp_path, write_scene, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(tmp_path)
+    write_scene["nerfstudio"](tmp_path / "scene", size=SIZE)
+    assert cli.main(["eval-scenes", *args]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
