@@ -88,9 +88,8 @@ def list_photos(folder: Path) -> list[Path]:
         ) from None
     photos = [path for path in files if path.suffix.lower() in {*_SUFFIXES, *HEIF_SUFFIXES}]
     if not photos:
-        inside = sorted(
-            path.parent.name for path in folder.glob("*/*") if path.suffix.lower() in {*_SUFFIXES, *HEIF_SUFFIXES}
-        )
+        suffixes = (*_SUFFIXES, *HEIF_SUFFIXES)
+        inside = sorted(path.parent.name for path in folder.glob("*/*") if path.suffix.lower() in suffixes)
         hint = f"; there are some in {folder / inside[0]}" if inside else ""
         raise UserError(f"no photos in {folder}: expected JPEG, PNG, HEIC, WebP or TIFF files, or a video file{hint}")
     return sorted(photos, key=lambda path: _counting(path.name))

@@ -26,7 +26,20 @@ from shiftadd3d.configs.classification import PRESETS
 from shiftadd3d.scenes.photo_options import FromPhotosOptions
 from shiftadd3d.vision.settings import DataSettings, FinetuneSettings, read_settings
 
-__all__ = ["VERBS", "Demo", "EvalScenes", "Evaluate", "Export", "Finetune", "Info", "Predict", "Render", "Verb", "main"]
+__all__ = [
+    "VERBS",
+    "Demo",
+    "EvalScenes",
+    "Evaluate",
+    "Export",
+    "Finetune",
+    "Info",
+    "Movie",
+    "Predict",
+    "Render",
+    "Verb",
+    "main",
+]
 
 JsonFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 
@@ -170,6 +183,52 @@ class Demo(Verb):
         from shiftadd3d.nerf.demo import demo
 
         demo(shiftadd_gnt_tiny.config, self.output_dir, steps=self.steps, data=self.data, frames=self.frames)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Movie(Verb):
+    """Turn photos or a video into a camera flight, with a network that comes with the package.
+
+    Finds out where the photos were taken (which needs pycolmap: `pip install pycolmap`, or `make setup`), renders a
+    smooth path past the views without any training, and says where everything is. A scene that has cameras already is
+    taken as it is. Ctrl-C loses nothing: the same command goes on.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")]
+    """A folder of photos, a video file, or a scene in any format that ns-train reads."""
+    out: Annotated[Path, tyro.conf.arg(metavar="PATH")]
+    """Where to: a .mp4 or .gif file, or a folder (no suffix) for numbered PNG frames."""
+    scene: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder for the scene that is made of photos or a video; what is there from an earlier time serves again. If not
+    set, NAME-scene beside NAME.mp4."""
+    minutes: Annotated[float, tyro.conf.arg(metavar="N")] = 0.0
+    """Train on the scene for so long first, from the same network. More than ten gain little on a laptop."""
+    size: Annotated[int, tyro.conf.arg(metavar="PIXELS")] = 252
+    """Longer side of a frame, and of the photos that it is made from; never more than the photos have."""
+    path: Literal["interpolate", "spiral", "views"] = "interpolate"
+    """A smooth way past views, a spiral around the first view, or the views themselves in their order."""
+    frames: Annotated[int, tyro.conf.arg(metavar="N")] = 60
+    """How many frames, 2 or more. The more there are, the more views the way passes."""
+    fps: Annotated[float, tyro.conf.arg(metavar="F")] = 24.0
+    """Frames per second."""
+    outputs: tuple[Literal["rgb", "depth", "accumulation"], ...] = ("rgb",)
+    """What to show, side by side."""
+    preview: bool = False
+    """Write the first frame, small, as NAME.preview.png as soon as there are poses."""
+    json: JsonFile = None
+    """Write where everything is, and how long each step took, to this JSON file, too."""
+
+    def run(self) -> None:
+        """Make the movie."""
+        _need_nerfstudio()
+        from shiftadd3d._report import write_json
+        from shiftadd3d.configs.methods import shiftadd_gnt_tiny
+        from shiftadd3d.nerf.movie import MovieOptions, movie
+
+        options = MovieOptions(**{option.name: getattr(self, option.name) for option in fields(MovieOptions)})
+        facts = movie(shiftadd_gnt_tiny.config, self.source, self.out, options)  # type: ignore[arg-type]
+        if self.json is not None:
+            write_json(self.json, facts)
 
 
 @dataclass(frozen=True)
@@ -678,6 +737,7 @@ def _need_nerfstudio() -> None:
 
 VERBS: dict[str, type[Verb]] = {
     "demo": Demo,
+    "movie": Movie,
     "render": Render,
     "eval-scenes": EvalScenes,
     "finetune": Finetune,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,15 +24,19 @@ from shiftadd3d.nerf.pictures import grid, save_picture
 from shiftadd3d.nerf.pipeline import GNTPipeline
 from shiftadd3d.nerf.render import make_path, picture, to_bytes, write_path
 from shiftadd3d.nerf.runs import Run, load_run
-from shiftadd3d.nerf.trainer import GNTTrainerConfig
+from shiftadd3d.nerf.trainer import GNTTrainer, GNTTrainerConfig
 from shiftadd3d.nerf.trivial import average_metrics, nearest_image, trivial_metrics
 from shiftadd3d.scenes import scene_path
 
 _COMPARED_VIEWS = 4
 
 
-def train(config: GNTTrainerConfig) -> Path:
+def train(config: GNTTrainerConfig, trainer: Callable[..., GNTTrainer] = GNTTrainer) -> Path:
     """What ns-train does with a method's configuration, in this process; returns the run's `config.yml`.
+
+    Args:
+        config: of the method and its data; the run's own afterwards.
+        trainer: another one than ns-train's, for this time.
 
     Raises:
         UserError: the run's folder cannot be written.
@@ -40,6 +45,7 @@ def train(config: GNTTrainerConfig) -> Path:
     config.save_config()
     # After saving: the run stays one whose evaluation reports LPIPS. Here it would be a download in a first try.
     cast(GNTNerfModelConfig, config.pipeline.model).lpips = False
+    config._target = cast("type[GNTTrainer]", trainer)
     # Not nerfstudio's `launch`: that one ends with a list of timings.
     train_loop(local_rank=0, world_size=1, config=config)
     return config.get_base_dir() / "config.yml"

@@ -115,6 +115,9 @@ class GNTNerfModel(Model):
     near_far: Tensor
     stage: int
     """Which of the paper's two the layers are of."""
+    use_own_view = False
+    """Whether a camera that stands where a view does is rendered from that one, too. Not where it is to be judged how
+    well the view is predicted; in a film, whose frames would be worse at views than between them."""
 
     def populate_modules(self) -> None:
         super().populate_modules()
@@ -351,7 +354,8 @@ class GNTNerfModel(Model):
 
     @torch.no_grad()
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
-        """Render a camera from the source views nearest to it; a view at the camera's own pose is left out.
+        """Render a camera from the source views nearest to it; a view at the camera's own pose is left out, unless
+        `use_own_view` is set.
 
         Args:
             camera: one, of any type. Panoramas look everywhere: each ray of theirs has the views nearest to it.
@@ -359,7 +363,9 @@ class GNTNerfModel(Model):
         """
         rays = camera.generate_rays(camera_indices=0, keep_shape=True)
         if int(camera.camera_type) in PROJECTIONS:
-            ids = self._get_bank().nearest(opencv_cameras(camera)[1][0], self._num_source_views, exclude_same_pose=True)
+            ids = self._get_bank().nearest(
+                opencv_cameras(camera)[1][0], self._num_source_views, exclude_same_pose=not self.use_own_view
+            )
             mend_fisheye_rays(rays, camera)
             rays.metadata["source_ids"] = ids.to(rays.origins.device).expand(*rays.shape, -1)
         else:

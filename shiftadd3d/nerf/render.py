@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from nerfstudio.cameras.camera_paths import get_path_from_json
-from nerfstudio.cameras.camera_utils import get_interpolated_poses_many
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.utils import colormaps
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -28,6 +27,7 @@ from shiftadd3d._errors import UserError
 from shiftadd3d._progress import progress
 from shiftadd3d.nerf.pipeline import GNTPipeline
 from shiftadd3d.nerf.runs import load_run
+from shiftadd3d.nerf.smooth_path import smooth_path
 
 PathName = Literal["interpolate", "spiral", "test", "train"]
 SplitName = Literal["test", "train"]
@@ -45,11 +45,11 @@ _SPIRAL_RADIUS = 0.1
 
 
 def interpolated_path(cameras: Cameras, frames: int) -> Cameras:
-    """From view to view, each time to the nearest one not yet visited, at an even speed.
+    """A smooth way through the views, level and at an even speed; see `smooth_path`.
 
     Args:
-        cameras: the views to pass through, at least two. The first one's lens (without its distortion) and size are
-            used throughout.
+        cameras: the views to pass through, at least two. The lens (without its distortion) and size of the first one of
+            the size that most have are used throughout.
         frames: N, at least 2.
 
     Returns:
@@ -62,21 +62,11 @@ def interpolated_path(cameras: Cameras, frames: int) -> Cameras:
         raise UserError(
             f"{len(cameras)} view cannot be interpolated; expected at least 2: choose --views train, or --path spiral"
         )
-    per_transition = max(16, 4 * frames // (len(cameras) - 1))
-    poses, _ = get_interpolated_poses_many(
-        cameras.camera_to_worlds.cpu(),
-        cameras.get_intrinsics_matrices().cpu(),
-        steps_per_transition=per_transition,
-        order_poses=True,
-    )
-    # nerfstudio gives every transition as many steps, and a view where two meet twice: the camera would rush through
-    # long ones and stand still at views.
-    distance = torch.cat([torch.zeros(1), (poses[1:, :, 3] - poses[:-1, :, 3]).norm(dim=-1)]).cumsum(0).double()
-    if distance[-1] == 0:  # cameras that turn on the spot
-        distance = torch.arange(len(poses), dtype=torch.float64)
-    wanted = torch.linspace(0.0, 1.0, frames, dtype=torch.float64) * distance[-1]
-    chosen = torch.searchsorted(distance, wanted).clamp(max=len(poses) - 1)
-    return _pinhole_path(cameras, poses[chosen].float())
+    poses, _ = smooth_path(cameras.camera_to_worlds.cpu().numpy(), frames)
+    sizes = torch.cat([cameras.width.reshape(-1, 1), cameras.height.reshape(-1, 1)], dim=1)
+    same = (sizes[:, None] == sizes[None]).all(dim=-1)
+    usual = int(same.sum(dim=1).argmax())
+    return _pinhole_path(cameras[usual : usual + 1], torch.from_numpy(poses).float())
 
 
 def spiral_path(camera: Cameras, focus: float, frames: int) -> Cameras:
@@ -404,7 +394,8 @@ def check_out(out: Path) -> None:
         raise UserError(f"cannot make the folder {folder}: {error.strerror or error}; name a writable one") from None
 
 
-def _is_video(out: Path) -> bool:
+def is_video(out: Path) -> bool:
+    """Whether frames go into a video file there, and not into a folder."""
     return out.suffix.lower() in VIDEO_SUFFIXES and not out.is_dir()
 
 
@@ -420,7 +411,7 @@ def open_writer(out: Path, fps: float, size: tuple[int, int]) -> FrameWriter:
         UserError: see `check_out`; also not writable.
     """
     check_out(out)
-    if _is_video(out):
+    if is_video(out):
         return VideoWriter(out, fps, size)
     return FolderWriter(out)
 
@@ -487,7 +478,7 @@ def render(
         if value is not None and not 0.0 < value < float("inf"):
             raise UserError(f"{option} {value:g}: expected a positive number")
     check_out(out)
-    with claimed(out, "--out", file=_is_video(out)):
+    with claimed(out, "--out", file=is_video(out)):
         chosen, rate = (None, None) if camera_path is None else read_camera_path(camera_path)
         if fps is None:
             fps = 24.0 if rate is None else rate

@@ -148,6 +148,7 @@ _GROUPS: list[tuple[Literal["heeded", "harmless", "refused"], str, str, str]] = 
         "many",
     ),
     ("harmless", "rotation", "how far a turntable turned between renders", "Blender"),
+    ("harmless", "from_photos original", "what became of the photos, and what they were called", "shiftadd3d"),
     (
         "harmless",
         "exposure_time rolling_shutter_time camera_linear_velocity camera_angular_velocity imu",

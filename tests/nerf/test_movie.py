@@ -1,0 +1,336 @@
+"""`shiftadd3d movie`: from photos or a scene to a video, and every way in which that can go wrong."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import torch
+from nerfstudio.engine.trainer import Trainer
+from nerfstudio.utils import writer
+from PIL import Image
+
+from shiftadd3d import cli
+from shiftadd3d.configs import methods
+from shiftadd3d.nerf import movie as module
+from shiftadd3d.nerf.demo import train
+from shiftadd3d.nerf.pipeline import GNTPipeline
+from shiftadd3d.nerf.pretrained import open_scene
+from shiftadd3d.nerf.runs import load_run
+from shiftadd3d.nerf.smooth_path import smooth_path
+from shiftadd3d.scenes import poses as poses_module
+
+# The path
+
+
+def look_at(centres: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Cameras in OpenGL axes that look at a point, z up."""
+    back = centres - target
+    back /= np.linalg.norm(back, axis=1, keepdims=True)
+    right = np.cross([0.0, 0.0, 1.0], back)
+    right /= np.linalg.norm(right, axis=1, keepdims=True)
+    return np.stack([right, np.cross(back, right), back, centres], axis=-1)
+
+
+def rolled(poses: np.ndarray, degrees: np.ndarray) -> np.ndarray:
+    """The same cameras, turned about their axes."""
+    cos, sin = np.cos(np.deg2rad(degrees))[:, None], np.sin(np.deg2rad(degrees))[:, None]
+    right, up, back, centre = np.moveaxis(poses, -1, 0)
+    return np.stack([cos * right + sin * up, cos * up - sin * right, back, centre], axis=-1)
+
+
+def capture(kind: str) -> np.ndarray:
+    """Views as people take them: unevenly, not quite level, in no order."""
+    random = np.random.default_rng(0)
+    if kind == "grid":
+        x, z = (axis.ravel() for axis in np.meshgrid(np.arange(5.0), np.arange(4.0)))
+        places = np.stack([x, 0 * x, z], axis=1) + 0.1 * random.normal(size=(20, 3))
+        poses = look_at(places, np.array([2.0, 30.0, 1.5]))
+    elif kind == "dome":
+        places = random.normal(size=(100, 3))
+        places[:, 2] = np.abs(places[:, 2])
+        return look_at(4 * places / np.linalg.norm(places, axis=1, keepdims=True), np.zeros(3))
+    else:
+        angle = np.arange(40) * 2 * np.pi / 40
+        ring = np.stack([4 * np.cos(angle), 4 * np.sin(angle), 1 + 0.1 * random.normal(size=40)], axis=1)
+        poses = look_at(ring, np.zeros(3))
+    return random.permutation(rolled(poses, 5 * random.normal(size=len(poses))))
+
+
+@pytest.mark.parametrize("frames", [60, 240])
+@pytest.mark.parametrize("kind", ["ring", "grid", "dome"])
+def test_a_path_is_even_smooth_and_level_and_begins_and_ends_at_views(kind: str, frames: int):
+    views = capture(kind)
+    path, keys = smooth_path(views, frames)
+    assert path.shape == (frames, 3, 4)
+    rotation, centres = path[:, :, :3], path[:, :, 3]
+    assert np.allclose(np.swapaxes(rotation, 1, 2) @ rotation, np.eye(3), atol=1e-9)
+    assert (np.linalg.det(rotation) > 0).all()
+    assert np.allclose(centres[[0, -1]], views[keys[[0, -1]], :, 3], atol=1e-6)
+    steps = np.diff(centres, axis=0)
+    speed = np.linalg.norm(steps, axis=1)
+    # Where it turns within a frame, the step is cut short.
+    assert 0.5 * speed.mean() < speed.min() and speed.max() < 1.2 * speed.mean()
+    # A frame's step is like the one before: no turns on the spot. 2.0 would be a way straight back.
+    assert np.linalg.norm(np.diff(steps, axis=0), axis=1).max() < 1.6 * speed.mean()
+    turns = np.rad2deg(np.linalg.norm(np.diff(path[:, :, 2], axis=0), axis=1))
+    assert np.abs(np.diff(turns)).max() < 3.0
+    assert np.abs(np.arcsin(path[:, 2, 0])).max() < np.deg2rad(6.0)  # views are tilted by five, up to ten
+
+
+def test_a_path_through_a_ring_goes_once_around_it_and_closes():
+    views = capture("ring")
+    path, keys = smooth_path(views, 60)
+    assert keys[0] == keys[-1] and len(set(keys[:-1])) == len(keys) - 1
+    around = np.unwrap(np.arctan2(path[:, 1, 3], path[:, 0, 3]))
+    assert abs(around[-1] - around[0]) == pytest.approx(2 * np.pi, abs=1e-6)
+    assert (np.diff(around) > 0).all() or (np.diff(around) < 0).all()
+    assert np.linalg.norm(path[:, :, 3], axis=1).min() > 3.9  # not straight from view to view, through the scene
+
+
+def test_views_that_agree_on_no_horizon_keep_their_own():
+    views = rolled(capture("ring"), np.arange(40) * 90.0)
+    path, keys = smooth_path(views, 60)
+    assert np.allclose(path[0], views[keys[0]], atol=1e-6)
+
+
+def test_two_views_or_copies_of_one_make_a_path_too():
+    views = capture("ring")
+    path, _ = smooth_path(views[:2], 10)
+    assert np.allclose(path[[0, -1], :, 3], views[:2, :, 3], atol=1e-6)
+    still, _ = smooth_path(np.repeat(views[:1], 4, axis=0), 10)
+    assert np.allclose(still, views[0])
+
+
+# The movie
+
+
+@pytest.fixture(autouse=True)
+def _no_writers(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(writer, "EVENT_WRITERS", [])  # not those of a run before, in this process
+
+
+def make(source: Path, out: Path, *more: str) -> int:
+    return cli.main(["movie", str(source), "--out", str(out), "--frames", "3", *more])
+
+
+def commands_in(text: str) -> list[list[str]]:
+    return [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("  ")]
+
+
+def test_a_scene_becomes_a_movie_and_what_is_said_to_come_next_works(
+    tiny_scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out, facts_file = tmp_path / "my movie.mp4", tmp_path / "facts.json"
+    more = ("--preview", "--outputs", "rgb", "depth", "--fps", "10", "--json", str(facts_file))
+    assert make(tiny_scene, out, *more) == 0
+    video = imageio.get_reader(out)
+    assert video.count_frames() == 3
+    assert video.get_meta_data()["size"] == (128, 48)
+    assert video.get_meta_data()["fps"] == 10
+    assert Image.open(tmp_path / "my movie.preview.png").size == (128, 48)
+    facts = json.loads(facts_file.read_text())
+    assert facts["scene"] == str(tiny_scene) and facts["run"] is None
+    assert {"poses", "opening", "preview", "rendering"} == set(facts["seconds"]) == set(facts["cpu_seconds"])
+    text = capsys.readouterr().out
+    assert str(out) in text and str(tiny_scene) in text
+    assert "--size 252 is more than the photos have" in text
+    spiral, trained, train_on = commands_in(text)
+    assert trained[-2:] == ["--minutes", "10"]
+    assert train_on[:2] == ["ns-train", "shiftadd-gnt-tiny"] and train_on[-1] == "pretrained"
+    assert cli.main([*spiral[1:], "--frames", "2"]) == 0
+    assert imageio.get_reader(tmp_path / "my movie-spiral.mp4").count_frames() == 2
+
+
+def test_frames_at_views_are_made_of_those_views_too(tiny_scene: Path, tmp_path: Path):
+    """Pictures of noise: nothing but the view itself can show them."""
+    assert make(tiny_scene, tmp_path / "frames", "--path", "views", "--frames", "2") == 0
+    frame = np.asarray(Image.open(tmp_path / "frames/frame_00000.png"), dtype=float)
+    photo = np.asarray(Image.open(tiny_scene / "images/000.png"), dtype=float)
+    pipeline: GNTPipeline = open_scene(methods.shiftadd_gnt_tiny.config, tiny_scene)  # type: ignore[arg-type]
+    camera = pipeline.datamanager.train_dataset.cameras[0:1]
+    judged = pipeline.model.get_outputs_for_camera(camera)["rgb"].numpy() * 255
+    assert np.square(frame - photo).mean() < 0.5 * np.square(judged - photo).mean()
+
+
+def test_minutes_train_on_the_scene_first_and_no_longer_than_that(
+    make_config: Callable[..., Any],
+    tiny_scene: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    config = make_config(tiny_scene, tmp_path, "shiftadd-gnt-tiny")
+    config.timestamp = "{timestamp}"
+    monkeypatch.setattr(methods.shiftadd_gnt_tiny, "config", config)
+    started: list[Path | None] = []
+
+    def start(config: Any, trainer: Callable[..., Any]) -> Path:
+        started.append(config.pipeline.warm_start)
+        return train(_from_scratch(config), trainer)
+
+    monkeypatch.setattr(module, "train", start)
+    assert make(tiny_scene, tmp_path / "a.mp4", "--minutes", "0.05") == 0
+    assert started == [Path("pretrained")]
+    text = capsys.readouterr().out
+    render, viewer, train_on = commands_in(text)
+    run = Path(viewer[-1])
+    assert run.is_relative_to(tmp_path / "a-training") and run.name == "config.yml"
+    assert viewer[0] == "ns-viewer" and train_on[0] == "ns-train" and Path(train_on[3]).is_dir()
+    assert render[:4] == ["shiftadd3d", "render", "--load-config", str(run)]
+    opened = load_run(run)
+    assert opened.step > 0 and len(opened.pipeline.datamanager.train_dataset) == 10
+    assert opened.pipeline.model.stage == 2  # the clock brought it, half way
+    assert imageio.get_reader(tmp_path / "a.mp4").count_frames() == 3
+
+
+@pytest.mark.slow
+def test_photos_become_a_scene_beside_the_movie_that_serves_again(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("pycolmap")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for path in sorted((repository / "scenes/still_life/images").glob("train_*.png"))[:10]:
+        shutil.copy(path, photos)
+    assert make(photos, tmp_path / "a.mp4", "--size", "64") == 0
+    assert (tmp_path / "a-scene/transforms.json").is_file()
+    assert imageio.get_reader(tmp_path / "a.mp4").get_meta_data()["size"][0] == 64
+    assert "10 of 10 photos placed" in capsys.readouterr().out
+    monkeypatch.setattr(poses_module, "find_poses", None)  # not wanted again
+    assert make(photos, tmp_path / "b.gif", "--size", "64", "--scene", str(tmp_path / "a-scene")) == 0
+    assert (tmp_path / "b.gif").is_file() and not (tmp_path / "b-scene").exists()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (
+            ["{missing}", "--out", "a.mp4"],
+            "does not exist; expected a folder of photos, a video file, or a scene folder",
+        ),
+        (["{empty}", "--out", "a.mp4"], "no photos in"),
+        (["{texts}", "--out", "a.mp4"], "or, of a scene with cameras, a folder with transforms.json"),
+        (["{nested}", "--out", "a.mp4"], "there are some in"),
+        (["{text}", "--out", "a.mp4"], "cannot be read as a video"),
+        (["{scene}", "--out", "a.avi"], "unknown suffix .avi; expected .mp4, .gif, or a folder"),
+        (["{scene}", "--out", "{text}/a.mp4"], "name a writable one"),
+        (["{scene}", "--out", "a.mp4", "--frames", "1"], "--frames 1: expected 2 or more"),
+        (["{scene}", "--out", "a.mp4", "--size", "31"], "--size 31: expected 32 pixels or more"),
+        (["{scene}", "--out", "a.mp4", "--size", "40"], "would be 40x30 pixels, and the network needs 32"),
+        (["{scene}", "--out", "a.mp4", "--size", "40", "--minutes", "1"], "would be 40x30 pixels"),
+        (["{scene}", "--out", "a.mp4", "--minutes", "-1"], "--minutes -1: expected 0 or more"),
+        (["{scene}", "--out", "a.mp4", "--fps", "0"], "--fps 0: expected a positive number"),
+        (["{scene}", "--out", "a.mp4", "--scene", "b"], "is a scene already; leave --scene out"),
+    ],
+)
+def test_what_cannot_be_is_explained_in_one_line(
+    args: list[str],
+    complaint: str,
+    tiny_scene: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "texts", "nested/inside"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "texts/a.txt").write_text("a")
+    (tmp_path / "text").write_text("a")
+    Image.new("RGB", (64, 48)).save(tmp_path / "nested/inside/a.png")
+    places = {name: str(tmp_path / name) for name in ("missing", "empty", "texts", "nested", "text")}
+    assert cli.main(["movie", *(word.format(scene=tiny_scene, **places) for word in args)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert complaint in error
+    assert not (tmp_path / "a.mp4").exists()
+
+
+def test_without_pycolmap_it_is_said_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    monkeypatch.setattr(poses_module.importlib.util, "find_spec", lambda name: None if name == "pycolmap" else object())
+    assert make(tmp_path, tmp_path / "out/a.mp4") == 1
+    assert "pip install 'pycolmap>=4'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("step", "left"),
+    [
+        ("scene_from_photos", "kept beside"),
+        ("open_scene", "The scene is in"),
+        ("make_path", "The scene is in"),
+    ],
+)
+def test_ctrl_c_at_any_step_says_what_is_kept(
+    step: str,
+    left: str,
+    tiny_scene: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, step, interrupt)
+    source = tiny_scene / "images" if step == "scene_from_photos" else tiny_scene
+    assert make(source, tmp_path / "a.mp4") == 130
+    assert left in capsys.readouterr().out
+
+
+def test_ctrl_c_while_rendering_keeps_the_frames_so_far(
+    tiny_scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from shiftadd3d.nerf.model import GNTNerfModel
+
+    real, count = GNTNerfModel.get_outputs_for_camera, iter((0, 1))
+
+    def twice(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        if next(count, None) is None:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(GNTNerfModel, "get_outputs_for_camera", twice)
+    assert make(tiny_scene, tmp_path / "a.mp4") == 130
+    text = capsys.readouterr().out
+    assert f"They are in {tmp_path / 'a.unfinished.mp4'}" in text and f"The scene is in {tiny_scene}" in text
+    assert imageio.get_reader(tmp_path / "a.unfinished.mp4").count_frames() == 2
+
+
+def test_ctrl_c_while_training_keeps_a_checkpoint_and_says_where(
+    make_config: Callable[..., Any],
+    tiny_scene: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    def interrupt(self: Trainer, step: int) -> None:
+        raise KeyboardInterrupt
+
+    config = make_config(tiny_scene, tmp_path, "shiftadd-gnt-tiny")
+    monkeypatch.setattr(methods.shiftadd_gnt_tiny, "config", config)
+    monkeypatch.setattr(module, "train", lambda config, trainer: train(_from_scratch(config), trainer))
+    monkeypatch.setattr(Trainer, "train_iteration", interrupt)
+    with pytest.raises(SystemExit) as exit_:
+        make(tiny_scene, tmp_path / "a.mp4", "--minutes", "1")
+    assert exit_.value.code == 130
+    assert list((tmp_path / "a-training").glob("**/step-*.ckpt"))
+    text = capsys.readouterr().out
+    assert "Nothing is lost: go on with ns-train" in text and f"The scene is in {tiny_scene}" in text
+
+
+def _from_scratch(config: Any) -> Any:
+    config.pipeline.warm_start = None  # those weights are of a larger network
+    return config
