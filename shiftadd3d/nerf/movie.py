@@ -24,7 +24,7 @@ from shiftadd3d._claim import claimed
 from shiftadd3d._errors import UserError
 from shiftadd3d._progress import Steps, duration, progress
 from shiftadd3d.models.gnt.feature_net import MIN_IMAGE_SIDE
-from shiftadd3d.nerf.dataparsers import AutoDataParserConfig, find_scene
+from shiftadd3d.nerf.dataparsers import find_scene
 from shiftadd3d.nerf.demo import train
 from shiftadd3d.nerf.pictures import save_picture
 from shiftadd3d.nerf.pipeline import GNTPipeline
@@ -39,6 +39,8 @@ from shiftadd3d.scenes.photos import list_photos
 
 MoviePath = Literal["interpolate", "spiral", "views"]
 
+_ZOOM = 1.04
+"""What lies at the very edge is seen by few views, or by none once they are undistorted and level."""
 _PREVIEW_SIDE = 96
 """Pixels on the longer side of the first small frame."""
 
@@ -109,21 +111,20 @@ def _movie(config: GNTTrainerConfig, source: Path, out: Path, options: MovieOpti
     clock = _Clock()
     with clock.step("poses"):
         scene = _scene(source, out, options)
-    run, preview, pipeline = None, None, None
+    run, preview = None, None
     with _kept(scene):
-        if options.preview or options.minutes == 0:
-            with clock.step("opening"):
-                pipeline = open_scene(config, scene, max_side=options.size)
-                _check_sides(pipeline.datamanager.train_dataset.cameras, 1.0, scene, options.size)
-                cameras = _path(pipeline, options)
-        if pipeline is not None and options.preview:
+        with clock.step("opening"):
+            pipeline = open_scene(config, scene, max_side=options.size)
+            _check_sides(pipeline, scene, options.size)
+            cameras = _path(pipeline, options)
+        if options.preview:
             with clock.step("preview"):
                 preview = _write_preview(pipeline, cameras[0:1], out, options.outputs)
         if options.minutes > 0:
             with clock.step("training"):
-                run = _train(config, scene, out, options.minutes, options.size)
+                run = _train(config, pipeline, out, options.minutes)
                 pipeline = load_run(run).pipeline
-                cameras = _path(pipeline, options)
+                pipeline.model.use_own_view = True
         with clock.step("rendering"):
             write_path(pipeline, cameras, out, fps=options.fps, names=options.outputs)
     facts = {
@@ -210,17 +211,21 @@ def _is_scene(source: Path) -> bool:
 
 def _path(pipeline: GNTPipeline, options: MovieOptions) -> Cameras:
     pipeline.model.use_own_view = True
-    path = "train" if options.path == "views" else options.path
-    return make_path(pipeline, path, options.frames, views="train")
+    if options.path == "views":
+        return make_path(pipeline, "train", options.frames)
+    cameras = make_path(pipeline, options.path, options.frames, views="train")
+    cameras.fx, cameras.fy = _ZOOM * cameras.fx, _ZOOM * cameras.fy
+    return cameras
 
 
-def _check_sides(cameras: Cameras, scale: float, scene: Path, size: int) -> None:
-    """Whether views serve the network, scaled so.
+def _check_sides(pipeline: GNTPipeline, scene: Path, size: int) -> None:
+    """Whether the views serve the network.
 
     Raises:
         UserError: too small.
     """
-    width, height = (int(scale * side.max()) for side in (cameras.width, cameras.height))
+    cameras = pipeline.datamanager.train_dataset.cameras
+    width, height = int(cameras.width.max()), int(cameras.height.max())
     if min(width, height) < MIN_IMAGE_SIDE:
         least = math.ceil((MIN_IMAGE_SIDE + 1) * max(width, height) / min(width, height))
         raise UserError(
@@ -234,20 +239,15 @@ def _check_sides(cameras: Cameras, scale: float, scene: Path, size: int) -> None
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _train(config: GNTTrainerConfig, scene: Path, out: Path, minutes: float, size: int) -> Path:
-    """Train on all views of the scene, from the weights that come with the package; returns the run's config.yml."""
+def _train(config: GNTTrainerConfig, opened: GNTPipeline, out: Path, minutes: float) -> Path:
+    """Train on all views of a scene, from the weights that come with the package; returns the run's config.yml."""
     config = copy.deepcopy(config)
-    parser = AutoDataParserConfig(data=scene, eval_mode="all")
-    cameras = parser.setup().get_dataparser_outputs(split="train").cameras
-    scale = min(1.0, size / int(torch.maximum(cameras.width, cameras.height).max()))
-    _check_sides(cameras, scale, scene, size)
-    datamanager = config.pipeline.datamanager
-    datamanager.data, datamanager.dataparser, datamanager.camera_res_scale_factor = scene, parser, scale
-    datamanager.num_source_views = max(1, min(datamanager.num_source_views, len(cameras) - 1))
+    config.pipeline.datamanager = copy.deepcopy(opened.datamanager.config)
     config.pipeline.warm_start = Path("pretrained")
     config.output_dir, config.experiment_name, config.vis = out.parent, f"{_stem(out)}-training", "tensorboard"
     config.max_num_iterations = GNTTrainerConfig.max_num_iterations  # the clock stops it
-    config.steps_per_eval_batch = config.steps_per_eval_image = config.max_num_iterations
+    for name in ("batch", "image", "all_images"):  # time that training would lose
+        setattr(config, f"steps_per_eval_{name}", config.max_num_iterations)
     return train(config, functools.partial(_ClockedTrainer, seconds=60.0 * minutes))
 
 

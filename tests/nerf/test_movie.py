@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from PIL import Image
 from shiftadd3d import cli
 from shiftadd3d.configs import methods
 from shiftadd3d.nerf import movie as module
-from shiftadd3d.nerf.demo import train
 from shiftadd3d.nerf.pipeline import GNTPipeline
 from shiftadd3d.nerf.pretrained import open_scene
 from shiftadd3d.nerf.runs import load_run
@@ -160,32 +159,28 @@ def test_frames_at_views_are_made_of_those_views_too(tiny_scene: Path, tmp_path:
     assert np.square(frame - photo).mean() < 0.5 * np.square(judged - photo).mean()
 
 
-def test_minutes_train_on_the_scene_first_and_no_longer_than_that(
-    make_config: Callable[..., Any],
-    tiny_scene: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
-    config = make_config(tiny_scene, tmp_path, "shiftadd-gnt-tiny")
-    config.timestamp = "{timestamp}"
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The method with few rays a step, and nothing to measure before the first."""
+    config: Any = copy.deepcopy(methods.shiftadd_gnt_tiny.config)
+    config.machine.device_type = "cpu"
+    config.pipeline.datamanager.train_num_rays_per_batch = 32
+    config.pipeline.model.expert_latencies = (1.0, 1.0)
     monkeypatch.setattr(methods.shiftadd_gnt_tiny, "config", config)
-    started: list[Path | None] = []
 
-    def start(config: Any, trainer: Callable[..., Any]) -> Path:
-        started.append(config.pipeline.warm_start)
-        return train(_from_scratch(config), trainer)
 
-    monkeypatch.setattr(module, "train", start)
+@pytest.mark.usefixtures("quick")
+def test_minutes_train_on_the_scene_first_and_no_longer_than_that(
+    tiny_scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     assert make(tiny_scene, tmp_path / "a.mp4", "--minutes", "0.05") == 0
-    assert started == [Path("pretrained")]
-    text = capsys.readouterr().out
-    render, viewer, train_on = commands_in(text)
+    render, viewer, train_on = commands_in(capsys.readouterr().out)
     run = Path(viewer[-1])
     assert run.is_relative_to(tmp_path / "a-training") and run.name == "config.yml"
     assert viewer[0] == "ns-viewer" and train_on[0] == "ns-train" and Path(train_on[3]).is_dir()
     assert render[:4] == ["shiftadd3d", "render", "--load-config", str(run)]
     opened = load_run(run)
+    assert opened.config.pipeline.warm_start == Path("pretrained")
     assert opened.step > 0 and len(opened.pipeline.datamanager.train_dataset) == 10
     assert opened.pipeline.model.stage == 2  # the clock brought it, half way
     assert imageio.get_reader(tmp_path / "a.mp4").count_frames() == 3
@@ -228,7 +223,6 @@ def test_photos_become_a_scene_beside_the_movie_that_serves_again(
         (["{scene}", "--out", "a.mp4", "--frames", "1"], "--frames 1: expected 2 or more"),
         (["{scene}", "--out", "a.mp4", "--size", "31"], "--size 31: expected 32 pixels or more"),
         (["{scene}", "--out", "a.mp4", "--size", "40"], "would be 40x30 pixels, and the network needs 32"),
-        (["{scene}", "--out", "a.mp4", "--size", "40", "--minutes", "1"], "would be 40x30 pixels"),
         (["{scene}", "--out", "a.mp4", "--minutes", "-1"], "--minutes -1: expected 0 or more"),
         (["{scene}", "--out", "a.mp4", "--fps", "0"], "--fps 0: expected a positive number"),
         (["{scene}", "--out", "a.mp4", "--scene", "b"], "is a scene already; leave --scene out"),
@@ -309,19 +303,13 @@ def test_ctrl_c_while_rendering_keeps_the_frames_so_far(
     assert imageio.get_reader(tmp_path / "a.unfinished.mp4").count_frames() == 2
 
 
+@pytest.mark.usefixtures("quick")
 def test_ctrl_c_while_training_keeps_a_checkpoint_and_says_where(
-    make_config: Callable[..., Any],
-    tiny_scene: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     def interrupt(self: Trainer, step: int) -> None:
         raise KeyboardInterrupt
 
-    config = make_config(tiny_scene, tmp_path, "shiftadd-gnt-tiny")
-    monkeypatch.setattr(methods.shiftadd_gnt_tiny, "config", config)
-    monkeypatch.setattr(module, "train", lambda config, trainer: train(_from_scratch(config), trainer))
     monkeypatch.setattr(Trainer, "train_iteration", interrupt)
     with pytest.raises(SystemExit) as exit_:
         make(tiny_scene, tmp_path / "a.mp4", "--minutes", "1")
@@ -329,8 +317,3 @@ def test_ctrl_c_while_training_keeps_a_checkpoint_and_says_where(
     assert list((tmp_path / "a-training").glob("**/step-*.ckpt"))
     text = capsys.readouterr().out
     assert "Nothing is lost: go on with ns-train" in text and f"The scene is in {tiny_scene}" in text
-
-
-def _from_scratch(config: Any) -> Any:
-    config.pipeline.warm_start = None  # those weights are of a larger network
-    return config
