@@ -8,8 +8,12 @@ from scipy.interpolate import CubicSpline
 
 _FRAMES_A_KEY = 8
 """So many frames for the way from one view that the path passes to the next: a third of a second."""
-_KEYS = (4, 40)
-"""The fewest and the most views that a path passes, where there are as many."""
+_PACE = 0.75
+"""How far a frame goes at most, where views next door are about 2 apart: faster, nobody sees anything."""
+_MOST_VIEWS = 120
+"""The way is found through so many; of more, through those in the middle of their neighbours."""
+_STARTS = 6
+"""From so many views a way is looked for."""
 _DENSE = 64
 """Places between two keys at which the length of the path is measured."""
 
@@ -17,11 +21,12 @@ _DENSE = 64
 def smooth_path(
     poses: Float[np.ndarray, "n 3 4"], frames: int
 ) -> tuple[Float[np.ndarray, "frames 3 4"], Int[np.ndarray, " keys"]]:
-    """Past views that stand for all, on a short way, at an even speed.
+    """Past views, on a short way, at an even speed.
 
-    Of many views, those in the middle of their neighbours are passed (k-medoids): others lie beside the path. Where the
-    way ends close to where it began it becomes a loop. Cameras that look at something from around it go around it,
-    instead of through its middle. The horizon stays level, unless the views do not agree on one.
+    The way leads from view to view, through all of them if the frames suffice, else through where views are densest,
+    and is smoothed: it passes one view every eight frames, and close to those between. Where it ends close to where it
+    began it becomes a loop. Cameras that look at something from around it go around it, instead of through its middle.
+    The horizon stays level, unless the views do not agree on one.
 
     Args:
         poses: of the views, at least two, camera to world, OpenGL axes (x right, y up, z back).
@@ -32,24 +37,44 @@ def smooth_path(
     """
     poses = np.asarray(poses, dtype=np.float64)
     apart = _distances(poses)
-    keys = _shortest_way(_medoids(apart, frames // _FRAMES_A_KEY), apart)
-    if len(keys) == 1:  # all of them are the same
-        return np.repeat(poses[keys], frames, axis=0), keys
-    steps = apart[keys[:-1], keys[1:]]
-    loops = len(keys) >= 6 and apart[keys[-1], keys[0]] <= 2.5 * steps.mean()
-    if loops:
-        keys = np.roll(keys, -int(keys.argmin()))
-        keys = np.append(keys, keys[0])
-    elif keys[0] > keys[-1]:
-        keys = keys[::-1].copy()
+    way = _shortest_way(_medoids(apart, _MOST_VIEWS), apart)
+    if len(way) == 1:  # all views are the same
+        return np.repeat(poses[way], frames, axis=0), way
+    keys, loops = _keys(way, apart, frames)
     # By roots of distances: a spline over a short way between two long ones does not swing out.
     times = np.concatenate([[0.0], np.sqrt(np.maximum(apart[keys[:-1], keys[1:]], 1e-6)).cumsum()])
-    path = _Spline(poses, keys, times, periodic=bool(loops))
+    path = _Spline(poses, keys, times, periodic=loops)
     dense = path.at(np.linspace(0.0, times[-1], _DENSE * (len(keys) - 1) + 1))
     moved = _steps(dense, *_units(poses))
-    way = np.concatenate([[0.0], moved.cumsum()])
-    where = np.interp(np.linspace(0.0, way[-1], frames), way, np.linspace(0.0, times[-1], len(way)))
+    gone = np.concatenate([[0.0], moved.cumsum()])
+    where = np.interp(np.linspace(0.0, gone[-1], frames), gone, np.linspace(0.0, times[-1], len(gone)))
     return path.at(where), keys
+
+
+def _keys(
+    way: Int[np.ndarray, " views"], apart: Float[np.ndarray, "n n"], frames: int
+) -> tuple[Int[np.ndarray, " keys"], bool]:
+    """The views that a path passes, and whether it is a loop: then the last one is the first."""
+    steps = apart[way[:-1], way[1:]]
+    loops = len(way) >= 6 and apart[way[-1], way[0]] <= 2.5 * steps.mean()
+    if loops:
+        way = np.roll(way, -int(way.argmin()))
+        way = np.append(way, way[0])
+    gone = np.concatenate([[0.0], apart[way[:-1], way[1:]].cumsum()])
+    longest = _PACE * frames
+    if gone[-1] > longest:
+        loops = False
+        # The part with most views; the shortest of these.
+        last = np.maximum(np.searchsorted(gone, gone + longest, side="right") - 1, 0)
+        last = np.minimum(np.maximum(last, np.arange(len(gone)) + 1), len(gone) - 1)
+        counts = last - np.arange(len(gone))
+        lengths = gone[last] - gone
+        start = int(np.lexsort((lengths, -counts))[0])
+        way, gone = way[start : last[start] + 1], gone[start : last[start] + 1] - gone[start]
+    wanted = np.linspace(0.0, gone[-1], max(4, frames // _FRAMES_A_KEY) + 1)
+    chosen = np.unique(np.abs(gone[None] - wanted[:, None]).argmin(axis=1))
+    keys = way[chosen]
+    return (keys if loops or keys[0] <= keys[-1] else keys[::-1].copy()), bool(loops)
 
 
 class _Spline:
@@ -119,7 +144,7 @@ def _distances(poses: np.ndarray) -> Float[np.ndarray, "n n"]:
 
 def _medoids(apart: Float[np.ndarray, "n n"], count: int) -> Int[np.ndarray, " keys"]:
     """Views in the middle of groups of neighbours."""
-    count = min(len(apart), max(_KEYS[0], min(count, _KEYS[1])))
+    count = min(len(apart), count)
     chosen = [int(apart.sum(axis=1).argmin())]
     while len(chosen) < count:  # to begin with, as far from each other as can be
         nearest = apart[chosen].min(axis=0)
@@ -144,7 +169,7 @@ def _shortest_way(views: Int[np.ndarray, " keys"], apart: Float[np.ndarray, "n n
     cost = np.zeros((count + 1, count + 1))
     cost[:count, :count] = apart[np.ix_(views, views)]
     best, shortest = np.arange(count), np.inf
-    for start in range(count):
+    for start in range(0, count, -(-count // _STARTS)):
         order, left = [count, start], set(range(count)) - {start}
         while left:
             order.append(min(left, key=lambda view: (cost[order[-1], view], view)))

@@ -86,12 +86,20 @@ def test_a_path_is_even_smooth_and_level_and_begins_and_ends_at_views(kind: str,
 
 def test_a_path_through_a_ring_goes_once_around_it_and_closes():
     views = capture("ring")
-    path, keys = smooth_path(views, 60)
+    path, keys = smooth_path(views, 150)
     assert keys[0] == keys[-1] and len(set(keys[:-1])) == len(keys) - 1
     around = np.unwrap(np.arctan2(path[:, 1, 3], path[:, 0, 3]))
     assert abs(around[-1] - around[0]) == pytest.approx(2 * np.pi, abs=1e-6)
     assert (np.diff(around) > 0).all() or (np.diff(around) < 0).all()
     assert np.linalg.norm(path[:, :, 3], axis=1).min() > 3.9  # not straight from view to view, through the scene
+
+
+def test_few_frames_go_along_a_part_instead_of_rushing_through_all():
+    path, keys = smooth_path(capture("ring"), 30)
+    assert keys[0] != keys[-1]
+    around = np.unwrap(np.arctan2(path[:, 1, 3], path[:, 0, 3]))
+    # Nine degrees are the way to the view next door.
+    assert np.rad2deg(np.abs(np.diff(around)).max()) < 6.0
 
 
 def test_views_that_agree_on_no_horizon_keep_their_own():
