@@ -297,7 +297,7 @@ class _ClockedTrainer(GNTTrainer):
         self.stop_training = self._gone >= self._seconds
         gone = min(round(self._gone), self._clock.total) - self._clock.done
         if gone > 0:
-            self._clock.advance(gone, status=f"step {step + 1}, loss {float(result[0]):.4f}")
+            self._clock.advance(gone, status=f"step {step + 1}, loss {result[0].item():.4f}")
         return result
 
 

@@ -129,9 +129,10 @@ def make(source: Path, out: Path, *more: str) -> int:
 
 
 def commands_in(text: str) -> list[list[str]]:
-    return [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("  ")]
+    return [shlex.split(line, comments=True) for line in text.partition("Go on with:\n")[2].splitlines()]
 
 
+@pytest.mark.slow
 def test_a_scene_becomes_a_movie_and_what_is_said_to_come_next_works(
     tiny_scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
