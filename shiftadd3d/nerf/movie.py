@@ -27,7 +27,7 @@ from shiftadd3d.models.gnt.feature_net import MIN_IMAGE_SIDE
 from shiftadd3d.nerf.dataparsers import find_scene
 from shiftadd3d.nerf.demo import train
 from shiftadd3d.nerf.pictures import save_picture
-from shiftadd3d.nerf.pipeline import GNTPipeline
+from shiftadd3d.nerf.pipeline import GNTPipeline, GNTPipelineConfig
 from shiftadd3d.nerf.pretrained import open_scene
 from shiftadd3d.nerf.render import check_out, is_video, make_path, picture, scale_cameras, write_path
 from shiftadd3d.nerf.runs import load_run
@@ -243,7 +243,7 @@ def _train(config: GNTTrainerConfig, opened: GNTPipeline, out: Path, minutes: fl
     """Train on all views of a scene, from the weights that come with the package; returns the run's config.yml."""
     config = copy.deepcopy(config)
     config.pipeline.datamanager = copy.deepcopy(opened.datamanager.config)
-    config.pipeline.warm_start = Path("pretrained")
+    cast(GNTPipelineConfig, config.pipeline).warm_start = Path("pretrained")
     config.output_dir, config.experiment_name, config.vis = out.parent, f"{_stem(out)}-training", "tensorboard"
     config.max_num_iterations = GNTTrainerConfig.max_num_iterations  # the clock stops it
     for name in ("batch", "image", "all_images"):  # time that training would lose
