@@ -202,7 +202,7 @@ class Movie(Verb):
     """Folder for the scene that is made of photos or a video; what is there from an earlier time serves again. If not
     set, NAME-scene beside NAME.mp4."""
     minutes: Annotated[float, tyro.conf.arg(metavar="N")] = 0.0
-    """Train on the scene for so long first, from the same network. More than ten gain little on a laptop."""
+    """Train on the scene for so long first, from the same network."""
     size: Annotated[int, tyro.conf.arg(metavar="PIXELS")] = 252
     """Longer side of a frame, and of the photos that it is made from; never more than the photos have."""
     path: Literal["interpolate", "spiral", "views"] = "interpolate"
