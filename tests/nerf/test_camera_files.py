@@ -26,6 +26,7 @@ from shiftadd3d import UserError
 from shiftadd3d.nerf.dataparsers import AutoDataParserConfig, files, find_scene
 from shiftadd3d.nerf.dataparsers.keys import KEYS
 from shiftadd3d.nerf.near_far import near_far_from_matches, scene_near_far
+from shiftadd3d.nerf.photos import PhotoDataset
 from shiftadd3d.nerf.source_bank import SourceBank
 from shiftadd3d.scenes import scene_path
 
@@ -461,6 +462,134 @@ def test_the_page_on_camera_files_lists_every_key(repository):
     assert page.partition("## Keys")[2].count("\n| `") == len(KEYS)
 
 
+def test_null_is_as_good_as_absent(scene_folder, plain, said):
+    names_ = [name for name in KEYS if name not in ("frames", "file_path", "transform_matrix")]
+
+    def add(meta):
+        for values in (meta, *meta["frames"]):
+            values.update({name: None for name in names_ if name not in values})
+
+    with _rewritten(scene_folder, add):
+        assert_same_rays(parse(scene_folder), plain, tolerance=0)
+    assert not said
+
+
+INTRINSICS = [[FOCAL, 0.0, WIDTH / 2 + 2], [0.0, FOCAL * 1.1, HEIGHT / 2 - 1], [0.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize("place", ["file", "frame"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"fx": FOCAL, "fy": FOCAL * 1.1, "c_x": WIDTH / 2 + 2, "c_y": HEIGHT / 2 - 1, "width": WIDTH, "height": HEIGHT},
+        *({name: INTRINSICS} for name in ("K", "intrinsics", "intrinsic_matrix", "camera_intrinsics")),
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_other_names_of_a_lens_are_heeded(place, other, scene_folder, said):
+    def write(meta, lens):
+        for key in pinhole():
+            del meta[key]
+        for values in (meta,) if place == "file" else meta["frames"]:
+            values.update(lens)
+
+    own = {"fl_x": FOCAL, "fl_y": FOCAL * 1.1, "cx": WIDTH / 2 + 2, "cy": HEIGHT / 2 - 1}
+    with _rewritten(scene_folder, lambda meta: write(meta, own)):
+        expected = parse(scene_folder)
+    with _rewritten(scene_folder, lambda meta: write(meta, other)):
+        assert_same_rays(parse(scene_folder), expected, tolerance=0)
+    assert not said
+
+
+def test_width_and_height_of_larger_pictures_are_a_size_that_disagrees(scene_folder):
+    def enlarge(meta):
+        for key in ("w", "h", "cx", "cy"):
+            del meta[key]
+        meta.update(width=4 * WIDTH, height=4 * HEIGHT)
+
+    with _rewritten(scene_folder, enlarge):
+        assert f"its camera {4 * WIDTH}x{4 * HEIGHT}" in refused(scene_folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"K": [[2 * FOCAL, 0, 12], [0, 2 * FOCAL, 8], [0, 0, 1]]},
+            "K[0][0] says a focal length of 40 pixels, fl_x one of 20",
+        ),
+        ({"fl_y": FOCAL * 1.5}, "focal lengths are 20 pixels in x and 30 in y, as if pixels were not square"),
+    ],
+)
+def test_numbers_of_a_lens_that_disagree_are_said(change, words, scene_folder, said):
+    with _rewritten(scene_folder, lambda meta: meta.update(change)):
+        parse(scene_folder)
+    assert any(words in line for line in said), said
+
+
+@pytest.mark.parametrize("name", ["nerfstudio", "colmap-text", "blender"])
+def test_a_camera_that_stands_far_from_all_others_is_named(name, orbit, tmp_path, said):
+    poses = orbit.copy()
+    poses[3, :3, 3] *= 1e4
+    WRITERS[name](tmp_path, poses)
+    parse(tmp_path)
+    assert sum("1 camera of " in line and "(view003.png)" in line for line in said) == 1
+
+
+@pytest.mark.parametrize("below", ["dense", "dense/0"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_scene_further_down_is_pointed_to(name, below, orbit, tmp_path):
+    (tmp_path / below).mkdir(parents=True)
+    WRITERS[name](tmp_path / below, orbit)
+    assert refused(tmp_path).endswith(f"there is a scene in {below}")
+
+
+@pytest.mark.parametrize("name", ["nerfstudio", "colmap-text", "llff"])
+def test_masks_of_the_full_size_photos_do_for_smaller_ones(name, orbit, tmp_path):
+    WRITERS[name](tmp_path, orbit)
+    times, width, height = (4, 4 * WIDTH, 4 * HEIGHT) if name == "llff" else (2, WIDTH, HEIGHT)
+    if name != "llff":
+        for file in names(10):
+            picture(tmp_path / "images_2" / file, size=(width // 2, height // 2))
+    (tmp_path / "masks").mkdir()
+    full = np.zeros((height, width), np.uint8)
+    full[:, : width // 2] = 255
+    for file in names(10):
+        Image.fromarray(full).save(tmp_path / "masks" / file)
+    if name == "nerfstudio":
+        edit_frames(tmp_path / "transforms.json", lambda i, frame: frame.update(mask_path=f"masks/view{i:03d}.png"))
+    outputs = parse(tmp_path, downscale_factor=times)
+    mask = PhotoDataset(outputs).get_data(0)["mask"][..., 0]
+    assert mask.shape == (height // times, width // times)
+    assert mask[:, : mask.shape[1] // 2].all() and not mask[:, mask.shape[1] // 2 :].any()
+
+
+@pytest.mark.parametrize("name", ["nerfstudio", "blender", "blender-nerf"])
+@pytest.mark.parametrize("folder", ["mask", "masks"])
+def test_a_folder_of_masks_that_no_frame_names_is_said(name, folder, orbit, tmp_path, said):
+    WRITERS[name](tmp_path, orbit)
+    picture(tmp_path / folder / "view000.png")
+    parse(tmp_path)
+    assert any(f"1 picture in {folder} are not read; expected mask_path" in line for line in said), said
+
+
+def test_colmap_masks_of_which_none_fits_are_counted(orbit, tmp_path, said):
+    colmap_text(tmp_path, orbit)
+    picture(tmp_path / "masks/other.png")
+    parse(tmp_path)
+    assert any("10 of 10 photos have no mask" in line for line in said), said
+
+
+def test_views_in_none_of_the_lists_are_counted(scene_folder, said):
+    def split(meta):
+        files = [frame["file_path"] for frame in meta["frames"]]
+        meta.update(train_filenames=files[:5], val_filenames=files[5:7], test_filenames=[])
+
+    with _rewritten(scene_folder, split):
+        assert len(parse(scene_folder).image_filenames) == 5
+    assert any("3 views of 10 are in none of the lists and are left out" in line for line in said), said
+
+
 def heeded(scene_folder, change) -> Any:
     with _rewritten(scene_folder, change):
         return parse(scene_folder).cameras
@@ -586,7 +715,7 @@ IMPOSSIBLE = {
     "degrees": ({"fl_x": None, "fl_y": None, "camera_angle_x": 62.0}, "camera_angle_x is 62, a view of 3552 degrees"),
     "negative": ({"fl_x": None, "fl_y": None, "x_fov": -5.0}, "x_fov is -5"),
     "infinite": ({"fl_x": float("inf")}, "fl_x is Infinity; expected a number"),
-    "no lens": ({"fl_x": None, "fl_y": None, "fx": 20.0}, "lacks fl_x (fx is not read)"),
+    "no lens": ({"fl_x": None, "fl_y": None, "fov": 60.0}, "lacks fl_x (fov is not read)"),
 }
 
 

@@ -20,7 +20,14 @@ from shiftadd3d.nerf.dataparsers.checks import check_outputs, plural
 from shiftadd3d.nerf.dataparsers.colmap import count_photos, find_models, has_renamed_images, read_colmap
 from shiftadd3d.nerf.dataparsers.files import IMAGE_SUFFIXES, say
 from shiftadd3d.nerf.dataparsers.llff import read_llff
-from shiftadd3d.nerf.dataparsers.scene import Centering, EvalMode, Orientation, Scene, make_outputs
+from shiftadd3d.nerf.dataparsers.scene import (
+    Centering,
+    EvalMode,
+    Orientation,
+    Scene,
+    make_outputs,
+    say_what_stands_far_away,
+)
 from shiftadd3d.nerf.dataparsers.transforms import count_frames, read_transforms
 from shiftadd3d.scenes import scene_path
 
@@ -172,6 +179,7 @@ class AutoDataParser(DataParser):
     def _generate_dataparser_outputs(self, split: str = "train", **kwargs) -> DataparserOutputs:
         if self._scene is None:  # kept, so that train and eval agree, and that what is to be said is said once
             self._scene = self._read()
+            say_what_stands_far_away(self._scene)
         return make_outputs(self._scene, split, self.config)
 
     def _read(self) -> Scene:
@@ -234,7 +242,7 @@ def _look(data: Path) -> tuple[Kind, Path, Path | None, list[str]]:
     else:
         views = {path: count for path, count in files.items() if count}
         if not views:
-            raise UserError(f"{data}: no scene found; expected {_ACCEPTED}")
+            raise UserError(f"{data}: no scene found; expected {_ACCEPTED}{_below(data)}")
         kind, camera_file = "nerfstudio", max(views, key=lambda path: views[path])
     others = _others(files, {camera_file} | of_blender)
     read = blender if kind == "blender" else files[camera_file] or 0
@@ -243,6 +251,15 @@ def _look(data: Path) -> tuple[Kind, Path, Path | None, list[str]]:
     if kind == "nerfstudio" and of_blender:
         others.insert(0, f"transforms_*.json ({plural(blender, 'photo')})")
     return kind, data, camera_file, others
+
+
+def _below(data: Path) -> str:
+    """A hint at a scene one or two folders further down, as archives and COLMAP's workspaces have them."""
+    for folder in sorted(path for pattern in ("*/", "*/*/") for path in data.glob(pattern) if path.is_dir()):
+        llff = (folder / "poses_bounds.npy").is_file()
+        if llff or any(map(count_frames, folder.glob("transforms*.json"))) or find_models(folder):
+            return f"; there is a scene in {folder.relative_to(data)}"
+    return ""
 
 
 def _others(files: dict[Path, int | None], read: set[Path]) -> list[str]:

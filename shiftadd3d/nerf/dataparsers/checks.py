@@ -241,9 +241,16 @@ def check_outputs(outputs: DataparserOutputs, split: str, min_train_views: int =
     if outputs.mask_filenames is not None:
         mask_sizes = read_sizes(outputs.mask_filenames, "mask", MASK_MODES)
         for mask, mask_size, size in zip(outputs.mask_filenames, mask_sizes, sizes, strict=True):
-            # A pixel is rounding: `read_mask` fits the mask to its photo.
-            if max(abs(mask_size[0] - size[0]), abs(mask_size[1] - size[1])) > 1:
+            if not _fits(mask_size, size):
                 raise UserError(
                     f"mask {mask} is {mask_size[0]}x{mask_size[1]}, its image {size[0]}x{size[1]}; "
-                    "expected masks of the images' size"
+                    "expected masks of the images' size, or a whole number of times as large"
                 )
+
+
+def _fits(mask: tuple[int, int], image: tuple[int, int]) -> bool:
+    """Whether `read_mask` may fit a mask to its photo: it is of its size, or of the full-size photo's, but for rounding
+    to whole pixels of the smaller one.
+    """
+    times = max(1, round(mask[0] / image[0]))
+    return max(abs(mask[0] - times * image[0]), abs(mask[1] - times * image[1])) <= times

@@ -500,9 +500,12 @@ def _is_downscaled(path: Path) -> bool:
 
 
 def _find_masks(data: Path, names: Sequence[str], factor: int) -> list[Path | None]:
-    """masks/name.png, as nerfstudio has them, or masks/name.jpg.png, as COLMAP does; for the images' size."""
-    folder = data / ("masks" if factor == 1 else f"masks_{factor}")
-    if not folder.is_dir():
+    """masks/name.png, as nerfstudio has them, or masks/name.jpg.png, as COLMAP does; those of the images' size, or of
+    the full-size photos where there are no such.
+    """
+    folders = downscaled_folders(data / "masks")
+    folder = folders.get(factor) or folders.get(1)
+    if folder is None:
         return []
     masks = Folder(folder)
     found = []
@@ -510,7 +513,7 @@ def _find_masks(data: Path, names: Sequence[str], factor: int) -> list[Path | No
         stem = name.rpartition(".")[0] or name
         found.append(masks.find(f"{stem}.png", ()) or masks.find(f"{name}.png", ()) or masks.find(name, ()))
     without = sum(mask is None for mask in found)
-    if 0 < without < len(found):
+    if without:
         say(f"{folder}: {without} of {plural(len(found), 'photo')} have no mask; all their pixels are used")
     return found
 

@@ -20,7 +20,7 @@ from shiftadd3d.nerf.photos import UNREADABLE, photo_header
 MAX_AUTO_RESOLUTION = 1600
 """Longest image side in pixels that the automatic downscale factor accepts, as in nerfstudio's parsers."""
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".jfif", ".avif", ".jp2", ".ppm")
 
 _MAP = re.compile(r"(^|[._-])(depth|normal|normals|mask|alpha|dynamic_mask)([._-]?\d+)?$|^dynamic_mask_", re.IGNORECASE)
 """Stems of what is no picture of the scene but lies beside one: r_0_depth_0001, 3.depth, dynamic_mask_r_0."""

@@ -29,6 +29,13 @@ class Key:
 _GROUPS: list[tuple[Literal["heeded", "harmless", "refused"], str, str, str]] = [
     # Heeded
     ("heeded", "frames", "the views", "all"),
+    ("heeded", "fx fy c_x c_y width height", "other names of `fl_x`, `fl_y`, `cx`, `cy`, `w`, `h`", "converters"),
+    (
+        "heeded",
+        "K intrinsics intrinsic_matrix camera_intrinsics",
+        "a 3x3 matrix of focal lengths and principal point, where those are not given; other forms are not read",
+        "converters",
+    ),
     ("heeded", "file_path", "the picture; `\\`, `./`, other machines' folders and a missing suffix are mended", "all"),
     ("heeded", "transform_matrix", "camera to world, OpenGL axes, 4x4 or 3x4", "all"),
     ("heeded", "fl_x fl_y", "focal length in pixels; `fl_y` is `fl_x` where it is not given", "all"),
@@ -161,12 +168,7 @@ _GROUPS: list[tuple[Literal["heeded", "harmless", "refused"], str, str, str]] = 
         "colours stay as they are in the pictures",
         "phones",
     ),
-    (
-        "harmless",
-        "width height fx fy fov intrinsics intrinsic_matrix camera_intrinsics K c_x c_y",
-        "other names of w, h, fl_x, fl_y, cx and cy, which are needed",
-        "converters",
-    ),
+    ("harmless", "fov", "the same as the focal length in pixels, which is needed", "converters"),
     ("harmless", "version comment date source generator description license copyright", "words", "many"),
     (
         "harmless",

@@ -29,18 +29,25 @@ CAMERA_MODELS: dict[str, CameraType] = {
 """Camera models that are read, by nerfstudio's and COLMAP's names."""
 
 _QUANTITIES = {
-    "fx": ("fl_x", "x_fov", "camera_angle_x"),
-    "fy": ("fl_y", "y_fov", "camera_angle_y"),
-    "cx": ("cx",),
-    "cy": ("cy",),
-    "w": ("w",),
-    "h": ("h",),
+    "fx": ("fl_x", "fx", "K[0][0]", "x_fov", "camera_angle_x"),
+    "fy": ("fl_y", "fy", "K[1][1]", "y_fov", "camera_angle_y"),
+    "cx": ("cx", "c_x", "K[0][2]"),
+    "cy": ("cy", "c_y", "K[1][2]"),
+    "w": ("w", "width"),
+    "h": ("h", "height"),
 }
 """Keys that state the same thing, best first."""
 _PAIRS = (("fx", "fy"), ("cx", "cy"), ("w", "h"))
 _ANGLES = ("x_fov", "y_fov", "camera_angle_x", "camera_angle_y")
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
-NUMBERS = ("fl_x", "fl_y", "cx", "cy", "w", "h", *_ANGLES, *DISTORTION, "applied_scale")
+NUMBERS = (
+    *("fl_x", "fl_y", "cx", "cy", "w", "h", "fx", "fy", "c_x", "c_y", "width", "height"),
+    *_ANGLES,
+    *DISTORTION,
+    "applied_scale",
+)
+MATRICES = ("K", "intrinsics", "intrinsic_matrix", "camera_intrinsics")
+"""Names of the 3x3 matrix [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]."""
 
 
 @dataclass
@@ -123,8 +130,7 @@ def lens_of(meta: Mapping[str, Any], frame: Mapping[str, Any], where: str) -> Le
     if kind is None:
         kind = _kind(meta, where) or CameraType.PERSPECTIVE
     if not merged["fx"] and not merged["fy"]:
-        other = next((key for key in ("fx", "fov", "K", "intrinsics", "intrinsic_matrix", "camera_intrinsics") if
-                      key in frame or key in meta), None)  # fmt: skip
+        other = next((key for key in ("fov", *MATRICES) if key in frame or key in meta), None)
         hint = f" ({other} is not read)" if other else ""
         raise UserError(
             f"{where} lacks fl_x{hint}; expected fl_x and fl_y in pixels, or camera_angle_x in radians, once for the "
@@ -147,6 +153,9 @@ def lens_of(meta: Mapping[str, Any], frame: Mapping[str, Any], where: str) -> Le
 
 def _stated(values: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """The keys of each quantity that are there, best first. An angle of zero says nothing."""
+    matrix = next((numbers for key in MATRICES if (numbers := _matrix(values.get(key))) is not None), None)
+    if matrix is not None:
+        values = {**values, **{f"K[{i}][{j}]": matrix[i, j] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2))}}
     return {
         quantity: {
             key: float(values[key]) for key in keys if key in values and not (key in _ANGLES and not float(values[key]))
@@ -155,9 +164,24 @@ def _stated(values: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
+def _matrix(value: Any) -> np.ndarray | None:
+    """A 3x3 matrix of intrinsics; None where it is something else."""
+    try:
+        found = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    whole = found.shape == (3, 3) and bool(np.isfinite(found).all())
+    return found if whole and np.abs(found[2] - [0.0, 0.0, 1.0]).max() < 1e-6 else None
+
+
 def _agree(own: Mapping[str, float], common: Mapping[str, float]) -> bool:
-    """Whether the two state the same: some key has one value in both."""
-    return any(math.isclose(value, common[key], rel_tol=1e-6) for key, value in own.items() if key in common)
+    """Whether the two state the same: some key has one value in both, or two keys the same number of pixels."""
+    return any(
+        math.isclose(value, other, rel_tol=1e-6)
+        for key, value in own.items()
+        for name, other in common.items()
+        if key == name or not {key, name} & set(_ANGLES)
+    )
 
 
 def _kind(values: Mapping[str, Any], where: str) -> CameraType | None:
@@ -208,11 +232,28 @@ def _distortion_stated(values: Mapping[str, Any], where: str) -> dict[str, float
     return vector
 
 
-def say_where_angles_disagree(lens: Lens, width: float, height: float, where: str) -> None:
-    """One line if an angle of view is another than the focal length beside it, which is taken."""
+def say_where_numbers_disagree(lens: Lens, width: float, height: float, where: str) -> None:
+    """One line if an angle of view is another than the focal length beside it, which is taken; one if pixels are far
+    from square, as where one angle of view was written for both sides.
+    """
+    fx, fy = lens.focal_lengths(width, height, where)
+    if min(fx, fy) > 0 and max(fx, fy) > 1.2 * min(fx, fy):
+        say(
+            f"{where}: focal lengths are {fx:g} pixels in x and {fy:g} in y, as if pixels were not square; both are "
+            "taken as they are"
+        )
     for quantity, side in (("fx", width), ("fy", height)):
         stated = {key: self_value for key, self_value in lens.focal.items() if key in _QUANTITIES[quantity]}
         length = next((value for key, value in stated.items() if key not in _ANGLES), 0.0)
+        others = [
+            (key, value) for key, value in stated.items() if key not in _ANGLES and abs(value - length) > 0.05 * length
+        ]
+        if length > 0 and others:
+            key, value = others[0]
+            say(
+                f"{where}: {key} says a focal length of {value:g} pixels, {next(iter(stated))} one of {length:g}, "
+                "which is taken"
+            )
         for key in stated.keys() & set(_ANGLES):
             radians = math.radians(stated[key]) if key.endswith("_fov") else stated[key]
             if length > 0 and lens.kind == CameraType.PERSPECTIVE:

@@ -69,7 +69,9 @@ def _find_images(data: Path, count: int, longest_side: int, requested: float | N
 
 
 def _find_masks(data: Path, images: list[Path], factor: int) -> list[Path | None]:
-    masks = {path.stem: path for path in image_files(downscaled_folders(data / "masks").get(factor, data / "-"))}
+    folders = downscaled_folders(data / "masks")
+    folder = folders.get(factor) or folders.get(1)  # those of the full-size photos
+    masks = {} if folder is None else {path.stem: path for path in image_files(folder)}
     if not masks:
         return []
     found = [masks.get(path.stem) for path in images]

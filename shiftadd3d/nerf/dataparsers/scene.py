@@ -28,7 +28,7 @@ from nerfstudio.utils.colors import get_color
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.nerf.dataparsers.checks import check_outputs, check_poses, check_spread
+from shiftadd3d.nerf.dataparsers.checks import check_outputs, check_poses, check_spread, list_first, plural
 from shiftadd3d.nerf.dataparsers.files import say, white_mask
 from shiftadd3d.nerf.photos import UNREADABLE, photo_header
 
@@ -261,6 +261,23 @@ def _masks(scene: Scene, index: np.ndarray, sizes: np.ndarray) -> list[Path] | N
     return [white_mask(int(w), int(h)) if mask is None else mask for mask, (w, h) in zip(masks, sizes, strict=True)]
 
 
+_FAR_AWAY = 30.0
+"""Times the usual distance from the middle: no walk around anything has such a view."""
+
+
+def say_what_stands_far_away(scene: Scene) -> None:
+    """One line if some cameras stand so far from the rest that these shrink to a point when the scene is scaled."""
+    positions = scene.poses[:, :3, 3]
+    distance = np.linalg.norm(positions - np.median(positions, axis=0), axis=1)
+    far = distance > _FAR_AWAY * np.median(distance)
+    if far.any() and np.median(distance) > 0:
+        names = list_first([scene.images[view].name for view in np.flatnonzero(far)])
+        say(
+            f"{scene.origin}: {plural(int(far.sum()), 'camera')} of {len(scene)} stand more than {_FAR_AWAY:g} times "
+            f"as far from the middle as most ({names}); the scene is scaled to them: are their poses right?"
+        )
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Splits
 # --------------------------------------------------------------------------------------------------------------------
@@ -333,6 +350,10 @@ def say_what_is_held_out(scene: Scene, lists: Mapping[str, str]) -> None:
             f"{scene.origin}: {lists['train']} has no views; all that {lists['val']} and {lists['test']} leave are "
             "trained on"
         )
+    if "train" in listed:
+        left = len(scene) - len(set().union(*listed.values()))
+        if left:
+            say(f"{scene.origin}: {plural(left, 'view')} of {len(scene)} are in none of the lists and are left out")
     both = set(listed.get("train", [])) & set(listed.get("val", []) + listed.get("test", []))
     if both:
         say(f"{scene.origin}: {len(both)} held-out views are training views, too; they say nothing about new views")

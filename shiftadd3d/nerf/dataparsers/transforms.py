@@ -22,7 +22,7 @@ from shiftadd3d.nerf.dataparsers.checks import (
 )
 from shiftadd3d.nerf.dataparsers.files import Folder, choose_factor, image_files, is_map, say, side_of
 from shiftadd3d.nerf.dataparsers.keys import refuse_keys, says_nothing, shown, unknown_keys, unknown_keys_line
-from shiftadd3d.nerf.dataparsers.lens import CAMERA_MODELS, NUMBERS, Lens, lens_of, say_where_angles_disagree
+from shiftadd3d.nerf.dataparsers.lens import CAMERA_MODELS, NUMBERS, Lens, lens_of, say_where_numbers_disagree
 from shiftadd3d.nerf.dataparsers.scene import Scene, say_what_is_held_out
 
 _AXES = {
@@ -152,12 +152,13 @@ def read_camera_file(path: Path, may_be_empty: bool = False) -> CameraFile:
         return CameraFile(path, {}, [], np.empty((0, 4, 4)))
     if not isinstance(frames, list) or not frames:
         raise UserError(f"{path} has no frames; expected a list of {{file_path, transform_matrix}}")
-    meta = {key: value for key, value in content.items() if key != "frames"}
+    meta = _without_nulls({key: value for key, value in content.items() if key != "frames"})
     refuse_keys(meta, str(path))
     _check_values(meta, str(path))
     for index, frame in enumerate(frames):
         if not isinstance(frame, dict) or not isinstance(frame.get("file_path"), str) or not frame["file_path"].strip():
             raise UserError(f"{path}: frame {index} has no file_path; expected one in every frame")
+    frames = [_without_nulls(frame) for frame in frames]
     unknown = unknown_keys(frames, meta)
     bad = sum(frame.get("is_bad") is True for frame in frames)
     if bad:
@@ -178,6 +179,11 @@ def read_camera_file(path: Path, may_be_empty: bool = False) -> CameraFile:
     if unknown:
         say(unknown_keys_line(path, unknown))
     return CameraFile(path, meta, frames, stacked @ _AXES[_axes(path, meta)])
+
+
+def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Null is how programs write what they do not have."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _pose(path: Path, frame: Mapping[str, Any]) -> np.ndarray:
@@ -244,7 +250,7 @@ def _check_values(values: Mapping[str, Any], where: str) -> None:
             key == "depth_unit_scale_factor" and not _is_length(value)
         ):
             expected = "a positive number"
-        elif key in ("w", "h") and not 1 <= float(value) < 1e6:
+        elif key in ("w", "h", "width", "height") and not 1 <= float(value) < 1e6:
             expected = "a number of pixels"
         elif key == "distortion_params" and numbers(value).shape != (6,):
             expected = "six numbers: k1, k2, k3, k4, p1, p2"
@@ -444,7 +450,7 @@ def assemble(files: Sequence[CameraFile], folder: Folder, factor: int) -> tuple[
             written = frame.get("mask_path", file.meta.get("mask_path")) or None
             if written is not None:
                 masked += 1
-                mask = _find(folder, written, factor, "masks")
+                mask = _find(folder, written, factor, "masks") or folder.find(written)
                 if mask is None:
                     missing_masks.append(folder.path / written)
             masks.append(mask)
@@ -492,7 +498,7 @@ def _with_lenses(
             full[i, 1] / 2 if lens.cy is None else lens.cy,
         )
     if lenses:
-        say_where_angles_disagree(lenses[0][0], float(full[0, 0]), float(full[0, 1]), lenses[0][1])
+        say_where_numbers_disagree(lenses[0][0], float(full[0, 0]), float(full[0, 1]), lenses[0][1])
     return Scene(
         origin=origin,
         images=images,
@@ -508,6 +514,14 @@ def _with_lenses(
 
 def _look_beside(file: CameraFile, scene: Scene) -> None:
     """Says what lies beside the pictures and is not read; refuses instant-ngp's files of rays."""
+    if not scene.masks:
+        for name in ("mask", "masks"):
+            found = image_files(file.path.parent / name)
+            if found and not set(found) & set(scene.images):
+                say(
+                    f"{file.path}: {plural(len(found), 'picture')} in {name} are not read; expected mask_path in the "
+                    "frames, if they are masks"
+                )
     folders = dict.fromkeys(image.parent for image in scene.images)
     known = {*scene.images, *scene.depths, *(mask for mask in scene.masks if mask is not None)}
     beside = [path for folder in folders for path in image_files(folder) if path not in known]
