@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard, TypeVar, cast
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -39,6 +40,7 @@ from shiftadd3d.nn.attachments import (
     would_be_lost,
 )
 from shiftadd3d.nn.binarize import BINARIZERS, CODES
+from shiftadd3d.nn.bypassed import bypassed
 from shiftadd3d.nn.moe import GATES, FrozenMoE, MoE, MoELinear, MoEMlp, check_router, latency_weights
 from shiftadd3d.nn.shift import (
     SHIFT_MODES,
@@ -509,6 +511,7 @@ class _Surgery:
         self.additive: dict[str, nn.Module] = {}
         # A module that stands in two places (shared weights) becomes one replacement in both.
         self.done: dict[int, nn.Module | None] = {}
+        self.bypassed = bypassed(model)
         self.names: dict[nn.Module, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             self.names.setdefault(module, []).append(name)
@@ -521,6 +524,11 @@ class _Surgery:
                 self.replacements.append((parent, attribute, replacement))
             return
         self.done[id(module)] = None
+        if isinstance(module, torch.jit.ScriptModule):
+            if parent is None:
+                self.problems.append("torch.jit compiled it; reparameterize the model before")
+            self._leave(module, name, "torch.jit compiled it")
+            return
         if isinstance(module, (ShiftLayer, PackedShiftLayer, MoE, FrozenMoE)):
             self._mark_replaced(module)
             return
@@ -569,6 +577,10 @@ class _Surgery:
             return None
         if choice.primitive == "keep" or converter is None or not self._wanted(module, name):
             return module
+        if module in self.bypassed:
+            self.rules.mark(name, fitting)
+            self._leave(module, name, self.bypassed[module])
+            return module
         own = [] if base is None else overridden_methods(module, base)
         if own and base is not None:
             self.problems.append(
@@ -601,6 +613,8 @@ class _Surgery:
             return True
         if choice.primitive != "moe" or not _is_token_wise(mlp) or not self._wanted(mlp, name):
             return False
+        if any(inner in self.bypassed for inner in mlp.modules()):
+            return False
         for inner_name, inner in mlp.named_modules():
             if type(inner) is nn.Linear:
                 own = self._choose(inner, f"{name}.{inner_name}", "mlp", _LINEAR_PRIMITIVES, refused=("add",))
@@ -632,6 +646,8 @@ class _Surgery:
             self._leave(layer, name, f"{choice.reason}, which no convolution becomes")
         elif not self._wanted(layer, name):
             self._leave(layer, name, "filtered out")
+        elif layer in self.bypassed:
+            self._leave(layer, name, self.bypassed[layer])
         elif choice.primitive == "shift":
             shift = self._attempt(layer, name, lambda: _shift_in_place_of(layer, name, **self._shift_options(choice)))
             if shift is not None:

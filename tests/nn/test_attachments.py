@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -270,3 +273,73 @@ def test_torchs_encoder_makes_no_nested_tensors_for_a_fast_path_that_is_off() ->
         with torch.no_grad():
             found = model(x, src_key_padding_mask=padding)
         torch.testing.assert_close(found[~padding], expected[~padding])
+
+
+class ReadsWeight(nn.Module):
+    """As in timm's BEiT and torchvision's Swin: the weight is computed with, the layer is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(OrderedDict(inner=nn.Linear(8, 8)))
+        self.qkv, self.called = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.called(self.project(x).to(self.called.weight.dtype))
+
+    def project(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.qkv.weight, self.qkv.bias) @ self.part.inner.weight.T
+
+
+class KeepsList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.called = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.steps = [self.qkv]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.called(self.steps[0](x))
+
+
+class KeepsMethod(KeepsList):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = {0: self.qkv.forward}
+
+
+@pytest.mark.parametrize("mode", ["Q", "PS"])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (ReadsWeight, "ReadsWeight.project computes with its weight, past the layer"),
+        (KeepsList, "KeepsList.steps holds it past its place in the model"),
+        (KeepsMethod, "KeepsMethod.steps holds it past its place in the model"),
+    ],
+)
+def test_layers_that_a_model_uses_past_their_place_are_left_alone_and_freezing_changes_nothing(
+    kind: type[nn.Module], reason: str, mode
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(kind()), torch.randn(3, 8)
+    report = reparameterize_(model, replace(SHIFT, mode=mode), verbose=False)
+    assert (model[0].qkv.__class__, model[0].called.__class__) == (nn.Linear, ShiftLinear)
+    assert ("0.qkv", reason) in [(layer.name, layer.reason) for layer in report.untouched]
+    expected = model(x)
+    freeze_(model, verbose=False)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "swinv2_tiny_window8_256"])
+def test_timms_layers_whose_weights_are_computed_with_are_left_alone(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    report = reparameterize_(model, SHIFT, verbose=False)
+    assert not any(layer.name.endswith("attn.qkv") for layer in report.layers)
+    assert sum("computes with its weight" in layer.reason for layer in report.untouched) == 12
+
+
+def test_what_torch_script_compiled_is_left_alone_or_refused() -> None:
+    compiled = torch.jit.trace(nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8))
+    report = reparameterize_(nn.Sequential(compiled, nn.Linear(8, 8)), SHIFT, verbose=False)
+    assert [layer.name for layer in report.layers] == ["1"]
+    with pytest.raises(UserError, match="jit compiled it; reparameterize the model before"):
+        reparameterize_(compiled, SHIFT, verbose=False)
