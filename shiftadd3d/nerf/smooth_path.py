@@ -74,6 +74,13 @@ def _keys(
     wanted = np.linspace(0.0, gone[-1], max(4, frames // _FRAMES_A_KEY) + 1)
     chosen = np.unique(np.abs(gone[None] - wanted[:, None]).argmin(axis=1))
     keys = way[chosen]
+    # A way that turns back, close to where it was, would make a curve with a cusp.
+    near = 0.6 * np.median(apart[keys[:-1], keys[1:]])
+    kept = [keys[0]]
+    for key in keys[1:-1]:
+        if apart[kept[-1], key] >= near and apart[key, keys[-1]] >= near:
+            kept.append(key)
+    keys = np.array([*kept, keys[-1]])
     return (keys if loops or keys[0] <= keys[-1] else keys[::-1].copy()), bool(loops)
 
 
