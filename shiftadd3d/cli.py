@@ -141,7 +141,7 @@ class EvalScenes(Verb):
     def run(self) -> None:
         """Print the table."""
         _need_nerfstudio()
-        from nerfstudio.utils.rich_utils import CONSOLE
+        from rich.console import Console
 
         from shiftadd3d._report import write_json
         from shiftadd3d.configs import methods
@@ -154,7 +154,7 @@ class EvalScenes(Verb):
             load_config=self.load_config,
             max_side=self.max_side,
         )
-        CONSOLE.print(report)
+        Console().print(report)
         if self.json is not None:
             write_json(self.json, report.as_dict())
 
