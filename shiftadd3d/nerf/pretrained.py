@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.nerf.checkpoint import list_misfits, misfits
+from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
 from shiftadd3d.nerf.dataparsers import AutoDataParserConfig
-from shiftadd3d.nerf.model import GNTNerfModel
-from shiftadd3d.nerf.pipeline import GNTPipeline
+from shiftadd3d.nerf.model import GNTNerfModel, GNTNerfModelConfig
+from shiftadd3d.nerf.pipeline import GNTPipeline, GNTPipelineConfig
 from shiftadd3d.nerf.trainer import GNTTrainerConfig
 from shiftadd3d.nerf.weights import pretrained_file, read_weights
 
@@ -72,10 +74,11 @@ def scene_pipeline(config: GNTTrainerConfig, parser: AutoDataParserConfig, max_s
     views = len(outputs.image_filenames)
     if views < 3:
         raise UserError(f"{parser.data} has {views} views to render from; expected at least 3")
-    settings = copy.deepcopy(config.pipeline)
+    settings = cast(GNTPipelineConfig, copy.deepcopy(config.pipeline))
     settings.warm_start = None
-    settings.model.expert_latencies = settings.model.expert_latencies or (1.0, 1.0)  # nothing is trained by them
-    manager = settings.datamanager
+    model = cast(GNTNerfModelConfig, settings.model)
+    model.expert_latencies = model.expert_latencies or (1.0, 1.0)  # nothing is trained by them
+    manager = cast(GNTDataManagerConfig, settings.datamanager)
     manager.data, manager.dataparser, manager.train_scenes = parser.data, parser, ()
     manager.num_source_views = min(manager.num_source_views, views - 1)
     manager.near = manager.far = None
