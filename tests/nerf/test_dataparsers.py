@@ -313,16 +313,16 @@ def test_a_focal_length_that_is_not_positive_is_refused(write_scene, tmp_path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"fl_x": None}, "fl_x is null; expected a number"),
+        ({"fl_x": []}, "fl_x is []; expected a number"),
         ({"w": [80]}, "w is [80]; expected a number"),
-        ({"k1": None}, "k1 is null; expected a number"),
+        ({"k1": []}, "k1 is []; expected a number"),
         ({"k1": float("nan")}, "k1 is NaN; expected a number"),
-        ({"applied_scale": None}, "applied_scale is null"),
+        ({"applied_scale": []}, "applied_scale is []"),
         ({"applied_scale": 0}, "applied_scale is 0; expected a positive number"),
         ({"distortion_params": "x"}, "expected six numbers"),
         ({"distortion_params": [0.1, 0.2]}, "expected six numbers"),
         ({"camera_model": "FOO"}, "expected one of: OPENCV"),
-        ({"train_filenames": None}, "expected a list of file names"),
+        ({"train_filenames": 3}, "expected a list of file names"),
         ({"train_filenames": [1, 2]}, "expected a list of file names"),
         ({"shiftadd3d": 5}, '"shiftadd3d" is 5; expected {"near"'),
         ({"shiftadd3d": "x"}, '"shiftadd3d" is "x"; expected'),
@@ -334,7 +334,7 @@ def test_a_focal_length_that_is_not_positive_is_refused(write_scene, tmp_path):
             "6 < cx < 18: are these numbers of the full-size photos",
         ),
         ({"cy": -1}, "4 < cy < 12"),
-        ({"applied_transform": None}, "applied_transform is null; expected a 3x4 matrix"),
+        ({"applied_transform": []}, "applied_transform is []; expected a 3x4 matrix"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -347,15 +347,15 @@ def test_values_that_are_not_what_they_should_be_are_refused(write_scene, tmp_pa
 @pytest.mark.parametrize("key", ["k1", "mask_path"])
 def test_a_frame_with_such_a_value_is_named(write_scene, tmp_path, key):
     scene = write_scene["nerfstudio"](tmp_path)
-    edit_transforms(scene, lambda meta: meta["frames"][5].update({key: None}))
-    assert f"transforms.json, images/005.png: {key} is null" in refused(parse, scene)
+    edit_transforms(scene, lambda meta: meta["frames"][5].update({key: []}))
+    assert f"transforms.json, images/005.png: {key} is []" in refused(parse, scene)
 
 
 def test_a_blender_camera_angle_that_is_no_number_is_refused(write_scene, tmp_path):
     scene = write_scene["blender"](tmp_path)
     meta = json.loads((scene / "transforms_train.json").read_text())
-    (scene / "transforms_train.json").write_text(json.dumps({**meta, "camera_angle_x": None}))
-    assert "camera_angle_x is null; expected a number" in refused(parse, scene)
+    (scene / "transforms_train.json").write_text(json.dumps({**meta, "camera_angle_x": []}))
+    assert "camera_angle_x is []; expected a number" in refused(parse, scene)
 
 
 def test_distortion_of_another_parser_is_checked_too(write_scene, tmp_path):
