@@ -192,7 +192,8 @@ class Evaluate:
         pipeline.model.near_far.copy_(torch.tensor(pipeline.datamanager.near_far))
         if self.weights == "shipped":
             load_pretrained(pipeline.model, pretrained_file(self.method))
-        quality = evaluate(pipeline, PICTURES / f"untrained-{name}-{self.method}.png")
+        shown = PICTURES if self.weights == "shipped" else OUTPUTS  # the page has no pictures of random weights
+        quality = evaluate(pipeline, shown / f"untrained-{name}-{self.method}.png")
         words = ["--scene", name, "--method", self.method, "--weights", self.weights]
         prefix = "" if embedded else f"{SCENES_VARIABLE}=... "
         write_result(
