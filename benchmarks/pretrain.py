@@ -1,6 +1,6 @@
 """The weights that come with the package, and the page docs/results/pretraining.md.
 
-    shiftadd3d scenes make-factory FACTORY --count 240 --seed 1
+    shiftadd3d scenes make-factory FACTORY --count 134 --seed 1
     python benchmarks/pretrain.py train --factory FACTORY      # hours; goes on where it stopped
     python benchmarks/pretrain.py pack --factory FACTORY       # into shiftadd3d/nerf/weights
     python benchmarks/pretrain.py evaluate --scene fern --method shiftadd-gnt-tiny
@@ -57,7 +57,7 @@ class Train:
 
     factory: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Made by `shiftadd3d scenes make-factory`."""
-    steps: Annotated[int, tyro.conf.arg(metavar="N")] = 9000
+    steps: Annotated[int, tyro.conf.arg(metavar="N")] = 5000
     """Steps of one scene and 512 rays each; the optimizer moves at every second one."""
     run: Annotated[Path, tyro.conf.arg(metavar="DIR")] = RUN
     """Where checkpoints go."""
