@@ -17,14 +17,12 @@ import os
 import re
 import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
 from reporting import (
     DATA,
     NOT_MEASURED,
@@ -34,6 +32,7 @@ from reporting import (
     machine_facts,
     machine_list,
     markdown_table,
+    run_command,
     start_again_keeping_memory,
     write_page,
     write_result,
@@ -640,12 +639,10 @@ def breakdown_tables(speed: dict[str, Any] | None) -> str:
 
 
 def main() -> None:
-    commands = {"train": Train, "all": All, "speed": Speed, "report": Report}
-    command = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-    try:
-        command()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(
+        {"train": Train, "all": All, "speed": Speed, "report": Report},
+        __doc__,
+    )
 
 
 if __name__ == "__main__":

@@ -18,14 +18,12 @@ import json
 import os
 import re
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tyro
 from reporting import (
     DATA,
     NOT_MEASURED,
@@ -35,6 +33,7 @@ from reporting import (
     machine_facts,
     machine_list,
     markdown_table,
+    run_command,
     write_page,
     write_result,
 )
@@ -496,14 +495,10 @@ def search_table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    from shiftadd3d._errors import UserError
-
-    commands = {"classifier": Classifier, "nerf": Nerf, "report": Report}
-    command = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-    try:
-        command()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(
+        {"classifier": Classifier, "nerf": Nerf, "report": Report},
+        __doc__,
+    )
 
 
 if __name__ == "__main__":

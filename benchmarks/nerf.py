@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
 from reporting import (
     DATA,
     NOT_MEASURED,
@@ -39,6 +38,7 @@ from reporting import (
     machine_facts,
     machine_list,
     markdown_table,
+    run_command,
     start_again_keeping_memory,
     write_page,
     write_result,
@@ -954,21 +954,17 @@ def plot_memory(memory: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    from shiftadd3d._errors import UserError
-
-    commands = {
-        "train": Train,
-        "trivial": Trivial,
-        "speed": Speed,
-        "memory": Memory,
-        "memory-point": MemoryPoint,
-        "report": Report,
-    }
-    command = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-    try:
-        command()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(
+        {
+            "train": Train,
+            "trivial": Trivial,
+            "speed": Speed,
+            "memory": Memory,
+            "memory-point": MemoryPoint,
+            "report": Report,
+        },
+        __doc__,
+    )
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from reporting import (
     machine_facts,
     machine_list,
     markdown_table,
+    run_command,
     write_page,
     write_result,
 )
@@ -247,14 +248,10 @@ def render_report(results: list[dict[str, Any]], template: str) -> str:
 
 
 def main() -> None:
-    from shiftadd3d._errors import UserError
-
-    commands = {"train": Train, "pack": Pack, "evaluate": Evaluate, "report": Report}
-    command = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-    try:
-        command()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(
+        {"train": Train, "pack": Pack, "evaluate": Evaluate, "report": Report},
+        __doc__,
+    )
 
 
 if __name__ == "__main__":

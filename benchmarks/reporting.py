@@ -32,6 +32,19 @@ def start_again_keeping_memory() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
 
 
+def run_command(commands: dict[str, Callable[..., Any]], description: str | None) -> None:
+    """Call what the command line names; what the user can mend is one line, `error: ...`."""
+    import tyro
+
+    from shiftadd3d._errors import UserError
+
+    command = tyro.extras.subcommand_cli_from_dict(commands, description=description)
+    try:
+        command()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
 def git_commit() -> str:
     """The commit of the source tree, with `+` behind it if files have been changed since."""
 
