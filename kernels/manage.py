@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from rich.markup import escape
 
 import shiftadd3d.kernels
@@ -122,39 +121,6 @@ def check_kernels(names: Iterable[str] = (), json: Path | None = None, target: s
     variants = _with_progress("checking", all_variants(names, target))
     rows = [{**variant.facts(), **_attempt(partial(check, variant))} for variant in variants]
     _show(rows, json, "as its twin", lambda row: "yes")
-
-
-def tune_kernels(
-    names: Iterable[str] = (),
-    json: Path | None = None,
-    *,
-    trials: int,
-    threads: int,
-    out: Path | None = None,
-) -> None:
-    """Search for better choices, put them on record, print what was found, and write it to `json`, too.
-
-    Args:
-        trials: schedules to measure for each problem that has some.
-        threads: CPU threads to tune for.
-        out: folder of the records; the user's own if None.
-
-    Raises:
-        UserError: if a kernel cannot be tuned, a number is below 1, or a file cannot be written.
-    """
-    from shiftadd3d.kernels import tune
-
-    if threads < 1:
-        raise UserError(f"threads must be 1 or more, not {threads}")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        path, found = tune.tune(list(names), trials, out, report=lambda line: print(line, flush=True))
-    finally:
-        torch.set_num_threads(before)
-    print(f"{sum(one['choice'] is not None for one in found)} of {len(found)} choices written to {path}")
-    if json is not None:
-        write_json(json, {"records": str(path), "threads": threads, "found": found})
 
 
 def _with_progress(what: str, variants: Iterable[Variant]) -> Iterator[Variant]:

@@ -25,16 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels import (
-    activations,
-    bfloat16,
-    cuda_matshift,
-    cuda_product,
-    memory,
-    power_of_two,
-    records,
-    targets,
-)
+from shiftadd3d.kernels import activations, bfloat16, cuda_matshift, cuda_product, memory, power_of_two, targets
 from shiftadd3d.kernels.activations import Activation
 from shiftadd3d.kernels.kernel import Kernel, define_op
 from shiftadd3d.kernels.numerics import Numerics, check_numerics, get_numerics
@@ -55,8 +46,7 @@ __all__ = ["MATSHIFT", "matshift", "matshift_twin"]
 
 # What a block of staged activations takes up, and how long it gets at most: by then, decoding the weights for it costs
 # next to nothing. Decoding them for fewer rows costs more than reaching beyond a second-level cache of 512 KiB.
-# `shiftadd3d kernels tune` finds out whether others suit a machine better.
-_BLOCK = {"bytes": 768 << 10, "rows": 384}
+_BLOCK_BYTES, _BLOCK_ROWS = 768 << 10, 384
 
 DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -255,8 +245,7 @@ def _division(form: Form, rows: int, inputs: int, outputs: int) -> tuple[int, in
     """Rows of a block, and shares of the outputs, for as many tasks as there are threads, or a multiple."""
     tile, columns = tile_shape(targets.current(), form)
     threads = torch.get_num_threads()
-    tuned = records.choice(targets.current().name, "matshift", form=form) or _BLOCK
-    longest = max(tile, min(tuned["rows"], tuned["bytes"] // (4 * inputs)) // tile * tile)
+    longest = max(tile, min(_BLOCK_ROWS, _BLOCK_BYTES // (4 * inputs)) // tile * tile)
     blocks = -(-rows // longest)
     if blocks % threads:
         # A few rows more or less for each do no harm, but decoding all weights for a handful of rows would.

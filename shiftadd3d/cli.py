@@ -551,34 +551,8 @@ class CheckKernels(Verb):
 
 
 @dataclass(frozen=True)
-class TuneKernels(Verb):
-    """Search for what suits this machine best, and put it on record.
-
-    Records in the user's cache go before those that come with this package. Kernels follow them from the next process
-    on. Tune on a quiet machine, with as many threads as will be used.
-    """
-
-    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[matshift|dense ...]")] = ()
-    """What to tune: how matshift divides its rows, the schedule of dense, TVM's own float32 product. All if not set."""
-    trials: int = 64
-    """How many schedules MetaSchedule may measure for each shape of dense."""
-    threads: int = 1
-    """CPU threads to tune for."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder of the records. If not set, the user's own."""
-    json: JsonFile = None
-    """Write what was found, faster or not, to this JSON file, too."""
-
-    def run(self) -> None:
-        """Search, write the records."""
-        from shiftadd3d.kernels import manage
-
-        manage.tune_kernels(self.names, self.json, trials=self.trials, threads=self.threads, out=self.out)
-
-
-@dataclass(frozen=True)
 class Kernels(Verb):
-    """Look after the compiled kernels: list them, build them ahead, check them, tune them.
+    """Look after the compiled kernels: list them, build them ahead, check them.
 
     They are built on first use and kept for each user, in the folder that SHIFTADD3D_CACHE names or in the platform's
     cache folder. SHIFTADD3D_TARGET chooses another instruction set than the best this CPU has.
@@ -587,8 +561,7 @@ class Kernels(Verb):
     action: Annotated[
         Annotated[ListKernels, tyro.conf.subcommand("list")]
         | Annotated[BuildKernels, tyro.conf.subcommand("build")]
-        | Annotated[CheckKernels, tyro.conf.subcommand("check")]
-        | Annotated[TuneKernels, tyro.conf.subcommand("tune")],
+        | Annotated[CheckKernels, tyro.conf.subcommand("check")],
         tyro.conf.arg(name=""),
     ]
     """What to do with them."""
@@ -602,7 +575,7 @@ class Kernels(Verb):
 class Bench(Verb):
     """Measure how fast parts of this project are on the machine at hand.
 
-    kernels: time them against torch in float32, bfloat16 and int8, compiled and not, and against TVM's own float32.
+    kernels: time them against torch in float32, bfloat16 and int8, compiled and not.
 
     Everything that solves a problem takes turns; tables show speedups, times with quartiles, shares of what the machine
     does at best, and what was to be reached. Takes a quarter of an hour for each number of threads.

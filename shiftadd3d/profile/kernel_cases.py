@@ -18,7 +18,6 @@ from shiftadd3d._errors import UserError
 from shiftadd3d.kernels import (
     COMPILED,
     Numerics,
-    dense,
     gather,
     literal,
     matadd,
@@ -80,7 +79,7 @@ class Case:
         operations: additions and multiplications of the form with multiplications; None where there are hardly any.
         bytes: of float32 inputs and outputs, each once.
         ours: solutions by this project's kernels, by name.
-        others: solutions by torch, torchao and TVM, by name. A function may return None where only its side effects
+        others: solutions by torch and torchao, by name. A function may return None where only its side effects
             count.
         reference: the outcome in float64, where errors are wanted.
         inexact: names of solutions to another problem (other weights), which `reference` has nothing to say about.
@@ -155,7 +154,6 @@ def _matshift_case(x: Tensor, trained: Tensor) -> Case:
     }
     if device == "cpu":
         others["torch int8 dynamic"] = _torch_int8(x, weight)
-        others["TVM float32"] = _tvm_float32(x, weight)
     else:
         others["torch float32, TF32"] = _with_tf32(others[BASELINE])
     whole = torch.randint(-128, 128, x.shape, dtype=torch.int32, device=device)
@@ -212,16 +210,6 @@ def _torchao_int8(x: Tensor, weight: Tensor) -> Run:
         model = nn.Sequential(_linear(weight))
         quantize_(model, Int8DynamicActivationInt8WeightConfig())
         return _compiled(model, x)
-
-    return _late(prepare)
-
-
-def _tvm_float32(x: Tensor, weight: Tensor) -> Run:
-    """What TVM makes of the same layer with a float32 weight, which it may have in any order it likes."""
-
-    def prepare() -> Run:
-        transposed = weight.T.contiguous()
-        return lambda: dense.dense(x, transposed)
 
     return _late(prepare)
 
