@@ -173,7 +173,7 @@ class CudaKernel(Kernel):
             The function, having passed its trial on this kind of GPU, or None where there is no such GPU.
 
         Raises:
-            Exception: whatever kept it from being compiled or loaded, or the trial's `AssertionError`.
+            Exception: one of `FAILURES`; anything else is a bug.
         """
         entry = self.entry(target, **spec)
         cubin = cache.find(entry, self.suffix)
@@ -210,9 +210,9 @@ class CudaKernel(Kernel):
                     self.trial(function, **spec)
                     torch.cuda.synchronize()
                 return
-            except (AssertionError, torch.cuda.OutOfMemoryError):
+            except torch.cuda.OutOfMemoryError:
                 raise
-            except Exception as error:
+            except RuntimeError as error:  # torch's and the driver's
                 broken = error
         # After an error of the device, such as a wrong address, torch cannot use it either in this process.
         cache.condemn(entry)

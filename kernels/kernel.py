@@ -52,6 +52,11 @@ __all__ = [
 PACKAGE = __name__.rpartition(".")[0]
 OP_NAMESPACE = "shiftadd3d"
 
+FAILURES = (AssertionError, ImportError, OSError, RuntimeError, UserError)
+"""What keeps a kernel from being used without being a bug in Python: a trial that found a difference; TVM missing; the
+cache or the linker's files; TVM's errors (all of them are `RuntimeError`, as are the linker's, the CUDA driver's and
+torch's of a device); a bundle or a GPU that does not fit."""
+
 KERNELS: dict[str, Kernel] = {}
 """All kernels by name, those whose modules have been imported."""
 
@@ -103,8 +108,8 @@ class Kernel:
         """The compiled function for this machine, from memory, from the cache or from the compiler.
 
         Returns:
-            A function of contiguous torch tensors and numbers that writes into its last arguments, or None where TVM is
-            missing or the kernel failed its trial: then the twin has to do. That is said once.
+            A function of contiguous torch tensors and numbers that writes into its last arguments, or None where one of
+            `FAILURES` kept it from being used: then the twin has to do. That is said once.
         """
         target = targets.current()
         return self._once((target.name, *spec.items()), lambda: _with_torch_threads(self.load(target, **spec)))
@@ -118,9 +123,9 @@ class Kernel:
             if known not in self._functions:
                 try:
                     self._functions[known] = load()
-                except Exception as error:
-                    self._functions[known] = None
+                except FAILURES as error:
                     self.decline(_first_line(error))
+                    self._functions[known] = None
             return self._functions[known]
 
     def decline(self, reason: str) -> None:
@@ -134,7 +139,7 @@ class Kernel:
         """The compiled function for `target`, from the cache or from the compiler, having passed its trial.
 
         Raises:
-            Exception: whatever kept it from being compiled, or the trial's `AssertionError`.
+            Exception: one of `FAILURES`; anything else is a bug.
         """
         entry = self.entry(target, **spec)
         library = cache.find(entry)
@@ -429,5 +434,5 @@ def _say_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")

@@ -175,11 +175,17 @@ def emulated_cpu(emulator: EmulatedCpu, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.fixture(autouse=True)
 def cpu_under_test(request: pytest.FixtureRequest) -> None:
-    """What `--emulated-cpu` names; there, no kernel may fall back on its twin."""
+    """What `--emulated-cpu` names."""
     name = request.config.getoption("--emulated-cpu", None)
     if name:
         request.getfixturevalue("emulated_cpu")(name)
-        request.getfixturevalue("monkeypatch").setattr(kernel_module.Kernel, "decline", _refuse_to_decline)
+
+
+@pytest.fixture(autouse=True)
+def no_twin_stands_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that cannot be used fails the test, whatever its twin computes, but for tests of just that."""
+    if not request.node.get_closest_marker("twin_may_stand_in"):
+        monkeypatch.setattr(kernel_module.Kernel, "decline", _refuse_to_decline)
 
 
 def _refuse_to_decline(kernel: kernel_module.Kernel, reason: str) -> None:

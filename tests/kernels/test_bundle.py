@@ -137,6 +137,7 @@ def test_a_bundle_for_something_else_is_refused(copy: Path, changes: dict[str, A
         Bundle.open(copy)
 
 
+@pytest.mark.twin_may_stand_in
 def test_a_folder_that_is_no_bundle_is_said_once_and_the_twin_computes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_cache: Path
 ):

@@ -210,6 +210,7 @@ def test_a_cache_that_cannot_be_made_is_done_without(tmp_path: Path, new_kernel:
         apply(new_kernel().function(factor=3))
 
 
+@pytest.mark.twin_may_stand_in
 def test_a_kernel_that_computes_something_else_than_its_twin_is_not_used(empty_cache: Path, new_kernel: Any):
     def trial(function: Any, factor: int) -> None:
         try_scale(function, factor + 1)
@@ -223,12 +224,35 @@ def test_a_kernel_that_computes_something_else_than_its_twin_is_not_used(empty_c
         assert kernel.function(factor=3) is None
 
 
+@pytest.mark.twin_may_stand_in
 def test_a_kernel_that_does_not_compile_is_not_used(empty_cache: Path, new_kernel: Any):
     def build(target: CpuTarget, factor: int) -> Any:
-        raise ValueError("no such instruction")
+        raise RuntimeError("no such instruction")
 
     with pytest.warns(RuntimeWarning, match="no such instruction"):
         assert new_kernel(build=build).function(factor=3) is None
+
+
+@pytest.mark.twin_may_stand_in
+@pytest.mark.parametrize("part", ["build", "trial"])
+def test_a_bug_is_no_reason_for_a_twin_to_stand_in(empty_cache: Path, new_kernel: Any, part: str):
+    def fail(*_: Any, factor: int) -> Any:
+        raise TypeError("a bug")
+
+    kernel = new_kernel(**{part: fail})
+    for _ in range(2):
+        with pytest.raises(TypeError, match="a bug"):
+            kernel.function(factor=3)
+
+
+def test_tests_of_kernels_fail_where_a_twin_stands_in(empty_cache: Path, new_kernel: Any):
+    def build(target: CpuTarget, factor: int) -> Any:
+        raise RuntimeError("no such instruction")
+
+    kernel = new_kernel(build=build)
+    for _ in range(2):
+        with pytest.raises(pytest.fail.Exception, match="no such instruction"):
+            kernel.function(factor=3)
 
 
 def test_a_kernel_that_another_process_tries_is_tried_all_the_same(empty_cache: Path, new_kernel: Any, monkeypatch):
@@ -269,6 +293,7 @@ def test_blocks_of_numerics_in_two_threads_leave_what_was_before():
     assert get_numerics() == before
 
 
+@pytest.mark.twin_may_stand_in
 def test_a_kernel_that_killed_a_process_is_not_run_again(empty_cache: Path, new_kernel: Any):
     kernel = new_kernel()
     kernel.function(factor=3)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shiftadd3d import UserError
 from shiftadd3d.kernels import targets
-from shiftadd3d.kernels.ray_block import ATTENTIONS, KERNEL, random_block, ray_block_twin
+from shiftadd3d.kernels.ray_block import ATTENTIONS, KERNEL, random_block, ray_block_twin, samples_of_certain_codes
 from shiftadd3d.models.gnt.transformer import RayTransformer
 from shiftadd3d.nn import AddAttention
 
@@ -24,21 +24,12 @@ def block(seed: int = 0, attention: str = "softmax", return_weights: bool = Fals
 def assert_same(arguments: tuple) -> None:
     """The kernel gives what the twin does, but where a query or key is so near zero that rounding decides its code."""
     (out, first), (twin, twins_first) = OPS.ray_block(*arguments), ray_block_twin(*arguments)
-    codes = codes_in_float64(arguments)
-    certain = codes.abs().amin(-1) > 1e-5 if arguments[5] != "softmax" else torch.ones(len(out), dtype=torch.bool)
+    certain = torch.ones(out.shape[:2], dtype=torch.bool)
+    if arguments[5] != "softmax":
+        certain = samples_of_certain_codes(*arguments[:3], arguments[6])
     torch.testing.assert_close(out[certain], twin[certain], rtol=1e-3, atol=1e-4)
     if len(first):
-        torch.testing.assert_close(first[certain], twins_first[certain], rtol=1e-3, atol=1e-5)
-
-
-def codes_in_float64(arguments: tuple) -> torch.Tensor:
-    """Queries and keys before their signs are taken, [R, 2 S C]."""
-    x, weights, biases = (
-        arguments[0].double(),
-        *([b if b is None else b.double() for b in list_] for list_ in arguments[1:3]),
-    )
-    normed = torch.nn.functional.layer_norm(x, x.shape[-1:], weights[0], biases[0], arguments[6])
-    return torch.cat([torch.nn.functional.linear(normed, weights[i]).flatten(1) for i in (1, 2)], dim=-1)
+        torch.testing.assert_close(first[certain[:, 0]], twins_first[certain[:, 0]], rtol=1e-3, atol=1e-5)
 
 
 def test_the_twin_computes_what_the_softmax_layers_do():
@@ -161,6 +152,40 @@ def test_arguments_that_do_not_fit_are_refused(changes, message):
     names = ("x", "weights", "biases", "conv", "num_heads", "attention", "eps", "return_weights")
     with pytest.raises(UserError, match=message):
         OPS.ray_block(*{**dict(zip(names, block(11), strict=True)), **changes}.values())
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("place", [-2, -1])
+def test_a_single_wrong_number_fails_the_trial(attention, place):
+    spec = {"width": 16, "heads": 2, "hidden": 8, "attention": attention, "kernel": 3, "return_weights": True}
+    function = KERNEL.function(**spec)
+    assert function is not None
+    KERNEL.trial(function, **spec)
+
+    def wrong(*arguments) -> None:
+        function(*arguments)
+        arguments[place].view(-1)[-1] *= 1.01
+
+    with pytest.raises(AssertionError, match="1 / "):
+        KERNEL.trial(wrong, **spec)
+
+
+def test_samples_whose_codes_rounding_decides_are_told():
+    x, weights, biases, *_ = random_block(1, rays=3, samples=5, width=16, heads=2, hidden=0, kernel=0)
+    assert samples_of_certain_codes(x, weights, biases, 1e-6).all()
+
+    def with_zero(number: int) -> torch.Tensor:
+        """A projection whose last outcome is zero for the fourth sample of the second ray."""
+        normed = torch.nn.functional.layer_norm(x[1, 3], (16,), weights[0], biases[0], 1e-6).double()
+        row = weights[number][-1].double()
+        row = row - normed * (normed @ row) / (normed @ normed)
+        changed = [*weights]
+        changed[number] = torch.cat((weights[number][:-1], row.float()[None]))
+        return samples_of_certain_codes(x, changed, biases, 1e-6)
+
+    of_query, of_key = with_zero(1), with_zero(2)
+    assert not of_query[1, 3] and of_query.sum() == 14
+    assert not of_key[1].any() and of_key.sum() == 10
 
 
 def test_other_processors_get_their_own_instructions():
