@@ -9,10 +9,13 @@ the case, the twin runs. This package is the only one that imports TVM, and does
 
 from __future__ import annotations
 
-from shiftadd3d.kernels.matshift import matshift, matshift_twin
-from shiftadd3d.kernels.mlp import shift_mlp, shift_mlp_twin
-from shiftadd3d.kernels.moe import moe_mlp, moe_mlp_twin
-from shiftadd3d.kernels.numerics import COMPILED, Numerics, get_numerics, numerics, set_numerics
+from shiftadd3d.kernels.ops.matshift import matshift
+from shiftadd3d.kernels.ops.mlp import shift_mlp
+from shiftadd3d.kernels.ops.moe import moe_mlp
+from shiftadd3d.kernels.reference.matshift import matshift_twin
+from shiftadd3d.kernels.reference.mlp import shift_mlp_twin
+from shiftadd3d.kernels.reference.moe import moe_mlp_twin
+from shiftadd3d.kernels.runtime.numerics import COMPILED, Numerics, get_numerics, numerics, set_numerics
 
 __all__ = [
     "COMPILED",

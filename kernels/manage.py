@@ -17,10 +17,10 @@ import shiftadd3d.kernels
 from shiftadd3d._errors import UserError
 from shiftadd3d._progress import progress
 from shiftadd3d._report import write_json
-from shiftadd3d.kernels import bundle, cache, targets
-from shiftadd3d.kernels.cuda import CUDA_KERNELS
-from shiftadd3d.kernels.kernel import KERNELS, Kernel, packed_launcher, runtime_library
-from shiftadd3d.kernels.targets import CpuTarget, CudaTarget
+from shiftadd3d.kernels.cuda.driver import CUDA_KERNELS
+from shiftadd3d.kernels.runtime import bundle, cache, targets
+from shiftadd3d.kernels.runtime.kernel import KERNELS, Kernel, packed_launcher, runtime_library
+from shiftadd3d.kernels.runtime.targets import CpuTarget, CudaTarget
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ import torch
 from shiftadd3d._errors import UserError
 
 __all__ = ["Spread", "copy_rate", "interleaved", "product_rate"]
-
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 25
 # A round calls a short function again and again for so long: clocks tick in fractions of a microsecond.
 _SECONDS_OF_A_ROUND = 0.004

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from shiftadd3d import cli
-from shiftadd3d.kernels import kernel
+from shiftadd3d.kernels.runtime import kernel
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels.depthwise import depthwise_conv
-from shiftadd3d.kernels.matadd import add_attention
-from shiftadd3d.kernels.numerics import uses_kernels
+from shiftadd3d.kernels.ops.depthwise import depthwise_conv
+from shiftadd3d.kernels.ops.matadd import add_attention
+from shiftadd3d.kernels.runtime.numerics import uses_kernels
 from shiftadd3d.nn.binarize import Codes, make_binarizer
 from shiftadd3d.nn.mlp import has_hooks
 from shiftadd3d.nn.shift import joint_product

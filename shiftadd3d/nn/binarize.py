@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels.recording import is_recorded
+from shiftadd3d.kernels.runtime.recording import is_recorded
 
 Codes = Literal["pm1", "01"]
 CODES = ("pm1", "01")

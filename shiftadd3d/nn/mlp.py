@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from shiftadd3d.kernels.activations import Activation
-from shiftadd3d.kernels.conv_mlp import shift_conv_mlp
-from shiftadd3d.kernels.depthwise import depthwise_conv
-from shiftadd3d.kernels.mlp import shift_mlp
-from shiftadd3d.kernels.numerics import numerics, uses_kernels
+from shiftadd3d.kernels.ops.conv_mlp import shift_conv_mlp
+from shiftadd3d.kernels.ops.depthwise import depthwise_conv
+from shiftadd3d.kernels.ops.mlp import shift_mlp
+from shiftadd3d.kernels.reference.activations import Activation
+from shiftadd3d.kernels.runtime.numerics import numerics, uses_kernels
 from shiftadd3d.nn.attachments import has_own_forward, would_be_lost
 from shiftadd3d.nn.shift import PackedShiftLinear
 

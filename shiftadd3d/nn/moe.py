@@ -25,10 +25,10 @@ from torch.autograd import Function
 from torch.fx import Proxy
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels.activations import Activation
-from shiftadd3d.kernels.moe import moe_mlp
-from shiftadd3d.kernels.numerics import uses_kernels
-from shiftadd3d.kernels.recording import is_exported
+from shiftadd3d.kernels.ops.moe import moe_mlp
+from shiftadd3d.kernels.reference.activations import Activation
+from shiftadd3d.kernels.runtime.numerics import uses_kernels
+from shiftadd3d.kernels.runtime.recording import is_exported
 from shiftadd3d.nn.derived_weight import WithoutWeight, derived_weight
 from shiftadd3d.nn.mlp import FrozenMlp, activation_name, is_watched
 from shiftadd3d.nn.shift import PackedShiftLinear, ShiftLinear

@@ -1,6 +1,6 @@
 """The power-of-two code as the layers know it. Kernels decode it too, so it is defined in `shiftadd3d.kernels`."""
 
-from shiftadd3d.kernels.power_of_two import (
+from shiftadd3d.kernels.reference.power_of_two import (
     MAX_BITS,
     MAX_EXPONENT,
     MAX_TERMS,

@@ -20,9 +20,9 @@ from torch.autograd import Function
 from torch.fx import Proxy
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels.matshift import matshift
-from shiftadd3d.kernels.numerics import uses_kernels
-from shiftadd3d.kernels.recording import is_recorded
+from shiftadd3d.kernels.ops.matshift import matshift
+from shiftadd3d.kernels.runtime.numerics import uses_kernels
+from shiftadd3d.kernels.runtime.recording import is_recorded
 from shiftadd3d.nn import power_of_two
 from shiftadd3d.nn.attachments import has_own_forward
 from shiftadd3d.nn.derived_weight import WithoutWeight, derived_weight

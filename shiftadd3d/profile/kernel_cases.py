@@ -15,17 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels import (
-    COMPILED,
-    Numerics,
-    gather,
-    literal,
-    matadd,
-    numerics,
-    power_of_two,
-    ray_block,
-    view_attention,
-)
+from shiftadd3d.kernels import COMPILED, Numerics, numerics
+from shiftadd3d.kernels.ops import literal as ops_literal
+from shiftadd3d.kernels.ops import matadd as ops_matadd
+from shiftadd3d.kernels.ops.gnt import gather as ops_gather
+from shiftadd3d.kernels.ops.gnt import ray_block as ops_ray_block
+from shiftadd3d.kernels.ops.gnt import view_attention as ops_view_attention
+from shiftadd3d.kernels.reference import matadd as reference_matadd
+from shiftadd3d.kernels.reference import power_of_two
+from shiftadd3d.kernels.reference.gnt import gather as reference_gather
+from shiftadd3d.kernels.reference.gnt import ray_block as reference_ray_block
+from shiftadd3d.kernels.reference.gnt import view_attention as reference_view_attention
 from shiftadd3d.nn import MoEMlp, freeze_
 
 __all__ = ["BASELINE", "CASES", "Case", "cases"]
@@ -172,7 +172,7 @@ def _matshift_case(x: Tensor, trained: Tensor) -> Case:
             "MatShift fast, bfloat16": ours(narrow, 4, 1, "fast"),
             "MatShift fast, 5 bits": ours(x, 5, 1, "fast"),
             "MatShift exact, 2 terms": ours(x, 4, 2, "exact"),
-            "MatShift literal >>": lambda: literal.matshift_literal(whole, packed, offset),
+            "MatShift literal >>": lambda: ops_literal.matshift_literal(whole, packed, offset),
         },
         others=others,
         reference=F.linear(x.double(), weight.double()),
@@ -250,7 +250,7 @@ def _matadd_case(
     binarized: Callable[..., Tensor],
 ) -> Case:
     q_signs, k_signs = signs(q), signs(k)
-    q_bits, k_bits = matadd.pack_signs(q), matadd.pack_signs(k)
+    q_bits, k_bits = reference_matadd.pack_signs(q), reference_matadd.pack_signs(k)
     narrow = tuple(x.bfloat16() for x in (q_signs, k_signs, v))
     pictures, heads, tokens, width = q.shape
     return Case(
@@ -259,8 +259,8 @@ def _matadd_case(
         operations=4 * q.numel() * width,
         bytes=4 * 4 * q.numel(),
         ours={
-            "MatAdd, signs fused": lambda: matadd.matadd(q, k, v),
-            "MatAdd, packed signs": lambda: matadd.matadd(q_bits, k_bits, v, features=width),
+            "MatAdd, signs fused": lambda: ops_matadd.matadd(q, k, v),
+            "MatAdd, packed signs": lambda: ops_matadd.matadd(q_bits, k_bits, v, features=width),
         },
         others={
             BASELINE: lambda: products(q_signs, k_signs, v),
@@ -280,7 +280,7 @@ def _view_attention_cases(device: str) -> Iterator[Case]:
     square, narrowing, widening = (WIDTH, WIDTH), (hidden, WIDTH), (WIDTH, hidden)
     sizes = (square, square, square, (hidden, 4), widening, narrowing, widening, square)
     weights = [draw(*size) / size[1] ** 0.5 for size in sizes]
-    biases = [draw(sizes[view_attention.WEIGHTS.index(name)][0]) for name in view_attention.BIASES]
+    biases = [draw(sizes[reference_view_attention.WEIGHTS.index(name)][0]) for name in reference_view_attention.BIASES]
     query, views, ray_diff = draw(POINTS, WIDTH), draw(POINTS, VIEWS, WIDTH), draw(POINTS, VIEWS, 4)
     mask = torch.rand(POINTS, VIEWS, device=device) > 0.1
     inputs = (query, views, ray_diff)
@@ -302,14 +302,14 @@ def _view_attention_cases(device: str) -> Iterator[Case]:
         operations=POINTS * (VIEWS * per_view + 4 * WIDTH**2),
         bytes=4 * sum(x.numel() for x in inputs) + 4 * query.numel(),
         ours={
-            "view attention": lambda: view_attention.view_attention(*arguments),
-            "view attention, bfloat16": lambda: view_attention.view_attention(*narrow),
-            "view attention, shift weights": lambda: view_attention.view_attention_shift(
+            "view attention": lambda: ops_view_attention.view_attention(*arguments),
+            "view attention, bfloat16": lambda: ops_view_attention.view_attention(*narrow),
+            "view attention, shift weights": lambda: ops_view_attention.view_attention_shift(
                 *inputs, mask, codes, offsets, biases, 4
             ),
         },
-        others=_eager_and_compiled(view_attention.view_attention_twin, arguments, narrow),
-        reference=view_attention.view_attention_twin(*exact),
+        others=_eager_and_compiled(reference_view_attention.view_attention_twin, arguments, narrow),
+        reference=reference_view_attention.view_attention_twin(*exact),
         inexact=frozenset({"view attention, shift weights"}),
     )
 
@@ -326,7 +326,7 @@ def _eager_and_compiled(twin: Callable[..., Any], arguments: tuple, narrow: tupl
 def _ray_block_cases(device: str) -> Iterator[Case]:
     for attention, hidden in (("softmax", 4 * WIDTH), ("pm1", 4 * WIDTH)):
         kernel = 0 if attention == "softmax" else 3
-        x, weights, biases, conv, heads = ray_block.random_block(
+        x, weights, biases, conv, heads = reference_ray_block.random_block(
             0, rays=RAYS, samples=SAMPLES, width=WIDTH, heads=4, hidden=hidden, kernel=kernel
         )
 
@@ -355,17 +355,17 @@ def _ray_block_cases(device: str) -> Iterator[Case]:
             operations=2 * tokens * products,
             bytes=8 * tokens * WIDTH,
             ours={
-                "ray block": lambda wide=wide: ray_block.ray_block(*wide)[0],
-                "ray block, bfloat16": lambda narrow=narrow: ray_block.ray_block(*narrow)[0],
+                "ray block": lambda wide=wide: ops_ray_block.ray_block(*wide)[0],
+                "ray block, bfloat16": lambda narrow=narrow: ops_ray_block.ray_block(*narrow)[0],
             },
-            others=_eager_and_compiled(lambda *given: ray_block.ray_block_twin(*given)[0], wide, narrow),
+            others=_eager_and_compiled(lambda *given: reference_ray_block.ray_block_twin(*given)[0], wide, narrow),
             # No reference: signs of queries near zero differ, and each makes another outcome.
         )
 
 
 def _gather_cases(device: str) -> Iterator[Case]:
     channels = 32
-    scene = gather.random_scene(
+    scene = reference_gather.random_scene(
         0, rays=POINTS // SAMPLES, samples=SAMPLES, views=VIEWS, channels=channels, with_valid=False
     )
     wide: tuple[Any, ...] = tuple(x if x is None else x.to(device) for x in scene)
@@ -374,10 +374,10 @@ def _gather_cases(device: str) -> Iterator[Case]:
         name=f"{POINTS} x {VIEWS} x {channels}",
         operations=None,
         bytes=4 * POINTS * VIEWS * (2 * (3 + channels) + 4),
-        ours={"gather": lambda: gather.point_samples(*wide)},
+        ours={"gather": lambda: ops_gather.point_samples(*wide)},
         others={
-            BASELINE: lambda: gather.point_samples_twin(*wide),
-            "torch.compile float32": _compiled(gather.point_samples_twin, *wide),
+            BASELINE: lambda: reference_gather.point_samples_twin(*wide),
+            "torch.compile float32": _compiled(reference_gather.point_samples_twin, *wide),
         },
     )
 

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from shiftadd3d.kernels import kernel as kernel_module
-from shiftadd3d.kernels import manage, targets
-from shiftadd3d.kernels.kernel import KERNELS
-from shiftadd3d.kernels.targets import CpuTarget
+from shiftadd3d.kernels import manage
+from shiftadd3d.kernels.runtime import kernel as kernel_module
+from shiftadd3d.kernels.runtime import targets
+from shiftadd3d.kernels.runtime.kernel import KERNELS
+from shiftadd3d.kernels.runtime.targets import CpuTarget
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from shiftadd3d import UserError, cli
-from shiftadd3d.kernels import bundle, targets
-from shiftadd3d.kernels.bundle import Bundle
-from shiftadd3d.kernels.kernel import KERNELS, Kernel
-from shiftadd3d.kernels.literal import LITERAL
+from shiftadd3d.kernels.cpu.literal import LITERAL
+from shiftadd3d.kernels.runtime import bundle, targets
+from shiftadd3d.kernels.runtime.bundle import Bundle
+from shiftadd3d.kernels.runtime.kernel import KERNELS, Kernel
 
 pytest.importorskip("tvm")
 

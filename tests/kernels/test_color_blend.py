@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shiftadd3d import UserError
-from shiftadd3d.kernels import targets
-from shiftadd3d.kernels.color_blend import KERNEL, color_blend_twin, random_blend
+from shiftadd3d.kernels.cpu.gnt.color_blend import KERNEL
+from shiftadd3d.kernels.reference.gnt.color_blend import color_blend_twin, random_blend
+from shiftadd3d.kernels.runtime import targets
 
 OPS = torch.ops.shiftadd3d
 SIZES = {"rays": 5, "samples": 7, "views": 4, "width": 16, "inputs": 11, "hidden": 8}

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shiftadd3d import UserError
-from shiftadd3d.kernels import conv_mlp, power_of_two
-from shiftadd3d.kernels.conv_mlp import shift_conv_mlp, shift_conv_mlp_twin
+from shiftadd3d.kernels.ops import conv_mlp
+from shiftadd3d.kernels.ops.conv_mlp import shift_conv_mlp
+from shiftadd3d.kernels.reference import power_of_two
+from shiftadd3d.kernels.reference.conv_mlp import shift_conv_mlp_twin
 
 
 def problem(

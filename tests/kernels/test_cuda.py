@@ -30,17 +30,26 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shiftadd3d import UserError, cli, kernels
-from shiftadd3d.kernels import cache, cuda, cuda_product, gather, manage, matadd, power_of_two, targets, view_attention
-from shiftadd3d.kernels.cuda import CUDA_KERNELS, CudaCode, CudaKernel
-from shiftadd3d.kernels.kernel import KERNEL_DEVICES
-from shiftadd3d.kernels.targets import CUDA_TARGETS, CudaTarget
+from shiftadd3d.kernels import manage
+from shiftadd3d.kernels.cuda import driver, product
+from shiftadd3d.kernels.cuda.driver import CUDA_KERNELS, CudaCode, CudaKernel
+from shiftadd3d.kernels.ops import matadd as ops_matadd
+from shiftadd3d.kernels.ops.gnt import gather as ops_gather
+from shiftadd3d.kernels.ops.gnt import view_attention as ops_view_attention
+from shiftadd3d.kernels.reference import matadd as reference_matadd
+from shiftadd3d.kernels.reference import power_of_two
+from shiftadd3d.kernels.reference.gnt import gather as reference_gather
+from shiftadd3d.kernels.reference.gnt import view_attention as reference_view_attention
+from shiftadd3d.kernels.runtime import cache, targets
+from shiftadd3d.kernels.runtime.numerics import KERNEL_DEVICES
+from shiftadd3d.kernels.runtime.targets import CUDA_TARGETS, CudaTarget
 from shiftadd3d.models.gnt.projection import PointSamples
 from shiftadd3d.models.gnt.transformer import GNT, FeedForward
 from shiftadd3d.nn import MoEMlp, Recipe, ShiftLinear, freeze_, reparameterize_
 
 pytest.importorskip("tvm")
 
-needs_nvcc = pytest.mark.skipif(cuda.find_nvcc() is None, reason="no nvcc")
+needs_nvcc = pytest.mark.skipif(driver.find_nvcc() is None, reason="no nvcc")
 needs_gcc = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to emulate a GPU with")
 HOPPER = targets.CudaTarget(90)
 
@@ -75,7 +84,7 @@ SPECS += [
     ("moe_layer", {**MIXTURE, **FIRST, "form": "tensor", "dtype": "float16"}),
     ("moe_layer", {**MIXTURE, **LAST, "form": "tensor", "dtype": "bfloat16"}),
 ]
-SPECS += [("point_samples", {"with_valid": True, "least_valid": gather.VALID})]
+SPECS += [("point_samples", {"with_valid": True, "least_valid": reference_gather.VALID})]
 SLOW = {2, 3, 4, 6, 8, 10, 13, 14}
 
 
@@ -121,7 +130,7 @@ class EmulatedFunction:
         content = bytearray(struct.pack("5q", *(*grid, 1, 1)[:3], self._code.threads, len(self._code.parameters)))
         places = {}
         for (name, kind), value in zip(
-            self._code.parameters, cuda.pack_arguments(self._code.parameters, arguments), strict=True
+            self._code.parameters, driver.pack_arguments(self._code.parameters, arguments), strict=True
         ):
             data = stored(arguments[name]).numpy().tobytes() if kind == "pointer" else bytes(value)
             content += struct.pack("2q", len(data), kind == "pointer")
@@ -165,7 +174,7 @@ def test_kernels_compile_offline_and_keep_their_numbers_in_registers(name: str, 
     if spec.get("form") == "tensor" and spec["dtype"] != "float16" and not target.has_bfloat16:
         pytest.skip("tensor cores without bfloat16")
     code = compile_spec(name, spec, target)
-    cubin, resources = cuda.assemble(code.source, target.arch)
+    cubin, resources = driver.assemble(code.source, target.arch)
     assert cubin.startswith(b"\x7fELF")
     assert resources.spilled_bytes == 0
     assert 8 <= resources.registers <= 168  # three blocks of 128 threads, at least, on one multiprocessor
@@ -214,18 +223,21 @@ def test_matadd_takes_strided_heads_masks_and_packed_codes(op: str, emulated_gpu
     q, k = (torch.randn(2, 130, 3, 11).transpose(1, 2) for _ in range(2))
     v, mask, kv = torch.randn(2, 3, 130, 7), torch.rand(2, 1, 130) > 0.3, torch.randn(2, 3, 11, 7)
     mask[0] = False  # queries that see no key
-    packed = matadd.pack_signs(k)
+    packed = reference_matadd.pack_signs(k)
     found, twin = {
-        "kv": lambda: (matadd._kv_cuda(packed, v, mask, "01", 11), matadd.matadd_kv_twin(packed, v, mask, "01", 11)),
-        "q": lambda: (matadd._q_cuda(q[0, 0], kv[0, 0]), matadd.matadd_q_twin(q[0, 0], kv[0, 0])),
-        "matadd": lambda: (matadd._matadd_cuda(q, k, v), matadd.matadd_twin(q, k, v)),
+        "kv": lambda: (
+            ops_matadd._kv_cuda(packed, v, mask, "01", 11),
+            reference_matadd.matadd_kv_twin(packed, v, mask, "01", 11),
+        ),
+        "q": lambda: (ops_matadd._q_cuda(q[0, 0], kv[0, 0]), reference_matadd.matadd_q_twin(q[0, 0], kv[0, 0])),
+        "matadd": lambda: (ops_matadd._matadd_cuda(q, k, v), reference_matadd.matadd_twin(q, k, v)),
         "attention": lambda: (
-            matadd._matadd_cuda(q, k, v, mask, attention=True),
-            matadd.add_attention_twin(q, k, v, mask),
+            ops_matadd._matadd_cuda(q, k, v, mask, attention=True),
+            reference_matadd.add_attention_twin(q, k, v, mask),
         ),
         "contrast": lambda: (
-            matadd._matadd_cuda(q, k, v, mask, contrast=torch.tensor([0.0, 1.0, 16.0]), attention=True),
-            matadd.add_attention_twin(q, k, v, mask, contrast=torch.tensor([0.0, 1.0, 16.0])),
+            ops_matadd._matadd_cuda(q, k, v, mask, contrast=torch.tensor([0.0, 1.0, 16.0]), attention=True),
+            reference_matadd.add_attention_twin(q, k, v, mask, contrast=torch.tensor([0.0, 1.0, 16.0])),
         ),
     }[op]()
     torch.testing.assert_close(found, twin, rtol=1e-5, atol=1e-4)
@@ -267,9 +279,9 @@ def test_a_mixture_takes_experts_of_other_widths_kinds_and_numbers(gated: bool, 
 @pytest.mark.slow
 def test_points_are_looked_up_among_valid_and_among_all_pixels(emulated_gpu: None):
     for with_valid in (False, True):
-        scene = gather.random_scene(1, rays=13, samples=3, views=4, channels=1, with_valid=with_valid)
+        scene = reference_gather.random_scene(1, rays=13, samples=3, views=4, channels=1, with_valid=with_valid)
         scene[0][0, 0] = torch.nan
-        for found, twin in zip(gather._cuda(*scene), gather.point_samples_twin(*scene), strict=True):
+        for found, twin in zip(ops_gather._cuda(*scene), reference_gather.point_samples_twin(*scene), strict=True):
             torch.testing.assert_close(found[1:], twin[1:], rtol=1e-3, atol=1e-3)
         assert not found[0, 0].any()
 
@@ -321,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(128) f_kernel(float* __restrict__ X
     assert (code.symbol, code.threads) == ("f_kernel", 128)
     assert code.parameters == (("X", "pointer"), ("rows", "int"), ("scale", "float"))
     x = torch.zeros(3)
-    address, rows, scale = cuda.pack_arguments(code.parameters, {"scale": 0.5, "X": x, "rows": 7})
+    address, rows, scale = driver.pack_arguments(code.parameters, {"scale": 0.5, "X": x, "rows": 7})
     assert (address.value, rows.value, scale.value) == (x.data_ptr(), 7, 0.5)
 
 
@@ -338,7 +350,7 @@ extern "C" __global__ void __launch_bounds__(128) f_kernel(float* __restrict__ X
     ],
 )
 def test_tensor_cores_are_used_where_they_are_exact_enough(capability, numerics, dtype, bits, form):
-    assert cuda_product.form(CudaTarget(capability), numerics, bits, dtype) == form
+    assert product.form(CudaTarget(capability), numerics, bits, dtype) == form
 
 
 @needs_nvcc
@@ -370,7 +382,7 @@ def test_kernels_are_built_and_listed_for_a_gpu_that_is_not_there(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_check_says_that_there_is_no_such_gpu(empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(CUDA_KERNELS["matshift"], "variants", lambda target: [SPECS[0][1]])
-    monkeypatch.setattr(cuda, "assemble", lambda source, arch: (b"\x7fELF", cuda.Resources(32, 0, 0)))
+    monkeypatch.setattr(driver, "assemble", lambda source, arch: (b"\x7fELF", driver.Resources(32, 0, 0)))
     file = tmp_path / "checked.json"
     assert cli.main(["kernels", "check", "matshift", "--target", "cuda-sm_90", "--json", str(file)]) == 1
     (row,) = json.loads(file.read_text())["variants"]
@@ -450,7 +462,7 @@ class RecordingDriver:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> RecordingDriver:
     recording = RecordingDriver()
-    monkeypatch.setattr(cuda, "_load_driver", lambda: recording)
+    monkeypatch.setattr(driver, "_load_driver", lambda: recording)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=44))
     return recording
 
@@ -459,7 +471,7 @@ RECORD = {"symbol": "f_kernel", "threads": 128, "parameters": [["X", "pointer"],
 
 
 def test_a_function_is_queued_on_torchs_current_stream_in_torchs_context(driver: RecordingDriver):
-    function = cuda.CudaFunction(b"cubin", RECORD, torch.device("cuda", 0))
+    function = driver.CudaFunction(b"cubin", RECORD, torch.device("cuda", 0))
     x = torch.zeros(3)
     function(5, 2, X=x, rows=7)
     sizes = [5, 2, 1, 128, 1, 1]
@@ -468,7 +480,7 @@ def test_a_function_is_queued_on_torchs_current_stream_in_torchs_context(driver:
 
 
 def test_what_the_driver_complains_of_is_raised(driver: RecordingDriver):
-    function = cuda.CudaFunction(b"cubin", RECORD, torch.device("cuda", 0))
+    function = driver.CudaFunction(b"cubin", RECORD, torch.device("cuda", 0))
     driver.status = 700
     with pytest.raises(RuntimeError, match="cuLaunchKernel: an illegal memory access was encountered"):
         function(1, X=torch.zeros(3), rows=7)
@@ -493,7 +505,7 @@ def pretended_kernel(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     kernel = CudaKernel("test_pretended", RecordingDriver, lambda function, **spec: tried.append(spec), lambda _: [])
     monkeypatch.setattr(kernel, "tried", tried, raising=False)
     monkeypatch.setattr(kernel, "compile", lambda target, **spec: CudaCode("", "f_kernel", 128, (("X", "pointer"),)))
-    monkeypatch.setattr(cuda, "assemble", lambda source, arch: (b"cubin", cuda.Resources(32, 0, 0)))
+    monkeypatch.setattr(driver, "assemble", lambda source, arch: (b"cubin", driver.Resources(32, 0, 0)))
     yield kernel
     del CUDA_KERNELS["test_pretended"]
 
@@ -560,9 +572,9 @@ def test_nothing_is_loaded_while_a_graph_is_captured(pretended_kernel: Any, pret
 
 def test_without_nvcc_the_twin_stands_in(pretended_kernel: Any, pretended_gpu, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(cuda, "find_nvcc", lambda: None)
+    monkeypatch.setattr(driver, "find_nvcc", lambda: None)
     with pytest.raises(RuntimeError, match="no nvcc found to compile it with"):
-        cuda.assemble("", "sm_90")
+        driver.assemble("", "sm_90")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -750,7 +762,9 @@ def test_matadd_is_its_twin_on_a_gpu(dtype, codes, tokens, features, columns):
         twin = getattr(matadd, f"{op}_twin")(*inputs[:-1], v.double(), mask, codes)
         assert (found.double() - twin).norm() <= error * twin.norm(), op
     kv = torch.randn(2, 3, features, columns, device="cuda", dtype=dtype)
-    found, twin = (f(matadd.pack_signs(q), kv, codes) for f in (matadd.matadd_q, matadd.matadd_q_twin))
+    found, twin = (
+        f(reference_matadd.pack_signs(q), kv, codes) for f in (ops_matadd.matadd_q, reference_matadd.matadd_q_twin)
+    )
     assert (found - twin).norm() <= error * twin.norm()
 
 
@@ -758,7 +772,7 @@ def test_matadd_is_its_twin_on_a_gpu(dtype, codes, tokens, features, columns):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("points", "count", "width"), [(1, 1, 32), (101, 8, 64), (70, 32, 64)])
 def test_view_attention_is_its_twin_on_a_gpu(dtype, points, count, width):
-    sizes = view_attention._weight_sizes(width, width // 8)
+    sizes = reference_view_attention.weight_sizes(width, width // 8)
     weights = [torch.randn(*size, device="cuda") / size[1] ** 0.5 for size in sizes]
     biases = [torch.randn(sizes[number][0], device="cuda") for number in (3, 4, 5, 6, 7)]
     query, views, ray_diff = (
@@ -768,8 +782,10 @@ def test_view_attention_is_its_twin_on_a_gpu(dtype, points, count, width):
     mask = torch.rand(points, count, device="cuda") > 0.3
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no twin stands in
-        out = view_attention.view_attention(query, views, ray_diff, mask, weights, biases)
-    twin = view_attention.view_attention_twin(query.double(), views.double(), ray_diff.double(), mask, weights, biases)
+        out = ops_view_attention.view_attention(query, views, ray_diff, mask, weights, biases)
+    twin = reference_view_attention.view_attention_twin(
+        query.double(), views.double(), ray_diff.double(), mask, weights, biases
+    )
     assert (out.double() - twin).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * twin.norm()
 
 
@@ -820,14 +836,16 @@ def test_frozen_layers_on_a_gpu_agree_with_plain_torch_compiled_captured_and_und
 @pytest.mark.parametrize("with_valid", [False, True])
 @pytest.mark.parametrize("channels", [1, 32])
 def test_points_are_looked_up_as_the_twin_does_on_a_gpu(with_valid: bool, channels: int):
-    scene = gather.random_scene(0, rays=65, samples=33, views=10, channels=channels, with_valid=with_valid)
+    scene = reference_gather.random_scene(0, rays=65, samples=33, views=10, channels=channels, with_valid=with_valid)
     scene = [None if tensor is None else tensor.cuda() for tensor in scene]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no twin stands in
-        found = gather.point_samples(*scene)
-    for one, twin in zip(found[:2], gather.point_samples_twin(*scene)[:2], strict=True):
+        found = ops_gather.point_samples(*scene)
+    for one, twin in zip(found[:2], reference_gather.point_samples_twin(*scene)[:2], strict=True):
         torch.testing.assert_close(one, twin, rtol=1e-3, atol=1e-3)
-    assert (found[2] == gather.point_samples_twin(*scene)[2]).float().mean() > 0.999  # a border may be a rounding away
+    assert (
+        found[2] == reference_gather.point_samples_twin(*scene)[2]
+    ).float().mean() > 0.999  # a border may be a rounding away
 
 
 @pytest.mark.gpu

@@ -9,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shiftadd3d import UserError
-from shiftadd3d.kernels import numerics, targets
-from shiftadd3d.kernels.depthwise import DEPTHWISE_CONV, depthwise_conv, depthwise_conv_twin
+from shiftadd3d.kernels import numerics
+from shiftadd3d.kernels.cpu.depthwise import DEPTHWISE_CONV
+from shiftadd3d.kernels.ops.depthwise import depthwise_conv
+from shiftadd3d.kernels.reference.depthwise import depthwise_conv_twin
+from shiftadd3d.kernels.runtime import targets
 
 
 def problem(

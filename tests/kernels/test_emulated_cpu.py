@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from shiftadd3d import kernels
-from shiftadd3d.kernels import manage, power_of_two
-from shiftadd3d.kernels.kernel import KERNELS
-from shiftadd3d.kernels.targets import CpuTarget
+from shiftadd3d.kernels import manage
+from shiftadd3d.kernels.reference import power_of_two
+from shiftadd3d.kernels.runtime.kernel import KERNELS
+from shiftadd3d.kernels.runtime.targets import CpuTarget
 
 pytest.importorskip("tvm")
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shiftadd3d import UserError
-from shiftadd3d.kernels import targets
-from shiftadd3d.kernels.gather import KERNEL, point_samples_twin, random_scene
+from shiftadd3d.kernels.cpu.gnt.gather import KERNEL
+from shiftadd3d.kernels.reference.gnt.gather import point_samples_twin, random_scene
+from shiftadd3d.kernels.runtime import targets
 
 OPS = torch.ops.shiftadd3d
 ARGUMENTS = ("points", "origins", "projection", "centers", "images", "maps", "valid")

@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from shiftadd3d.kernels import cache, get_numerics, numerics, set_numerics, targets
-from shiftadd3d.kernels import kernel as kernel_module
-from shiftadd3d.kernels.kernel import KERNELS, Kernel
-from shiftadd3d.kernels.targets import CpuTarget
+from shiftadd3d.kernels import get_numerics, numerics, set_numerics
+from shiftadd3d.kernels.runtime import cache, targets
+from shiftadd3d.kernels.runtime import kernel as kernel_module
+from shiftadd3d.kernels.runtime.kernel import KERNELS, Kernel
+from shiftadd3d.kernels.runtime.targets import CpuTarget
 
 pytest.importorskip("tvm")
 
@@ -106,7 +107,7 @@ def test_the_next_process_finds_what_this_one_has_built(empty_cache: Path):
     code = """
 import sys, torch
 from shiftadd3d import kernels
-from shiftadd3d.kernels import power_of_two
+from shiftadd3d.kernels.reference import power_of_two
 codes = power_of_two.encode(torch.ones(8, 8))
 assert kernels.matshift(torch.ones(1, 8), power_of_two.pack(codes.codes, 4), codes.offset).sum() == 64
 print("tvm" in sys.modules)

@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shiftadd3d import UserError, kernels
-from shiftadd3d.kernels import power_of_two, targets
-from shiftadd3d.kernels.kernel import Kernel
-from shiftadd3d.kernels.literal import LITERAL, matshift_literal, matshift_literal_twin
+from shiftadd3d.kernels.cpu.literal import LITERAL
+from shiftadd3d.kernels.ops.literal import matshift_literal
+from shiftadd3d.kernels.reference import power_of_two
+from shiftadd3d.kernels.reference.literal import matshift_literal_twin
+from shiftadd3d.kernels.runtime import targets
+from shiftadd3d.kernels.runtime.kernel import Kernel
 
 pytest.importorskip("tvm")
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from shiftadd3d import cli
-from shiftadd3d.kernels import manage, targets
-from shiftadd3d.kernels.kernel import KERNELS, Kernel
-from shiftadd3d.kernels.targets import CpuTarget
+from shiftadd3d.kernels import manage
+from shiftadd3d.kernels.runtime import targets
+from shiftadd3d.kernels.runtime.kernel import KERNELS, Kernel
+from shiftadd3d.kernels.runtime.targets import CpuTarget
 
 pytest.importorskip("tvm")
 

@@ -13,24 +13,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shiftadd3d import UserError, kernels
-from shiftadd3d.kernels import targets
-from shiftadd3d.kernels.matadd import (
+from shiftadd3d.kernels.cpu.matadd import MATADD, PRODUCTS, SUMS
+from shiftadd3d.kernels.ops.matadd import add_attention, matadd, matadd_kv, matadd_q
+from shiftadd3d.kernels.reference.matadd import (
     LEAST_ROW_SUM,
     LOW,
-    MATADD,
-    PRODUCTS,
-    SUMS,
-    add_attention,
     add_attention_twin,
     decode_signs,
-    matadd,
-    matadd_kv,
     matadd_kv_twin,
-    matadd_q,
     matadd_q_twin,
     matadd_twin,
     pack_signs,
 )
+from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.nn import binarize
 from shiftadd3d.nn.add import linear_add_attention
 

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from bounds import assert_within, linear_bound, unit_roundoff
 from shiftadd3d import UserError, kernels
-from shiftadd3d.kernels import activations, power_of_two, targets
-from shiftadd3d.kernels.matshift import MATSHIFT, matshift, matshift_twin, trial
-from shiftadd3d.kernels.numerics import COMPILED
-from shiftadd3d.kernels.shift_product import error_bound, forms
+from shiftadd3d.kernels.cpu.matshift import MATSHIFT, trial
+from shiftadd3d.kernels.cpu.shift_product import error_bound, forms
+from shiftadd3d.kernels.ops.matshift import matshift
+from shiftadd3d.kernels.reference import activations, power_of_two
+from shiftadd3d.kernels.reference.matshift import matshift_twin
+from shiftadd3d.kernels.runtime import targets
+from shiftadd3d.kernels.runtime.numerics import COMPILED
 from shiftadd3d.nn import ShiftConv2d, ShiftLinear
 
 pytest.importorskip("tvm")

@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shiftadd3d import UserError, kernels
-from shiftadd3d.kernels import power_of_two, targets
-from shiftadd3d.kernels.matshift import matshift
-from shiftadd3d.kernels.mlp import MLP, shift_mlp, shift_mlp_twin
-from shiftadd3d.kernels.numerics import COMPILED
-from shiftadd3d.kernels.shift_product import error_bound, forms
+from shiftadd3d.kernels.cpu.mlp import MLP
+from shiftadd3d.kernels.cpu.shift_product import error_bound, forms
+from shiftadd3d.kernels.ops.matshift import matshift
+from shiftadd3d.kernels.ops.mlp import shift_mlp
+from shiftadd3d.kernels.reference import power_of_two
+from shiftadd3d.kernels.reference.mlp import shift_mlp_twin
+from shiftadd3d.kernels.runtime import targets
+from shiftadd3d.kernels.runtime.numerics import COMPILED
 
 pytest.importorskip("tvm")
 

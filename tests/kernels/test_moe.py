@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shiftadd3d import UserError, kernels
-from shiftadd3d.kernels import power_of_two, targets
-from shiftadd3d.kernels.mlp import shift_mlp_twin
-from shiftadd3d.kernels.moe import MOE, moe_mlp, moe_mlp_twin
-from shiftadd3d.kernels.numerics import COMPILED
-from shiftadd3d.kernels.shift_product import error_bound, forms
+from shiftadd3d.kernels.cpu.moe import MOE
+from shiftadd3d.kernels.cpu.shift_product import error_bound, forms
+from shiftadd3d.kernels.ops.moe import moe_mlp
+from shiftadd3d.kernels.reference import power_of_two
+from shiftadd3d.kernels.reference.mlp import shift_mlp_twin
+from shiftadd3d.kernels.reference.moe import moe_mlp_twin
+from shiftadd3d.kernels.runtime import targets
+from shiftadd3d.kernels.runtime.numerics import COMPILED
 
 pytest.importorskip("tvm")
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shiftadd3d import UserError
-from shiftadd3d.kernels import targets
-from shiftadd3d.kernels.plane_sweep import KERNEL, plane_sweep_twin, random_sweep
+from shiftadd3d.kernels.cpu.gnt.plane_sweep import KERNEL
+from shiftadd3d.kernels.reference.gnt.plane_sweep import plane_sweep_twin, random_sweep
+from shiftadd3d.kernels.runtime import targets
 
 OPS = torch.ops.shiftadd3d
 SIZES = {"rays": 5, "samples": 11, "views": 3, "channels": 8, "hidden": 16, "with_valid": False}

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shiftadd3d import UserError
-from shiftadd3d.kernels import targets
-from shiftadd3d.kernels.position_layer import (
+from shiftadd3d.kernels.cpu.gnt.position_layer import KERNEL
+from shiftadd3d.kernels.reference.gnt.position_layer import (
     EMBEDDING_DIM,
-    KERNEL,
     position_layer_twin,
     random_samples,
     sinusoidal_embedding,
 )
+from shiftadd3d.kernels.runtime import targets
 
 OPS = torch.ops.shiftadd3d
 SIZES = {"rays": 5, "samples": 7, "width": 16, "hidden": 16, "outputs": 16}

@@ -8,8 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shiftadd3d import UserError
-from shiftadd3d.kernels import targets
-from shiftadd3d.kernels.ray_block import ATTENTIONS, KERNEL, random_block, ray_block_twin, samples_of_certain_codes
+from shiftadd3d.kernels.cpu.gnt.ray_block import KERNEL
+from shiftadd3d.kernels.reference.gnt.ray_block import (
+    ATTENTIONS,
+    random_block,
+    ray_block_twin,
+    samples_of_certain_codes,
+)
+from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.models.gnt.transformer import RayTransformer
 from shiftadd3d.nn import AddAttention
 

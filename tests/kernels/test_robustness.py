@@ -20,8 +20,8 @@ import pytest
 import torch
 
 import shiftadd3d.kernels
-from shiftadd3d.kernels import targets
-from shiftadd3d.kernels.kernel import KERNELS, Kernel
+from shiftadd3d.kernels.runtime import targets
+from shiftadd3d.kernels.runtime.kernel import KERNELS, Kernel
 
 pytest.importorskip("tvm")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shiftadd3d import UserError
-from shiftadd3d.kernels import targets
+from shiftadd3d.kernels.runtime import targets
 
 AVX2 = "fpu sse2 avx avx2 fma f16c bmi1 bmi2 abm movbe popcnt"
 AVX512 = f"{AVX2} avx512f avx512bw avx512dq avx512vl avx512cd"

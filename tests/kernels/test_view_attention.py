@@ -8,13 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shiftadd3d import UserError
-from shiftadd3d.kernels import power_of_two, targets
-from shiftadd3d.kernels.view_attention import (
-    KERNEL,
-    MAX_VIEWS,
-    view_attention_shift_twin,
-    view_attention_twin,
-)
+from shiftadd3d.kernels.cpu.gnt.view_attention import KERNEL
+from shiftadd3d.kernels.reference import power_of_two
+from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS, view_attention_shift_twin, view_attention_twin
+from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.models.gnt.transformer import ViewAttention
 
 OPS = torch.ops.shiftadd3d

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shiftadd3d import UserError
-from shiftadd3d.kernels import targets
-from shiftadd3d.kernels.view_embedding import KERNEL, random_views, view_embedding_twin, view_moments
+from shiftadd3d.kernels.cpu.gnt.view_embedding import KERNEL
+from shiftadd3d.kernels.reference.gnt.view_embedding import random_views, view_embedding_twin, view_moments
+from shiftadd3d.kernels.runtime import targets
 
 OPS = torch.ops.shiftadd3d
 SIZES = {"points": 17, "views": 4, "inputs": 11, "hidden": 16, "width": 16, "with_moments": True}

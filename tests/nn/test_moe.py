@@ -18,7 +18,7 @@ from torch import nn
 
 from bounds import assert_within, network_bound
 from shiftadd3d import UserError
-from shiftadd3d.kernels.numerics import numerics
+from shiftadd3d.kernels.runtime.numerics import numerics
 from shiftadd3d.nn import (
     FrozenMoE,
     MoE,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from shiftadd3d import UserError
-from shiftadd3d.kernels import power_of_two
+from shiftadd3d.kernels.reference import power_of_two
 from shiftadd3d.nn import RECIPES, Recipe, ShiftLinear, calibrate_, freeze_, reparameterize_
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))

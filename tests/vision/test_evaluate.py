@@ -13,8 +13,8 @@ from torch import nn
 
 from bounds import network_bound
 from shiftadd3d import cli, kernels
-from shiftadd3d.kernels import targets
-from shiftadd3d.kernels.shift_product import forms
+from shiftadd3d.kernels.cpu.shift_product import forms
+from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.nn import freeze_, recipe, reparameterize_
 from shiftadd3d.vision.checkpoint import ClassifierConfig, create_dense, save_classifier, write_json_atomically
 from shiftadd3d.vision.data import PictureData, decode_picture, eval_transform, seed_everything

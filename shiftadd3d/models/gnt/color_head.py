@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shiftadd3d.kernels.color_blend import blend, color_blend
-from shiftadd3d.kernels.numerics import uses_kernels
-from shiftadd3d.kernels.plane_sweep import view_agreement
-from shiftadd3d.kernels.view_embedding import view_moments
+from shiftadd3d.kernels.ops.gnt.color_blend import color_blend
+from shiftadd3d.kernels.reference.gnt.color_blend import blend
+from shiftadd3d.kernels.reference.gnt.plane_sweep import view_agreement
+from shiftadd3d.kernels.reference.gnt.view_embedding import view_moments
+from shiftadd3d.kernels.runtime.numerics import uses_kernels
 from shiftadd3d.models.gnt.fused import is_free, weights_and_biases
 from shiftadd3d.models.gnt.projection import PointSamples
 

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels import gather
-from shiftadd3d.kernels.gather import VALID, ray_differences
-from shiftadd3d.kernels.numerics import uses_kernels
+from shiftadd3d.kernels.ops.gnt import gather as ops_gather
+from shiftadd3d.kernels.reference.gnt import gather as reference_gather
+from shiftadd3d.kernels.reference.gnt.gather import VALID, ray_differences
+from shiftadd3d.kernels.runtime.numerics import uses_kernels
 
 __all__ = [
     "Cameras",
@@ -148,7 +149,7 @@ def project_points(points: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
     Returns:
         pixels [V, R, S, 2] as (x, y), and z depths [V, R, S] (negative behind the camera).
     """
-    return gather.project_points(points, projection_matrices(cameras))
+    return reference_gather.project_points(points, projection_matrices(cameras))
 
 
 def sample_sources(points: Tensor, target_center: Tensor, sources: SourceViews, feature_maps: Tensor) -> PointSamples:
@@ -161,7 +162,11 @@ def sample_sources(points: Tensor, target_center: Tensor, sources: SourceViews, 
         feature_maps: [V, C, h, w], those of `sources` to look at.
     """
     scene = scene_of(points, target_center, sources, feature_maps)
-    look_up = gather.point_samples if uses_kernels("point_samples", points, feature_maps) else gather.point_samples_twin
+    look_up = (
+        ops_gather.point_samples
+        if uses_kernels("point_samples", points, feature_maps)
+        else reference_gather.point_samples_twin
+    )
     values, ray_diff, mask = look_up(*scene)
     return PointSamples(values, ray_diff, mask.unsqueeze(-1))
 
@@ -188,7 +193,7 @@ def empty_views(points: Tensor, sources: SourceViews) -> Tensor:
 def scene_of(
     points: Tensor, target_center: Tensor, sources: SourceViews, feature_maps: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The same arguments as plain tensors, as kernels take them (see `shiftadd3d.kernels.gather`)."""
+    """The same arguments as plain tensors, as kernels take them (see `shiftadd3d.kernels.ops.gnt.gather`)."""
     return (
         points,
         target_center,

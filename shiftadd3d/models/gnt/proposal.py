@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from shiftadd3d.kernels.numerics import uses_kernels
-from shiftadd3d.kernels.plane_sweep import plane_sweep, sweep_evidence, sweep_outcome, view_agreement
+from shiftadd3d.kernels.ops.gnt.plane_sweep import plane_sweep
+from shiftadd3d.kernels.reference.gnt.plane_sweep import sweep_evidence, sweep_outcome, view_agreement
+from shiftadd3d.kernels.runtime.numerics import uses_kernels
 from shiftadd3d.models.gnt.fused import is_free, weights_and_biases
 from shiftadd3d.models.gnt.projection import PointSamples, SourceViews, sample_sources, scene_of
 

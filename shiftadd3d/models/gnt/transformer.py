@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shiftadd3d.kernels.numerics import uses_kernels
-from shiftadd3d.kernels.position_layer import EMBEDDING_DIM, position_layer, sinusoidal_embedding
-from shiftadd3d.kernels.ray_block import ray_block
-from shiftadd3d.kernels.view_attention import MAX_VIEWS, view_attention
-from shiftadd3d.kernels.view_embedding import view_embedding
+from shiftadd3d.kernels.ops.gnt.position_layer import position_layer
+from shiftadd3d.kernels.ops.gnt.ray_block import ray_block
+from shiftadd3d.kernels.ops.gnt.view_attention import view_attention
+from shiftadd3d.kernels.ops.gnt.view_embedding import view_embedding
+from shiftadd3d.kernels.reference.gnt.position_layer import EMBEDDING_DIM, sinusoidal_embedding
+from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS
+from shiftadd3d.kernels.runtime.numerics import uses_kernels
 from shiftadd3d.models.gnt.color_head import ImageColorHead
 from shiftadd3d.models.gnt.fused import codes_and_convolution, is_free, weights_and_biases
 from shiftadd3d.models.gnt.projection import PointSamples

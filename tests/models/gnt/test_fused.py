@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from shiftadd3d.kernels import numerics, targets
-from shiftadd3d.kernels.kernel import KERNELS
+from shiftadd3d.kernels import numerics
+from shiftadd3d.kernels.runtime import targets
+from shiftadd3d.kernels.runtime.kernel import KERNELS
 from shiftadd3d.models.gnt import GNTModel
 from shiftadd3d.models.gnt.transformer import RayTransformer, ViewAttention
 from shiftadd3d.nn import MoE, freeze_, recipe, reparameterize_

@@ -1,0 +1,1 @@
+"""A GNT's kernels for CPUs."""

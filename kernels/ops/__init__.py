@@ -1,0 +1,1 @@
+"""Torch ops: schema, gradients, and which backend serves a call."""

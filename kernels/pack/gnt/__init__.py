@@ -1,0 +1,1 @@
+"""From a GNT's weights to what its kernels read."""

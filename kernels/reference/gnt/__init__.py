@@ -1,0 +1,1 @@
+"""The steps of a GNT, in plain torch."""

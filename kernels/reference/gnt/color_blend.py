@@ -1,0 +1,117 @@
+"""A ray's colour as a mixture of what the source views show: softmaxes over views and over samples.
+
+For each sample, with x its features, y_v = [colour and features] of view v, and d_v the view's ray difference::
+
+    consensus = sum_v softmax_v(angle_scale (cosine_v - 1)) y_v,    apart_v = |y_v - consensus|
+    l_v = w . relu(W_x x + b_x + W_y [y_v, d_v, apart_v] + b_y) + b + angle_scale (cosine_v - 1)    masked: MASKED_LOGIT
+    colour = sum_v softmax_v(l) colour_v,    deviation = the consensus' mean of apart_v, over the colour's channels
+    m = u . x + c - agreement_scale deviation             samples fewer than two views see: MASKED_LOGIT
+
+and over the samples of a ray, rgb = sum softmax(m) colour. A view that shows something else than the others may be
+hidden from the sample: that is what the network tells by `apart_v`.
+
+Source: Wang et al., "IBRNet" (CVPR 2021), section 3.3, for blending by learned weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.reference.gnt.plane_sweep import MASKED_LOGIT, view_agreement
+
+MAX_VIEWS = 32
+
+#: What the weights and biases of `color_blend` belong to, in this order.
+LAYERS = ("point", "view", "view logit", "sample logit")
+
+
+def blend(
+    view_logits: Tensor,  # [R, S, V]
+    sample_logits: Tensor,  # [R, S]
+    values: Tensor,  # [R, S, V, K], colour first
+    cosine: Tensor,  # [R, S, V] between the directions to the target and to the source camera
+    mask: Tensor,  # [R, S, V] bool
+    deviation: Tensor,  # [R, S, K] over the views, as `view_agreement` gives it
+    angle_scale: Tensor,  # scalar
+    agreement_scale: Tensor,  # scalar
+) -> tuple[Tensor, Tensor]:
+    """Colours of rays [R, 3] and weights of their samples [R, S] from what a network says of views and samples."""
+    view_logits = view_logits + angle_scale * (cosine - 1.0)
+    share = torch.softmax(view_logits.masked_fill(~mask, MASKED_LOGIT), dim=2).unsqueeze(-1)
+    colors = (share * values[..., :3]).sum(dim=2)  # [R, S, 3]
+    sample_logits = sample_logits - agreement_scale * deviation[..., :3].mean(dim=-1)
+    # One view alone always agrees with itself: that says nothing about the depth.
+    weights = torch.softmax(sample_logits.masked_fill(mask.sum(dim=2) < 2, MASKED_LOGIT), dim=-1)
+    return (weights[..., None] * colors).sum(dim=1), weights
+
+
+def color_blend_twin(
+    x: Tensor,  # [R, S, C]
+    values: Tensor,  # [R, S, V, K], colour first
+    ray_diff: Tensor,  # [R, S, V, 4]
+    mask: Tensor,  # [R, S, V] bool
+    weights: list[Tensor],  # of LAYERS: [D, C], [D, 2 K + 4], [1, D], [1, C]
+    biases: list[Tensor],  # [D], [D], [1], [1]
+    angle_scale: Tensor,  # scalar
+    agreement_scale: Tensor,  # scalar
+) -> tuple[Tensor, Tensor]:
+    """What `color_blend` computes, in plain torch: colours of rays [R, 3] and weights of their samples [R, S]."""
+    point, view, view_logit, sample_logit = zip(weights, biases, strict=True)
+    cosine = ray_diff[..., 3]
+    mean, deviation = view_agreement(values, cosine, mask, angle_scale)
+    apart = (values - mean.unsqueeze(-2)).abs()
+    hidden = F.linear(x, *point)[:, :, None] + F.linear(torch.cat([values, ray_diff, apart], dim=-1), *view)
+    view_logits = F.linear(F.relu(hidden), *view_logit)[..., 0]
+    sample_logits = F.linear(x, *sample_logit)[..., 0]
+    return blend(view_logits, sample_logits, values, cosine, mask, deviation, angle_scale, agreement_scale)
+
+
+def random_blend(
+    seed: int, *, rays: int, samples: int, views: int, width: int, inputs: int, hidden: int
+) -> tuple[Any, ...]:
+    """Arguments of `color_blend` for a trial."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    sizes = ((hidden, width), (hidden, 2 * inputs + 4), (1, hidden), (1, width))
+    mask = torch.rand(rays, samples, views, generator=generator) > 0.4
+    return (
+        draw(rays, samples, width),
+        draw(rays, samples, views, inputs),
+        draw(rays, samples, views, 4),
+        mask,
+        [draw(*size) / size[1] ** 0.5 for size in sizes],
+        [draw(size[0]) for size in sizes],
+        torch.tensor(1.5),
+        torch.tensor(0.7),
+    )
+
+
+def check(
+    x: Tensor, values: Tensor, ray_diff: Tensor, mask: Tensor, weights: list[Tensor], biases: list[Tensor]
+) -> None:
+    if values.dim() != 4 or values.shape[-1] < 4:
+        raise UserError(f"values must be [R, S, V, 3 + C] with C at least 1, not {list(values.shape)}")
+    shape = values.shape[:3]
+    if x.shape[:-1] != shape[:2] or ray_diff.shape != (*shape, 4) or mask.shape != shape or mask.dtype != torch.bool:
+        raise UserError(
+            f"beside values {list(values.shape)}, x must be [R, S, C], ray_diff [R, S, V, 4] and mask bool [R, S, V], "
+            f"not {list(x.shape)}, {list(ray_diff.shape)} and {mask.dtype} {list(mask.shape)}"
+        )
+    if len(weights) != len(LAYERS) or len(biases) != len(LAYERS):
+        raise UserError(f"color_blend takes weights and biases of {', '.join(LAYERS)}")
+    hidden, width = weights[0].shape[0], x.shape[-1]
+    sizes = ((hidden, width), (hidden, 2 * values.shape[-1] + 4), (1, hidden), (1, width))
+    for name, weight, bias, size in zip(LAYERS, weights, biases, sizes, strict=True):
+        if weight.shape != size or bias.shape != size[:1]:
+            raise UserError(
+                f"weight and bias of {name} must be {list(size)} and [{size[0]}], not {list(weight.shape)} and "
+                f"{list(bias.shape)}"
+            )

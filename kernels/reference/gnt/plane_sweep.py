@@ -1,0 +1,107 @@
+"""A plane sweep: how well the source views agree at many depths of a ray, and a density of surfaces along it.
+
+Source: Collins, "A space-sweep approach to true multi-image matching" (CVPR 1996).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shiftadd3d.kernels.reference.gnt import gather as reference_gather
+
+#: Logit of what must not be chosen: finite, so that a softmax over nothing but such ones is even instead of NaN.
+MASKED_LOGIT = -1e4
+
+
+def view_agreement(
+    values: Tensor,  # [*, V, C]
+    cosine: Tensor,  # [*, V]
+    mask: Tensor,  # [*, V] bool
+    angle_scale: Tensor,  # scalar
+) -> tuple[Tensor, Tensor]:
+    """Mean and mean absolute deviation over the views, [*, C] each; views that look the target's way count more."""
+    logits = (angle_scale * (cosine - 1.0)).masked_fill(~mask, MASKED_LOGIT)
+    share = torch.softmax(logits, dim=-1).unsqueeze(-1)
+    mean = (share * values).sum(dim=-2)
+    return mean, (share * (values - mean.unsqueeze(-2)).abs()).sum(dim=-2)
+
+
+def sweep_evidence(deviation: Tensor, mask: Tensor) -> Tensor:
+    """What the scoring network sees of a point: its own agreement and that of its neighbours along the ray.
+
+    Args:
+        deviation: [R, P, C] over the views.
+        mask: [R, P, V] bool, which views see the point.
+
+    Returns:
+        [R, P, 3 * (C + 1)]; the outermost points are their own neighbours.
+    """
+    own = torch.cat([deviation, mask.sum(dim=-1, keepdim=True) / mask.shape[-1]], dim=-1)
+    before = torch.cat([own[:, :1], own[:, :-1]], dim=1)
+    after = torch.cat([own[:, 1:], own[:, -1:]], dim=1)
+    return torch.cat([before, own, after], dim=-1)
+
+
+def sweep_outcome(
+    scores: Tensor,  # [R, P]
+    mean: Tensor,  # [R, P, C], colour first
+    deviation: Tensor,  # [R, P, C]
+    mask: Tensor,  # [R, P, V] bool
+    agreement_scale: Tensor,  # scalar
+) -> tuple[Tensor, Tensor]:
+    """Colours [R, 3] and weights [R, P] of rays: a softmax over the points of score and agreement in colour."""
+    logits = scores - agreement_scale * deviation[..., :3].mean(dim=-1)
+    # One view alone always agrees with itself: that says nothing about the depth.
+    weights = torch.softmax(logits.masked_fill(mask.sum(dim=-1) < 2, MASKED_LOGIT), dim=-1)
+    return (weights[..., None] * mean[..., :3]).sum(dim=1), weights
+
+
+def plane_sweep_twin(
+    points: Tensor,  # [R, P, 3] world
+    origins: Tensor,  # [R, 3] where each ray starts
+    projection: Tensor,  # [V, 3, 4] world to homogeneous pixels
+    centers: Tensor,  # [V, 3] where the source cameras stand
+    images: Tensor,  # [V, H, W, 3]
+    maps: Tensor,  # [V, h, w, C]; the first F channels are compared
+    valid: Tensor | None,  # [V, H, W] bool; None: all pixels
+    hidden_weight: Tensor,  # [D, 3 * (3 + F + 1)] of the scoring network
+    hidden_bias: Tensor,  # [D]
+    score_weight: Tensor,  # [1, D]
+    score_bias: Tensor,  # [1]
+    angle_scale: Tensor,  # scalar
+    agreement_scale: Tensor,  # scalar
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `plane_sweep` computes, in plain torch.
+
+    Returns:
+        Colours of the rays [R, 3]; weights of their points [R, P], which sum to one; and whether any view sees a point,
+        [R, P] bool.
+    """
+    channels = channels_compared(hidden_weight)
+    values, ray_diff, mask = reference_gather.point_samples_twin(
+        points, origins, projection, centers, images, maps[..., :channels], valid
+    )
+    mean, deviation = view_agreement(values, ray_diff[..., 3], mask, angle_scale)
+    hidden = F.relu(F.linear(sweep_evidence(deviation, mask), hidden_weight, hidden_bias))
+    scores = F.linear(hidden, score_weight, score_bias)[..., 0]
+    return *sweep_outcome(scores, mean, deviation, mask, agreement_scale), mask.any(dim=-1)
+
+
+def channels_compared(hidden_weight: Tensor) -> int:
+    return hidden_weight.shape[1] // 3 - 4
+
+
+def random_sweep(seed: int, *, channels: int, hidden: int, **scene: Any) -> tuple[Any, ...]:
+    """Arguments of `plane_sweep` for a trial."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return 0.3 * torch.randn(*shape, generator=generator)
+
+    network = (draw(hidden, 3 * (4 + channels)), draw(hidden), draw(1, hidden), draw(1))
+    arguments = reference_gather.random_scene(seed, channels=channels + 3, **scene)
+    return *arguments, *network, torch.tensor(20.0), torch.tensor(2.0)

@@ -1,0 +1,71 @@
+"""Telling samples where they are: a perceptron over features and the sine-cosine embedding of position and direction.
+
+``out = W_2 relu(W_1 [x, embedding(point), embedding(direction)] + b_1) + b_2``.
+
+Source: Mildenhall et al., "NeRF" (ECCV 2020), eq. 4; Varma T. et al., "Is Attention All That NeRF Needs?" (ICLR 2023),
+section 3.3.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shiftadd3d._errors import UserError
+
+#: Octaves of the sine-cosine embedding of positions and directions, and its width: the value itself, sines, cosines.
+NUM_FREQUENCIES = 10
+EMBEDDING_DIM = 3 + 3 * 2 * NUM_FREQUENCIES
+
+
+def sinusoidal_embedding(x: Tensor) -> Tensor:
+    """[..., 3] to [..., 63]: x, sin x, cos x, sin 2x, cos 2x, ... up to 2^9 x (NeRF, eq. 4, without pi)."""
+    octaves = [x * 2.0**i for i in range(NUM_FREQUENCIES)]
+    return torch.cat([x, *(f(octave) for octave in octaves for f in (torch.sin, torch.cos))], dim=-1)
+
+
+def position_layer_twin(
+    x: Tensor,  # [R, S, C]
+    points: Tensor,  # [R, S, 3] world
+    directions: Tensor,  # [R, 3], unit vectors
+    weights: list[Tensor],  # [D, C + 126], [E, D]
+    biases: list[Tensor],  # [D], [E]
+) -> Tensor:  # [R, S, E]
+    """What `position_layer` computes, in plain torch."""
+    along = sinusoidal_embedding(directions)[:, None].expand(-1, x.shape[1], -1)
+    embedded = torch.cat([x, sinusoidal_embedding(points), along], dim=-1)
+    return F.linear(F.relu(F.linear(embedded, weights[0], biases[0])), weights[1], biases[1])
+
+
+def random_samples(
+    seed: int, *, rays: int, samples: int, width: int, hidden: int, outputs: int
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Arguments of `position_layer` for a trial."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    inputs = width + 2 * EMBEDDING_DIM
+    weights = [draw(hidden, inputs) / inputs**0.5, draw(outputs, hidden) / hidden**0.5]
+    directions = F.normalize(draw(rays, 3), dim=-1)
+    return draw(rays, samples, width), 3.0 * draw(rays, samples, 3), directions, weights, [draw(hidden), draw(outputs)]
+
+
+def check(x: Tensor, points: Tensor, directions: Tensor, weights: list[Tensor], biases: list[Tensor]) -> None:
+    if x.dim() != 3 or points.shape != (*x.shape[:2], 3) or directions.shape != (x.shape[0], 3):
+        raise UserError(
+            "x, points and directions must be [R, S, C], [R, S, 3] and [R, 3], not "
+            f"{list(x.shape)}, {list(points.shape)} and {list(directions.shape)}"
+        )
+    if len(weights) != 2 or len(biases) != 2:
+        raise UserError("position_layer takes weights and biases of two layers")
+    hidden = weights[0].shape[0]
+    sizes = ((hidden, x.shape[-1] + 2 * EMBEDDING_DIM), (weights[1].shape[0], hidden))
+    for number, (weight, bias, size) in enumerate(zip(weights, biases, sizes, strict=True), 1):
+        if weight.shape != size or bias.shape != size[:1]:
+            raise UserError(
+                f"weight and bias of layer {number} must be {list(size)} and [{size[0]}], not {list(weight.shape)} and "
+                f"{list(bias.shape)}"
+            )

@@ -1,0 +1,85 @@
+"""What a GNT starts from: an embedding of what each view shows of a point, and the point's first query.
+
+For each point, with x_v what view v shows::
+
+    e_v = W_2 relu(W_1 x_v + b_1) + b_2
+    query = max_v e_v + W_c [mean_v x_v, deviation_v x_v, share of views that see the point] + b_c
+
+where mean and standard deviation are over the views that see the point, and the second summand is there for networks
+with a colour head only.
+
+Source: Varma T. et al., "Is Attention All That NeRF Needs?" (ICLR 2023), section 3.1.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shiftadd3d._errors import UserError
+
+MAX_VIEWS = 32
+LEAST_VARIANCE = 1e-6
+
+
+def view_moments(
+    values: Tensor,  # [*, V, K]
+    mask: Tensor,  # [*, V] bool
+) -> Tensor:  # [*, 2 K + 1]
+    """Mean and standard deviation over the views that see a point, and the share of these among all."""
+    seen = mask.unsqueeze(-1).to(values.dtype)
+    count = seen.sum(dim=-2).clamp(min=1.0)
+    mean = (values * seen).sum(dim=-2) / count
+    variance = ((values - mean.unsqueeze(-2)).square() * seen).sum(dim=-2) / count
+    return torch.cat([mean, (variance + LEAST_VARIANCE).sqrt(), seen.mean(dim=-2)], dim=-1)
+
+
+def view_embedding_twin(
+    values: Tensor,  # [*, V, K]
+    mask: Tensor,  # [*, V] bool
+    weights: list[Tensor],  # [D, K], [C, D] and, with consistency, [C, 2 K + 1]
+    biases: list[Tensor],  # [D], [C], [C]
+) -> tuple[Tensor, Tensor]:
+    """What `view_embedding` computes, in plain torch.
+
+    Returns:
+        The embeddings [*, V, C], and the queries [*, C].
+    """
+    weights, biases = ([tensor.to(values.dtype) for tensor in tensors] for tensors in (weights, biases))
+    embedding = F.linear(F.relu(F.linear(values, weights[0], biases[0])), weights[1], biases[1])
+    query = embedding.amax(dim=-2)
+    if len(weights) > 2:
+        query = query + F.linear(view_moments(values, mask), weights[2], biases[2])
+    return embedding, query
+
+
+def random_views(
+    seed: int, *, points: int, views: int, inputs: int, hidden: int, width: int, with_moments: bool
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Arguments of `view_embedding` for a trial."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    sizes = [(hidden, inputs), (width, hidden), (width, 2 * inputs + 1)][: 3 if with_moments else 2]
+    mask = torch.rand(points, views, generator=generator) > 0.3
+    mask[0] = False
+    weights = [draw(*size) / size[1] ** 0.5 for size in sizes]
+    return draw(points, views, inputs), mask, weights, [draw(size[0]) for size in sizes]
+
+
+def check(values: Tensor, mask: Tensor, weights: list[Tensor], biases: list[Tensor]) -> None:
+    if values.dim() < 2 or mask.shape != values.shape[:-1] or mask.dtype != torch.bool:
+        raise UserError(f"mask must be bool {list(values.shape[:-1])}, not {mask.dtype} {list(mask.shape)}")
+    if len(weights) not in (2, 3) or len(biases) != len(weights):
+        raise UserError("view_embedding takes weights and biases of two layers, and of a third one for consistency")
+    inputs, hidden, width = values.shape[-1], weights[0].shape[0], weights[1].shape[0]
+    sizes = ((hidden, inputs), (width, hidden), (width, 2 * inputs + 1))
+    for number, (weight, bias, size) in enumerate(zip(weights, biases, sizes, strict=False), 1):
+        if weight.shape != size or bias.shape != size[:1]:
+            raise UserError(
+                f"weight and bias of layer {number} must be {list(size)} and [{size[0]}], not {list(weight.shape)} and "
+                f"{list(bias.shape)}"
+            )

@@ -1,0 +1,139 @@
+"""Bundles: kernels compiled elsewhere, in a folder of their own.
+
+``shiftadd3d kernels build --out DIR`` makes one; where `SHIFTADD3D_BUNDLE` names it, a kernel that the cache does not
+have comes from there instead of from the compiler. A machine then needs torch, this package and ``apache-tvm-ffi`` (3
+MB), but neither TVM nor a C compiler: the part of TVM that compiled code calls while it runs lies in the bundle. As any
+new code, a kernel from a bundle has to pass its trial on the machine at hand, and is taken into the cache then.
+
+A bundle belongs to one version of this package's kernels, of ``apache-tvm-ffi`` and of the processor architecture; what
+does not fit is not loaded. Its libraries are run: name only a bundle whose maker you trust. Their digests guard against
+damage, not against him.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from shiftadd3d._claim import claimed
+from shiftadd3d._errors import UserError
+from shiftadd3d._report import write_json
+
+ENVIRONMENT_VARIABLE = "SHIFTADD3D_BUNDLE"
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_RUNTIME = "runtime"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One library: its file, what it was compiled from, and what the cache is to record with it."""
+
+    file: Path
+    identity: dict[str, Any]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder that has been opened."""
+
+    folder: Path
+    libraries: list[dict[str, Any]]
+
+    @classmethod
+    def open(cls, folder: Path) -> Bundle:
+        """Read the manifest.
+
+        Raises:
+            UserError: if there is none, or the bundle is for another machine or another version.
+        """
+        try:
+            manifest = json.loads((folder / MANIFEST).read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} is no bundle of kernels: {MANIFEST} cannot be read ({error})") from None
+        expected = _versions()
+        found = {name: manifest.get(name) for name in expected}
+        if found != expected:
+            differing = (
+                f"{name} {found[name]}, not {wanted}" for name, wanted in expected.items() if found[name] != wanted
+            )
+            raise UserError(f"the bundle {folder} does not fit this machine: it has {'; '.join(differing)}")
+        return cls(folder, manifest["libraries"])
+
+    def find(self, **identity: Any) -> Packed | None:
+        """The library of this identity, whole.
+
+        Raises:
+            UserError: if its file is not what was put there.
+        """
+        asked = json.loads(json.dumps(identity))
+        for one in self.libraries:
+            if one["identity"] == asked:
+                file = self.folder / one["file"]
+                content = file.read_bytes() if file.is_file() else b""
+                if hashlib.sha256(content).hexdigest() != one["sha256"]:
+                    raise UserError(f"{file} is damaged or missing: build the bundle again")
+                return Packed(file, identity, one["facts"])
+        return None
+
+
+def find(**identity: Any) -> Packed | None:
+    """What the bundle that the environment names has of this identity; None without a bundle."""
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    return _open(name).find(**identity) if name else None
+
+
+def runtime() -> Path | None:
+    """TVM's runtime library in the bundle that the environment names."""
+    packed = find(part=_RUNTIME)
+    return packed.file if packed else None
+
+
+def write(folder: Path, libraries: list[Packed], tvm_runtime: Path | None) -> None:
+    """Copy libraries into a folder, which becomes a bundle.
+
+    Args:
+        libraries: what it is to hold.
+        tvm_runtime: the library that code for CPUs calls while it runs.
+
+    Raises:
+        UserError: if the folder holds something else, or cannot be written to.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} holds other files: name a new folder for the bundle")
+    if tvm_runtime is not None:
+        libraries = [Packed(tvm_runtime, {"part": _RUNTIME}, {}), *libraries]
+    rows = []
+    with claimed(folder, "--out"):
+        try:
+            for one in libraries:
+                digest = hashlib.sha256(one.file.read_bytes()).hexdigest()
+                name = f"{one.identity.get('kernel', one.identity['part'])}-{digest[:16]}{one.file.suffix}"
+                shutil.copyfile(one.file, folder / name)
+                rows.append({"file": name, "sha256": digest, "identity": one.identity, "facts": one.facts})
+        except OSError as error:
+            raise UserError(f"cannot write the bundle {folder}: {error.strerror or error}") from error
+        write_json(folder / MANIFEST, {**_versions(), "libraries": rows})
+
+
+@lru_cache(maxsize=4)
+def _open(name: str) -> Bundle:
+    return Bundle.open(Path(name))
+
+
+def _versions() -> Mapping[str, Any]:
+    try:
+        ffi = version("apache-tvm-ffi")
+    except PackageNotFoundError:
+        ffi = "none"
+    return {"format": _FORMAT, "machine": platform.machine(), "tvm_ffi": ffi}

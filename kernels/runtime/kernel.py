@@ -1,0 +1,345 @@
+"""What all kernels have in common: compiling, checking, caching and falling back.
+
+A `Kernel` has a function in TIR, which takes its vector width and its instructions from the `CpuTarget` it is built
+for, and a trial that compares it with the reference on a small problem. `docs/kernels.md` shows one from top to
+bottom.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shutil
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.runtime import bundle, cache, targets, threads
+from shiftadd3d.kernels.runtime.targets import CpuTarget
+
+if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__") and not hasattr(torch.Tensor, "__c_dlpack_exchange_api__"):
+    # With an older torch it would compile an extension of torch first, for calls that are some microseconds faster.
+    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+
+
+try:
+    import tvm_ffi  # the small library that calls compiled code; the compiler, `tvm`, is imported where it is needed
+except ImportError:
+    tvm_ffi: Any = None
+
+
+PACKAGE = __name__.rpartition(".runtime")[0]
+FAILURES = (AssertionError, ImportError, OSError, RuntimeError, UserError)
+"""What keeps a kernel from being used without being a bug in Python: a trial that found a difference; TVM missing; the
+cache or the linker's files; TVM's errors (all of them are `RuntimeError`, as are the linker's, the CUDA driver's and
+torch's of a device); a bundle or a GPU that does not fit."""
+
+KERNELS: dict[str, Kernel] = {}
+"""All kernels by name, those whose modules have been imported."""
+
+# Half of the time that compiling takes, for what LLVM does anyway.
+_SLOW_PASSES = ("tirx.CommonSubexprElim", "s_tir.CompactBufferAllocation", "s_tir.HoistIfThenElse")
+
+# Compiling and loading happen under one lock, which a fork must not leave locked in the child.
+_lock = threading.RLock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+class Kernel:
+    """One function in TIR, in as many specialisations as are asked for.
+
+    Args:
+        name: what it is called everywhere: in the cache, on the command line, in messages.
+        build: ``build(target, **spec)`` returns the function (a `tvm` PrimFunc) specialised to a target and a spec. TVM
+            is imported inside of it.
+        trial: ``trial(function, **spec)`` runs the compiled function on a small random problem, compares the outcome
+            with the twin's, and raises `AssertionError` where they differ. Only code that has passed its trial on the
+            machine at hand enters the cache or is ever used.
+        variants: the specs that `shiftadd3d kernels build` compiles ahead, for a target.
+    """
+
+    suffix = ".so"
+    """Of its libraries in the cache."""
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[..., Any],
+        trial: Callable[..., None],
+        variants: Callable[[Any], Iterable[Mapping[str, Any]]],
+    ) -> None:
+        self.name, self.build, self.trial, self.variants = name, build, trial, variants
+        self._functions: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
+        self.register()
+
+    def register(self) -> None:
+        """Let the command line find it."""
+        KERNELS[self.name] = self
+
+    def function(self, **spec: Any) -> Callable[..., Any] | None:
+        """The compiled function for this machine, from memory, from the cache or from the compiler.
+
+        Returns:
+            A function of contiguous torch tensors and numbers that writes into its last arguments, or None where one of
+            `FAILURES` kept it from being used: then the twin has to do. That is said once.
+        """
+        target = targets.current()
+        return self._once((target.name, *spec.items()), lambda: _with_torch_threads(self.load(target, **spec)))
+
+    def _once(self, known: tuple[Any, ...], load: Callable[[], Callable[..., Any]]) -> Callable[..., Any] | None:
+        try:
+            return self._functions[known]
+        except KeyError:
+            pass
+        with _lock:
+            if known not in self._functions:
+                try:
+                    self._functions[known] = load()
+                except FAILURES as error:
+                    self.decline(first_line(error))
+                    self._functions[known] = None
+            return self._functions[known]
+
+    def decline(self, reason: str) -> None:
+        """Say, once, that the twin stands in, and why."""
+        _say_once(
+            f"kernel {self.name}: {reason}; plain torch stands in, correct but slower (`shiftadd3d kernels check` "
+            "tells more)"
+        )
+
+    def load(self, target: CpuTarget, **spec: Any) -> Callable[..., Any]:
+        """The compiled function for `target`, from the cache or from the compiler, having passed its trial.
+
+        Raises:
+            Exception: one of `FAILURES`; anything else is a bug.
+        """
+        entry = self.entry(target, **spec)
+        library = cache.find(entry)
+        if library is not None:
+            return load_library(library)[self.name]
+        packed = bundle.find(**self.identity(target, **spec))
+        executable = None if packed else self.compile(target, **spec)
+        with cache.first_run(entry) as may_run:
+            if not may_run:
+                raise RuntimeError(
+                    f"its code crashed an earlier process; to try again, remove {entry}.trial from {cache.folder()}"
+                )
+            if executable is not None and not has_linker():
+                _say_once("no C compiler found to link kernels with: they are compiled anew in each process")
+                _install_launcher(executable)
+                function = executable[self.name]
+                self.trial(function, **spec)
+                return function
+            with cache.scratch_file(".so") as library:
+                if packed is not None:
+                    shutil.copyfile(packed.file, library)
+                elif executable is not None:
+                    link(executable.mod, library)
+                function = load_library(library)[self.name]
+                self.trial(function, **spec)
+                cache.store(entry, library, {"kernel": self.name, "target": target.name, "spec": spec} | _versions())
+            return function
+
+    def compile(self, target: CpuTarget, **spec: Any) -> Any:
+        """TVM's `Executable` for any target, whether or not this machine could run it."""
+        import tvm
+
+        function = self.build(target, **spec).with_attr("global_symbol", self.name)
+        with tvm.transform.PassContext(disabled_pass=list(_SLOW_PASSES)):
+            return tvm.compile(tvm.IRModule({self.name: function}), target=target.tvm_target())
+
+    def assembly(self, target: CpuTarget, **spec: Any) -> str:
+        """What `compile` makes of it, to read."""
+        return self.compile(target, **spec).mod.inspect_source("asm")
+
+    def entry(self, target: CpuTarget, **spec: Any) -> str:
+        """The key in the cache: everything that the machine code depends on."""
+        return cache.key(
+            kernel=self.name,
+            target=target.name,
+            spec=sorted(spec.items()),
+            sources=self.sources_digest(),
+            **_versions(),
+        )
+
+    def identity(self, target: Any, **spec: Any) -> dict[str, Any]:
+        """What a bundle knows it by: all that it was compiled from, but for the compiler."""
+        names = {"part": "kernel", "kernel": self.name, "target": target.name}
+        return {**names, "spec": spec, "sources": self.sources_digest()}
+
+    def packed(self, target: Any, **spec: Any) -> bundle.Packed:
+        """The compiled library for `target`, to be put into a bundle.
+
+        Raises:
+            Exception: whatever kept it from being compiled.
+        """
+        self.load(target, **spec)
+        entry = self.entry(target, **spec)
+        library, record = cache.find(entry, self.suffix), cache.read_record(entry)
+        if library is None or record is None:
+            raise RuntimeError("it is not in the cache: a bundle takes a C compiler to make")
+        return bundle.Packed(library, self.identity(target, **spec), record)
+
+    def sources_digest(self) -> str:
+        """A digest of all source text of this package that it is built from."""
+        return _sources_digest(sys.modules[self.build.__module__])
+
+    def check(self, target: CpuTarget, **spec: Any) -> None:
+        """Run the trial once more on this machine.
+
+        Raises:
+            AssertionError: if the outcome is not the twin's.
+        """
+        self.trial(self.load(target, **spec), **spec)
+
+
+def has_linker() -> bool:
+    """Whether there is a compiler to link with; without one, machine code cannot be put on disk."""
+    from tvm.support import cc
+
+    return cc.get_cc() is not None
+
+
+def _with_torch_threads(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> None:
+        threads.follow_torch()
+        function(*args)
+
+    return call
+
+
+def runtime_library() -> Path | None:
+    """What compiled code calls while it runs, as TVM comes with it; None where TVM is not installed."""
+    package = find_spec("tvm")
+    if package is None or not package.submodule_search_locations:
+        return None
+    return next(Path(package.submodule_search_locations[0]).glob("lib/libtvm_runtime.*"), None)
+
+
+def packed_launcher() -> bundle.Packed:
+    """What starts parallel work (see `threads`), to be put into a bundle."""
+    _install_launcher()
+    library = cache.find(_launcher_entry())
+    if library is None:
+        raise RuntimeError("it is not in the cache: a bundle takes a C compiler to make")
+    return bundle.Packed(library, _launcher_identity(), {})
+
+
+def _launcher_entry() -> str:
+    return cache.key(launcher=threads.LAUNCHER_LLVM, machine=platform.machine(), **_versions())
+
+
+def _launcher_identity() -> dict[str, Any]:
+    source = hashlib.sha256(threads.LAUNCHER_LLVM.encode()).hexdigest()
+    return {"part": threads.LAUNCHER_NAME, "sources": source}
+
+
+@lru_cache(maxsize=1)
+def _load_runtime() -> None:
+    """Load what compiled kernels are linked against, and not the rest of TVM, which takes seconds to import."""
+    runtime = runtime_library() or bundle.runtime()
+    if tvm_ffi is None or runtime is None:
+        raise RuntimeError(f"TVM is not installed, and {bundle.ENVIRONMENT_VARIABLE} names no bundle of kernels")
+    ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
+
+
+_launcher_is_installed = False
+
+
+def _install_launcher(neighbour: Any = None) -> None:
+    """Compile and install what starts parallel work (see `threads`), once.
+
+    Args:
+        neighbour: where there is no linker, a compiled kernel that it is to share the process with.
+    """
+    global _launcher_is_installed
+    if _launcher_is_installed:
+        return
+    _load_runtime()
+    entry = _launcher_entry()
+    library, module = cache.find(entry), None
+    if library is None and (packed := bundle.find(**_launcher_identity())):
+        library = packed.file
+    if library is None:
+        import tvm
+
+        with cache.scratch_file(".ll") as source, cache.scratch_file(".so") as built:
+            header = re.findall(r"^target .*$", neighbour.mod.inspect_source("ll"), re.MULTILINE) if neighbour else []
+            source.write_text("\n".join([*header, threads.LAUNCHER_LLVM]))
+            module = tvm.runtime.load_module(str(source))
+            if neighbour is None:
+                link(module, built)
+                library = cache.store(entry, built, {"kernel": threads.LAUNCHER_NAME} | _versions())
+    threads.install(module if library is None else tvm_ffi.load_module(str(library)))
+    _launcher_is_installed = True
+
+
+def load_library(library: Path) -> Any:
+    """A compiled library, whose functions are items by name, ready to be called."""
+    _install_launcher()
+    return tvm_ffi.load_module(str(library))
+
+
+def link(module: Any, library: Path) -> None:
+    """Put compiled code into a shared library: the linker is all that a C compiler is needed for."""
+    from tvm.support import cc
+
+    with cache.scratch_file(".o") as code:
+        module.write_to_file(str(code), "o")
+        cc.create_shared(str(library), [str(code)])
+
+
+def _sources_digest(module: ModuleType) -> str:
+    """A digest of the text of a module, which may stand elsewhere, and of all modules of this package that it uses."""
+    found: dict[str, ModuleType] = {}
+    waiting = [module, sys.modules[__name__]]
+    while waiting:
+        one = waiting.pop()
+        if one.__name__ in found or not (one is module or one.__name__.startswith(PACKAGE)):
+            continue
+        found[one.__name__] = one
+        for value in vars(one).values():
+            used = value if isinstance(value, ModuleType) else sys.modules.get(getattr(value, "__module__", None) or "")
+            if used is not None:
+                waiting.append(used)
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        digest.update(Path(str(found[name].__file__)).read_bytes())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _versions() -> dict[str, str]:
+    def of(distribution: str) -> str:
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            return "none"
+
+    return {"tvm": of("apache-tvm"), "tvm_ffi": of("apache-tvm-ffi")}
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")

@@ -1,0 +1,56 @@
+"""The memory that kernels read and write."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Below this, the C library hands out memory that has been used before.
+_LARGE = 8 << 20
+_HUGE_PAGE = 2 << 20
+_MADV_HUGEPAGE = 14
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """`torch.empty` on the CPU, whose memory, if it is large, comes in pages of 2 MiB where Linux has them.
+
+    The system clears fresh memory when it is first written to. In pages of 4 KiB that takes longer than many a kernel
+    takes to fill it.
+    """
+    fresh = torch.empty(shape, dtype=dtype)
+    if fresh.nbytes >= _LARGE:
+        advise = _madvise()
+        start = -(-fresh.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+        end = (fresh.data_ptr() + fresh.nbytes) // _HUGE_PAGE * _HUGE_PAGE
+        if advise is not None and end > start:
+            advise(start, end - start, _MADV_HUGEPAGE)  # advice only: whether it is taken makes no difference here
+    return fresh
+
+
+def float32_bias(bias: Tensor | None, outputs: int, device: torch.device | None = None) -> Tensor:
+    """The bias [outputs] as functions take it: in float32, of zeros on `device` where there is none."""
+    if bias is None:
+        return torch.zeros(outputs, device=device)
+    return bias if bias.dtype == torch.float32 and bias.is_contiguous() else bias.float().contiguous()
+
+
+@lru_cache(maxsize=1)
+def _madvise() -> Any:
+    if sys.platform != "linux":
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
+
+
+def empty_by_heads(q: Tensor, v: Tensor) -> Tensor:
+    """[B, H, N, E] in the dtype of v, the heads side by side in memory where q has them so."""
+    batch, heads, tokens, _ = q.shape
+    if heads > 1 and tokens > 1 and q.stride(1) < q.stride(2):
+        return q.new_empty(batch, tokens, heads, v.shape[-1], dtype=v.dtype).transpose(1, 2)
+    return q.new_empty(batch, heads, tokens, v.shape[-1], dtype=v.dtype)
