@@ -75,12 +75,14 @@ import importlib.util, sys, warnings
 warnings.simplefilter("error", RuntimeWarning)
 assert importlib.util.find_spec("tvm") is None
 import torch
-from shiftadd3d.kernels import literal, power_of_two
+from shiftadd3d.kernels.cpu.literal import LITERAL
+from shiftadd3d.kernels.ops import literal
+from shiftadd3d.kernels.reference import power_of_two
 codes, offset, _ = power_of_two.encode(torch.randn(24, 48))
 x = torch.randint(-50, 50, (100, 48), dtype=torch.int32)
 y = literal.matshift_literal(x, power_of_two.pack(codes, 4), offset)
 assert torch.equal(y, x.float() @ power_of_two.decode(codes, offset, 4).T)
-assert literal.LITERAL.function(bits=4, terms=1) is not None
+assert LITERAL.function(bits=4, terms=1) is not None
 print("ran")
 """
     environment = {
