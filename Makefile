@@ -31,7 +31,7 @@ setup: $(INSTALLED) ## make .venv and install exactly requirements.lock and this
 test: $(INSTALLED) ## run the tests (PYTEST_ARGS="-m slow", PYTEST_ARGS=tests/nn, ...)
 	$(BIN)/pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-demo: $(INSTALLED) ## train shiftadd-gnt-tiny on the embedded scene, evaluate it and render a video
+demo: $(INSTALLED) ## render the embedded scene untrained, train shiftadd-gnt-tiny on it, render again and make a video
 	$(BIN)/shiftadd3d demo
 
 lint: $(INSTALLED) ## ruff, basedpyright and the import contracts

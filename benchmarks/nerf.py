@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,6 +171,10 @@ class Train(_OnScene):
     """What to train."""
     minutes: float = 15.0
     """Minutes of training. Imports, reading images and the evaluation come on top."""
+    warm_start: Literal["pretrained", "none"] = "pretrained"
+    """Start from the weights that come with the package, or from random ones. nerfacto has random ones."""
+    at: tuple[float, ...] = ()
+    """Minutes after which the test views are measured, too, off the clock. 0: before the first step."""
     rays: int | None = None
     """Rays a training step. If not set, the method's own number."""
 
@@ -181,8 +185,19 @@ class Train(_OnScene):
         config = self._config(self.method, folder)
         if self.rays is not None:
             config.pipeline.datamanager.train_num_rays_per_batch = self.rays  # type: ignore[attr-defined]
+        warm_start = "none" if self.method == "nerfacto" else self.warm_start
+        if self.method != "nerfacto":
+            config.pipeline.warm_start = Path(warm_start)  # type: ignore[attr-defined]
         config.set_timestamp()
-        trainer = make_clocked_trainer(config, 60.0 * self.minutes, self.threads)
+        measured: list[dict[str, Any]] = []
+
+        def measure(minutes: float) -> None:
+            quality = evaluate(pipeline, OUTPUTS / "pictures" / f"{name}-{self.method}-{minutes:g}.png")
+            pipeline.train()
+            measured.append({"minutes": minutes, "psnr": quality["psnr"], "ssim": quality["ssim"]})
+            print(f"after {minutes:g} min: PSNR {quality['psnr']:.2f}, SSIM {quality['ssim']:.3f}", flush=True)
+
+        trainer = make_clocked_trainer(config, 60.0 * self.minutes, self.threads, self.at, measure)
         seed_everything(config.machine.seed)
         with without_lpips():
             trainer.setup()
@@ -200,12 +215,16 @@ class Train(_OnScene):
         pictures = pictures / f"{name}-{self.method}.png"
         quality = evaluate(pipeline, pictures)
         words = ["--method", self.method, "--minutes", f"{self.minutes:g}"]
+        words += ["--warm-start", warm_start] if self.method != "nerfacto" else []
+        words += ["--at", *(f"{minutes:g}" for minutes in self.at)] if self.at else []
         words += ["--rays", str(self.rays)] if self.rays is not None else []
         facts = {
             "kind": "train",
             "method": self.method,
             **self._scene_facts(name, embedded, pipeline),
             "minutes": self.minutes,
+            "warm_start": warm_start,
+            "at": measured,
             "seconds_trained": round(seconds, 1),
             "cpu_seconds": round(cpu_seconds, 1),
             "steps": trainer.steps,
@@ -323,8 +342,16 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def make_clocked_trainer(config: TrainerConfig, budget: float, threads: int) -> Any:
+def make_clocked_trainer(
+    config: TrainerConfig,
+    budget: float,
+    threads: int,
+    at: Sequence[float] = (),
+    measure: Callable[[float], None] = lambda minutes: None,
+) -> Any:
     """The config's own trainer, which stops after `budget` seconds, and whose learning rates end where the clock does.
+
+    `measure` is called with each of the minutes `at`, when they have passed; the clock stands still meanwhile.
 
     The clock counts the processor time of each of `threads` threads: what else the machine does takes no steps away.
 
@@ -334,6 +361,7 @@ def make_clocked_trainer(config: TrainerConfig, budget: float, threads: int) -> 
     """
     from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
 
+    from shiftadd3d._progress import progress
     from shiftadd3d.nerf.schedulers import WarmupCosineSchedulerConfig
 
     base: type[Trainer] = config._target
@@ -343,6 +371,7 @@ def make_clocked_trainer(config: TrainerConfig, budget: float, threads: int) -> 
         seconds = 0.0
         _began: float | None = None
         _shown = 0.0
+        _to_measure = sorted(minutes for minutes in at if 60.0 * minutes <= budget)
 
         def setup_optimizers(self) -> Any:
             optimizers = super().setup_optimizers()
@@ -369,12 +398,23 @@ def make_clocked_trainer(config: TrainerConfig, budget: float, threads: int) -> 
         def share_done(self, step: int) -> float:
             return self.seconds / budget
 
+        def _show_progress(self) -> Any:
+            return progress("steps", 0, disable=True)  # nobody knows how many there will be
+
+        def _measure(self) -> None:
+            while self._to_measure and self.seconds >= 60.0 * self._to_measure[0]:
+                began = time.process_time()
+                measure(self._to_measure.pop(0))
+                self._began = None if self._began is None else self._began + time.process_time() - began
+
         def train_iteration(self, step: int) -> Any:
             if self._began is None:
+                self._measure()
                 self._began = time.process_time()
             result = super().train_iteration(step)
             self.steps = step + 1
             self.seconds = (time.process_time() - self._began) / threads
+            self._measure()
             if self.seconds >= budget:
                 self.stop_training = True
             if self.seconds - self._shown >= 30.0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import torch
 from nerfstudio.configs.base_config import LocalWriterConfig, LoggingConfig, MachineConfig, ViewerConfig
@@ -13,9 +14,12 @@ from shiftadd3d.models.gnt import GNTConfig
 from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
 from shiftadd3d.nerf.error_hook import print_expected_errors_as_one_line
 from shiftadd3d.nerf.model import GNTNerfModelConfig
+from shiftadd3d.nerf.optimizers import StartAdamConfig
 from shiftadd3d.nerf.pipeline import GNTPipelineConfig
 from shiftadd3d.nerf.schedulers import WarmupCosineSchedulerConfig
 from shiftadd3d.nerf.trainer import GNTTrainerConfig
+from shiftadd3d.nerf.warm_start import PRETRAINED
+from shiftadd3d.nerf.weights import TINY
 
 # nerfstudio imports this module in every ns-* command: bad input and Ctrl-C then read the same as in our own.
 print_expected_errors_as_one_line()
@@ -36,12 +40,13 @@ def _trainer(
     num_source_views: int,
     rays: int,
     steps: int,
-    lr: float,
-    feature_lr: float,
+    adam: AdamOptimizerConfig,
+    feature_adam: AdamOptimizerConfig,
     eval_every: int,
+    warm_start: Path | None = None,
 ) -> GNTTrainerConfig:
-    def optimizer(rate: float) -> dict:
-        return {"optimizer": AdamOptimizerConfig(lr=rate, eps=1e-8), "scheduler": WarmupCosineSchedulerConfig()}
+    def optimizer(adam: AdamOptimizerConfig) -> dict:
+        return {"optimizer": adam, "scheduler": WarmupCosineSchedulerConfig()}
 
     return GNTTrainerConfig(
         method_name=name,
@@ -59,25 +64,14 @@ def _trainer(
                 num_source_views=num_source_views, train_num_rays_per_batch=rays, eval_num_rays_per_batch=rays
             ),
             model=model,
+            warm_start=warm_start,
         ),
-        optimizers={"transformers": optimizer(lr), "feature_net": optimizer(feature_lr)},
+        optimizers={"transformers": optimizer(adam), "feature_net": optimizer(feature_adam)},
         viewer=ViewerConfig(num_rays_per_chunk=1 << 12),
         vis="viewer+tensorboard",
     )
 
 
-#: Everything a laptop CPU can learn in minutes: a small feature network, and a plane sweep that leaves the transformers
-#: only a few samples to look at.
-TINY = GNTConfig(
-    depth=2,
-    width=32,
-    dropout=0.0,
-    feature_widths=(32, 48, 64),
-    feature_blocks=(1, 1, 1),
-    color_head=True,
-    proposal_samples=48,
-    canonical=True,
-)
 #: The released network's sizes, with the colour head.
 BASE = GNTConfig(depth=4, color_head=True, canonical=True)
 #: The paper's network: eight blocks, colours regressed.
@@ -97,9 +91,10 @@ def _tiny(name: str, recipe: str) -> GNTTrainerConfig:
         num_source_views=6,
         rays=512,
         steps=800,
-        lr=2e-3,
-        feature_lr=2e-3,
+        adam=StartAdamConfig(),
+        feature_adam=StartAdamConfig(),
         eval_every=500,
+        warm_start=PRETRAINED,
     )
 
 
@@ -110,8 +105,8 @@ def _base(name: str, recipe: str) -> GNTTrainerConfig:
         num_source_views=10,
         rays=1024,
         steps=50_000,
-        lr=5e-4,
-        feature_lr=1e-3,
+        adam=AdamOptimizerConfig(lr=5e-4),
+        feature_adam=AdamOptimizerConfig(lr=1e-3),
         eval_every=1000,
     )
 
@@ -123,8 +118,8 @@ def _big(name: str, recipe: str) -> GNTTrainerConfig:
         num_source_views=10,
         rays=512,
         steps=250_000,
-        lr=5e-4,
-        feature_lr=1e-3,
+        adam=AdamOptimizerConfig(lr=5e-4),
+        feature_adam=AdamOptimizerConfig(lr=1e-3),
         eval_every=5000,
     )
 

@@ -161,16 +161,17 @@ class EvalScenes(Verb):
 
 @dataclass(frozen=True)
 class Demo(Verb):
-    """Train on the embedded scene, evaluate, compare, and make a video.
+    """Render the embedded scene without training, train on it, render it again, compare, and make a video.
 
-    Trains shiftadd-gnt-tiny for some minutes on a laptop CPU, and leaves video.mp4, comparison.png and metrics.json in
-    the folder demo of the output folder. Needs no download.
+    The first pictures are of shiftadd-gnt-tiny with the weights that come with the package. It is then trained for some
+    minutes on a laptop CPU. Leaves video.mp4, comparison.png and metrics.json in the folder demo of the output folder.
+    Needs no download.
     """
 
     output_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("outputs")
     """Where to."""
     steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Training steps. If not set, the method's own number."""
+    """Training steps. If not set, 600."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Another scene than the embedded one, in any format that ns-train reads."""
     frames: Annotated[int, tyro.conf.arg(metavar="N")] = 60

@@ -241,7 +241,7 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
         """Rays of one training view, drawn at random, with that view's nearest others as sources."""
         self.train_count += 1
         if self.train_mixture is not None:
-            return self._next_of(self.train_mixture.draw())
+            return self._next_of(self.train_mixture.draw(_generator_of(step)))
         view, rows, columns, colours = self._train_pixels.draw(self.get_train_rays_per_batch())
         sources = self.source_bank.nearest(
             self.source_bank.camera_to_world[view],
@@ -304,6 +304,12 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
     @cached_property
     def _eval_poses(self) -> Float[Tensor, "n 4 4"]:
         return opencv_cameras(self.eval_dataset.cameras)[1]
+
+
+def _generator_of(step: int) -> torch.Generator:
+    """Of a step and the process's seed alone, so that a run goes on with the scenes that it would have had."""
+    # Seeds of processes that train together are consecutive: far apart, they share no sequence.
+    return torch.Generator().manual_seed((1_000_003 * torch.initial_seed() + step) % 2**32)
 
 
 def _near_far(

@@ -1,4 +1,5 @@
-"""The whole way on one page: train on the embedded scene, evaluate, compare with trivial renderers, make a video."""
+"""The whole way on one page: render the embedded scene's test views with the weights that come with the package, train,
+render them again, compare with trivial renderers, make a video."""
 
 from __future__ import annotations
 
@@ -19,16 +20,23 @@ from shiftadd3d._claim import claimed
 from shiftadd3d._errors import UserError
 from shiftadd3d._progress import progress
 from shiftadd3d._report import write_json
+from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
+from shiftadd3d.nerf.dataparsers import AutoDataParserConfig
 from shiftadd3d.nerf.model import GNTNerfModelConfig, image_metrics
 from shiftadd3d.nerf.pictures import grid, save_picture
 from shiftadd3d.nerf.pipeline import GNTPipeline
+from shiftadd3d.nerf.pretrained import load_pretrained, scene_pipeline
 from shiftadd3d.nerf.render import make_path, picture, to_bytes, write_path
 from shiftadd3d.nerf.runs import Run, load_run
 from shiftadd3d.nerf.trainer import GNTTrainer, GNTTrainerConfig
 from shiftadd3d.nerf.trivial import average_metrics, nearest_image, trivial_metrics
+from shiftadd3d.nerf.weights import pretrained_file
 from shiftadd3d.scenes import scene_path
 
 _COMPARED_VIEWS = 4
+
+#: Fewer than ns-train's: a first try from trained weights needs no more.
+DEMO_STEPS = 600
 
 
 def train(config: GNTTrainerConfig, trainer: Callable[..., GNTTrainer] = GNTTrainer) -> Path:
@@ -89,12 +97,12 @@ def demo(
     data: Path | None = None,
     frames: int = 60,
 ) -> dict[str, Any]:
-    """Train, evaluate, render; the files go to `output_dir`/demo, the run below it.
+    """Render the test views untrained, train, render them again; the files go to `output_dir`/demo, the run below it.
 
     Args:
         config: the method to train.
         output_dir: as of ns-train.
-        steps: training steps, or the method's own number.
+        steps: training steps, or `DEMO_STEPS`.
         data: another scene than the embedded one.
         frames: of the video, at least 2.
 
@@ -111,14 +119,15 @@ def demo(
     config = copy.deepcopy(config)
     config.output_dir, config.experiment_name, config.vis = output_dir, "demo", "tensorboard"
     config.pipeline.datamanager.data = scene_path() if data is None else data
-    if steps is not None:
-        config.max_num_iterations = steps
+    config.max_num_iterations = DEMO_STEPS if steps is None else steps
     folder = output_dir / "demo"
     with claimed(folder, "--output-dir"):
         return _demo(config, folder, frames)
 
 
 def _demo(config: GNTTrainerConfig, folder: Path, frames: int) -> dict[str, Any]:
+    CONSOLE.print("With the weights that come with the package, untrained on this scene:", highlight=False)
+    untrained_views, untrained = _evaluate_untrained(config)
     start = time.perf_counter()
     config_file = train(config)
     training_seconds = time.perf_counter() - start
@@ -131,11 +140,17 @@ def _demo(config: GNTTrainerConfig, folder: Path, frames: int) -> dict[str, Any]
         "scene": str(config.pipeline.datamanager.data),
         "steps": run.step + 1,
         "training_seconds": round(training_seconds, 1),
+        "untrained_test_views": untrained_views,
         "test_views": views,
+        "untrained": average_metrics(untrained_views),
         "model": average_metrics(views),
         **trivial_metrics(run.pipeline),
     }
-    _save_comparison(folder / "comparison.png", views, pictures)
+    rows = [
+        [target, before[1], after, depth, nearest]
+        for before, (target, after, depth, nearest) in zip(untrained, pictures, strict=True)
+    ]
+    _save_comparison(folder / "comparison.png", untrained_views, views, rows)
     write_path(run.pipeline, make_path(run.pipeline, frames=frames), folder / "video.mp4", names=["rgb", "depth"])
     facts["files"] = {
         "video": str(folder / "video.mp4"),
@@ -149,14 +164,36 @@ def _demo(config: GNTTrainerConfig, folder: Path, frames: int) -> dict[str, Any]
     return facts
 
 
+def _evaluate_untrained(
+    config: GNTTrainerConfig,
+) -> tuple[list[dict[str, float]], list[list[UInt8[np.ndarray, "h w 3"]]]]:
+    """`evaluate`, with the weights that come with the package."""
+    weights = pretrained_file(str(config.method_name))
+    manager = cast(GNTDataManagerConfig, config.pipeline.datamanager)
+    parser = cast(AutoDataParserConfig, copy.deepcopy(manager.dataparser))
+    parser.data = cast(Path, manager.data)
+    pipeline = scene_pipeline(config, parser)
+    load_pretrained(pipeline.model, weights)
+    pipeline.eval()
+    return evaluate(pipeline)
+
+
 def _save_comparison(
-    path: Path, views: list[dict[str, float]], pictures: list[list[UInt8[np.ndarray, "h w 3"]]]
+    path: Path,
+    untrained: list[dict[str, float]],
+    views: list[dict[str, float]],
+    pictures: list[list[UInt8[np.ndarray, "h w 3"]]],
 ) -> None:
     count = min(_COMPARED_VIEWS, len(views))
     chosen = np.linspace(0, len(views) - 1, count).round().astype(int)
-    captions = [[f"test view {i}", f"{views[i]['psnr']:.2f} dB, SSIM {views[i]['ssim']:.3f}", "", ""] for i in chosen]
-    sheet = grid([pictures[i] for i in chosen], ["target", "render", "depth", "nearest source view"], captions)
+    captions = [[f"test view {i}", _caption(untrained[i]), _caption(views[i]), "", ""] for i in chosen]
+    columns = ["target", "untrained", "trained", "depth, trained", "nearest source view"]
+    sheet = grid([pictures[i] for i in chosen], columns, captions)
     save_picture(sheet, path)
+
+
+def _caption(view: dict[str, float]) -> str:
+    return f"{view['psnr']:.2f} dB, SSIM {view['ssim']:.3f}"
 
 
 def _show(facts: dict[str, Any], run: Run, metrics_file: Path) -> None:
@@ -164,7 +201,8 @@ def _show(facts: dict[str, Any], run: Run, metrics_file: Path) -> None:
     for heading in ("", "PSNR (dB)", "SSIM"):
         table.add_column(heading, justify="right" if heading else "left")
     rows = (
-        ("model", facts["method"]),
+        ("untrained", f"{facts['method']}, untrained on this scene"),
+        ("model", f"{facts['method']}, trained"),
         ("nearest", "copy of the nearest source view"),
         ("mean", "mean of the projected source views"),
     )

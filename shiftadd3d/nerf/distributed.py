@@ -7,6 +7,7 @@ torchrun starts an ns-train each, and they find one another here.
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import random
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from nerfstudio.configs.base_config import MachineConfig
 from nerfstudio.utils import comms
+from torch import nn
 
 from shiftadd3d._errors import UserError
 
@@ -31,6 +33,15 @@ def from_first_process(value: str) -> str:
     said = [value]
     dist.broadcast_object_list(said, src=0)
     return said[0]
+
+
+@torch.no_grad()
+def take_from_first_process(module: nn.Module) -> None:
+    """Overwrite a module's parameters and buffers with those of the first of the processes; alone, nothing happens."""
+    if not dist.is_initialized():
+        return
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        dist.broadcast(tensor, src=0)
 
 
 def check_processes(machine: MachineConfig) -> None:

@@ -353,7 +353,7 @@ def _next_commands(
     if run is None:
         yield ["shiftadd3d", "movie", scene, "--out", elsewhere, "--path", path], "another path"
         yield ["shiftadd3d", "movie", scene, "--out", trained, "--minutes", "10"], "train on the scene first"
-        train_on = ["ns-train", method, "--data", scene, "--pipeline.warm-start", "pretrained"]
+        train_on = ["ns-train", method, "--data", scene]
         yield train_on, "train on, and look around in the browser meanwhile"
     else:
         render = ["shiftadd3d", "render", "--load-config", run, "--views", "train", "--path", path, "--out", elsewhere]

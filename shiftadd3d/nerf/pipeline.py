@@ -19,6 +19,7 @@ from shiftadd3d._errors import UserError
 from shiftadd3d.models.gnt import GNTModel
 from shiftadd3d.nerf.checkpoint import extra_of, list_misfits, misfits, network_of, stage_of
 from shiftadd3d.nerf.datamanager import GNTDataManager, GNTDataManagerConfig
+from shiftadd3d.nerf.distributed import take_from_first_process
 from shiftadd3d.nerf.model import GNTNerfModel, GNTNerfModelConfig
 from shiftadd3d.nerf.near_far import check_near_far
 from shiftadd3d.nn import freeze_
@@ -35,8 +36,14 @@ class GNTPipelineConfig(VanillaPipelineConfig):
     model: GNTNerfModelConfig = field(default_factory=GNTNerfModelConfig)
     """Settings of the model."""
     warm_start: Path | None = None
-    """Start from a trained dense network, reparameterized: a gnt run's nerfstudio_models folder or step-*.ckpt, an
-    official GNT checkpoint (.pth), `pretrained` for the weights that come with the package, or `none`."""
+    """Start from a trained dense network, reparameterized: `pretrained` for the weights that come with the package, a
+    gnt run's nerfstudio_models folder or step-*.ckpt, or an official GNT checkpoint (.pth). `none`: random weights.
+    Going on from a checkpoint takes no notice."""
+
+    @property
+    def starts_trained(self) -> bool:
+        """Whether training starts from trained weights."""
+        return self.warm_start is not None and self.warm_start != Path("none")
 
 
 class GNTPipeline(VanillaPipeline):
@@ -65,9 +72,10 @@ class GNTPipeline(VanillaPipeline):
             self.datamanager.source_bank, config.datamanager.num_source_views, lambda: self.datamanager.drawn
         )
         if test_mode == "val":  # training; otherwise a checkpoint brings the range and the weights
-            self.model.near_far.copy_(torch.tensor(self.datamanager.near_far))
-            if config.warm_start is not None and config.warm_start != Path("none"):
+            if config.warm_start is not None and config.starts_trained:
                 self.model.warm_start(config.warm_start)
+                take_from_first_process(self.model.gnt)  # routers are drawn at random
+            self.model.near_far.copy_(torch.tensor(self.datamanager.near_far))
 
     def enter_second_stage(self) -> dict[Parameter, Parameter]:
         """See `GNTNerfModel.enter_second_stage`; other processes follow with the same weights."""

@@ -154,14 +154,17 @@ class SceneMixture:
     def __len__(self) -> int:
         return len(self._scenes)
 
-    def draw(self) -> TrainScene:
-        """A scene, drawn by weight from torch's global generator.
+    def draw(self, generator: torch.Generator | None = None) -> TrainScene:
+        """A scene, drawn by weight.
+
+        Args:
+            generator: to draw from; torch's global one if None.
 
         Raises:
             UserError: none is left that can be read.
         """
         while float(self._weights.sum()) > 0:
-            index = int(torch.multinomial(self._weights, 1))
+            index = int(torch.multinomial(self._weights, 1, generator=generator))
             path = self._scenes[index].path
             try:
                 return self._get(path)

@@ -33,7 +33,8 @@ from shiftadd3d.nerf.averaging import WeightAverage
 from shiftadd3d.nerf.checkpoint import RunScene, latest_checkpoint, read_checkpoint, scene_of, stage_of, step_of
 from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
 from shiftadd3d.nerf.distributed import check_processes, from_first_process, is_first_process, join_processes
-from shiftadd3d.nerf.pipeline import GNTPipeline
+from shiftadd3d.nerf.optimizers import StartAdamConfig
+from shiftadd3d.nerf.pipeline import GNTPipeline, GNTPipelineConfig
 from shiftadd3d.nerf.schedulers import WarmupCosineSchedulerConfig
 
 
@@ -184,11 +185,20 @@ class GNTTrainer(Trainer):
         # Whatever is wrong is found before minutes go into reading images.
         self._start_step = self._steps_done()
         self._steps_of_run = self.config.max_num_iterations
+        pipeline = cast(GNTPipelineConfig, self.config.pipeline)
+        self._starts_trained = pipeline.starts_trained
+        if self._start_step:  # the checkpoint's weights count, whatever sizes they are of
+            self.config.pipeline = dataclasses.replace(pipeline, warm_start=None)
         try:
             super().setup(test_mode)
         except KeyboardInterrupt:
             CONSOLE.print("Interrupted before the first step.")
             raise SystemExit(130) from None
+        if self._starts_trained and not self._start_step and self.local_rank == 0 and is_first_process():
+            CONSOLE.print(
+                f"Starting from trained weights ({pipeline.warm_start}); --pipeline.warm-start none takes random ones",
+                soft_wrap=True,
+            )
         if self.viewer_state is not None and not self.config.logging.local_writer.enable:
             # Otherwise it stands below nerfstudio's table.
             for line in getattr(self.viewer_state, "viewer_info", ()):
@@ -288,6 +298,9 @@ class GNTTrainer(Trainer):
         # A schedule that is not loaded counts from this process's first step.
         steps = config.max_num_iterations - (0 if config.load_scheduler else self._start_step)
         for name, optimizer in config.optimizers.items():
+            adam = optimizer["optimizer"]
+            if isinstance(adam, StartAdamConfig):
+                optimizer = config.optimizers[name] = {**optimizer, "optimizer": adam.of_start(self._starts_trained)}
             scheduler = optimizer["scheduler"]
             if isinstance(scheduler, WarmupCosineSchedulerConfig) and scheduler.max_steps is None:
                 scheduler = dataclasses.replace(scheduler, max_steps=steps)

@@ -18,34 +18,47 @@ from shiftadd3d.configs import methods
 from shiftadd3d.nerf.pictures import grid, save_picture
 from shiftadd3d.nerf.runs import read_config
 from shiftadd3d.nerf.trainer import GNTTrainerConfig
+from shiftadd3d.nerf.warm_start import PRETRAINED
+from shiftadd3d.nerf.weights import TINY
+
+
+@pytest.fixture
+def config(make_config: Callable[..., GNTTrainerConfig], tiny_scene: Path, tmp_path: Path) -> GNTTrainerConfig:
+    """Of the network whose weights come with the package, on a tiny scene."""
+    config = make_config(tiny_scene, tmp_path)
+    config.pipeline.model.gnt, config.pipeline.warm_start = TINY, PRETRAINED
+    return config
 
 
 @pytest.mark.slow
 def test_demo_leaves_a_video_a_comparison_and_numbers(
-    make_config: Callable[..., GNTTrainerConfig],
+    config: GNTTrainerConfig,
     tiny_scene: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    monkeypatch.setattr(methods.shiftadd_gnt_tiny, "config", make_config(tiny_scene, tmp_path))
+    monkeypatch.setattr(methods.shiftadd_gnt_tiny, "config", config)
     monkeypatch.setattr(writer, "EVENT_WRITERS", [])  # not those of a run before, in this process
     out = tmp_path / "out"
     args = ["demo", "--output-dir", str(out), "--steps", "2", "--data", str(tiny_scene), "--frames", "3"]
     assert cli.main(args) == 0
     facts = json.loads((out / "demo/metrics.json").read_text())
     assert facts["steps"] == 2
-    for renderer in ("model", "nearest", "mean"):
+    for renderer in ("untrained", "model", "nearest", "mean"):
         assert 0 < facts[renderer]["psnr"] < 40
         assert -1 <= facts[renderer]["ssim"] <= 1
     video = imageio.get_reader(out / "demo/video.mp4")
     assert video.count_frames() == 3
     assert video.get_meta_data()["size"] == (128, 48)
-    assert Image.open(out / "demo/comparison.png").width > 4 * 64
+    assert facts["untrained"]["psnr"] != facts["model"]["psnr"]
+    assert Image.open(out / "demo/comparison.png").width > 5 * 64
     for file in facts["files"].values():
         assert Path(file).exists()
     text = capsys.readouterr().out
     assert "copy of the nearest source view" in text
+    for network in ("untrained", "model"):
+        assert f"{facts[network]['psnr']:.2f}" in text
     assert f"ns-viewer --load-config {facts['files']['config']}" in text
     # Reading nothing from the network is the demo's choice, not the run's.
     assert "LPIPS" not in text
@@ -53,12 +66,12 @@ def test_demo_leaves_a_video_a_comparison_and_numbers(
 
 
 def test_an_interrupted_demo_ends_with_130_instead_of_going_on(
-    make_config: Callable[..., GNTTrainerConfig], tiny_scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: GNTTrainerConfig, tiny_scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def interrupt(self: Trainer, step: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(methods.shiftadd_gnt_tiny, "config", make_config(tiny_scene, tmp_path))
+    monkeypatch.setattr(methods.shiftadd_gnt_tiny, "config", config)
     monkeypatch.setattr(Trainer, "train_iteration", interrupt)
     with pytest.raises(SystemExit) as exit_:
         cli.main(["demo", "--output-dir", str(tmp_path), "--data", str(tiny_scene)])

@@ -14,6 +14,8 @@ import torch
 
 from shiftadd3d import UserError
 from shiftadd3d.nerf.trainer import GNTTrainer, GNTTrainerConfig
+from shiftadd3d.nerf.warm_start import PRETRAINED
+from shiftadd3d.nerf.weights import TINY
 
 WORLD_SIZE, STEPS = 2, 4
 TIMEOUT = 1200  # seconds; a busy machine may take minutes to import everything
@@ -30,7 +32,10 @@ def train_one_of_several(config: GNTTrainerConfig, seen_by: Path) -> None:
         parameters = self.pipeline.model.named_parameters()
         gradients = {name: p.grad.clone() for name, p in parameters if p.grad is not None}
         losses = {name: float(loss) for name, loss in result[1].items()}
-        seen.append({"gradients": gradients, "losses": losses, "stage": self.pipeline.model.stage})
+        weights = {name: p.detach().clone() for name, p in self.pipeline.model.named_parameters()}
+        drawn = self.pipeline.datamanager.drawn
+        found = {"gradients": gradients, "losses": losses, "weights": weights, "stage": self.pipeline.model.stage}
+        seen.append(found | {"sources": None if drawn is None else drawn.views.images})
         return result
 
     GNTTrainer.train_iteration = watched
@@ -48,6 +53,10 @@ def config(
 @pytest.fixture(scope="module")
 def ranks(config: GNTTrainerConfig) -> list[list[dict]]:
     """What each process saw, step by step."""
+    return train_in_processes(config)
+
+
+def train_in_processes(config: GNTTrainerConfig) -> list[list[dict]]:
     seen_by = config.output_dir / "seen"
     (config.output_dir / "config.pickle").write_bytes(pickle.dumps(config))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD_SIZE}"]
@@ -66,6 +75,27 @@ def test_gradients_and_balance_losses_are_equal_in_both_stages_while_rays_differ
         assert one["losses"]["rgb_loss"] != other["losses"]["rgb_loss"]
     balance = [[step["losses"]["balance_loss"] for step in steps if step["stage"] == 2] for steps in ranks]
     assert balance[0] == balance[1] and min(balance[0]) > 0
+
+
+@pytest.mark.slow
+def test_across_scenes_each_process_draws_its_own_and_weights_stay_equal(
+    make_config: Callable[..., GNTTrainerConfig],
+    tiny_scene: Path,
+    tmp_path: Path,
+    write_scene: dict[str, Callable[..., Path]],
+):
+    scenes = [write_scene["nerfstudio"](tmp_path / f"scenes/{width}", size=(width, 48)) for width in (64, 80, 96, 112)]
+    config = make_config(tiny_scene, tmp_path, steps=STEPS)
+    # From the weights that come with the package, mixtures and all from the first step.
+    config.pipeline.model.gnt, config.pipeline.warm_start = TINY, PRETRAINED
+    config.pipeline.model.second_stage_at = 0.0
+    config.pipeline.datamanager.train_scenes = tuple(scenes)
+    ranks = train_in_processes(config)
+    widths = [[step["sources"].shape[2] for step in steps] for steps in ranks]
+    assert widths[0] != widths[1] and set(widths[0] + widths[1]) <= {64, 80, 96, 112}
+    for one, other in zip(*ranks, strict=True):
+        assert one["weights"].keys() == other["weights"].keys()
+        assert all(torch.equal(weight, other["weights"][name]) for name, weight in one["weights"].items())
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ def test_the_learning_rate_warms_up_and_is_down_when_the_run_ends(tiny_run):
     curves = scalars(tiny_run.parent)
     rates = next(values for tag, values in curves.items() if "learning_rate" in tag.lower() and "transformers" in tag)
     config = yaml.load(tiny_run.read_text(), Loader=yaml.Loader).optimizers["transformers"]
-    initial, warmup = config["optimizer"].lr, config["scheduler"].warmup_steps
+    initial, warmup = config["optimizer"].of_start(trained=False).lr, config["scheduler"].warmup_steps
     assert rates[-1] < initial * 4 / warmup < initial
     assert all(math.isfinite(rate) and rate > 0 for rate in rates)
 

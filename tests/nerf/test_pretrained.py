@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from pathlib import Path
 
@@ -76,12 +77,25 @@ def test_a_method_without_weights_is_refused():
         pretrained_file("gnt-big")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80\x04not safetensors" * 20])
-def test_a_damaged_file_is_one_line(tmp_path, scene, content):
+def damaged(kind: str) -> bytes:
+    """What a file of that name should not hold."""
+    if kind == "pickle":
+        file = io.BytesIO()
+        torch.save(load_file(pretrained_file("gnt-tiny")), file)
+        return file.getvalue()
+    whole = pretrained_file("gnt-tiny").read_bytes()
+    return {"empty": b"", "bytes": b"\x80\x04not safetensors" * 20, "truncated": whole[:-1000]}[kind]
+
+
+@pytest.mark.parametrize("kind", ["empty", "bytes", "truncated", "pickle"])
+def test_a_damaged_file_is_one_line(tmp_path, scene, kind):
     path = tmp_path / "weights.safetensors"
-    path.write_bytes(content)
+    path.write_bytes(damaged(kind))
     with pytest.raises(UserError, match=r"weights\.safetensors cannot be read") as caught:
         open_scene(CONFIGS["gnt-tiny"], scene, weights=path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"weights\.safetensors cannot be read") as caught:
+        load_dense_weights(GNTModel(CONFIGS["gnt-tiny"].pipeline.model.gnt), path)
     assert "\n" not in str(caught.value)
 
 

@@ -208,11 +208,34 @@ def test_settings_that_cannot_be_are_refused(tmp_path, settings, message, write_
         manager(held_out, scene, **settings)
 
 
-def test_a_held_out_scene_among_those_trained_on_is_refused(tmp_path, write_scene):
+@pytest.mark.parametrize("named", ["scenes", "scenes/held-out", "list.txt", "link"])
+def test_a_held_out_scene_among_those_trained_on_is_refused(tmp_path, write_scene, named):
     held_out = write_scene["nerfstudio"](tmp_path / "scenes/held-out", size=SIZE)
     write_scene["nerfstudio"](tmp_path / "scenes/a", size=SIZE)
+    (tmp_path / "list.txt").write_text("scenes/a\nscenes/held-out\n")
+    (tmp_path / "link").symlink_to(held_out)
     with pytest.raises(UserError, match="is held out for evaluation and among the training scenes"):
-        manager(held_out, tmp_path / "scenes")
+        manager(held_out, tmp_path / named)
+
+
+def test_the_scene_of_a_step_depends_on_seed_and_step_alone(tmp_path, write_scene):
+    held_out = write_scene["nerfstudio"](tmp_path / "held-out", size=SIZE)
+    scenes = [write_scene["nerfstudio"](tmp_path / name, count=5 + i, size=SIZE) for i, name in enumerate("abc")]
+
+    def drawn(seed: int, steps: range) -> list[int]:
+        torch.manual_seed(seed)
+        data = manager(held_out, *scenes)
+        found = []
+        for step in steps:
+            data.next_train(step)
+            found.append(len(next(reversed(data.train_mixture._kept.values())).bank))  # views tell them apart
+        return found
+
+    whole = drawn(0, range(24))
+    assert set(whole) == {5, 6, 7}
+    assert drawn(0, range(9, 24)) == whole[9:]
+    assert drawn(1, range(24)) != whole
+    assert drawn(1, range(23)) != whole[1:], "another process draws the same, a step later"
 
 
 def test_a_scene_of_too_few_views_is_left_out(tmp_path, capsys, write_scene):

@@ -1,0 +1,29 @@
+"""Learning rates that depend on what training starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nerfstudio.engine.optimizers import AdamOptimizerConfig
+
+
+@dataclass
+class StartAdamConfig(AdamOptimizerConfig):
+    """Adam whose rate, unless one is set, is that of the start: trained weights take smaller steps than random ones."""
+
+    lr: float | None = None  # type: ignore[assignment]  # GNTTrainer has set it when nerfstudio reads it
+    """Peak of the learning rate. If not set, one of the following two."""
+    lr_from_random: float = 2e-3
+    """Peak of the learning rate from random weights (--pipeline.warm-start none)."""
+    lr_from_trained: float = 5e-4
+    """Peak of the learning rate from trained weights (any other --pipeline.warm-start)."""
+
+    def of_start(self, trained: bool) -> AdamOptimizerConfig:
+        """nerfstudio's own settings, with the rate that counts.
+
+        Args:
+            trained: whether training starts from trained weights.
+        """
+        chosen = self.lr_from_trained if trained else self.lr_from_random
+        rate = chosen if self.lr is None else self.lr
+        return AdamOptimizerConfig(lr=rate, eps=self.eps, max_norm=self.max_norm, weight_decay=self.weight_decay)
