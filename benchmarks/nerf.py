@@ -192,7 +192,8 @@ class Train(_OnScene):
         measured: list[dict[str, Any]] = []
 
         def measure(minutes: float) -> None:
-            quality = evaluate(pipeline, OUTPUTS / "pictures" / f"{name}-{self.method}-{minutes:g}.png")
+            pictures = OUTPUTS / "pictures" / f"{name}-{self.method}-{warm_start}-{minutes:g}.png"
+            quality = evaluate(pipeline, pictures)
             pipeline.train()
             measured.append({"minutes": minutes, "psnr": quality["psnr"], "ssim": quality["ssim"]})
             print(f"after {minutes:g} min: PSNR {quality['psnr']:.2f}, SSIM {quality['ssim']:.3f}", flush=True)
@@ -212,7 +213,8 @@ class Train(_OnScene):
 
         # The photos of other scenes are not ours to publish.
         pictures = PICTURES if embedded and self.out.resolve() == DATA else OUTPUTS / "pictures"
-        pictures = pictures / f"{name}-{self.method}.png"
+        method = self.method + "-random" * from_random_weights(self.method, warm_start)
+        pictures = pictures / f"{name}-{method}.png"
         quality = evaluate(pipeline, pictures)
         words = ["--method", self.method, "--minutes", f"{self.minutes:g}"]
         words += ["--warm-start", warm_start] if self.method != "nerfacto" else []
@@ -236,7 +238,7 @@ class Train(_OnScene):
             "commit": commit,
             "command": self._command("train", name, embedded, *words),
         }
-        write_result(self.out / (self.name or f"nerf-train-{name}-{self.method}.json"), facts)
+        write_result(self.out / (self.name or f"nerf-train-{name}-{method}.json"), facts)
         print(
             f"{self.method} on {name}: {trainer.steps} steps in {trainer.seconds / 60:.1f} min, "
             f"PSNR {facts['psnr']:.2f}, SSIM {facts['ssim']:.3f}; pictures in {pictures}"
@@ -837,6 +839,7 @@ def render_report(results: dict[str, list[dict[str, Any]]], template: str) -> st
         "embedded": quality_table([f for f in trained if f["embedded"]], [f for f in trivial if f["embedded"]]),
         "photos": quality_table([f for f in trained if not f["embedded"]], [f for f in trivial if not f["embedded"]]),
         "embedded_pictures": picture_list([f for f in trained if f["embedded"]]),
+        "progress": progress_table(trained),
         "scenes": scene_table(trained),
         "runs": run_table(trained),
         "speed": speed_table(speeds),
@@ -853,19 +856,50 @@ def render_report(results: dict[str, list[dict[str, Any]]], template: str) -> st
 METHOD_ORDER = ("gnt-tiny", "shiftadd-gnt-tiny", "nerfacto")
 
 
+def from_random_weights(method: str, warm_start: str) -> bool:
+    """Whether a method that has weights to start from did without."""
+    return method != "nerfacto" and warm_start == "none"
+
+
+def run_label(facts: dict[str, Any]) -> str:
+    """The method, and what it started from where there is a choice. Older results say nothing of that: random."""
+    random_weights = from_random_weights(facts["method"], facts.get("warm_start", "none"))
+    return f"`{facts['method']}`" + ", from random weights" * random_weights
+
+
+def run_order(facts: dict[str, Any]) -> tuple[int, str]:
+    """What to sort runs by."""
+    return METHOD_ORDER.index(facts["method"]), run_label(facts)
+
+
+def progress_table(trained: list[dict[str, Any]]) -> str:
+    """Rows: runs that were measured on the way; columns: after so many minutes. The last of each run is its result."""
+    runs = [facts for facts in sorted(trained, key=lambda f: (f["scene"], *run_order(f))) if facts.get("at")]
+    if not runs:
+        return NOT_MEASURED
+    cells = [{point["minutes"]: point for point in [*facts["at"], facts]} for facts in runs]
+    minutes = sorted({minute for points in cells for minute in points})
+    rows = [
+        [f"{facts['scene']}, {run_label(facts)}"]
+        + [f"{points[m]['psnr']:.2f} / {points[m]['ssim']:.3f}" if m in points else "" for m in minutes]
+        for facts, points in zip(runs, cells, strict=True)
+    ]
+    return markdown_table(["PSNR in dB / SSIM after minutes", *(f"{minute:g}" for minute in minutes)], rows)
+
+
 def quality_table(trained: list[dict[str, Any]], trivial: list[dict[str, Any]]) -> str:
     """Rows: methods; columns: PSNR / SSIM per scene."""
     scenes = list(dict.fromkeys(facts["scene"] for facts in [*trained, *trivial]))
-    methods = [m for m in METHOD_ORDER if any(facts["method"] == m for facts in trained)]
+    labels = list(dict.fromkeys(run_label(facts) for facts in sorted(trained, key=run_order)))
     size = {facts["scene"]: facts["image_size"] for facts in trained}
 
     def cell(quality: dict[str, Any] | None) -> str:
         return "" if quality is None else f"{quality['psnr']:.2f} / {quality['ssim']:.3f}"
 
     rows = []
-    for method in methods:
-        runs = {facts["scene"]: facts for facts in trained if facts["method"] == method}
-        rows.append([f"`{method}`", *(cell(runs.get(scene)) for scene in scenes)])
+    for label in labels:
+        runs = {facts["scene"]: facts for facts in trained if run_label(facts) == label}
+        rows.append([label, *(cell(runs.get(scene)) for scene in scenes)])
     for key, label in (("nearest", "nearest source view"), ("mean", "mean of projected colours")):
         values = {}
         for facts in trivial:
@@ -894,7 +928,7 @@ def run_table(trained: list[dict[str, Any]]) -> str:
     """What each run did with its time."""
     rows = [
         [
-            f"{facts['scene']}, `{facts['method']}`",
+            f"{facts['scene']}, {run_label(facts)}",
             f"{facts['seconds_trained'] / 60:.1f}",
             f"{facts['cpu_seconds'] / 60:.1f}",
             str(facts["threads"]),
@@ -902,7 +936,7 @@ def run_table(trained: list[dict[str, Any]]) -> str:
             f"{facts['rays_per_step']:,}",
             f"{facts['parameters']:,}",
         ]
-        for facts in sorted(trained, key=lambda f: (f["scene"], METHOD_ORDER.index(f["method"])))
+        for facts in sorted(trained, key=lambda f: (f["scene"], *run_order(f)))
     ]
     header = ["run", "minutes", "CPU minutes", "threads", "steps", "rays a step", "parameters"]
     return markdown_table(header, rows)
@@ -910,9 +944,10 @@ def run_table(trained: list[dict[str, Any]]) -> str:
 
 def picture_list(trained: list[dict[str, Any]]) -> str:
     blocks = []
-    for facts in sorted(trained, key=lambda f: METHOD_ORDER.index(f["method"])):
+    for facts in sorted(trained, key=run_order):
         scene, method = facts["scene"], facts["method"]
-        blocks.append(f"`{method}`:\n\n![{scene} by {method}](pictures/{scene}-{method}.png)")
+        file = f"{scene}-{method}" + "-random" * from_random_weights(method, facts.get("warm_start", ""))
+        blocks.append(f"{run_label(facts)}:\n\n![{scene} by {method}](pictures/{file}.png)")
     return "\n\n".join(blocks) or NOT_MEASURED
 
 

@@ -46,6 +46,34 @@ def test_measurements_name_no_place_on_a_machine():
         assert command.startswith("python benchmarks/nerf.py ") and " /" not in command, path.name
 
 
+def test_runs_from_random_weights_have_rows_of_their_own(nerf: ModuleType):
+    shared = {"scene": "chair", "method": "gnt-tiny", "image_size": [9, 9], "minutes": 3.0}
+    warm = {**shared, "warm_start": "pretrained", "psnr": 31.0, "ssim": 0.97}
+    warm["at"] = [{"minutes": 0.0, "psnr": 28.5, "ssim": 0.93}, {"minutes": 1.0, "psnr": 30.25, "ssim": 0.95}]
+    cold = {**shared, "warm_start": "none", "psnr": 29.0, "ssim": 0.94, "at": []}
+    quality = nerf.quality_table([cold, warm], [])
+    assert [line for line in quality.splitlines() if "gnt" in line] == [
+        "| `gnt-tiny` | 31.00 / 0.970 |",
+        "| `gnt-tiny`, from random weights | 29.00 / 0.940 |",
+    ]
+    (row,) = [line for line in nerf.progress_table([cold, warm]).splitlines() if "gnt" in line]
+    assert row == "| chair, `gnt-tiny` | 28.50 / 0.930 | 30.25 / 0.950 | 31.00 / 0.970 |"
+    assert "gnt" not in nerf.progress_table([cold])
+
+
+@pytest.mark.slow
+def test_a_run_is_measured_on_the_way_off_the_clock(nerf: ModuleType, tmp_path: Path):
+    pytest.importorskip("nerfstudio")
+    before = torch.get_num_threads()
+    nerf.Train(method="gnt-tiny", scene="still_life", max_side=64, minutes=0.02, at=(0.0,), rays=32, out=tmp_path)()
+    torch.set_num_threads(before)
+    (facts,) = nerf.read_results(tmp_path)["train"]
+    assert facts["warm_start"] == "pretrained" and "--warm-start pretrained --at 0" in facts["command"]
+    (start,) = facts["at"]
+    assert start["minutes"] == 0 and start["psnr"] > 20
+    assert facts["steps"] >= 1
+
+
 @pytest.mark.slow
 def test_the_speed_of_a_frame_is_measured_and_shown(nerf: ModuleType, tmp_path: Path):
     pytest.importorskip("nerfstudio")
