@@ -11,7 +11,7 @@ from nerfstudio.engine.optimizers import AdamOptimizerConfig
 class StartAdamConfig(AdamOptimizerConfig):
     """Adam whose rate, unless one is set, is that of the start: trained weights take smaller steps than random ones."""
 
-    lr: float | None = None  # type: ignore[assignment]  # GNTTrainer has set it when nerfstudio reads it
+    lr: float | None = None  # GNTTrainer has set it when nerfstudio reads it
     """Peak of the learning rate. If not set, one of the following two."""
     lr_from_random: float = 2e-3
     """Peak of the learning rate from random weights (--pipeline.warm-start none)."""
