@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from shiftadd3d._errors import UserError
 from shiftadd3d.models.gnt import Cameras as PinholeCameras
 from shiftadd3d.models.gnt import GNTConfig, GNTModel, SourceViews
+from shiftadd3d.models.gnt.projection import Silhouettes
 from shiftadd3d.nerf.feature_cache import FeatureCache
 from shiftadd3d.nerf.foreign_rays import group_rays
 from shiftadd3d.nerf.source_bank import PROJECTIONS, DrawnSources, SourceBank, mend_fisheye_rays, opencv_cameras
@@ -84,6 +85,11 @@ class GNTNerfModelConfig(ModelConfig):
     """Rays rendered at once."""
     lpips: bool = True
     """Evaluate LPIPS, too; its network is downloaded when first wanted."""
+
+
+#: How many views from all around say where an object is not, beside a ray's sources, in rendering. Each costs one
+#: look-up of a single channel at every depth of the proposal.
+_FURTHER_SILHOUETTES = 18
 
 
 def method_recipe(config: GNTNerfModelConfig, stage: int, latencies: tuple[float, float] | None) -> Recipe:
@@ -238,6 +244,20 @@ class GNTNerfModel(Model):
         self._encoded = (key, sources)
         return sources
 
+    def _carved(self, ids: Tensor, origin: Tensor) -> SourceViews:
+        """The source views of these ids with silhouettes from all around, of no view that stands at `origin` [3].
+
+        In rendering only: a view to learn from would give its own silhouette away.
+        """
+        sources, bank = self._sources(ids), self._get_bank()
+        if bank.empty is None or self.training:
+            return sources
+        around = torch.linspace(0, len(bank) - 1, min(len(bank), _FURTHER_SILHOUETTES)).round().long()
+        around = around[~bank.stand_at(around, origin.cpu())]
+        chosen = torch.cat([ids.cpu(), around]).unique()
+        cameras = PinholeCameras(bank.intrinsics[chosen].to(self.device), bank.camera_to_world[chosen].to(self.device))
+        return replace(sources, silhouettes=Silhouettes(cameras, bank.empty[chosen].to(self.device)))
+
     def _encode(self, views: BankViews) -> SourceViews:
         cameras = PinholeCameras(views.intrinsics, views.camera_to_world)
         return self.gnt.encode(views.images, cameras, views.valid, views.empty)
@@ -258,7 +278,7 @@ class GNTNerfModel(Model):
             return self._get_outputs_by_group(ray_bundle)
         drawn = self._drawn() if self.training else None
         if drawn is None:
-            sources, near_far = self._sources(ray_bundle.metadata["source_ids"][0]), self.near_far
+            sources, near_far = self._carved(ray_bundle.metadata["source_ids"][0], ray_bundle.origins[0]), self.near_far
         else:
             sources, near_far = self._encode(drawn.views), self.near_far.new_tensor([drawn.near, drawn.far])
         return self._render(
@@ -277,7 +297,8 @@ class GNTNerfModel(Model):
         rows: list[Tensor] = []
         for group in group_rays(ray_bundle, self._get_bank(), self._num_source_views, (near, far)):
             rays = (group.origins, group.directions, group.length, group.near, group.far)
-            parts.append(self._render(self._sources(group.source_ids), *(value.to(self.device) for value in rays)))
+            sources = self._carved(group.source_ids, group.origins[0])
+            parts.append(self._render(sources, *(value.to(self.device) for value in rays)))
             rows.append(group.rows)
         shape, place = ray_bundle.shape, torch.cat(rows).argsort().to(self.device)
         return {name: torch.cat([part[name] for part in parts])[place].view(*shape, -1) for name in parts[0]}

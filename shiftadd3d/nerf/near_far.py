@@ -21,6 +21,9 @@ _BOUNDS_MARGINS = (0.9, 1.1)
 _DEPTHS_MARGINS = (0.85, 1.2)
 """Allowed for beyond the 1 and 99 percentiles of feature points: surfaces reach beyond them."""
 
+_LEAST_RATIO = 4.0
+"""Feature points that span less, from nearest to farthest, lie on one textured thing: what is behind it has none."""
+
 _MIN_DEPTHS = 100
 """Fewer measured depths than this are not a distribution to take percentiles of."""
 
@@ -37,6 +40,8 @@ def scene_near_far(
 
     In order: what is given explicitly (`near`, `far`), the scene's own hint, LLFF bounds, sparse points, points
     triangulated here from matches between the views, and last the geometry of the cameras alone. Says which it was.
+    Points miss a plain background: from them, far is at least four times near, unless transparent pixels say that
+    nothing is behind.
 
     Args:
         bank: the source views.
@@ -57,6 +62,8 @@ def scene_near_far(
             found, source = near_far_from_points(bank, points), "sparse points"
         if found is None:
             found, source = near_far_from_matches(bank), "points triangulated between views"
+        if found is not None and hint is None and bounds is None and bank.empty is None:
+            found = found[0], max(found[1], _LEAST_RATIO * found[0])
         if found is None:
             found, source = near_far_from_cameras(bank), "the cameras' positions"
         near = found[0] if near is None else near

@@ -90,9 +90,23 @@ def test_the_best_source_wins(orbit_poses):
     assert (
         scene_near_far(bank, bounds=bounds, points=points) == near_far_from_bounds(bounds) == pytest.approx((1.8, 7.7))
     )
+    bank.empty = torch.ones(8, 32, 32, dtype=torch.bool)  # nothing is behind the points
     assert scene_near_far(bank, points=points) == near_far_from_points(bank, points)
     assert scene_near_far(bank, hint=(1.0, 9.0), far=4.0) == (1.0, 4.0)
     assert scene_near_far(bank, hint=(1.0, 9.0), near=0.5, far=4.0) == (0.5, 4.0)
+
+
+def test_points_on_one_thing_leave_room_for_a_background_that_has_none(orbit_poses):
+    bank = blank_bank(orbit_poses(8, radius=4.0, height=0.0))
+    ball = torch.nn.functional.normalize(torch.randn(2000, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
+    near, far = found(near_far_from_points(bank, 0.5 * ball))
+    assert far < 2.0 * near
+    assert scene_near_far(bank, points=0.5 * ball) == pytest.approx((near, 4.0 * near))
+    near, far = found(near_far_from_points(bank, 3.0 * ball))
+    assert far > 4.0 * near
+    assert scene_near_far(bank, points=3.0 * ball) == (near, far)
+    bounds = torch.tensor([[2.0, 5.0]])
+    assert scene_near_far(bank, bounds=bounds) == near_far_from_bounds(bounds)
 
 
 @pytest.mark.parametrize(("near", "far"), [(2.0, 1.0), (0.0, 1.0), (-1.0, 1.0), (1.0, 1.0), (1.0, float("nan"))])

@@ -160,3 +160,21 @@ def test_eval_scenes_says_in_one_line_what_is_wrong(tmp_path, write_scene, monke
     assert cli.main(["eval-scenes", *args]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_views_from_all_around_say_where_nothing_is_but_never_the_one_to_be_predicted(write_scene, tmp_path):
+    scene = write_scene["nerfstudio"](tmp_path, mode="RGBA", size=SIZE)
+    pipeline = open_scene(CONFIGS["gnt-tiny"], scene)
+    bank, cameras = pipeline.datamanager.source_bank, pipeline.datamanager.train_dataset.cameras
+    assert bank.empty is not None
+
+    def depth() -> torch.Tensor:
+        return pipeline.model.get_outputs_for_camera(cameras[0:1])["depth"]
+
+    far = int(bank.nearest(bank.camera_to_world[0], len(bank))[-1])
+    assert far not in bank.nearest(bank.camera_to_world[0], pipeline.config.datamanager.num_source_views)
+    before = depth()
+    bank.empty[0] = ~bank.empty[0]
+    torch.testing.assert_close(depth(), before)
+    bank.empty[far, :, :24] = True
+    assert not torch.allclose(depth(), before)

@@ -173,7 +173,7 @@ class GNTModel(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         points = origins[:, None] + planes[..., None] * directions[:, None]
         rgb, weights, seen = proposal.sweep(points, origins, sources)
-        if sources.empty is not None:
+        if sources.empty is not None or sources.silhouettes is not None:
             # Views agree on a plain background wherever they look past an object, better than on the object itself.
             # Softly: a ray that misses it inside the hull of few views needs samples beside, which show the background.
             weights = weights * torch.exp(-_LOGIT_OF_EMPTY * empty_views(points, sources))
@@ -197,13 +197,19 @@ def canonical_frame(
     Returns:
         The same views, origins [R, 3], and directions [R, 3], as long as before.
     """
-    poses = sources.cameras.camera_to_world
-    axes, centre = poses[0, :3, :3], poses[0, :3, 3]
-    moved = poses.clone()
-    moved[:, :3, :3] = axes.T @ poses[:, :3, :3]
-    moved[:, :3, 3] = (poses[:, :3, 3] - centre) @ axes / unit
-    cameras = Cameras(sources.cameras.intrinsics, moved)
-    return dataclasses.replace(sources, cameras=cameras), (origins - centre) @ axes / unit, directions @ axes
+    axes, centre = sources.cameras.camera_to_world[0, :3, :3], sources.cameras.camera_to_world[0, :3, 3]
+
+    def moved(cameras: Cameras) -> Cameras:
+        poses = cameras.camera_to_world.clone()
+        poses[:, :3, :3] = axes.T @ poses[:, :3, :3]
+        poses[:, :3, 3] = (poses[:, :3, 3] - centre) @ axes / unit
+        return Cameras(cameras.intrinsics, poses)
+
+    silhouettes = sources.silhouettes
+    if silhouettes is not None:
+        silhouettes = dataclasses.replace(silhouettes, cameras=moved(silhouettes.cameras))
+    sources = dataclasses.replace(sources, cameras=moved(sources.cameras), silhouettes=silhouettes)
+    return sources, (origins - centre) @ axes / unit, directions @ axes
 
 
 def _outputs(rgb: Tensor, weights: Tensor, seen: Tensor, depths: Tensor, unit: Tensor) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from shiftadd3d.kernels.runtime.numerics import uses_kernels
 __all__ = [
     "Cameras",
     "PointSamples",
+    "Silhouettes",
     "SourceViews",
     "empty_views",
     "project_points",
@@ -90,6 +91,19 @@ class Cameras:
 
 
 @dataclass
+class Silhouettes:
+    """Where cameras see past an object: what is on it is in none of these pixels (the visual hull, Laurentini 1994).
+
+    Attributes:
+        cameras: N pinhole cameras.
+        empty: [N, H, W] bool, True where a pixel is known to show background alone.
+    """
+
+    cameras: Cameras
+    empty: Tensor
+
+
+@dataclass
 class SourceViews:
     """The pictures a ray is rendered from, with their feature maps.
 
@@ -99,6 +113,7 @@ class SourceViews:
         features: feature maps for the coarse and the fine network, each [V, C, h, w].
         valid: [V, H, W] bool, False where a pixel says nothing (masked, beyond a lens's border); None if all do.
         empty: [V, H, W] bool, True where a pixel is known to show background alone; None if none is.
+        silhouettes: of these and of further views; None for these alone.
     """
 
     images: Tensor
@@ -106,6 +121,7 @@ class SourceViews:
     features: tuple[Tensor, Tensor]
     valid: Tensor | None = None
     empty: Tensor | None = None
+    silhouettes: Silhouettes | None = None
 
 
 @dataclass
@@ -176,17 +192,21 @@ def empty_views(points: Tensor, sources: SourceViews) -> Tensor:
 
     Args:
         points: [R, S, 3], world.
-        sources: V views whose `empty` is known. A view counts where all that is interpolated is empty.
+        sources: V views whose `empty` is known, or `silhouettes` of N. A view counts where all that is interpolated is
+            empty.
 
     Returns:
-        [R, S], 0..V.
+        [R, S], 0..V, or 0..N.
     """
-    assert sources.empty is not None
-    height, width = sources.empty.shape[1:]
-    pixels, depth = project_points(points, sources.cameras)
+    cameras, empty = sources.cameras, sources.empty
+    if sources.silhouettes is not None:
+        cameras, empty = sources.silhouettes.cameras, sources.silhouettes.empty
+    assert empty is not None
+    height, width = empty.shape[1:]
+    pixels, depth = project_points(points, cameras)
     last = pixels.new_tensor([width - 1.0, height - 1.0])
     # Beyond the border zeros are mixed in.
-    shown = F.grid_sample(sources.empty[:, None].to(pixels.dtype), 2.0 * pixels / last - 1.0, align_corners=True)
+    shown = F.grid_sample(empty[:, None].to(pixels.dtype), 2.0 * pixels / last - 1.0, align_corners=True)
     return ((shown[:, 0] > VALID) & (depth > 0)).sum(dim=0)
 
 

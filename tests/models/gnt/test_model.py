@@ -8,7 +8,7 @@ import torch
 
 from shiftadd3d import UserError
 from shiftadd3d.models.gnt import Cameras, GNTModel, load_official_checkpoint, render_rays
-from shiftadd3d.models.gnt.projection import empty_views, sample_sources
+from shiftadd3d.models.gnt.projection import Silhouettes, empty_views, sample_sources
 from shiftadd3d.nn import RECIPES, reparameterize_
 
 NEAR, FAR, SAMPLES = 2.0, 6.0, 6
@@ -284,6 +284,28 @@ def test_depths_that_views_see_background_through_are_proposed_less(config, came
     torch.testing.assert_close(hull["sample_depths"], plain["sample_depths"])
     expected = plain["weights"] * torch.exp(-1.0 * counts)
     torch.testing.assert_close(hull["weights"], expected / expected.sum(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize("canonical", [False, True])
+def test_silhouettes_of_further_views_count_in_the_proposal(config, cameras, views, canonical):
+    model = GNTModel(config(**EXTRAS, canonical=canonical)).eval()
+    with torch.no_grad():
+        sources = views(model)
+        plain = render(model, sources, cameras)["proposal"]
+        empty = torch.zeros(4, 36, 40, dtype=torch.bool)
+        empty[1, :, :7] = True
+        sources.empty = empty
+        own = render(model, sources, cameras)["proposal"]
+        both = Cameras(twice(sources.cameras.intrinsics), twice(sources.cameras.camera_to_world))
+        sources.empty, sources.silhouettes = None, Silhouettes(both, twice(empty))
+        further = render(model, sources, cameras)["proposal"]
+    assert not torch.allclose(own["weights"], plain["weights"])
+    expected = own["weights"].square() / plain["weights"]
+    torch.testing.assert_close(further["weights"], expected / expected.sum(dim=-1, keepdim=True))
+
+
+def twice(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tensor, tensor])
 
 
 def test_rays_through_nothing_but_background_render_it(config, cameras):

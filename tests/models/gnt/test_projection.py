@@ -7,6 +7,7 @@ import torch
 from shiftadd3d import UserError
 from shiftadd3d.models.gnt.projection import (
     Cameras,
+    Silhouettes,
     SourceViews,
     empty_views,
     project_points,
@@ -151,3 +152,6 @@ def test_views_say_that_a_point_is_empty_where_all_around_it_is():
     ahead, behind = origins + 2.0 * directions, origins - 2.0 * directions
     assert empty_views(ahead[:, None], views)[:, 0].tolist() == [1, 1, 0, 0, 0, 0]
     assert empty_views(behind[:, None], views).sum() == 0
+    twice = Cameras(*(matrix.repeat(2, 1, 1) for matrix in (views.cameras.intrinsics, views.cameras.camera_to_world)))
+    views.silhouettes = Silhouettes(twice, views.empty.repeat(2, 1, 1))
+    assert empty_views(ahead[:, None], views)[:, 0].tolist() == [2, 2, 0, 0, 0, 0]
