@@ -126,7 +126,9 @@ def _batches(pipeline: GNTPipeline, gnt: GNTModel) -> Iterator[dict[str, Any]]:
     """Rays of views, with what the network needs of the views beside them; no recipe changes the feature network."""
     model = pipeline.model
     model.gnt = gnt
-    pipeline.datamanager.train_pixel_sampler.set_num_rays_per_batch(_RAYS)
+    sampler = pipeline.datamanager.train_pixel_sampler
+    assert sampler is not None
+    sampler.set_num_rays_per_batch(_RAYS)
     for step in range(_BATCHES):
         rays, _ = pipeline.datamanager.next_train(step)
         directions = rays.directions * rays.metadata["directions_norm"]
