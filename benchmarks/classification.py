@@ -161,12 +161,10 @@ class Train:
         import torch
         from rich.console import Console
 
-        from shiftadd3d.nn import count_operations, reparameterize_
-        from shiftadd3d.nn import recipe as preset
+        from shiftadd3d.nn import Recipe, count_operations, reparameterize_
         from shiftadd3d.vision.checkpoint import ClassifierConfig, create_dense, load
         from shiftadd3d.vision.data import InputConfig, open_data, seed_everything
         from shiftadd3d.vision.engine import train
-        from shiftadd3d.vision.finetune import stage_recipes
 
         if self.bits != BITS and self.recipe in ("mult", "add"):
             raise UserError(f"--bits {self.bits}: recipe {self.recipe!r} has no shifts; take one that has")
@@ -194,7 +192,7 @@ class Train:
         dense = load(folder / "stage0-dense" / "best")
         model = load(folder / "stage0-dense" / "best")
 
-        first, second = stage_recipes(preset(self.recipe, bits=self.bits))
+        first, second = Recipe.parse(self.recipe, bits=self.bits).stages()
         both = replace(settings.stage1, epochs=settings.stage1.epochs + settings.stage2.epochs)
         if first is None or second is None:  # all epochs at once
             stages = [(f"{self.recipe}-stage1", first or second, both)]
@@ -574,6 +572,8 @@ def spread(values: list[float], digits: int, sign: bool = False) -> str:
 
 def verdict(recipes: dict[str, list[dict[str, Any]]]) -> str:
     """Which changed model comes nearest to the dense one, and whether mixtures beat shifts, within common seeds."""
+    from shiftadd3d.nn import RECIPES
+
     dense, shifts = recipes.get("mult", []), recipes.get("add+shift", [])
     gains = {recipe: points(seeds, dense) for recipe, seeds in recipes.items() if recipe != "mult"}
     gains = {recipe: gain for recipe, gain in gains.items() if gain}
@@ -585,7 +585,7 @@ def verdict(recipes: dict[str, list[dict[str, Any]]]) -> str:
         f"`{recipe}` {spread(points(seeds, shifts), 1, sign=True)} points"
         f" and {spread(differences(seeds, shifts, 'loss'), 3, sign=True)} loss"
         for recipe, seeds in recipes.items()
-        if "moe" in recipe and points(seeds, shifts)
+        if RECIPES[recipe].has_mixtures and points(seeds, shifts)
     ]
     return text + (f" Mixtures against `add+shift`: {', '.join(found)}." if found else "")
 

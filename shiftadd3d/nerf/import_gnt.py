@@ -106,7 +106,7 @@ def _set_network(pipeline: GNTPipeline, gnt: GNTModel, latencies: tuple[float, f
     model = pipeline.model
     gnt = gnt.to(model.device)
     if model.config.recipe != "mult":
-        chosen = method_recipe(model.config, stage=2, latencies=latencies)
+        chosen = method_recipe(model.config, latencies)
         report = calibrate_(
             gnt,
             list(_batches(pipeline, gnt)),
