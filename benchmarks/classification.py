@@ -17,9 +17,9 @@ import os
 import re
 import shlex
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -322,7 +322,7 @@ class Speed:
     numerics: tuple[Literal["exact", "fast", "int8"], ...] = ("exact",)
     """What the kernels compute in: float32 throughout, or activations rounded on the way in."""
     rounds: int = 7
-    """Timed runs of each, after an untimed one; all take turns, and the median counts."""
+    """Rounds that all take turns in, 2 or more, after untimed runs; the median counts."""
     threads: int = 1
     """CPU threads to compute with."""
     keep_memory: bool = False
@@ -364,26 +364,23 @@ class Speed:
     def _measure(self, name: str, batch: int) -> dict[str, Any]:
         import torch
 
+        from shiftadd3d.profile.timing import interleaved
+
         images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
         solutions = speed_solutions(name, self.against, self.recipes, self.numerics)
-        times: dict[str, list[float]] = {solution: [] for solution in solutions}
         with torch.inference_mode():
-            for number in range(self.rounds + 1):
-                for solution, run in solutions.items():
-                    # Processor time: what else runs on the machine lengthens the other one.
-                    began = time.process_time()
-                    run(images)
-                    if number:
-                        times[solution].append(1000 * (time.process_time() - began) / self.threads)
-                    else:
-                        print(f"{name}, batch {batch}: {solution} is ready", flush=True)
+            for solution, run in solutions.items():
+                run(images)
+                print(f"{name}, batch {batch}: {solution} is ready", flush=True)
+            ready = {solution: partial(run, images) for solution, run in solutions.items()}
+            times = interleaved(ready, rounds=self.rounds)
             compiled = [BASELINES[form] for form in COMPILED]  # a profiler sees next to nothing of them
             breakdowns = {
                 solution: operation_times(run, images)
                 for solution, run in solutions.items()
                 if solution not in compiled
             }
-        median = {solution: float(f"{statistics.median(runs):.4g}") for solution, runs in times.items()}
+        median = {solution: float(f"{1000 * found.median:.4g}") for solution, found in times.items()}
         print(median, flush=True)
         return {"model": name, "batch": batch, "ms": median, "breakdown": breakdowns}
 
