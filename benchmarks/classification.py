@@ -17,9 +17,9 @@ import os
 import re
 import shlex
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -161,12 +161,10 @@ class Train:
         import torch
         from rich.console import Console
 
-        from shiftadd3d.nn import count_operations, reparameterize_
-        from shiftadd3d.nn import recipe as preset
+        from shiftadd3d.nn import Recipe, count_operations, reparameterize_
         from shiftadd3d.vision.checkpoint import ClassifierConfig, create_dense, load
         from shiftadd3d.vision.data import InputConfig, open_data, seed_everything
         from shiftadd3d.vision.engine import train
-        from shiftadd3d.vision.finetune import stage_recipes
 
         if self.bits != BITS and self.recipe in ("mult", "add"):
             raise UserError(f"--bits {self.bits}: recipe {self.recipe!r} has no shifts; take one that has")
@@ -194,7 +192,7 @@ class Train:
         dense = load(folder / "stage0-dense" / "best")
         model = load(folder / "stage0-dense" / "best")
 
-        first, second = stage_recipes(preset(self.recipe, bits=self.bits))
+        first, second = Recipe.parse(self.recipe, bits=self.bits).stages()
         both = replace(settings.stage1, epochs=settings.stage1.epochs + settings.stage2.epochs)
         if first is None or second is None:  # all epochs at once
             stages = [(f"{self.recipe}-stage1", first or second, both)]
@@ -324,7 +322,7 @@ class Speed:
     numerics: tuple[Literal["exact", "fast", "int8"], ...] = ("exact",)
     """What the kernels compute in: float32 throughout, or activations rounded on the way in."""
     rounds: int = 7
-    """Timed runs of each, after an untimed one; all take turns, and the median counts."""
+    """Rounds that all take turns in, 2 or more, after untimed runs; the median counts."""
     threads: int = 1
     """CPU threads to compute with."""
     keep_memory: bool = False
@@ -366,26 +364,23 @@ class Speed:
     def _measure(self, name: str, batch: int) -> dict[str, Any]:
         import torch
 
+        from shiftadd3d.profile.timing import interleaved
+
         images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
         solutions = speed_solutions(name, self.against, self.recipes, self.numerics)
-        times: dict[str, list[float]] = {solution: [] for solution in solutions}
         with torch.inference_mode():
-            for number in range(self.rounds + 1):
-                for solution, run in solutions.items():
-                    # Processor time: what else runs on the machine lengthens the other one.
-                    began = time.process_time()
-                    run(images)
-                    if number:
-                        times[solution].append(1000 * (time.process_time() - began) / self.threads)
-                    else:
-                        print(f"{name}, batch {batch}: {solution} is ready", flush=True)
+            for solution, run in solutions.items():
+                run(images)
+                print(f"{name}, batch {batch}: {solution} is ready", flush=True)
+            ready = {solution: partial(run, images) for solution, run in solutions.items()}
+            times = interleaved(ready, rounds=self.rounds)
             compiled = [BASELINES[form] for form in COMPILED]  # a profiler sees next to nothing of them
             breakdowns = {
                 solution: operation_times(run, images)
                 for solution, run in solutions.items()
                 if solution not in compiled
             }
-        median = {solution: float(f"{statistics.median(runs):.4g}") for solution, runs in times.items()}
+        median = {solution: float(f"{1000 * found.median:.4g}") for solution, found in times.items()}
         print(median, flush=True)
         return {"model": name, "batch": batch, "ms": median, "breakdown": breakdowns}
 
@@ -574,6 +569,8 @@ def spread(values: list[float], digits: int, sign: bool = False) -> str:
 
 def verdict(recipes: dict[str, list[dict[str, Any]]]) -> str:
     """Which changed model comes nearest to the dense one, and whether mixtures beat shifts, within common seeds."""
+    from shiftadd3d.nn import RECIPES
+
     dense, shifts = recipes.get("mult", []), recipes.get("add+shift", [])
     gains = {recipe: points(seeds, dense) for recipe, seeds in recipes.items() if recipe != "mult"}
     gains = {recipe: gain for recipe, gain in gains.items() if gain}
@@ -585,7 +582,7 @@ def verdict(recipes: dict[str, list[dict[str, Any]]]) -> str:
         f"`{recipe}` {spread(points(seeds, shifts), 1, sign=True)} points"
         f" and {spread(differences(seeds, shifts, 'loss'), 3, sign=True)} loss"
         for recipe, seeds in recipes.items()
-        if "moe" in recipe and points(seeds, shifts)
+        if RECIPES[recipe].has_mixtures and points(seeds, shifts)
     ]
     return text + (f" Mixtures against `add+shift`: {', '.join(found)}." if found else "")
 

@@ -738,7 +738,7 @@ class Speed:
         os.environ.setdefault("TVM_NUM_THREADS", str(self.threads))
         import torch
 
-        from shiftadd3d.kernels.timing import interleaved
+        from shiftadd3d.profile.timing import interleaved
 
         commit = git_commit()
         torch.set_num_threads(self.threads)

@@ -121,7 +121,7 @@ class Pack:
         gnt = GNTModel(gnt_tiny.config.pipeline.model.gnt).eval()  # type: ignore[attr-defined]
         gnt.load_state_dict(dense)
         settings = config.pipeline.model
-        chosen = method_recipe(settings, stage=2, latencies=(1.0, 1.0))
+        chosen = method_recipe(settings, latencies=(1.0, 1.0))
         report = calibrate_(
             gnt, calibration_batches(self.factory), chosen, forward=render_batch, filter_fn=may_change, verbose=False
         )

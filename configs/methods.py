@@ -12,7 +12,7 @@ from nerfstudio.plugins.types import MethodSpecification
 
 from shiftadd3d.models.gnt import GNTConfig
 from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
-from shiftadd3d.nerf.error_hook import print_expected_errors_as_one_line
+from shiftadd3d.nerf.error_hook import print_expected_errors_as_one_line, warn_of_shared_names
 from shiftadd3d.nerf.model import GNTNerfModelConfig
 from shiftadd3d.nerf.optimizers import StartAdamConfig
 from shiftadd3d.nerf.pipeline import GNTPipelineConfig
@@ -23,6 +23,7 @@ from shiftadd3d.nerf.weights import TINY
 
 # nerfstudio imports this module in every ns-* command: bad input and Ctrl-C then read the same as in our own.
 print_expected_errors_as_one_line()
+warn_of_shared_names()
 # nerfstudio 1.1.5 meets a newer torch than it was written for, which says so in the middle of training.
 for _category in (FutureWarning, UserWarning):
     warnings.filterwarnings("ignore", category=_category, module=r"nerfstudio\.")

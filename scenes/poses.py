@@ -129,10 +129,11 @@ def find_poses(
     _match(pycolmap, database, work, [(photos[a].file, photos[b].file) for a, b in pairs], threads, seed, console)
 
     graph = _Overlaps.read(pycolmap, database, [ids[photo.file] for photo in photos])
-    model = _largest(_map_incrementally(pycolmap, database, images, work, len(photos), threads, seed, console))
+    settings = (pycolmap, database, images, work, len(photos), threads, seed, console)
+    model = _largest(_map(*settings, at_once=False))
     if model is None or 2 * model.num_reg_images() < len(photos):
         # Global mapping starts from all photos at once, and finds its way where no pair is a good start.
-        other = _largest(_map_globally(pycolmap, database, images, work, len(photos), threads, seed, console))
+        other = _largest(_map(*settings, at_once=True))
         if other is not None and (model is None or other.num_reg_images() > model.num_reg_images()):
             model = other
     if model is None or model.num_reg_images() < 3:
@@ -358,7 +359,7 @@ class _Overlaps:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _map_incrementally(
+def _map(
     pycolmap: Any,
     database: Path,
     images: Path,
@@ -367,12 +368,17 @@ def _map_incrementally(
     threads: int,
     seed: int,
     console: Console | None,
+    *,
+    at_once: bool,
 ) -> dict[int, Any]:
-    options = pycolmap.IncrementalPipelineOptions()
-    options.num_threads = threads
-    options.random_seed = seed
-    options.min_model_size = 3
-    with progress("placing photos", count, unit="photos", console=console, disable=console is None) as steps:
+    """Models of the photos: by global mapping of all `at_once`, or from photo to photo."""
+    options = pycolmap.GlobalPipelineOptions() if at_once else pycolmap.IncrementalPipelineOptions()
+    options.num_threads, options.random_seed = threads, seed
+    title = "placing photos, second try" if at_once else "placing photos"
+    with progress(title, count, unit="photos", console=console, disable=console is None) as steps:
+        if at_once:
+            return pycolmap.global_mapping(database, images, work / "global", options=options)
+        options.min_model_size = 3
 
         def placed() -> None:
             # Several models may be tried, and photos placed in each.
@@ -382,23 +388,6 @@ def _map_incrementally(
         return pycolmap.incremental_mapping(
             database, images, work / "incremental", options=options, next_image_callback=placed
         )
-
-
-def _map_globally(
-    pycolmap: Any,
-    database: Path,
-    images: Path,
-    work: Path,
-    count: int,
-    threads: int,
-    seed: int,
-    console: Console | None,
-) -> dict[int, Any]:
-    options = pycolmap.GlobalPipelineOptions()
-    options.num_threads = threads
-    options.random_seed = seed
-    with progress("placing photos, second try", count, unit="photos", console=console, disable=console is None):
-        return pycolmap.global_mapping(database, images, work / "global", options=options)
 
 
 def _largest(models: dict[int, Any]) -> Any | None:

@@ -8,9 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from shiftadd3d._entry_points import GROUPS, SharedName, own_names, shared_names
 
 PACKAGES = (
     "shiftadd3d",
@@ -53,6 +55,7 @@ CPU_FEATURES = (
 
 def collect() -> dict[str, Any]:
     """The facts, ready for JSON; `show` prints them."""
+    methods, dataparsers = (sorted(_entry_points(group)) for group in GROUPS)
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "torch_cuda": _torch_cuda(),
@@ -60,8 +63,9 @@ def collect() -> dict[str, Any]:
         "cpu": _cpu(),
         "gpus": _gpus(),
         "compilers": {"nvcc": _nvcc(), "c++": _first_line("c++")},
-        "nerfstudio_methods": sorted(_entry_points("nerfstudio.method_configs")),
-        "nerfstudio_dataparsers": sorted(_entry_points("nerfstudio.dataparser_configs")),
+        "nerfstudio_methods": methods,
+        "nerfstudio_dataparsers": dataparsers,
+        "shared_names": [shared._asdict() for shared in shared_names()],
         "scenes": _scenes(),
     }
 
@@ -102,6 +106,7 @@ def show(facts: dict[str, Any]) -> None:
         [
             ("methods", _names(facts["nerfstudio_methods"])),
             ("dataparsers", _names(facts["nerfstudio_dataparsers"])),
+            *(("[yellow]two packages[/yellow]", str(SharedName(**shared))) for shared in facts["shared_names"]),
             ("scenes", _names(facts["scenes"])),
         ]
     )
@@ -192,7 +197,7 @@ def _entry_points(group: str) -> set[str]:
     """The names that this project offers to nerfstudio; none where nerfstudio is not installed."""
     if _version("nerfstudio") is None:
         return set()
-    return {entry.name for entry in entry_points(group=group) if entry.value.startswith("shiftadd3d.")}
+    return own_names(group)
 
 
 def _scenes() -> list[str]:

@@ -33,6 +33,7 @@ __all__ = [
     "Evaluate",
     "Export",
     "Finetune",
+    "ImportGnt",
     "Info",
     "Movie",
     "Predict",
@@ -230,6 +231,34 @@ class Movie(Verb):
         facts = movie(shiftadd_gnt_tiny.config, self.source, self.out, options)  # type: ignore[arg-type]
         if self.json is not None:
             write_json(self.json, facts)
+
+
+@dataclass(frozen=True)
+class ImportGnt(Verb):
+    """Turn a checkpoint of the original GNT code into a run that ns-eval, ns-render, ns-viewer and render open.
+
+    Only tensors are read from it, no code is run. Depth, widths and the number of networks are the checkpoint's.
+    """
+
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT.pth")]
+    """model_NNNNNN.pth, as the original code writes it."""
+    data: Annotated[Path, tyro.conf.arg(metavar="SCENE")]
+    """The scene to render, in any format that ns-train reads."""
+    out: Annotated[Path, tyro.conf.arg(metavar="RUN")]
+    """Folder for the run: new or empty."""
+    recipe: Annotated[str, tyro.conf.arg(metavar="RECIPE")] = "mult"
+    """What its layers become, calibrated on the scene's views without training: mult (nothing), add, add+shift-attn,
+    add+shift, add+shift-attn+moe or moe."""
+
+    def run(self) -> None:
+        """Write the run, say where it is and what comes next."""
+        _need_nerfstudio()
+        from shiftadd3d.configs import methods
+        from shiftadd3d.nerf.import_gnt import import_gnt
+
+        names = ("gnt", "gnt_big") if self.recipe == "mult" else ("shiftadd_gnt", "shiftadd_gnt_big")
+        base, big = (getattr(methods, name).config for name in names)
+        import_gnt((base, big), self.checkpoint, self.data, self.out, self.recipe)
 
 
 @dataclass(frozen=True)
@@ -714,6 +743,7 @@ VERBS: dict[str, type[Verb]] = {
     "movie": Movie,
     "render": Render,
     "eval-scenes": EvalScenes,
+    "import-gnt": ImportGnt,
     "finetune": Finetune,
     "evaluate": Evaluate,
     "predict": Predict,

@@ -139,6 +139,59 @@ def test_info_names_the_nerfstudio_methods():
     assert set(_info.collect()["nerfstudio_methods"]) == plain | {f"shiftadd-{name}" for name in plain}
 
 
+@pytest.fixture(params=["before", "after"])
+def another_package(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """nerfstudio-gnt, which registers a method of the same name; returns the package that is found first."""
+    pytest.importorskip("nerfstudio")
+    info = tmp_path / "nerfstudio_gnt-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nerfstudio-gnt\nVersion: 0.1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[nerfstudio.method_configs]\ngnt = other_gnt:method\nother = other_gnt:method\n"
+    )
+    path = list(sys.path)
+    path.insert(0 if request.param == "before" else len(path), str(tmp_path))
+    monkeypatch.setattr(sys, "path", path)
+    return "nerfstudio-gnt" if request.param == "before" else "shiftadd3d"
+
+
+def test_info_says_which_names_another_package_has_too(another_package: str, capsys: pytest.CaptureFixture[str]):
+    facts = _info.collect()
+    (shared,) = facts["shared_names"]
+    assert shared["name"] == "gnt"
+    assert set(shared["packages"]) == {"nerfstudio-gnt", "shiftadd3d"}
+    assert shared["taken"] == another_package
+    assert "gnt" in facts["nerfstudio_methods"]
+    _info.show(facts)
+    assert f"nerfstudio takes that of {another_package}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_nerfstudio_commands_warn_of_a_name_that_another_package_has_too(
+    another_package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from shiftadd3d.nerf.error_hook import warn_of_shared_names
+
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/ns-train", "gnt"])
+    warn_of_shared_names()
+    printed = capsys.readouterr().err
+    assert printed.startswith("warning: gnt is registered by ") and printed.count("\n") == 1
+    assert f"takes that of {another_package}" in printed
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/shiftadd3d", "movie"])  # names no method
+    warn_of_shared_names()
+    assert capsys.readouterr().err == ""
+
+
+def test_there_is_no_warning_where_no_name_is_shared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("nerfstudio")
+    from shiftadd3d.nerf.error_hook import warn_of_shared_names
+
+    monkeypatch.setattr(sys, "argv", ["ns-train"])
+    warn_of_shared_names()
+    assert capsys.readouterr().err == ""
+
+
 def test_info_says_what_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(_info, "PACKAGES", ("torch", "a-package-that-is-not-there"))
     monkeypatch.setenv("PATH", "")

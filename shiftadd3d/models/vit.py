@@ -21,7 +21,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from timm.layers import HybridEmbed, PatchEmbed
+from timm.layers import HybridEmbed, Mlp, PatchEmbed
 from timm.layers.mlp import SwiGLU
 from timm.models import (
     generate_default_cfgs,
@@ -36,7 +36,17 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.nn import AddAttention, Recipe, TokenConv2d, register_attention, register_mlp, reparameterize_
+from shiftadd3d.nn import (
+    AddAttention,
+    FrozenConvMlp,
+    FrozenMlp,
+    Recipe,
+    TokenConv2d,
+    register_attention,
+    register_frozen,
+    register_mlp,
+    reparameterize_,
+)
 from shiftadd3d.nn.tracing import one_node
 
 
@@ -251,6 +261,8 @@ register_attention(pvt_v2.Attention, _additive_spatial_reduction)
 # A depthwise convolution between its linear layers looks at neighbours: an expert of its own could not.
 register_mlp(pvt_v2.MlpWithDepthwiseConv, token_wise=False)
 register_mlp(SwiGLU)
+register_frozen(Mlp, FrozenMlp)
+register_frozen(pvt_v2.MlpWithDepthwiseConv, FrozenConvMlp)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
-"""One line for bad input and for Ctrl-C, also under nerfstudio's own commands."""
+"""One line for bad input, for Ctrl-C and for names that two packages share, under nerfstudio's own commands."""
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import traceback as tracebacks
+from pathlib import Path
 from types import FrameType, TracebackType
 
+from shiftadd3d._entry_points import shared_names
 from shiftadd3d._errors import UserError
 
 #: Where nerfstudio's commands give up without saying what would do: an error's kind, the innermost class or function of
@@ -57,6 +60,14 @@ def print_expected_errors_as_one_line() -> None:
             previous(kind, error, traceback)
 
     sys.excepthook = hook
+
+
+def warn_of_shared_names() -> None:
+    """Under nerfstudio's commands, say in one line on stderr which of our names another package has registered, too."""
+    if Path(sys.argv[0]).name.startswith("ns-") and multiprocessing.parent_process() is None:
+        shared = "; ".join(map(str, shared_names()))
+        if shared:
+            print("warning:", shared, file=sys.stderr)
 
 
 def _what_to_do(error: BaseException, traceback: TracebackType | None) -> str | None:

@@ -33,7 +33,7 @@ from shiftadd3d.nerf.foreign_rays import group_rays
 from shiftadd3d.nerf.source_bank import PROJECTIONS, DrawnSources, SourceBank, mend_fisheye_rays, opencv_cameras
 from shiftadd3d.nerf.source_bank import SourceViews as BankViews
 from shiftadd3d.nerf.warm_start import load_dense_weights
-from shiftadd3d.nn import MoE, Recipe, collect_moe_losses, freeze_, recipe, reparameterize_, router_statistics
+from shiftadd3d.nn import MoE, Recipe, collect_moe_losses, freeze_, reparameterize_, router_statistics
 
 #: The feature network's convolutions; and layers with one or three outputs: next to no multiplications, and what they
 #: put out is a colour or a logit itself. A network may be without some of them.
@@ -92,23 +92,18 @@ class GNTNerfModelConfig(ModelConfig):
 _FURTHER_SILHOUETTES = 18
 
 
-def method_recipe(config: GNTNerfModelConfig, stage: int, latencies: tuple[float, float] | None) -> Recipe:
-    """What the layers become in one of the paper's two stages.
+def method_recipe(config: GNTNerfModelConfig, latencies: tuple[float, float] | None) -> Recipe:
+    """What the layers become.
 
     Args:
-        config: says the recipe in which the second ends.
-        stage: 1 or 2.
         latencies: of the Mult and the Shift expert; measured if None.
     """
     changes: dict[str, Any] = {"bits": config.shift_bits, "terms": config.shift_terms, "dwconv": 3}
     if latencies is not None:
         changes["latencies"] = latencies
-    if stage == 1:
-        changes |= {"attention_linear": "mult", "mlp": "mult"}
-    elif recipe(config.recipe).attention_linear != "mult":
-        # The networks that embed features and positions are as wide as the attention's: they follow it.
-        changes["other_linear"] = "shift"
-    return recipe(config.recipe, **changes)
+    chosen = Recipe.parse(config.recipe, **changes)
+    # The networks that embed features and positions are as wide as the attention's: they follow it.
+    return chosen if chosen.attention_linear == "mult" else replace(chosen, other_linear="shift")
 
 
 class GNTNerfModel(Model):
@@ -130,7 +125,8 @@ class GNTNerfModel(Model):
         start = self.config.second_stage_at
         if not 0.0 <= start < 1.0:
             raise UserError(f"--pipeline.model.second-stage-at {start:g}: expected a share of the run, 0 <= share < 1")
-        self.stage = 1 if start > 0.0 and self._recipe(1) != self._recipe(2) else 2
+        self._recipe = method_recipe(self.config, self.config.expert_latencies)
+        self.stage = 1 if start > 0.0 and all(self._recipe.stages()) else 2
         self.gnt = self._reparameterized(GNTModel(self.config.gnt))
         # Scaled scene units, z depth. A buffer, so that a model is evaluated over the range it was trained on.
         self.register_buffer("near_far", torch.tensor([float("nan"), float("nan")]))
@@ -142,11 +138,10 @@ class GNTNerfModel(Model):
         self._lpips: LearnedPerceptualImagePatchSimilarity | None = None
         self._lpips_missing = False
 
-    def _recipe(self, stage: int) -> Recipe:
-        return method_recipe(self.config, stage, self.config.expert_latencies)
-
     def _reparameterized(self, gnt: GNTModel) -> GNTModel:
-        reparameterize_(gnt, self._recipe(self.stage), filter_fn=may_change, verbose=False)
+        first, _ = self._recipe.stages()
+        recipe = first if self.stage == 1 and first is not None else self._recipe
+        reparameterize_(gnt, recipe, filter_fn=may_change, verbose=False)
         return gnt
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -363,7 +358,7 @@ class GNTNerfModel(Model):
 
     @property
     def _has_mixtures(self) -> bool:
-        return "moe" in self.config.recipe and self.stage == 2
+        return self._recipe.has_mixtures and self.stage == 2
 
     def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
         metrics = {"psnr": _psnr(outputs["rgb"].detach(), batch["image"].to(self.device))}

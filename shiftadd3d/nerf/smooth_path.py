@@ -10,6 +10,9 @@ _FRAMES_A_KEY = 8
 """So many frames for the way from one view that the path passes to the next: a third of a second."""
 _PACE = 0.75
 """How far a frame goes at most, where views next door are about 2 apart: faster, nobody sees anything."""
+_SHARPEST_TURN = -0.5
+"""Cosine of the angle between the steps to a view and from it: where it is lower, a turn of more than 120 degrees, the
+path leaves the view out."""
 _MOST_VIEWS = 120
 """The way is found through so many; of more, through those in the middle of their neighbours."""
 _STARTS = 6
@@ -40,7 +43,7 @@ def smooth_path(
     way = _shortest_way(_medoids(apart, _MOST_VIEWS), apart)
     if len(way) == 1:  # all views are the same
         return np.repeat(poses[way], frames, axis=0), way
-    keys, loops = _keys(way, apart, frames)
+    keys, loops = _keys(way, apart, poses[:, :, 3], frames)
     # By roots of distances: a spline over a short way between two long ones does not swing out.
     times = np.concatenate([[0.0], np.sqrt(np.maximum(apart[keys[:-1], keys[1:]], 1e-6)).cumsum()])
     path = _Spline(poses, keys, times, periodic=loops)
@@ -52,7 +55,7 @@ def smooth_path(
 
 
 def _keys(
-    way: Int[np.ndarray, " views"], apart: Float[np.ndarray, "n n"], frames: int
+    way: Int[np.ndarray, " views"], apart: Float[np.ndarray, "n n"], centres: Float[np.ndarray, "n 3"], frames: int
 ) -> tuple[Int[np.ndarray, " keys"], bool]:
     """The views that a path passes, and whether it is a loop: then the last one is the first."""
     steps = apart[way[:-1], way[1:]]
@@ -80,8 +83,26 @@ def _keys(
     for key in keys[1:-1]:
         if apart[kept[-1], key] >= near and apart[key, keys[-1]] >= near:
             kept.append(key)
-    keys = np.array([*kept, keys[-1]])
+    keys = _without_turns_back(np.array([*kept, keys[-1]]), centres, loops)
     return (keys if loops or keys[0] <= keys[-1] else keys[::-1].copy()), bool(loops)
+
+
+def _without_turns_back(
+    keys: Int[np.ndarray, " keys"], centres: Float[np.ndarray, "n 3"], loops: bool
+) -> Int[np.ndarray, " keys"]:
+    """Leaves out, one after the other, the keys at which a path would turn the most, until no turn is sharp."""
+    while len(keys) > (5 if loops else 3):
+        way = np.append(keys, keys[1]) if loops else keys  # of a loop, the turn where it closes, too
+        steps = _unit(np.diff(centres[way], axis=0))
+        turns = (steps[1:] * steps[:-1]).sum(axis=1)  # cosines, at way[1:-1]
+        sharpest = int(turns.argmin())
+        if turns[sharpest] >= _SHARPEST_TURN:
+            break
+        if sharpest + 1 < len(keys) - 1:
+            keys = np.delete(keys, sharpest + 1)
+        else:
+            keys = np.append(keys[1:-1], keys[1])
+    return keys
 
 
 class _Spline:

@@ -30,7 +30,7 @@ from shiftadd3d.nn.fit import (
     fit_contrast_,
 )
 from shiftadd3d.nn.freeze import FreezeReport, FrozenLayer, freeze_
-from shiftadd3d.nn.mlp import FrozenConvMlp, FrozenMlp
+from shiftadd3d.nn.mlp import FrozenConvMlp, FrozenMlp, register_frozen
 from shiftadd3d.nn.moe import (
     FrozenMoE,
     MoE,
@@ -135,6 +135,7 @@ __all__ = [
     "measure_latencies",
     "recipe",
     "register_attention",
+    "register_frozen",
     "register_mlp",
     "reparameterize_",
     "reset_router_statistics",

@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -133,4 +134,5 @@ def keep_attributes(old: nn.Module, new: nn.Module, kind: type[nn.Module] | None
 
 @functools.cache
 def _given_by(kind: Callable[..., nn.Module]) -> frozenset[str]:
-    return frozenset(vars(kind(1, 1, 1)))  # sizes, the third being that of a kernel, or a bias
+    with torch.device("meta"):  # initialising real weights would draw from the generator that users seed
+        return frozenset(vars(kind(1, 1, 1)))  # sizes, the third being that of a kernel, or a bias

@@ -41,7 +41,6 @@ from shiftadd3d.nn.binarize import HashBinarizer
 from shiftadd3d.nn.fit import FittedBinarizer, FittedContrast, fit_binarizers_, fit_contrast_
 from shiftadd3d.nn.moe import MoE
 from shiftadd3d.nn.reparam import Recipe, ReparameterizationReport, reparameterize_
-from shiftadd3d.nn.reparam import recipe as preset
 from shiftadd3d.nn.shift import ShiftConv2d, ShiftLayer, ShiftLinear
 
 if TYPE_CHECKING:
@@ -175,7 +174,7 @@ def calibrate_(
             then, unless it is the reparameterized model whose layers see NaN or infinity.
     """
     batches = as_batches(batches)
-    recipe = preset(recipe) if isinstance(recipe, str) else recipe
+    recipe = Recipe.parse(recipe)
     old = set(model.modules())
     with evaluating(model):
         floats = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}

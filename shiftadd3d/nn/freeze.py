@@ -72,10 +72,11 @@ def freeze_(model: nn.Module, verbose: bool = True) -> FreezeReport:
 
     `ShiftLinear` becomes `PackedShiftLinear`, `ShiftConv2d` becomes `PackedShiftConv2d`, `MoE` becomes `FrozenMoE`, and
     binarizers stop giving gradients. A perceptron of two packed layers `fc1` and `fc2` with an activation `act` between
-    them, of timm's class or any other that computes just that, becomes a `FrozenMlp`; one with a depthwise convolution
-    `dwconv` before the activation, a `FrozenConvMlp`. Everything else stays and goes to evaluation mode. Outputs are
-    the same bit for bit in plain torch (``numerics("twin")``); on CPUs and GPUs kernels run, which sum in another
-    order. A state dict saved afterwards loads into a new model that was reparameterized and frozen in the same way.
+    them becomes a `FrozenMlp`, one with a depthwise convolution `dwconv` before the activation a `FrozenConvMlp`, if
+    its class is known (`register_frozen`), as timm's and GNT's are. Everything else stays and goes to evaluation mode.
+    Outputs are the same bit for bit in plain torch (``numerics("twin")``); on CPUs and GPUs kernels run, which sum in
+    another order. A state dict saved afterwards loads into a new model that was reparameterized and frozen in the same
+    way.
 
     There is no way back: keep the state dict from before to train on. Doing it twice changes nothing more.
 

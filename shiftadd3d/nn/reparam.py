@@ -201,6 +201,38 @@ class Recipe:
                 values[name] = tuple(value)
         return cls(**values)
 
+    @classmethod
+    def parse(cls, given: Recipe | str, **changes: Any) -> Recipe:
+        """A recipe, or the preset of a name, with some fields changed.
+
+        Raises:
+            UserError: if it is neither, or there is no such preset, field or value.
+        """
+        if isinstance(given, str):
+            if given not in RECIPES:
+                raise UserError(f"there is no recipe {given!r}; the recipes are {', '.join(RECIPES)}")
+            given = RECIPES[given]
+        if not isinstance(given, Recipe):
+            raise UserError(f"a recipe is a Recipe or the name of one, not {type(given).__name__}")
+        _refuse_unknown(changes, cls, "recipe")
+        return replace(given, **changes)
+
+    def stages(self) -> tuple[Recipe | None, Recipe | None]:
+        """The paper's two on the way to this recipe: attention alone, then the rest; None for nothing to do."""
+        rules = tuple(rule for rule in self.rules if rule.primitive in ("add", "keep"))
+        attention = replace(self, attention_linear="mult", mlp="mult", other_linear="mult", rules=rules, name="add")
+        primitives = self._primitives()
+        return (attention if "add" in primitives else None), (self if primitives & {"shift", "moe"} else None)
+
+    @property
+    def has_mixtures(self) -> bool:
+        """Whether layers become mixtures of experts."""
+        return "moe" in self._primitives()
+
+    def _primitives(self) -> set[str]:
+        places = {self.attention, self.attention_linear, self.mlp, self.other_linear}
+        return places | {rule.primitive for rule in self.rules}
+
     def shift_options(self) -> dict:
         """Keyword arguments for `ShiftLinear.from_linear`, where no rule says otherwise."""
         return {"bits": self.bits, "mode": self.mode, "terms": self.terms}
@@ -240,16 +272,8 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def recipe(name: str, **changes) -> Recipe:
-    """The preset called `name`, with the given fields changed: ``recipe("add+shift", bits=5)``.
-
-    Raises:
-        UserError: listing the names (or the fields), if there is no such one.
-    """
-    if name not in RECIPES:
-        raise UserError(f"there is no recipe {name!r}; the recipes are {', '.join(RECIPES)}")
-    _refuse_unknown(changes, Recipe, "recipe")
-    return replace(RECIPES[name], **changes)
+recipe = Recipe.parse
+"""The same, for code that names presets: ``recipe("add+shift", bits=5)``."""
 
 
 def _refuse_unknown(given: Iterable[str], dataclass_type: type[Recipe] | type[Rule], kind: str) -> None:
@@ -258,8 +282,6 @@ def _refuse_unknown(given: Iterable[str], dataclass_type: type[Recipe] | type[Ru
     if unknown:
         raise UserError(f"a {kind} has no {', '.join(unknown)}; it has {', '.join(known)}")
 
-
-_preset = recipe  # where an argument called `recipe` hides the function
 
 AttentionConverter = Callable[..., nn.Module]
 
@@ -374,10 +396,7 @@ def reparameterize_(
             model itself being the layer) and every rule that matches nothing or does not fit what it matches. The model
             has not been changed then.
     """
-    if isinstance(recipe, str):
-        recipe = _preset(recipe)
-    if not isinstance(recipe, Recipe):
-        raise UserError(f"a recipe is a Recipe or the name of one, not {type(recipe).__name__}")
+    recipe = Recipe.parse(recipe)
     surgery = _Surgery(model, recipe, filter_fn)
     surgery.visit(None, "", model, "", role=None)
     problems = surgery.problems + surgery.rules.idle(model, surgery.additive)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.runtime import targets
-from shiftadd3d.kernels.timing import copy_rate, interleaved, product_rate
 from shiftadd3d.profile.kernel_cases import BASELINE, CASES, Case, cases
 from shiftadd3d.profile.machine import machine_facts
+from shiftadd3d.profile.timing import copy_rate, interleaved, product_rate
 
 __all__ = ["GOALS", "Goal", "Outcome", "Table", "describe", "goals", "measure", "parse_threads", "ratios", "tables"]
 

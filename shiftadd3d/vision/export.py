@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.nn import FrozenMoE, MoE, ShiftConv2d, ShiftLinear, calibrate_, freeze_, recipe
+from shiftadd3d.nn import FrozenMoE, MoE, Recipe, ShiftConv2d, ShiftLinear, calibrate_, freeze_
 from shiftadd3d.vision.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -163,7 +163,7 @@ def _calibrate(
 ) -> ClassifierConfig:
     if config.recipe is not None:
         raise UserError(f"--recipe {recipe_name}: the classifier is of recipe {config.recipe.name} already")
-    chosen = recipe(recipe_name)
+    chosen = Recipe.parse(recipe_name)
     pictures, _ = open_split(data, "train", config.classes)
     report = calibrate_(model, example_inputs(pictures, config.input), chosen, verbose=False)
     if console is not None:

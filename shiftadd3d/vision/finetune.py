@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from shiftadd3d._claim import claimed
 from shiftadd3d._errors import UserError
-from shiftadd3d.nn import Recipe, fit_binarizers_, recipe, reparameterize_
+from shiftadd3d.nn import Recipe, fit_binarizers_, reparameterize_
 from shiftadd3d.vision.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -72,17 +72,6 @@ class FinetuneResult:
     folder: Path
 
 
-def stage_recipes(chosen: Recipe) -> tuple[Recipe | None, Recipe | None]:
-    """What stages 1 and 2 do on the way to a recipe: attention alone, then the rest; None for nothing to do."""
-    attention_rules = tuple(rule for rule in chosen.rules if rule.primitive in ("add", "keep"))
-    attention = replace(
-        chosen, attention_linear="mult", mlp="mult", other_linear="mult", rules=attention_rules, name="add"
-    )
-    adds = chosen.attention == "add" or any(rule.primitive == "add" for rule in chosen.rules)
-    linear = {chosen.attention_linear, chosen.mlp, chosen.other_linear, *(rule.primitive for rule in chosen.rules)}
-    return (attention if adds else None), (chosen if linear & {"shift", "moe"} else None)
-
-
 def finetune(
     settings: FinetuneSettings,
     *,
@@ -114,7 +103,7 @@ def finetune(
         weights=settings.weights and settings.weights.resolve(),
         start_from=settings.start_from and settings.start_from.resolve(),
     )
-    chosen = recipe(settings.recipe, **settings.parsed_recipe_args())
+    chosen = Recipe.parse(settings.recipe, **settings.parsed_recipe_args())
     device = choose_device(settings.device)
     with connected(device), contextlib.ExitStack() as held:
         shown = console if this_process().is_first else None
@@ -164,7 +153,7 @@ def _what_can_be_had(
             soft_wrap=True,
         )
     fallback = replace(fallback, data=settings.data)
-    return fallback, recipe(fallback.recipe, **fallback.parsed_recipe_args())
+    return fallback, Recipe.parse(fallback.recipe, **fallback.parsed_recipe_args())
 
 
 def run_folder(settings: FinetuneSettings) -> Path:
@@ -227,7 +216,7 @@ def _run_stages(
         input=input_of(architecture, settings.image_size),
         model_args=settings.parsed_model_args(),
     )
-    recipes = (None, *stage_recipes(chosen))
+    recipes = (None, *chosen.stages())
     if console is not None:
         console.print(_plan(settings, recipes, len(data.train)), highlight=False, soft_wrap=True)
     model, config, finished = _start(settings, config, recipes[1], folder, console)

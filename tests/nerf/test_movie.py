@@ -83,6 +83,16 @@ def test_a_path_is_even_smooth_and_level_and_begins_and_ends_at_views(kind: str,
     assert np.abs(np.arcsin(path[:, 2, 0])).max() < np.deg2rad(6.0)  # views are tilted by five, up to ten
 
 
+@pytest.mark.parametrize("frames", [120, 240, 600])
+def test_a_path_over_a_dome_never_turns_back(frames: int):
+    path, keys = smooth_path(capture("dome"), frames)
+    steps = np.diff(path[:, :, 3], axis=0)
+    steps /= np.linalg.norm(steps, axis=1, keepdims=True)
+    # From frame to frame; and from view to view.
+    assert (steps[1:] * steps[:-1]).sum(axis=1).min() > 0.0
+    assert len(keys) > 0.5 * frames / 8 or len(keys) > 30
+
+
 def test_a_path_through_a_ring_goes_once_around_it_and_closes():
     views = capture("ring")
     path, keys = smooth_path(views, 150)

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -343,3 +345,20 @@ def test_what_torch_script_compiled_is_left_alone_or_refused() -> None:
     assert [layer.name for layer in report.layers] == ["1"]
     with pytest.raises(UserError, match="jit compiled it; reparameterize the model before"):
         reparameterize_(compiled, SHIFT, verbose=False)
+
+
+def test_replacing_layers_draws_as_much_at_random_the_first_time_as_later():
+    code = """
+import torch
+from shiftadd3d.nn import reparameterize_
+
+def state():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 1))
+    reparameterize_(model, "add+shift", verbose=False)
+    return torch.get_rng_state()
+
+print(torch.equal(state(), state()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr

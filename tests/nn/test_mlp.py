@@ -10,7 +10,17 @@ from torch import Tensor, nn
 
 from shiftadd3d import UserError, kernels
 from shiftadd3d.models.gnt.transformer import FeedForward
-from shiftadd3d.nn import FrozenConvMlp, FrozenMlp, FrozenMoE, MoELinear, MoEMlp, PackedShiftLinear, freeze_, shift_twin
+from shiftadd3d.nn import (
+    FrozenConvMlp,
+    FrozenMlp,
+    FrozenMoE,
+    MoELinear,
+    MoEMlp,
+    PackedShiftLinear,
+    freeze_,
+    register_frozen,
+    shift_twin,
+)
 from shiftadd3d.nn.mlp import is_conv_mlp, is_plain_mlp
 
 
@@ -23,6 +33,13 @@ class Custom(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
+
+
+register_frozen(Custom, FrozenMlp)
+
+
+class Renamed(Custom):
+    """Whatever it is called, it computes the same."""
 
 
 class Residual(Custom):
@@ -58,7 +75,7 @@ def frozen(mlp: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "mlp", [Custom(), Custom(nn.ReLU()), timm.layers.Mlp(6, 12, drop=0.5), FeedForward(6, 12, 0.1)], ids=repr
+    "mlp", [Custom(), Renamed(nn.ReLU()), timm.layers.Mlp(6, 12, drop=0.5), FeedForward(6, 12, 0.1)], ids=repr
 )
 def test_perceptrons_become_frozen_and_keep_their_state_dict(mlp: nn.Module) -> None:
     twin = shift_twin(mlp).eval()
@@ -89,17 +106,19 @@ def test_what_computes_something_else_stays_what_it_is(mlp: nn.Module) -> None:
     assert type(frozen(mlp)) is type(mlp)
 
 
-def test_a_trial_does_not_rely_on_the_weights_and_leaves_the_random_state_alone() -> None:
-    class Halved(Custom):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) / 2
+def test_a_class_that_nobody_registered_stays_and_is_never_run() -> None:
+    class Strange(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.act, self.fc2 = nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6)
 
-    halved, whole = Halved(), Custom()
-    for parameter in halved.parameters():
-        nn.init.zeros_(parameter)
-    state = torch.get_rng_state()
-    assert not is_plain_mlp(halved) and is_plain_mlp(whole)
-    assert torch.equal(torch.get_rng_state(), state)
+        def forward(self, x: Tensor) -> Tensor:
+            pytest.fail("it was run")
+
+    layer = frozen(Strange())
+    assert type(layer) is Strange and type(layer.fc1) is PackedShiftLinear
+    register_frozen(Strange, FrozenMlp)
+    assert type(frozen(Strange())) is FrozenMlp
 
 
 def test_layers_that_do_not_fit_together_are_none() -> None:
@@ -142,7 +161,7 @@ def test_on_a_cpu_one_kernel_computes_it_unless_gradients_or_hooks_want_the_laye
     x = torch.randn(2, 5, 6)
     expected = layer(x)
     calls = []
-    fused = kernels.mlp.shift_mlp
+    fused = kernels.shift_mlp
     monkeypatch.setattr("shiftadd3d.nn.mlp.shift_mlp", lambda *args: (calls.append(args), fused(*args))[1])
     with kernels.numerics("exact"):
         layer(x)

@@ -19,7 +19,7 @@ from shiftadd3d.vision import engine
 from shiftadd3d.vision import finetune as finetune_module
 from shiftadd3d.vision.checkpoint import ClassifierConfig, create_classifier, create_dense, load, save_classifier
 from shiftadd3d.vision.data import InputConfig
-from shiftadd3d.vision.finetune import finetune, run_folder, stage_recipes
+from shiftadd3d.vision.finetune import finetune, run_folder
 from shiftadd3d.vision.settings import FinetuneSettings, StageSettings, parse_key_values, read_settings
 
 MEASURED = ("latencies=(2.0,1.0)",)  # timing the experts takes a while
@@ -29,7 +29,7 @@ def test_stages_of_each_recipe():
     def kinds(chosen: Recipe) -> list[str | None]:
         return [
             None if stage is None else f"{stage.attention}/{stage.attention_linear}/{stage.mlp}"
-            for stage in stage_recipes(chosen)
+            for stage in chosen.stages()
         ]
 
     assert kinds(recipe("mult")) == [None, None]
@@ -37,7 +37,7 @@ def test_stages_of_each_recipe():
     assert kinds(recipe("add+shift-attn+moe")) == ["add/mult/mult", "add/shift/moe"]
     assert kinds(Recipe(mlp="shift")) == [None, "keep/mult/shift"]
     only_here = Recipe(rules=(Rule("blocks.0.*", "add"), Rule("blocks.1.*", "shift")))
-    first, second = stage_recipes(only_here)
+    first, second = only_here.stages()
     assert first is not None and [rule.primitive for rule in first.rules] == ["add"]
     assert second is only_here
 
@@ -465,7 +465,7 @@ def test_reparameterizing_in_two_stages_is_the_same_as_at_once(config: Classifie
     from shiftadd3d.nn import reparameterize_
 
     chosen = recipe("add+shift-attn+moe")
-    first, second = stage_recipes(chosen)
+    first, second = chosen.stages()
     staged = create_dense(config)
     reparameterize_(staged, first, verbose=False)
     reparameterize_(staged, second, verbose=False)

@@ -79,10 +79,30 @@ def load_official_checkpoint(path: str | Path) -> GNTModel:
         parts["net_fine"] = _state_dict(checkpoint, "net_fine", path)
     try:
         config = infer_config(parts["net_coarse"], parts["feature_net"], single_net="net_fine" not in parts)
+    except KeyError as error:
+        raise UserError(f"{path}: the tensors are not those of a GNT (no {error.args[0]}); {expected}") from None
+    except (IndexError, ValueError) as error:
+        raise UserError(f"{path}: the tensors are not those of a GNT ({error}); {expected}") from None
+    try:
         model = GNTModel(config)
-        for key, state in parts.items():
-            getattr(model, key).load_state_dict(state)
-    except (KeyError, IndexError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path}: the tensors are not those of a GNT ({reason})") from None
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise UserError(f"{path}: no GNT has the sizes of these tensors ({reason})") from None
+    for key, state in parts.items():
+        part = getattr(model, key)
+        misfit = _first_misfit(state, part.state_dict())
+        if misfit is not None:
+            raise UserError(f"{path}: the tensors of `{key}` are not those of a GNT: {misfit}")
+        part.load_state_dict(state)
     return model.eval()
+
+
+def _first_misfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
+    """The first tensor, in the order of the network, that keeps a state dict from being loaded; None if all fit."""
+    for name, value in own.items():
+        if name not in state:
+            return f"{name} is missing"
+        if state[name].shape != value.shape:
+            return f"{name} is {list(state[name].shape)}; expected {list(value.shape)}"
+    strange = next((name for name in state if name not in own), None)
+    return None if strange is None else f"{strange} is no tensor of its"

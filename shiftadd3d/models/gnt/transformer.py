@@ -23,7 +23,7 @@ from shiftadd3d.kernels.runtime.numerics import uses_kernels
 from shiftadd3d.models.gnt.color_head import ImageColorHead
 from shiftadd3d.models.gnt.fused import codes_and_convolution, is_free, weights_and_biases
 from shiftadd3d.models.gnt.projection import PointSamples
-from shiftadd3d.nn import AddAttention, FrozenMlp, Recipe, register_attention
+from shiftadd3d.nn import AddAttention, FrozenMlp, Recipe, register_attention, register_frozen
 
 
 class FeedForward(nn.Module):
@@ -286,3 +286,4 @@ def _add_attention(attention: RayAttention, recipe: Recipe) -> AddAttention:
 # The view transformer subtracts queries from keys: there is no product to turn into additions, only linear layers.
 register_attention(ViewAttention)
 register_attention(RayAttention, _add_attention)
+register_frozen(FeedForward, FrozenMlp)

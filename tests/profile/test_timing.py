@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
 import torch
 
 from shiftadd3d import UserError
-from shiftadd3d.kernels.timing import copy_rate, interleaved, product_rate
+from shiftadd3d.profile.timing import copy_rate, interleaved, product_rate
 
 
 def spin(seconds: float) -> None:
@@ -35,6 +36,13 @@ def test_functions_take_turns_and_the_slower_one_is_found(torch_threads: int):
     assert all(0 < spread.lower <= spread.median <= spread.upper for spread in times.values())
     rounds = "".join(name[0] for name in order).split("l")  # the short one is called again and again for a round
     assert len([calls for calls in rounds if calls]) >= 5
+
+
+def test_rounds_may_be_counted_instead():
+    order: list[str] = []
+    interleaved({name: lambda name=name: order.append(name) for name in "ab"}, rounds=3, seconds=0.0)
+    turns = [name for name, _ in itertools.groupby(order)]
+    assert turns == ["a", "b"] * (1 + 3)  # the first calls tell how often to call in a round
 
 
 def test_with_one_thread_waiting_does_not_count():

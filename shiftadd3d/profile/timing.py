@@ -6,6 +6,9 @@ data into the caches that it would find them in if it were called again and agai
 
 With one thread, what counts is the time that the thread had a processor for, so that others' work on a busy machine
 disturbs caches but not clocks. With more threads it is the time on the wall: they have to wait for one another.
+
+`torch.utils.benchmark` measures one statement to its end before the next one, and warms up with calls of its own each
+time: it does not take turns.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ class Spread:
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], Any]], device: str = "cpu", seconds: float = 2.0
+    functions: Mapping[str, Callable[[], Any]], device: str = "cpu", seconds: float = 2.0, rounds: int | None = None
 ) -> dict[str, Spread]:
     """Time functions in turns.
 
@@ -49,6 +52,7 @@ def interleaved(
         device: ``"cpu"`` or ``"cuda"``. On CUDA they are timed by events of the current stream, call by call, with
             cold caches.
         seconds: roughly how long to go on for; 5 rounds are gone through anyway, and 25 are enough.
+        rounds: just so many instead, 2 or more.
 
     Raises:
         UserError: for other devices.
@@ -58,8 +62,8 @@ def interleaved(
     sample = _cpu_sampler(functions) if device == "cpu" else _cuda_sampler()
     samples: dict[str, list[float]] = {name: [] for name in functions}
     began = time.perf_counter()
-    for done in range(_MOST_ROUNDS):
-        if done >= _LEAST_ROUNDS and time.perf_counter() - began > seconds:
+    for done in range(rounds or _MOST_ROUNDS):
+        if rounds is None and done >= _LEAST_ROUNDS and time.perf_counter() - began > seconds:
             break
         for name, function in functions.items():
             samples[name].append(sample(name, function))
