@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from shiftadd3d.kernels.cpu import bfloat16
+from shiftadd3d.kernels.reference.linear_angular import LEAST_ROW_SUM
 from shiftadd3d.kernels.reference.matadd import (
-    LEAST_ROW_SUM,
     LOW,
     add_attention_twin,
     matadd_kv_twin,

@@ -19,8 +19,8 @@ from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.cpu.matadd import MATADD, PRODUCTS, STORAGE, SUMS, run_matadd, run_products, run_sums
 from shiftadd3d.kernels.cuda import matadd as cuda_matadd
 from shiftadd3d.kernels.ops.define import define_op
+from shiftadd3d.kernels.reference.linear_angular import LEAST_ROW_SUM
 from shiftadd3d.kernels.reference.matadd import (
-    LEAST_ROW_SUM,
     LOW,
     add_attention_twin,
     check_codes,
