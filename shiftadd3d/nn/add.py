@@ -24,8 +24,8 @@ from shiftadd3d.kernels.ops.depthwise import depthwise_conv
 from shiftadd3d.kernels.ops.matadd import add_attention
 from shiftadd3d.kernels.reference import linear_angular
 from shiftadd3d.kernels.runtime.numerics import uses_kernels
+from shiftadd3d.nn.attachments import has_hooks
 from shiftadd3d.nn.binarize import Codes, make_binarizer
-from shiftadd3d.nn.mlp import has_hooks
 from shiftadd3d.nn.shift import joint_product
 from shiftadd3d.nn.tracing import one_node
 

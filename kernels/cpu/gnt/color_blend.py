@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d.kernels.cpu.vectors import ACCUMULATORS, ROW_PADDING, Vectors
+from shiftadd3d.kernels.pack.gnt.color_blend import panels
 from shiftadd3d.kernels.reference.gnt.color_blend import MAX_VIEWS, color_blend_twin, random_blend
 from shiftadd3d.kernels.reference.gnt.plane_sweep import MASKED_LOGIT
 from shiftadd3d.kernels.runtime.kernel import Kernel
@@ -226,46 +227,27 @@ def _build(target: CpuTarget, *, width: int, inputs: int, hidden: int) -> Any:
 
 
 def run(
-    function: Any,
-    x: Tensor,
-    values: Tensor,
-    ray_diff: Tensor,
-    mask: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    angle_scale: Tensor,
-    agreement_scale: Tensor,
+    function: Any, x: Tensor, values: Tensor, ray_diff: Tensor, mask: Tensor, panels: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     rays, samples, views, inputs = values.shape
-    lanes = current().lanes
-    point, view, view_logit, sample_logit = (weight.detach() for weight in weights)
-    # The view logits' bias is the same for all views: the softmax takes it out.
-    point_bias, view_bias, _, sample_logit_bias = (bias.detach() for bias in biases)
-
-    def across(panel: Tensor) -> Tensor:
-        return F.pad(panel, (0, -panel.shape[-1] % lanes)).contiguous()
-
-    rgb, outcome = torch.empty(rays, 3), torch.empty(rays, samples)
+    rgb, weights = torch.empty(rays, 3), torch.empty(rays, samples)
     function(
         x.reshape(rays * samples, -1).contiguous(),
         values.reshape(-1, inputs).contiguous(),
         ray_diff.reshape(-1, 4).contiguous(),
         mask.reshape(-1).contiguous().view(torch.uint8),
-        across(torch.cat([point, sample_logit]).mT),
-        across(torch.cat([point_bias + view_bias, sample_logit_bias])),
-        across(view.mT),
-        across(view_logit[0]),
-        torch.stack([angle_scale.detach(), agreement_scale.detach()]),
+        *panels,
         views,
         rgb,
-        outcome,
+        weights,
     )
-    return rgb, outcome
+    return rgb, weights
 
 
 def _trial(function: Any, **spec: Any) -> None:
     arguments = random_blend(0, rays=5, samples=19, views=5, **spec)
-    for out, twin in zip(run(function, *arguments), color_blend_twin(*arguments), strict=True):
+    outcome = run(function, *arguments[:4], panels=panels(*arguments[4:], lanes=current().lanes))
+    for out, twin in zip(outcome, color_blend_twin(*arguments), strict=True):
         torch.testing.assert_close(out, twin, rtol=1e-4, atol=1e-5)
 
 

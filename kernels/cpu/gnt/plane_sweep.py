@@ -12,15 +12,16 @@ turns those of a point and its two neighbours into its score.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d.kernels.cpu.gnt import gather as cpu_gather
 from shiftadd3d.kernels.cpu.vectors import ACCUMULATORS, ROW_PADDING, Vectors
 from shiftadd3d.kernels.pack.gnt import gather as pack_gather
+from shiftadd3d.kernels.pack.gnt.plane_sweep import panels
 from shiftadd3d.kernels.reference.gnt import gather as reference_gather
 from shiftadd3d.kernels.reference.gnt.plane_sweep import MASKED_LOGIT, plane_sweep_twin, random_sweep
 from shiftadd3d.kernels.runtime.kernel import Kernel
@@ -224,31 +225,17 @@ def _build(target: CpuTarget, *, channels: int, hidden: int, with_valid: bool) -
 
 
 def run(
-    function: Any,
-    scene: tuple[Any, ...],
-    valid: Tensor | None,
-    hidden_weight: Tensor,
-    hidden_bias: Tensor,
-    score_weight: Tensor,
-    score_bias: Tensor,
-    angle_scale: Tensor,
-    agreement_scale: Tensor,
+    function: Any, scene: tuple[Any, ...], valid: Tensor | None, panels: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     points = scene[0]
     rays, samples = points.shape[:2]
-    lanes = current().lanes
-    short = -hidden_weight.shape[0] % lanes
     rgb, weights = torch.empty(rays, 3), torch.empty(rays, samples)
     seen = torch.empty(rays, samples, dtype=torch.bool)
     function(
         points.reshape(-1, 3).contiguous(),
         *(tensor.contiguous() for tensor in scene[1:]),
         pack_gather.as_bytes(valid),
-        F.pad(hidden_weight.mT, (0, short)).contiguous(),
-        F.pad(hidden_bias, (0, short)),
-        F.pad(score_weight.mT, (0, lanes - 1, 0, short)).contiguous(),
-        F.pad(score_bias, (0, lanes - 1)),
-        torch.stack([angle_scale, agreement_scale]),
+        *panels,
         rgb,
         weights,
         seen.view(torch.uint8),
@@ -258,7 +245,7 @@ def run(
 
 def _trial(function: Any, *, channels: int, hidden: int, with_valid: bool) -> None:
     arguments = random_sweep(0, rays=5, samples=13, views=3, channels=channels, hidden=hidden, with_valid=with_valid)
-    outcome = run(function, arguments[:6], *arguments[6:])
+    outcome = run(function, arguments[:6], arguments[6], panels(*arguments[7:], lanes=current().lanes))
     for out, expected in zip(outcome, plane_sweep_twin(*arguments), strict=True):
         torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d.kernels.cpu.vectors import ACCUMULATORS, ROW_PADDING, Vectors
+from shiftadd3d.kernels.pack.gnt.position_layer import Panels, panels
 from shiftadd3d.kernels.reference.gnt.position_layer import (
     EMBEDDING_DIM,
     NUM_FREQUENCIES,
@@ -110,33 +111,28 @@ def _build(target: CpuTarget, *, width: int, hidden: int, outputs: int) -> Any:
     return position_layer
 
 
-def run(
-    function: Any, x: Tensor, points: Tensor, directions: Tensor, weights: list[Tensor], biases: list[Tensor]
-) -> Tensor:
-    width, lanes = x.shape[-1], current().lanes
-
-    def across(panel: Tensor) -> Tensor:
-        return F.pad(panel, (0, -panel.shape[-1] % lanes)).contiguous()
-
-    of_x, of_point, of_direction = weights[0].detach().split([width, EMBEDDING_DIM, EMBEDDING_DIM], dim=1)
-    out = memory.empty(*x.shape[:2], weights[1].shape[0], dtype=torch.float32)
+def run(function: Any, x: Tensor, points: Tensor, directions: Tensor, panels: Panels, outputs: int) -> Tensor:
+    width = x.shape[-1]
+    out = memory.empty(*x.shape[:2], outputs, dtype=torch.float32)
     function(
         x.reshape(-1, width).contiguous(),
         points.reshape(-1, 3).contiguous(),
-        across(F.linear(sinusoidal_embedding(directions), of_direction, biases[0].detach())),
-        across(of_x.mT),
-        across(of_point.mT),
-        across(weights[1].detach().mT),
-        across(biases[1].detach()),
+        F.linear(sinusoidal_embedding(directions), panels.direction, panels.first_bias),
+        panels.x,
+        panels.point,
+        panels.second,
+        panels.second_bias,
         x.shape[1],
-        out.view(-1, out.shape[-1]),
+        out.view(-1, outputs),
     )
     return out
 
 
 def _trial(function: Any, **spec: Any) -> None:
-    arguments = random_samples(0, rays=7, samples=9, **spec)
-    torch.testing.assert_close(run(function, *arguments), position_layer_twin(*arguments), rtol=1e-4, atol=1e-4)
+    x, points, directions, weights, biases = random_samples(0, rays=7, samples=9, **spec)
+    out = run(function, x, points, directions, panels(weights, biases, current().lanes), spec["outputs"])
+    twin = position_layer_twin(x, points, directions, weights, biases)
+    torch.testing.assert_close(out, twin, rtol=1e-4, atol=1e-4)
 
 
 def _variants(target: CpuTarget) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from torch import Tensor
 from shiftadd3d.kernels.cpu.vectors import ACCUMULATORS, ROW_PADDING, Vectors
 from shiftadd3d.kernels.pack.gnt.ray_block import layout_of, panels
 from shiftadd3d.kernels.reference.gnt.ray_block import (
-    _LEAST_ROW_SUM,
     random_block,
     ray_block_twin,
     samples_of_certain_codes,
 )
+from shiftadd3d.kernels.reference.linear_angular import LEAST_ROW_SUM
 from shiftadd3d.kernels.runtime import memory
 from shiftadd3d.kernels.runtime.kernel import Kernel
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
@@ -120,7 +121,7 @@ def _build(
                     for c, part in zip(columns, sums, strict=True):
                         x = sub.multiply_add(sub.splat(code), summed[i, sub.at(c)], part[sub.at(0)])
                         T.buffer_store(part, x, [sub.at(0)])
-                T.buffer_store(row_sum, T.float32(1.0) / T.max(row_sum[0], T.float32(_LEAST_ROW_SUM)), [0])
+                T.buffer_store(row_sum, T.float32(1.0) / T.max(row_sum[0], T.float32(LEAST_ROW_SUM)), [0])
                 for c, part in zip(columns, sums, strict=True):
                     x = part[sub.at(0)] * sub.splat(row_sum[0])
                     T.buffer_store(attended, x, [first + j, sub.at(head * layout.head + c)])
@@ -315,28 +316,11 @@ def _build(
     return ray_block
 
 
-def run(
-    function: Any,
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    conv: Tensor | None,
-    num_heads: int,
-    eps: float,
-    return_weights: bool,
-) -> tuple[Tensor, Tensor]:
+def run(function: Any, x: Tensor, panels: Sequence[Tensor], eps: float, return_weights: bool) -> tuple[Tensor, Tensor]:
     rays, samples, width = x.shape
     out = memory.empty(rays * samples, width, dtype=torch.float32)
     first = torch.empty(rays if return_weights else 0, samples)
-    function(
-        x.float().reshape(-1, width).contiguous(),
-        *panels(weights, biases, num_heads, current().lanes),
-        x.new_empty(0, dtype=torch.float32) if conv is None else conv.float().flatten(),
-        samples,
-        eps,
-        out,
-        first,
-    )
+    function(x.float().reshape(-1, width).contiguous(), *panels, samples, eps, out, first)
     first = first if return_weights else x.new_empty(0)
     return out.view(x.shape).to(x.dtype), first.to(x.dtype)
 
@@ -347,7 +331,8 @@ def _trial(
     x, weights, biases, conv, _ = random_block(
         0, rays=13, samples=9, width=width, heads=heads, hidden=hidden, kernel=kernel
     )
-    out, first = run(function, x, weights, biases, conv, heads, 1e-6, return_weights)
+    packed = panels(weights, biases, conv, heads, current().lanes)
+    out, first = run(function, x, packed, 1e-6, return_weights)
     twin, twins_first = ray_block_twin(x, weights, biases, conv, heads, attention, 1e-6, return_weights)
     certain = torch.ones(x.shape[:2], dtype=torch.bool)
     if attention != "softmax":

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -150,17 +150,14 @@ def _build(target: CpuTarget, *, width: int, hidden: int) -> Any:
 
 
 def _trial(function: Any, *, width: int, hidden: int) -> None:
-    compare_with_twin(partial(run, function), torch.device("cpu"), width, hidden)
+    def packed(*arguments: Any) -> Tensor:
+        return run(function, *arguments[:4], panels=panels(*arguments[4:], lanes=current().lanes))
+
+    compare_with_twin(packed, torch.device("cpu"), width, hidden)
 
 
 def run(
-    function: Any,
-    query: Tensor,
-    views: Tensor,
-    ray_diff: Tensor,
-    mask: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
+    function: Any, query: Tensor, views: Tensor, ray_diff: Tensor, mask: Tensor, panels: Sequence[Tensor]
 ) -> Tensor:
     count, width = views.shape[-2:]
     out = memory.empty(*query.shape, dtype=torch.float32)
@@ -169,7 +166,7 @@ def run(
         views.float().reshape(-1, width).contiguous(),
         ray_diff.float().reshape(-1, 4).contiguous(),
         mask.reshape(-1).contiguous().view(torch.uint8),
-        *panels(weights, biases, current().lanes),
+        *panels,
         count,
         out.view(-1, width),
     )

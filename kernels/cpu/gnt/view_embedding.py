@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -152,17 +153,14 @@ def _build(target: CpuTarget, *, inputs: int, hidden: int, width: int, with_mome
     return view_embedding
 
 
-def run(
-    function: Any, values: Tensor, mask: Tensor, weights: list[Tensor], biases: list[Tensor]
-) -> tuple[Tensor, Tensor]:
+def run(function: Any, values: Tensor, mask: Tensor, panels: Sequence[Tensor], width: int) -> tuple[Tensor, Tensor]:
     *leading, views, inputs = values.shape
-    width = weights[1].shape[0]
     embedding = memory.empty(*leading, views, width, dtype=torch.float32)
     query = memory.empty(*leading, width, dtype=torch.float32)
     function(
         values.reshape(-1, inputs).contiguous(),
         mask.reshape(-1).contiguous().view(torch.uint8),
-        *panels(weights, biases, current().lanes),
+        *panels,
         views,
         embedding.view(-1, width),
         query.view(-1, width),
@@ -171,8 +169,9 @@ def run(
 
 
 def _trial(function: Any, **spec: Any) -> None:
-    arguments = random_views(0, points=29, views=5, **spec)
-    for out, twin in zip(run(function, *arguments), view_embedding_twin(*arguments), strict=True):
+    values, mask, weights, biases = random_views(0, points=29, views=5, **spec)
+    outcome = run(function, values, mask, panels(weights, biases, current().lanes), spec["width"])
+    for out, twin in zip(outcome, view_embedding_twin(values, mask, weights, biases), strict=True):
         torch.testing.assert_close(out, twin, rtol=1e-4, atol=1e-4)
 
 
