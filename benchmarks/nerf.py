@@ -51,7 +51,7 @@ if TYPE_CHECKING:  # these take seconds to import, and `report` needs none of th
 
 SCENES_VARIABLE = "SHIFTADD3D_SCENES"
 
-TrainedMethod = Literal["gnt-tiny", "shiftadd-gnt-tiny", "nerfacto"]
+TrainedMethod = Literal["gnt-tiny", "shiftadd-gnt-tiny", "gnt", "shiftadd-gnt", "nerfacto"]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -172,21 +172,27 @@ class Train(_OnScene):
     minutes: float = 15.0
     """Minutes of training. Imports, reading images and the evaluation come on top."""
     warm_start: Literal["pretrained", "none"] = "pretrained"
-    """Start from the weights that come with the package, or from random ones. nerfacto has random ones."""
+    """Start from the weights that come with the package, or from random ones. Only -tiny methods have the former."""
     at: tuple[float, ...] = ()
     """Minutes after which the test views are measured, too, off the clock. 0: before the first step."""
     rays: int | None = None
     """Rays a training step. If not set, the method's own number."""
+    samples: tuple[int, int] | None = None
+    """Depths of the proposal (0: none), and samples of a ray that the transformers see. If not set, the method's own."""
 
     def __call__(self) -> None:
         commit = git_commit()  # now: it may move on while this runs
         self._use_threads()
         name, folder, embedded = find_scene_folder(self.scene)
         config = self._config(self.method, folder)
+        if self.samples is not None:
+            model: Any = config.pipeline.model
+            model.gnt = dataclasses.replace(model.gnt, proposal_samples=self.samples[0])
+            model.num_samples = self.samples[1]
         if self.rays is not None:
             config.pipeline.datamanager.train_num_rays_per_batch = self.rays  # type: ignore[attr-defined]
-        warm_start = "none" if self.method == "nerfacto" else self.warm_start
-        if self.method != "nerfacto":
+        warm_start = self.warm_start if has_weights(self.method) else "none"
+        if has_weights(self.method):
             config.pipeline.warm_start = Path(warm_start)  # type: ignore[attr-defined]
         config.set_timestamp()
         measured: list[dict[str, Any]] = []
@@ -217,11 +223,14 @@ class Train(_OnScene):
         pictures = pictures / f"{name}-{method}.png"
         quality = evaluate(pipeline, pictures)
         words = ["--method", self.method, "--minutes", f"{self.minutes:g}"]
-        words += ["--warm-start", warm_start] if self.method != "nerfacto" else []
+        words += ["--warm-start", warm_start] if has_weights(self.method) else []
         words += ["--at", *(f"{minutes:g}" for minutes in self.at)] if self.at else []
         words += ["--rays", str(self.rays)] if self.rays is not None else []
+        if self.samples is not None:
+            method += f"-{self.samples[0]}-{self.samples[1]}"
+            words += ["--samples", *map(str, self.samples)]
         facts = {
-            "kind": "train",
+            "kind": "train" if self.samples is None else "samples",
             "method": self.method,
             **self._scene_facts(name, embedded, pipeline),
             "minutes": self.minutes,
@@ -232,6 +241,7 @@ class Train(_OnScene):
             "steps": trainer.steps,
             "rays_per_step": pipeline.datamanager.get_train_rays_per_batch(),
             "parameters": sum(parameter.numel() for parameter in pipeline.model.parameters()),
+            **({} if self.samples is None else {"samples": list(self.samples)}),
             "threads": self.threads,
             **quality,
             "machine": machine_facts(),
@@ -818,7 +828,7 @@ class Report:
 
 def read_results(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The results in a folder by kind, each sorted by file name."""
-    results: dict[str, list[dict[str, Any]]] = {"train": [], "trivial": [], "speed": [], "memory": []}
+    results: dict[str, list[dict[str, Any]]] = {"train": [], "samples": [], "trivial": [], "speed": [], "memory": []}
     for path in sorted(folder.glob("nerf-*.json")):
         facts = json.loads(path.read_text(encoding="utf-8"))
         results[facts["kind"]].append(facts)
@@ -834,12 +844,13 @@ def render_report(results: dict[str, list[dict[str, Any]]], template: str) -> st
     trained, trivial = results["train"], results["trivial"]
     memory = results["memory"][0] if results["memory"] else None
     speeds = sorted(results["speed"], key=lambda facts: facts.get("keep_memory", False))
-    measured = [*trained, *trivial, *speeds, *results["memory"]]
+    measured = [*trained, *results["samples"], *trivial, *speeds, *results["memory"]]
     fields = {
         "embedded": quality_table([f for f in trained if f["embedded"]], [f for f in trivial if f["embedded"]]),
         "photos": quality_table([f for f in trained if not f["embedded"]], [f for f in trivial if not f["embedded"]]),
         "embedded_pictures": picture_list([f for f in trained if f["embedded"]]),
         "progress": progress_table(trained),
+        "samples": samples_table(results["samples"]),
         "scenes": scene_table(trained),
         "runs": run_table(trained),
         "speed": speed_table(speeds),
@@ -853,12 +864,17 @@ def render_report(results: dict[str, list[dict[str, Any]]], template: str) -> st
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match.group(1)], template)
 
 
-METHOD_ORDER = ("gnt-tiny", "shiftadd-gnt-tiny", "nerfacto")
+METHOD_ORDER = ("gnt-tiny", "shiftadd-gnt-tiny", "gnt", "shiftadd-gnt", "nerfacto")
+
+
+def has_weights(method: str) -> bool:
+    """Whether weights for the method come with the package."""
+    return method.endswith("-tiny")
 
 
 def from_random_weights(method: str, warm_start: str) -> bool:
     """Whether a method that has weights to start from did without."""
-    return method != "nerfacto" and warm_start == "none"
+    return has_weights(method) and warm_start == "none"
 
 
 def run_label(facts: dict[str, Any]) -> str:
@@ -885,6 +901,26 @@ def progress_table(trained: list[dict[str, Any]]) -> str:
         for facts, points in zip(runs, cells, strict=True)
     ]
     return markdown_table(["PSNR in dB / SSIM after minutes", *(f"{minute:g}" for minute in minutes)], rows)
+
+
+def samples_table(runs: list[dict[str, Any]]) -> str:
+    """Rows: how the rays of a method are sampled; columns: what the same minutes reach."""
+    if not runs:
+        return NOT_MEASURED
+    rows = [
+        [
+            facts["scene"],
+            f"`{facts['method']}`",
+            str(facts["samples"][0] or "none"),
+            str(facts["samples"][1]),
+            f"{facts['minutes']:g}",
+            str(facts["steps"]),
+            f"{facts['psnr']:.2f} / {facts['ssim']:.3f}",
+        ]
+        for facts in sorted(runs, key=lambda f: (f["scene"], f["method"], *f["samples"]))
+    ]
+    header = ["scene", "method", "depths of the proposal", "samples", "CPU minutes", "steps", "PSNR in dB / SSIM"]
+    return markdown_table(header, rows)
 
 
 def quality_table(trained: list[dict[str, Any]], trivial: list[dict[str, Any]]) -> str:

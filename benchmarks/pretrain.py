@@ -4,6 +4,7 @@
     python benchmarks/pretrain.py train --factory FACTORY      # hours; goes on where it stopped
     python benchmarks/pretrain.py pack --factory FACTORY       # into shiftadd3d/nerf/weights
     python benchmarks/pretrain.py evaluate --scene fern --method shiftadd-gnt-tiny
+    python benchmarks/pretrain.py held-out --factory HELD_OUT --method shiftadd-gnt-tiny
     python benchmarks/pretrain.py report
 
 Nothing but scenes that this project makes itself goes into the weights.
@@ -60,6 +61,10 @@ class Train:
     """Made by `shiftadd3d scenes make-factory`."""
     steps: Annotated[int, tyro.conf.arg(metavar="N")] = 5000
     """Steps of one scene and 512 rays each; the optimizer moves at every second one."""
+    start: Literal["none", "pretrained"] = "none"
+    """`pretrained`: go on from the weights that are in the package now."""
+    rate: Annotated[float, tyro.conf.arg(metavar="RATE")] = 2e-3
+    """Peak of the learning rate."""
     run: Annotated[Path, tyro.conf.arg(metavar="DIR")] = RUN
     """Where checkpoints go."""
 
@@ -69,18 +74,19 @@ class Train:
 
         checkpoints = checkpoint_folder(self.run)
         go_on = ["--load-dir", str(checkpoints)] if any(checkpoints.glob("step-*.ckpt")) else []
-        clip = [
+        adam = [
             word
             for group in ("transformers", "feature-net")
-            for word in (f"--optimizers.{group}.optimizer.max-norm", "1.0")
+            for option, value in (("max-norm", "1.0"), ("lr", str(self.rate)))
+            for word in (f"--optimizers.{group}.optimizer.{option}", value)
         ]
         words = [
             *("ns-train", "gnt-tiny", "--vis", "tensorboard", "--max-num-iterations", str(self.steps)),
             *("--average-weights", "0.998", "--pipeline.model.color-error", "rmse"),
             *("--pipeline.model.depth-loss-mult", "0.02", "--pipeline.model.lpips", "False"),
-            *("--gradient-accumulation-steps", "transformers", "2", "feature_net", "2", *clip),
+            *("--gradient-accumulation-steps", "transformers", "2", "feature_net", "2", *adam),
             *("--steps-per-save", "250", "--steps-per-eval-image", "1000"),
-            *("--pipeline.datamanager.train-scenes", str(self.factory), "--pipeline.warm-start", "none"),
+            *("--pipeline.datamanager.train-scenes", str(self.factory), "--pipeline.warm-start", self.start),
             *("--output-dir", str(self.run), "--experiment-name", "still_life", "--timestamp", "run"),
             *(*go_on, "--data", str(scene_path())),
         ]
@@ -213,17 +219,74 @@ class Evaluate:
 
 
 @dataclass
+class HeldOut:
+    """How well the weights render made-up scenes that are not among those trained on, the mean over all."""
+
+    factory: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Made by `shiftadd3d scenes make-factory`, with another seed than the training scenes."""
+    method: Method = "shiftadd-gnt-tiny"
+    """Whose weights."""
+    weights: Literal["shipped", "random"] = "shipped"
+    """`random`: the network as it is initialised."""
+
+    def __call__(self) -> None:
+        """Render the test views of each scene."""
+        import statistics
+
+        from nerfstudio.configs.method_configs import all_methods
+
+        from shiftadd3d.nerf.dataparsers import AutoDataParserConfig
+        from shiftadd3d.nerf.eval_scenes import scene_quality
+        from shiftadd3d.nerf.pretrained import load_pretrained, scene_pipeline
+        from shiftadd3d.nerf.scene_mixture import list_scenes
+        from shiftadd3d.nerf.weights import pretrained_file
+        from shiftadd3d.scenes.factory import open_factory
+
+        commit, factory = git_commit(), open_factory(self.factory)
+        rows = []
+        for scene in list_scenes([self.factory], "--factory"):
+            seed_everything(0)
+            pipeline = scene_pipeline(all_methods[self.method], AutoDataParserConfig(data=scene.path))
+            if self.weights == "shipped":
+                load_pretrained(pipeline.model, pretrained_file(self.method))
+            rows.append(scene_quality(scene.path.name, pipeline))
+            print(f"{rows[-1].scene}: {rows[-1].psnr:.2f} dB", flush=True)
+        words = ["--factory", "HELD_OUT", "--method", self.method, "--weights", self.weights]
+        write_result(
+            DATA / f"held-out-{self.method}-{self.weights}.json",
+            {
+                "kind": "held-out",
+                "seed": factory.seed,
+                "method": self.method,
+                "weights": self.weights,
+                "scenes": {
+                    row.scene: {"psnr": row.psnr, "ssim": row.ssim, "nearest": row.nearest_psnr} for row in rows
+                },
+                "psnr": statistics.fmean(row.psnr for row in rows),
+                "ssim": statistics.fmean(row.ssim for row in rows),
+                "nearest_psnr": statistics.fmean(row.nearest_psnr for row in rows),
+                "command": f"python benchmarks/pretrain.py held-out {shlex.join(words)}",
+                "commit": commit,
+                "machine": machine_facts(),
+            },
+        )
+
+
+@dataclass
 class Report:
     """Make docs/results/pretraining.md from the results."""
 
     def __call__(self) -> None:
         """Write the page."""
-        results = [json.loads(path.read_text()) for path in sorted(DATA.glob("untrained-*.json"))]
+        paths = [*sorted(DATA.glob("untrained-*.json")), *sorted(DATA.glob("held-out-*.json"))]
+        results = [json.loads(path.read_text()) for path in paths]
         write_page("pretraining", lambda template: render_report(results, template))
 
 
 def render_report(results: list[dict[str, Any]], template: str) -> str:
     """The page: its template with the tables filled in."""
+    measured, held_out = results, [result for result in results if result["kind"] == "held-out"]
+    results = [result for result in results if result["kind"] == "untrained"]
     columns = [("gnt-tiny", "random"), ("gnt-tiny", "shipped"), ("shiftadd-gnt-tiny", "shipped")]
     scenes = sorted({result["scene"] for result in results})
     rows = []
@@ -238,18 +301,35 @@ def render_report(results: list[dict[str, Any]], template: str) -> str:
     shown = "\n\n".join(f"![{name}](pictures/{name})" for name in pictures if (PICTURES / name).is_file())
     filled = {
         "QUALITY": markdown_table(header, rows),
+        "HELD_OUT": held_out_table(held_out),
         "PICTURES": shown,
-        "COMMANDS": command_block("pretrain", results),
-        "MACHINES": machine_list(results),
+        "COMMANDS": command_block("pretrain", measured),
+        "MACHINES": machine_list(measured),
     }
     for name, text in filled.items():
         template = template.replace("{{" + name + "}}", text)
     return template
 
 
+def held_out_table(results: list[dict[str, Any]]) -> str:
+    """Rows: networks, the one with random weights first."""
+    rows = [
+        [
+            f"`{result['method']}`" + ", as initialised" * (result["weights"] == "random"),
+            str(len(result["scenes"])),
+            f"{result['psnr']:.2f} / {result['ssim']:.3f}",
+        ]
+        for result in sorted(results, key=lambda result: (result["weights"] != "random", result["method"]))
+    ]
+    if results:
+        nearest = sum(scene["nearest"] for scene in results[0]["scenes"].values()) / len(results[0]["scenes"])
+        rows.insert(0, ["nearest source view", str(len(results[0]["scenes"])), f"{nearest:.2f}"])
+    return markdown_table(["network", "scenes", "PSNR in dB / SSIM, mean over scenes"], rows)
+
+
 def main() -> None:
     run_command(
-        {"train": Train, "pack": Pack, "evaluate": Evaluate, "report": Report},
+        {"train": Train, "pack": Pack, "evaluate": Evaluate, "held-out": HeldOut, "report": Report},
         __doc__,
     )
 

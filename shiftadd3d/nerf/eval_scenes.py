@@ -123,7 +123,7 @@ def evaluate_scenes(
                 near_far = pipeline.model.near_far.clone()
                 pipeline.load_pipeline(state["pipeline"], state["step"])
                 pipeline.model.near_far.copy_(near_far)  # the run's own are those of its scene
-            rows.append(_quality(scene.path.name, pipeline))
+            rows.append(scene_quality(scene.path.name, pipeline))
             shown.advance(status=f"{scene.path.name} {rows[-1].psnr:.2f} dB")
     if not rows:
         raise UserError(f"none of {len(listed)} scenes can be read; {next(iter(skipped.values()))}")
@@ -131,7 +131,8 @@ def evaluate_scenes(
 
 
 @torch.no_grad()
-def _quality(name: str, pipeline: GNTPipeline) -> SceneQuality:
+def scene_quality(name: str, pipeline: GNTPipeline) -> SceneQuality:
+    """Render all held-out views of the scene that a pipeline has open, in evaluation mode."""
     pipeline.eval()
     views, nearest = [], []
     for camera, batch in pipeline.datamanager.fixed_indices_eval_dataloader:

@@ -15,7 +15,7 @@ class StartAdamConfig(AdamOptimizerConfig):
     """Peak of the learning rate. If not set, one of the following two."""
     lr_from_random: float = 2e-3
     """Peak of the learning rate from random weights (--pipeline.warm-start none)."""
-    lr_from_trained: float = 5e-4
+    lr_from_trained: float = 1e-3
     """Peak of the learning rate from trained weights (any other --pipeline.warm-start)."""
 
     def of_start(self, trained: bool) -> AdamOptimizerConfig:
