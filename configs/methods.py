@@ -73,8 +73,8 @@ def _trainer(
     )
 
 
-#: The released network's sizes, with the colour head, and a plane sweep in front. For the same minutes 16 samples behind
-#: a sweep reach what 64 without one do, and render in a fraction of the time (docs/results/nerf.md, "Samples of a ray").
+#: The released network's sizes, with a colour head and a plane sweep in front. For the same minutes 16 samples behind a
+#: sweep reach what 64 alone do, and render faster (docs/results/nerf.md, "Samples of a ray").
 BASE = GNTConfig(depth=4, color_head=True, canonical=True, proposal_samples=48)
 #: The paper's network: eight blocks, colours regressed.
 BIG = GNTConfig(depth=8)
