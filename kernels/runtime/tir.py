@@ -62,7 +62,7 @@ class Buffer:
     """
 
     def __init__(
-        self, data: Any, shape: Sequence[Index], dtype: str, leading: tuple[Index, ...] = (), row: int = 0
+        self, data: Any, shape: Sequence[Index], dtype: str, leading: tuple[Index, ...] = (), row: Index = 0
     ) -> None:
         self.data, self.shape, self.dtype, self._leading, self._row = data, tuple(shape), dtype, leading, row
 
@@ -74,16 +74,19 @@ class Buffer:
 
     def _whole(self, index: Index | tuple[Index, ...]) -> tuple[Index, ...]:
         first, *others = index if isinstance(index, tuple) else (index,)
-        return (*self._leading, self._row + first if self._row else first, *others)
+        return (*self._leading, self._moved(first), *others)
+
+    def _moved(self, row: Index) -> Index:
+        return row if isinstance(self._row, int) and self._row == 0 else self._row + row
 
     def part(self, *leading: Index) -> Buffer:
         """What is left once the first indices are given: of a matrix a row."""
         return Buffer(self.data, self.shape[len(leading) :], self.dtype, self._whole(leading))
 
-    def below(self, row: int) -> Buffer:
+    def below(self, row: Index) -> Buffer:
         """The rows from one on."""
         first, *others = self.shape
-        return Buffer(self.data, (first - row, *others), self.dtype, self._leading, self._row + row)
+        return Buffer(self.data, (first - row, *others), self.dtype, self._leading, self._moved(row))
 
     def extent(self, axis: int) -> int:
         """An element of the shape that is known while code is emitted."""

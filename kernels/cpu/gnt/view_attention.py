@@ -74,13 +74,16 @@ def _build(target: CpuTarget, *, width: int, hidden: int) -> T.PrimFunc:
                 product(isa, rows, wide + narrow, b_row, of_view, row_out)
                 product(isa, points, narrow, b_query, [(width, point, w_query)], query_out)
                 with T.serial(points) as p:
+                    shown, hidden_of_point = row_out.below(p * V), hidden_rows.below(p * V)
+                    seen = mask.below((first + p) * V)
                     with T.serial(V) as v:
                         for n in range(0, narrow, isa.lanes):
-                            x = row_out[p * V + v, isa.at(wide + n)] + query_out[p, isa.at(n)]
-                            hidden_rows[p * V + v, isa.at(n)] = isa.relu(x)
+                            hidden_of_point[v, isa.at(n)] = isa.relu(
+                                shown[v, isa.at(wide + n)] + query_out[p, isa.at(n)]
+                            )
                     with T.serial(wide // isa.lanes) as n:
-                        at = isa.at(n * isa.lanes)
-                        pooled[p, at] = _pool(isa, hidden_rows, w_score, mask, row_out, p * V, first * V, V, at, shares)
+                        channels = isa.at(n * isa.lanes)
+                        pooled[p, channels] = _pool(isa, hidden_of_point, w_score, seen, shown, V, channels, shares)
                 product(isa, points, wide, b_out, [(width, pooled, w_out)], row_out)
                 with T.serial(points) as p:
                     copy_row(isa, row_out.part(p), out.part(first + p), width)
@@ -97,28 +100,19 @@ def _position(isa: Isa, ray_diff: Buffer, weight: Buffer, out: Buffer) -> None:
 
 
 def _pool(
-    isa: Isa,
-    hidden_rows: Buffer,
-    w_score: Buffer,
-    mask: Buffer,
-    row_out: Buffer,
-    row: Expr,
-    first: Expr,
-    V: Expr,
-    at: Expr,
-    shares: Buffer,
+    isa: Isa, hidden: Buffer, w_score: Buffer, mask: Buffer, shown: Buffer, V: Expr, channels: Expr, shares: Buffer
 ) -> Expr:
-    """``sum_v softmax_v(A h)_v u_v`` of one point, whose views' rows begin at `row`, for a vector of channels."""
+    """``sum_v softmax_v(A h)_v u_v`` of the V views of one point, for a vector of channels."""
     summed = isa.register(0.0)
 
     def score(v: Expr) -> Expr:
         total = isa.splat(0.0)
         for h in range(w_score.extent(0)):
-            total = isa.fma(isa.splat(hidden_rows[row + v, h]), w_score[h, at], total)
-        return T.if_then_else(mask[first + row + v] != T.number("uint8", 0), total, isa.splat(-1e9))
+            total = isa.fma(isa.splat(hidden[v, h]), w_score[h, channels], total)
+        return T.if_then_else(mask[v] != T.number("uint8", 0), total, isa.splat(-1e9))
 
     def add(v: Expr, share: Expr) -> None:
-        summed[isa.at(0)] = isa.fma(share, row_out[row + v, at], summed[isa.at(0)])
+        summed[isa.at(0)] = isa.fma(share, shown[v, channels], summed[isa.at(0)])
 
     total = softmax_of_vectors(isa, shares, V, score, add)
     return summed[isa.at(0)] / total
