@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,34 +78,39 @@ def _build_products(target: CpuTarget, *, codes: str, dtype: str, features: int,
     return function.get()
 
 
-def _build_matadd(
-    target: CpuTarget,
-    *,
-    codes: str,
-    key_codes: str,
-    dtype: str,
-    features: int,
-    columns: int,
-    masked: bool,
-    attention: bool,
-    contrasted: bool,
-) -> T.PrimFunc:
+class _Spec(NamedTuple):
+    """What is compiled in: dtypes (see `CODES`), widths of heads, and whether there are a mask, a scale, a contrast."""
+
+    codes: str
+    key_codes: str
+    dtype: str
+    features: int
+    columns: int
+    masked: bool
+    attention: bool
+    contrasted: bool
+
+
+def _build_matadd(target: CpuTarget, **compiled_in: Any) -> T.PrimFunc:
     """The function ``(q, k, v, mask, contrast, low, scale, parts of q, parts of k, out)``: both products in a row."""
-    of_queries, of_keys = (Tables(target, kind, features, columns) for kind in (codes, key_codes))
+    spec = _Spec(**compiled_in)
+    of_queries, of_keys = (Tables(target, codes, spec.features, spec.columns) for codes in (spec.codes, spec.key_codes))
     with T.function("matadd") as function:
         B, H, N, M = T.sizes(4)
-        q, k = _rows("q", (B, H, N), of_queries.width, codes), _rows("k", (B, H, M), of_keys.width, key_codes)
-        v, mask = _rows("v", (B, H, M), columns, dtype), _mask()
+        q = _rows("q", (B, H, N), of_queries.width, spec.codes)
+        k = _rows("k", (B, H, M), of_keys.width, spec.key_codes)
+        v, mask = _rows("v", (B, H, M), spec.columns, spec.dtype), _mask()
         contrast = T.argument("contrast", T.sizes(1))
         low, scale = T.scalar("low", "float32"), T.scalar("scale", "float32")
         query_parts, key_parts = T.scalar("query_parts"), T.scalar("key_parts")
-        out = _rows("out", (B, H, N), columns, dtype)
-        state = T.alloc(B, H, key_parts, features + attention, columns + attention)
+        out = _rows("out", (B, H, N), spec.columns, spec.dtype)
+        state = T.alloc(B, H, key_parts, spec.features + spec.attention, spec.columns + spec.attention)
         with T.parallel(B * H * key_parts) as task:
-            emit_sums(of_keys, k, v, mask if masked else None, low, state, task, complete=attention)
-        scaled, with_contrast = scale if attention else None, contrast if contrasted else None
+            seen = mask if spec.masked else None
+            emit_sums(of_keys, k, v, seen, low, state, task, complete=spec.attention)
         with T.parallel(B * H * query_parts) as task:
-            Products(of_queries, q, state, low, scaled, with_contrast, out, task, query_parts).emit()
+            scaled, contrasted = scale if spec.attention else None, contrast if spec.contrasted else None
+            Products(of_queries, q, state, low, scaled, contrasted, out, task, query_parts).emit()
     return function.get()
 
 
@@ -133,30 +138,19 @@ def _try_products(function: Compiled, *, codes: str, dtype: str, features: int, 
         _assert_close(run_products(function, q, kv, name), matadd_q_twin(q, kv.float(), name))
 
 
-def _try_matadd(
-    function: Compiled,
-    *,
-    codes: str,
-    key_codes: str,
-    dtype: str,
-    features: int,
-    columns: int,
-    masked: bool,
-    attention: bool,
-    contrasted: bool,
-) -> None:
-    q, k, v = _draw(codes, 1, 2, 45, features), _draw(key_codes, 1, 2, 70, features), _draw(dtype, 1, 2, 70, columns)
-    mask = _draw("float32", 1, 2, 70) > 0 if masked else None
-    contrast = torch.tensor([0.5, 16.0]) if contrasted else None
+def _try_matadd(function: Compiled, **compiled_in: Any) -> None:
+    spec = _Spec(**compiled_in)
+    q, k = _draw(spec.codes, 1, 2, 45, spec.features), _draw(spec.key_codes, 1, 2, 70, spec.features)
+    v = _draw(spec.dtype, 1, 2, 70, spec.columns)
+    mask = _draw("float32", 1, 2, 70) > 0 if spec.masked else None
+    contrast = torch.tensor([0.5, 16.0]) if spec.contrasted else None
     for name in LOW:
-        arguments = mask, name, features
+        arguments = mask, name, spec.features
         found = run_matadd(function, q, k, v, *arguments, contrast)
-        expected = (
-            add_attention_twin(q, k, v.float(), *arguments, contrast)
-            if attention
-            else matadd_twin(q, k, v.float(), *arguments)
-        )
-        _assert_close(found, expected)
+        if spec.attention:
+            _assert_close(found, add_attention_twin(q, k, v.float(), *arguments, contrast))
+        else:
+            _assert_close(found, matadd_twin(q, k, v.float(), *arguments))
 
 
 _HEAD_DIMS = (16, 32, 64)
@@ -213,18 +207,9 @@ def run_matadd(
     parts = _parts(batch * heads, tokens), _parts(batch * heads, k.shape[2])
     out = empty_by_heads(q, v)
     scale = 1 / (math.pi * features)
+    mask = _NO_MASK if mask is None else mask
     contrast = _NO_CONTRAST if contrast is None else contrast.float().contiguous()
-    function(
-        stored(q),
-        stored(k),
-        stored(v),
-        stored(_NO_MASK if mask is None else mask),
-        contrast,
-        LOW[codes],
-        scale,
-        *parts,
-        stored(out),
-    )
+    function(stored(q), stored(k), stored(v), stored(mask), contrast, LOW[codes], scale, *parts, stored(out))
     return out
 
 

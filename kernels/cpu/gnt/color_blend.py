@@ -16,7 +16,7 @@ from shiftadd3d.kernels.pack.gnt.color_blend import panels
 from shiftadd3d.kernels.reference.gnt.color_blend import MAX_VIEWS, color_blend_twin, random_blend
 from shiftadd3d.kernels.reference.gnt.plane_sweep import MASKED_LOGIT
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Kernel
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr
 
@@ -156,7 +156,7 @@ def _logit(isa: Isa, view: Buffer, own: Buffer, weight: Buffer) -> Expr:
 
 
 def run(
-    function: Any, x: Tensor, values: Tensor, ray_diff: Tensor, mask: Tensor, panels: Sequence[Tensor]
+    function: Compiled, x: Tensor, values: Tensor, ray_diff: Tensor, mask: Tensor, panels: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     rays, samples, views, inputs = values.shape
     rgb, weights = torch.empty(rays, 3), torch.empty(rays, samples)
@@ -173,7 +173,7 @@ def run(
     return rgb, weights
 
 
-def _trial(function: Any, **spec: Any) -> None:
+def _trial(function: Compiled, **spec: Any) -> None:
     arguments = random_blend(0, rays=5, samples=19, views=5, **spec)
     outcome = run(function, *arguments[:4], panels=panels(*arguments[4:], lanes=current().lanes))
     for out, twin in zip(outcome, color_blend_twin(*arguments), strict=True):

@@ -9,7 +9,7 @@ channels]``.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from shiftadd3d.kernels.pack.gnt.gather import as_bytes
 from shiftadd3d.kernels.reference.gnt.gather import VALID, compare_with_twin
 from shiftadd3d.kernels.runtime import memory
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Kernel
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
@@ -210,7 +210,7 @@ def _build(target: CpuTarget, *, with_valid: bool) -> T.PrimFunc:
 
 
 def run(
-    function: Any,
+    function: Compiled,
     points: Tensor,
     origins: Tensor,
     projection: Tensor,
@@ -234,7 +234,7 @@ def run(
     return values, ray_diff, mask
 
 
-def _trial(function: Any, *, with_valid: bool) -> None:
+def _trial(function: Compiled, *, with_valid: bool) -> None:
     compare_with_twin(partial(run, function), torch.device("cpu"), with_valid)
 
 

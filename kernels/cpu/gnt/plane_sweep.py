@@ -21,7 +21,7 @@ from shiftadd3d.kernels.pack.gnt import gather as pack_gather
 from shiftadd3d.kernels.pack.gnt.plane_sweep import panels
 from shiftadd3d.kernels.reference.gnt.plane_sweep import MASKED_LOGIT, plane_sweep_twin, random_sweep
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Kernel
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
@@ -162,7 +162,7 @@ class _Agreement:
 
 
 def run(
-    function: Any, scene: tuple[Any, ...], valid: Tensor | None, panels: Sequence[Tensor]
+    function: Compiled, scene: tuple[Any, ...], valid: Tensor | None, panels: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     points = scene[0]
     rays, samples = points.shape[:2]
@@ -180,7 +180,7 @@ def run(
     return rgb, weights, seen
 
 
-def _trial(function: Any, *, channels: int, hidden: int, with_valid: bool) -> None:
+def _trial(function: Compiled, *, channels: int, hidden: int, with_valid: bool) -> None:
     arguments = random_sweep(0, rays=5, samples=13, views=3, channels=channels, hidden=hidden, with_valid=with_valid)
     outcome = run(function, arguments[:6], arguments[6], panels(*arguments[7:], lanes=current().lanes))
     for out, expected in zip(outcome, plane_sweep_twin(*arguments), strict=True):

@@ -25,7 +25,7 @@ from shiftadd3d.kernels.reference.gnt.position_layer import (
 )
 from shiftadd3d.kernels.runtime import memory
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Kernel
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
@@ -82,7 +82,7 @@ def _embed(isa: Isa, embedded: Buffer, start: Expr) -> None:
                 embedded[3 + 6 * octave + 3 * number + axis, isa.at(start)] = value
 
 
-def run(function: Any, x: Tensor, points: Tensor, directions: Tensor, panels: Panels, outputs: int) -> Tensor:
+def run(function: Compiled, x: Tensor, points: Tensor, directions: Tensor, panels: Panels, outputs: int) -> Tensor:
     width = x.shape[-1]
     out = memory.empty(*x.shape[:2], outputs, dtype=torch.float32)
     function(
@@ -99,7 +99,7 @@ def run(function: Any, x: Tensor, points: Tensor, directions: Tensor, panels: Pa
     return out
 
 
-def _trial(function: Any, **spec: Any) -> None:
+def _trial(function: Compiled, **spec: Any) -> None:
     x, points, directions, weights, biases = random_samples(0, rays=7, samples=9, **spec)
     out = run(function, x, points, directions, panels(weights, biases, current().lanes), spec["outputs"])
     twin = position_layer_twin(x, points, directions, weights, biases)

@@ -23,7 +23,7 @@ from shiftadd3d.kernels.reference.gnt.ray_block import (
 from shiftadd3d.kernels.reference.linear_angular import LEAST_ROW_SUM
 from shiftadd3d.kernels.runtime import memory
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Kernel
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
@@ -256,7 +256,9 @@ def _head(attended: Buffer, weight: Buffer, layout: Layout, size: int, head: int
     return size, lambda r, k: attended[r, head * layout.head + k], weight.below(head * size)
 
 
-def run(function: Any, x: Tensor, panels: Sequence[Tensor], eps: float, return_weights: bool) -> tuple[Tensor, Tensor]:
+def run(
+    function: Compiled, x: Tensor, panels: Sequence[Tensor], eps: float, return_weights: bool
+) -> tuple[Tensor, Tensor]:
     rays, samples, width = x.shape
     out = memory.empty(rays * samples, width, dtype=torch.float32)
     first = torch.empty(rays if return_weights else 0, samples)
@@ -266,7 +268,7 @@ def run(function: Any, x: Tensor, panels: Sequence[Tensor], eps: float, return_w
 
 
 def _trial(
-    function: Any, *, width: int, heads: int, hidden: int, attention: str, kernel: int, return_weights: bool
+    function: Compiled, *, width: int, heads: int, hidden: int, attention: str, kernel: int, return_weights: bool
 ) -> None:
     x, weights, biases, conv, _ = random_block(
         0, rays=13, samples=9, width=width, heads=heads, hidden=hidden, kernel=kernel

@@ -24,7 +24,7 @@ from shiftadd3d.kernels.pack.gnt.view_attention import panels
 from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS, compare_with_twin
 from shiftadd3d.kernels.runtime import memory
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Kernel
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
@@ -118,7 +118,7 @@ def _pool(
     return summed[isa.at(0)] / total
 
 
-def _trial(function: Any, *, width: int, hidden: int) -> None:
+def _trial(function: Compiled, *, width: int, hidden: int) -> None:
     def packed(*arguments: Any) -> Tensor:
         return run(function, *arguments[:4], panels=panels(*arguments[4:], lanes=current().lanes))
 
@@ -126,7 +126,7 @@ def _trial(function: Any, *, width: int, hidden: int) -> None:
 
 
 def run(
-    function: Any, query: Tensor, views: Tensor, ray_diff: Tensor, mask: Tensor, panels: Sequence[Tensor]
+    function: Compiled, query: Tensor, views: Tensor, ray_diff: Tensor, mask: Tensor, panels: Sequence[Tensor]
 ) -> Tensor:
     count, width = views.shape[-2:]
     out = memory.empty(*query.shape, dtype=torch.float32)

@@ -15,7 +15,7 @@ from shiftadd3d.kernels.pack.gnt.view_embedding import panels
 from shiftadd3d.kernels.reference.gnt.view_embedding import LEAST_VARIANCE, random_views, view_embedding_twin
 from shiftadd3d.kernels.runtime import memory
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Kernel
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr
 
@@ -108,7 +108,9 @@ def _moments(isa: Isa, inputs: int, shown: Buffer, seen: Buffer, row: Expr, V: E
             out[inputs + start + i] = square[i]
 
 
-def run(function: Any, values: Tensor, mask: Tensor, panels: Sequence[Tensor], width: int) -> tuple[Tensor, Tensor]:
+def run(
+    function: Compiled, values: Tensor, mask: Tensor, panels: Sequence[Tensor], width: int
+) -> tuple[Tensor, Tensor]:
     *leading, views, inputs = values.shape
     embedding = memory.empty(*leading, views, width, dtype=torch.float32)
     query = memory.empty(*leading, width, dtype=torch.float32)
@@ -123,7 +125,7 @@ def run(function: Any, values: Tensor, mask: Tensor, panels: Sequence[Tensor], w
     return embedding, query
 
 
-def _trial(function: Any, **spec: Any) -> None:
+def _trial(function: Compiled, **spec: Any) -> None:
     values, mask, weights, biases = random_views(0, points=29, views=5, **spec)
     outcome = run(function, values, mask, panels(weights, biases, current().lanes), spec["width"])
     for out, twin in zip(outcome, view_embedding_twin(values, mask, weights, biases), strict=True):
