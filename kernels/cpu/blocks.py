@@ -112,18 +112,17 @@ def softmax_of_vectors(
         score: ``score(i)``, a vector.
         use: ``use(i, share)``, for each of them.
     """
-    here = isa.at(0)
     largest, total = isa.register(LOWEST), isa.register(0.0)
     with T.serial(count) as i:
         at = isa.at(i * isa.lanes)
         shares[at] = score(i)
-        largest[here] = isa.at_least(shares[at], largest[here])
+        largest.value = isa.at_least(shares[at], largest.value)
     with T.serial(count) as i:
         at = isa.at(i * isa.lanes)
-        shares[at] = exp(isa, shares[at] - largest[here])
-        total[here] = total[here] + shares[at]
+        shares[at] = exp(isa, shares[at] - largest.value)
+        total.value = total.value + shares[at]
         use(i, shares[at])
-    return total[here]
+    return total.value
 
 
 def softmax_of_row(isa: Isa, row: Buffer, count: Index) -> Expr:
@@ -132,19 +131,19 @@ def softmax_of_row(isa: Isa, row: Buffer, count: Index) -> Expr:
     Args:
         row: with room for whole vectors.
     """
-    lanes, here = isa.lanes, isa.at(0)
+    lanes = isa.lanes
     peaks, sums = isa.register(LOWEST), isa.register(0.0)
     vectors = T.bind(T.truncdiv(count + (lanes - 1), T.int64(lanes)))
     with T.serial(vectors * lanes - count) as i:
         row[count + i] = T.float32(LOWEST)
     with T.serial(vectors) as n:
-        peaks[here] = isa.at_least(row[isa.at(n * lanes)], peaks[here])
-    peaks[here] = isa.largest(peaks[here])
+        peaks.value = isa.at_least(row[isa.at(n * lanes)], peaks.value)
+    peaks.value = isa.largest(peaks.value)
     with T.serial(vectors) as n:
         at = isa.at(n * lanes)
-        row[at] = exp(isa, row[at] - peaks[here])
-        sums[here] = sums[here] + row[at]
-    return isa.total(sums[here])
+        row[at] = exp(isa, row[at] - peaks.value)
+        sums.value = sums.value + row[at]
+    return isa.total(sums.value)
 
 
 def layer_norm(
@@ -269,7 +268,7 @@ def blend_colors(
     blended = four.register(0.0)
     total = T.bind(softmax_of_row(isa, scores, count))
     with T.serial(count) as i:
-        blended[four.at(0)] = four.fma(four.splat(scores[i]), color(i), blended[four.at(0)])
+        blended.value = four.fma(four.splat(scores[i]), color(i), blended.value)
     with T.serial(count) as i:
         weights[i] = scores[i] / total
     for channel in range(3):

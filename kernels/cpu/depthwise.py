@@ -115,9 +115,7 @@ class _Row:
     def _channels(self, start: Expr, j: Expr, count: int, inside: range) -> None:
         """A vector of channels of a tile."""
         isa, (x, weight, bias, _, _), reach = self.isa, self.tensors, self._reach
-        sums = [T.alloc(isa.lanes) for _ in range(count)]
-        for total in sums:
-            total[isa.at(0)] = bias[isa.at(start)]
+        sums = [isa.register(bias[isa.at(start)]) for _ in range(count)]
         first = T.max(T.int64(0), reach - self.i)
         last = T.min(T.int64(self.kernel_size), self.height + reach - self.i)
         with T.serial(last - first) as step:
@@ -128,10 +126,10 @@ class _Row:
                 of_column = T.bind(weight[row * self.kernel_size + column, isa.at(start)])
                 for k, total in enumerate(sums, column):
                     if k in values:
-                        total[isa.at(0)] = isa.fma(values[k], of_column, total[isa.at(0)])
+                        total.value = isa.fma(values[k], of_column, total.value)
         for number, total in enumerate(sums):
             token = T.bind(self._prefix + self.i * self.width + j + number)
-            self._store(token, start, activate(isa, self.activation, T.bind(total[isa.at(0)])))
+            self._store(token, start, activate(isa, self.activation, T.bind(total.value)))
 
     def _store(self, token: Expr, start: Expr, y: Expr) -> None:
         isa, addend = self.isa, self.tensors.addend

@@ -15,6 +15,24 @@ from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index, Load, Number, St
 _EXPONENT_AND_FRACTION, _INFINITY, _QUIET_NAN = 0x7FFFFFFF, 0x7F800000, 0x400000
 
 
+class Register:
+    """A vector that can be assigned to, as `value`; an index gives a lane."""
+
+    def __init__(self, lanes: int, dtype: str) -> None:
+        self._buffer, self._all = T.alloc(lanes, dtype=dtype), T.ramp(0, lanes)
+
+    @property
+    def value(self) -> Expr:
+        return self._buffer[self._all]
+
+    @value.setter
+    def value(self, x: Expr) -> None:
+        self._buffer[self._all] = x
+
+    def __getitem__(self, lane: int) -> Expr:
+        return self._buffer[lane]
+
+
 class Isa:
     """Vectors of float32 and int32, and what a target does with them.
 
@@ -47,11 +65,13 @@ class Isa:
         """`x`, an integer or an int32 expression, in every lane."""
         return T.broadcast(T.int32(x) if isinstance(x, int) else x, self.lanes)
 
-    def register(self, start: float | None = None) -> Buffer:
-        """A vector of float32 that can be assigned to, as ``[at(0)]``."""
-        register = T.alloc(self.lanes)
+    def register(self, start: float | Expr | None = None, *, integer: bool = False) -> Register:
+        """A vector of float32, or int32, that can be assigned to; it may start as a number or a vector."""
+        register = Register(self.lanes, "int32" if integer else "float32")
         if start is not None:
-            register[self.at(0)] = self.splat(start)
+            if isinstance(start, (int, float)):
+                start = self.splat_int(int(start)) if integer else self.splat(start)
+            register.value = start
         return register
 
     def keep(self, x: Expr, *, integer: bool = False) -> Expr:
@@ -59,9 +79,7 @@ class Isa:
 
         Not by a let binding: TVM's simplifier looks through those, in time exponential in their number.
         """
-        place = T.alloc(self.lanes, dtype="int32" if integer else "float32")
-        place[self.at(0)] = x
-        return place[self.at(0)]
+        return self.register(x, integer=integer).value
 
     # float32.
 
@@ -105,9 +123,7 @@ class Isa:
 
     def total(self, x: Expr) -> Expr:
         """The sum of the lanes, a float."""
-        place = self.register()
-        place[self.at(0)] = self._folded(x, lambda a, b: a + b)
-        return place[0]
+        return self.register(self._folded(x, lambda a, b: a + b))[0]
 
     def largest(self, x: Expr) -> Expr:
         """The largest of the lanes that are numbers, in every lane."""

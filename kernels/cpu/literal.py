@@ -82,14 +82,12 @@ def _decode(codes: Buffer, bits: int, inputs: Expr, padded: Expr, weights: _Deco
 
 def _sums(isa: Isa, raised: Buffer, row: Expr, weights: _Decoded) -> list[Expr]:
     """The sums of a tile of rows, but for 1 for every negative weight: -s is ~s + 1."""
-    places = [T.alloc(isa.lanes, dtype="int32") for _ in range(_ROWS)]
-    for place in places:
-        place[isa.at(0)] = isa.splat_int(0)
+    places = [isa.register(0, integer=True) for _ in range(_ROWS)]
     with T.serial(raised.shape[1] // isa.lanes) as part:
         at = isa.at(part * isa.lanes)
         for r, place in enumerate(places):
             signed = ((raised[row + r, at] >> weights.shift[at]) & weights.keep[at]) ^ weights.flip[at]
-            place[isa.at(0)] = place[isa.at(0)] + signed
+            place.value = place.value + signed
     return [sum((place[lane] for lane in range(1, isa.lanes)), place[0]) for place in places]
 
 

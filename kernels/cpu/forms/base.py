@@ -177,13 +177,13 @@ class ShiftProduct(Decoder):
 
     # What forms have in common.
 
-    def refuse_extremes(self, magnitudes: Buffer, flag: Buffer) -> Expr:
-        """Raise the flag unless the largest of the magnitudes in a buffer is zero or in the middle of float32's range.
+    def refuse_extremes(self, magnitudes: Expr, flag: Buffer) -> Expr:
+        """Raise the flag unless the largest of a vector of magnitudes is zero or in the middle of float32's range.
 
         Returns:
             Its bits, int32.
         """
-        peak = T.bind(self.isa.largest_int(magnitudes[self.isa.at(0)]))
+        peak = T.bind(self.isa.largest_int(magnitudes))
         with T.when(T.either(peak >= HIGHEST, T.both(peak > 0, peak < LOWEST))):
             flag[0] = T.int32(1)
         return peak

@@ -77,14 +77,13 @@ class Bfloat16Product(ShiftProduct):
 
     def stage_row(self, scratch: Scratch, row: Expr, inputs: Expr, load: Load, flag: Buffer) -> None:
         isa = self.isa
-        largest = T.alloc(isa.lanes, dtype="int32")
-        largest[isa.at(0)] = isa.splat_int(0)
+        largest = isa.register(0, integer=True)
 
         def convert(block: Expr, first: Expr, count: Expr) -> None:
             def use(xs: list[Expr], part: Expr) -> None:
                 low, high = xs
                 for x in xs:
-                    largest[isa.at(0)] = T.max(largest[isa.at(0)], isa.magnitude_bits(x))
+                    largest.value = T.max(largest.value, isa.magnitude_bits(x))
                 for piece in range(self.pieces):
                     place = (piece * scratch.blocks + block) * scratch.rows + row
                     at = isa.at(part * isa.lanes)
@@ -96,7 +95,7 @@ class Bfloat16Product(ShiftProduct):
 
         self.each_block(scratch, inputs, convert)
         # Pieces of these are no denormals, or too small to count.
-        self.refuse_extremes(largest, flag)
+        self.refuse_extremes(largest.value, flag)
 
     def multiply(self, scratch: Scratch, row: Expr, turn: Expr, count: Expr) -> None:
         isa, stride = self.isa, 4 * self.columns

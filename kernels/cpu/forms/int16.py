@@ -60,16 +60,15 @@ class Int16Product(ShiftProduct):
 
     def stage_row(self, scratch: Scratch, row: Expr, inputs: Expr, load: Load, flag: Buffer) -> None:
         isa = self.isa
-        largest = T.alloc(isa.lanes, dtype="int32")
+        largest = isa.register(0, integer=True)
 
         def compare(xs: list[Expr], part: Expr) -> None:
             for x in xs:
-                largest[isa.at(0)] = T.max(largest[isa.at(0)], isa.magnitude_bits(x))
+                largest.value = T.max(largest.value, isa.magnitude_bits(x))
 
-        largest[isa.at(0)] = isa.splat_int(0)
         self.groups_of_vectors(row, T.int64(0), inputs, load, compare)
         # Within these bounds neither the scale, nor its reciprocal, nor sums times either overflow.
-        peak = self.refuse_extremes(largest, flag)
+        peak = self.refuse_extremes(largest.value, flag)
         scale, reciprocal = self.scale(T.bind(T.max(peak, T.int32(LOWEST))))
         scratch.scales[row] = scale
         factor = T.bind(isa.splat(T.bind(reciprocal)))

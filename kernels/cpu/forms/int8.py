@@ -37,17 +37,16 @@ class Int8Product(Int16Product):
         self, scratch: Scratch, place: Expr, row: Expr, first: Expr, count: Expr, load: Load, factor: Expr
     ) -> None:
         isa = self.isa
-        total = T.alloc(isa.lanes, dtype="int32")
-        total[isa.at(0)] = isa.splat_int(0)
+        total = isa.register(0, integer=True)
 
         def use(xs: list[Expr], part: Expr) -> None:
             integers = [isa.to_nearest(x * factor) for x in xs]
             four = T.bind((integers[0] + integers[1]) + (integers[2] + integers[3]))
-            total[isa.at(0)] = total[isa.at(0)] + four
+            total.value = total.value + four
             scratch.activations[place, isa.at(part * isa.lanes)] = isa.to_int8(integers)
 
         self.groups_of_vectors(row, first, count, load, use)
-        scratch.activations[place, self._start] = isa.total_int(total[isa.at(0)]) * T.int32(_LOWEST_WEIGHT)
+        scratch.activations[place, self._start] = isa.total_int(total.value) * T.int32(_LOWEST_WEIGHT)
 
     @property
     def _start(self) -> int:

@@ -54,8 +54,8 @@ class _Views:
         total = T.bind(T.float32(1.0) / self.shares(row))
         with T.serial(self.V) as v:
             value = self.values[row + v, four.at(0)]
-            mixed[four.at(0)] = four.fma(four.splat(self.logits[v]), value, mixed[four.at(0)])
-        color[four.at(0)] = mixed[four.at(0)] * four.splat(total)
+            mixed.value = four.fma(four.splat(self.logits[v]), value, mixed.value)
+        color[four.at(0)] = mixed.value * four.splat(total)
 
     def consensus(self, row: Expr, apart: Buffer, first: Expr, scores: Buffer, s: Expr) -> None:
         """How far the views of a sample are from what they show together: rows of `apart` from `first`; score s."""
@@ -122,8 +122,6 @@ def _build(target: CpuTarget, *, width: int, inputs: int, hidden: int) -> T.Prim
             apart, colors = T.alloc(_ROWS + ROW_PADDING, inputs), T.alloc(S, 4)
             logits, scores = T.alloc(isa.padded(MAX_VIEWS)), T.alloc(S + isa.lanes)
             views = _Views(isa, values, ray_diff, mask, scales, V, logits, T.alloc(1, align=4))
-            with T.serial(isa.padded(MAX_VIEWS)) as n:
-                logits[n] = T.float32(0.0)
             product(isa, S, own, b_own, [(width, lambda s, k: x[r * S + T.min(s, S - 1), k], w_own)], points)
             with T.serial(S) as s:
                 scores[s] = points[s, hidden]

@@ -147,18 +147,17 @@ class _Agreement:
         """Mean and deviation over the views of all that is shown of one point: `view_agreement`."""
         columns, lanes = self._columns, self._isa.lanes
         for group, column in columns.groups:
-            here = group.at(0)
             total, apart = group.register(0.0), group.register(0.0)
             for sums in (total, apart):
                 with T.serial(self._V) as v:
                     value = self._shown[group.at((v * lanes + lane) * columns.pitch + column)]
-                    value = group.absolute(value - total[here]) if sums is apart else value
-                    sums[here] = group.fma(group.splat(self._share[v * lanes + lane]), value, sums[here])
+                    value = group.absolute(value - total.value) if sums is apart else value
+                    sums.value = group.fma(group.splat(self._share[v * lanes + lane]), value, sums.value)
             if column == columns.color:
-                means[group.at(mean_at)] = total[here]
-                evidence[group.at(row)] = apart[here]
+                means[group.at(mean_at)] = total.value
+                evidence[group.at(row)] = apart.value
             else:
-                evidence[group.at(row + 3 + column)] = apart[here]
+                evidence[group.at(row + 3 + column)] = apart.value
 
 
 def run(

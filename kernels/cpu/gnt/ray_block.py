@@ -107,20 +107,18 @@ class _Ray:
 
     def _look_up(self, head: Expr, summed: Buffer, counts: Buffer) -> None:
         """What the samples' queries make of the sums."""
-        isa, here, row_sum = self.of_head, self.of_head.at(0), T.alloc(1, align=4)
+        isa, row_sum = self.of_head, T.alloc(1, align=4)
         with T.serial(self.S) as j:
             row_sum[0] = T.cast(self.S, "float32") * T.float32(0.5)
-            sums = {c: T.alloc(isa.lanes) for c in self.columns}
-            for c, part in sums.items():
-                part[here] = summed[self.size, isa.at(c)]
+            sums = {c: isa.register(summed[self.size, isa.at(c)]) for c in self.columns}
             with T.serial(self.size) as i:
                 code = self.query(j, head, i)
                 row_sum[0] = row_sum[0] + code * counts[i]
                 for c, part in sums.items():
-                    part[here] = isa.fma(isa.splat(code), summed[i, isa.at(c)], part[here])
+                    part.value = isa.fma(isa.splat(code), summed[i, isa.at(c)], part.value)
             row_sum[0] = T.float32(1.0) / T.max(row_sum[0], T.float32(LEAST_ROW_SUM))
             for c, part in sums.items():
-                self.attended[self.place(j, head, c)] = part[here] * isa.splat(row_sum[0])
+                self.attended[self.place(j, head, c)] = part.value * isa.splat(row_sum[0])
 
     def attend_softmax(self) -> None:
         """``softmax(s Q K^T) V``, head by head."""

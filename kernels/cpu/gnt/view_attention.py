@@ -112,10 +112,10 @@ def _pool(
         return T.if_then_else(mask[v] != T.number("uint8", 0), total, isa.splat(-1e9))
 
     def add(v: Expr, share: Expr) -> None:
-        summed[isa.at(0)] = isa.fma(share, shown[v, channels], summed[isa.at(0)])
+        summed.value = isa.fma(share, shown[v, channels], summed.value)
 
     total = softmax_of_vectors(isa, shares, V, score, add)
-    return summed[isa.at(0)] / total
+    return summed.value / total
 
 
 def _trial(function: Compiled, *, width: int, hidden: int) -> None:

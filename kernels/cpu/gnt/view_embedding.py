@@ -94,15 +94,15 @@ def _moments(isa: Isa, inputs: int, shown: Buffer, seen: Buffer, row: Expr, V: E
     out[2 * inputs] = count[0] / T.cast(V, "float32")
     count[0] = T.float32(1.0) / T.max(count[0], T.float32(1.0))
     for start in range(0, inputs, isa.lanes):
-        here, there = isa.at(0), isa.at(start)
+        there = isa.at(start)
         mean, square = isa.register(0.0), isa.register(0.0)
         with T.serial(V) as v:
-            mean[here] = isa.fma(isa.splat(seen[row + v]), shown[row + v, there], mean[here])
-        mean[here] = mean[here] * isa.splat(count[0])
+            mean.value = isa.fma(isa.splat(seen[row + v]), shown[row + v, there], mean.value)
+        mean.value = mean.value * isa.splat(count[0])
         with T.serial(V) as v:
-            apart = isa.keep(shown[row + v, there] - mean[here])
-            square[here] = isa.fma(apart * apart, isa.splat(seen[row + v]), square[here])
-        square[here] = isa.square_root(square[here] * isa.splat(count[0]) + isa.splat(LEAST_VARIANCE))
+            apart = isa.keep(shown[row + v, there] - mean.value)
+            square.value = isa.fma(apart * apart, isa.splat(seen[row + v]), square.value)
+        square.value = isa.square_root(square.value * isa.splat(count[0]) + isa.splat(LEAST_VARIANCE))
         for i in range(min(isa.lanes, inputs - start)):
             out[start + i] = mean[i]
             out[inputs + start + i] = square[i]
