@@ -160,7 +160,15 @@ def argument(
     handle = _tirx().arg(name, _tirx().handle())
     stored = "int16" if dtype == "bfloat16" else dtype
     align = align or {"uint8": 1, "int8": 1, "int16": 2, "int64": 8}.get(stored, 4)
-    return Buffer(_tirx().match_buffer(handle, shape, stored, strides=strides, align=align), shape, dtype)
+    data = _tirx().match_buffer(handle, shape, stored, strides=strides, align=align)
+    return Buffer(_named(name, data), shape, dtype)
+
+
+def _named(name: str, x: Any) -> Any:
+    """`x`, called so where a call does not fit."""
+    from tvm.script.ir_builder import IRBuilder
+
+    return IRBuilder.name(name, x)
 
 
 def panel(name: str, *shape: int) -> Buffer:
