@@ -1,11 +1,16 @@
-"""The transformer block along rays on CPUs: all of a ray stays in the caches."""
+"""The transformer block along rays on CPUs: all of a ray stays in the caches.
+
+With (Q, K, V) = W norm(x) + b, the norms' weights taken into the layers behind them::
+
+    x' = x + W_o (attention of (Q, K, V) + convolution of V along the ray) + b_o
+    out = x' + W_2 relu(W_1 norm(x') + b_1) + b_2
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -136,24 +141,19 @@ class _Ray:
                 def store(r: Index, c: Index, x: Expr) -> None:
                     shares[r, isa.at(left + c)] = x
 
-                query = partial(self._query_of, head)
-                term = (self.size, query, lambda k, c: turned[k, isa.at(left + c)])
+                term = (self.size, lambda r, k: self.query(r, head, k), lambda k, c: turned[k, isa.at(left + c)])
                 product(isa, self.S, span, lambda r, c: isa.splat(0.0), [term], store)
             with T.serial(self.S) as r:
-                total = T.alloc(1, align=4)
-                total[0] = T.float32(1.0) / softmax_of_row(isa, shares.part(r), self.S)
+                factor = T.bind(isa.splat(T.float32(1.0) / softmax_of_row(isa, shares.part(r), self.S)))
                 with T.serial(blocks * 2) as j:
                     at = isa.at(j * isa.lanes)
-                    shares[r, at] = shares[r, at] * isa.splat(total[0])
+                    shares[r, at] = shares[r, at] * factor
 
             def attend(r: Index, c: Index, x: Expr) -> None:
                 self.attended[self.place(r, head, c)] = x
 
             term = (self.S, shares, lambda k, c: self.value(k, head, c))
             product(of_head, self.S, self.layout.head, lambda r, c: of_head.splat(0.0), [term], attend)
-
-    def _query_of(self, head: Expr, r: Index, k: Index) -> Expr:
-        return self.query(r, head, k)
 
     def convolve(self, weights: Buffer, kernel: int) -> None:
         """Add the convolution of the values along the ray, zeros beyond its ends."""
