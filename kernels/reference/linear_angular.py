@@ -32,7 +32,7 @@ def attend(
     else:
         k, v = torch.where(present, k, 0), torch.where(present, v, 0)
         count = present.expand(*k.shape[:-1], 1).sum(-2, keepdim=True)
-    numerator = (q @ (k.mT @ v)) * scale + v.sum(-2, keepdim=True) * 0.5
+    numerator = (q @ (k.transpose(-2, -1) @ v)) * scale + v.sum(-2, keepdim=True) * 0.5
     row_sum = (q @ k.sum(-2).unsqueeze(-1)) * scale + count * 0.5
     return numerator / row_sum.clamp(min=LEAST_ROW_SUM)
 
@@ -44,7 +44,7 @@ def attention_map(
     bias: Tensor | None = None,  # added to the similarities, which stay at least zero; broadcasts to [*, N, M]
 ) -> Tensor:  # [*, N, M]
     """The map itself, whose rows sum to one where a query sees any key, and else to zero: the quadratic order."""
-    return _normalize((q @ k.mT) * (1 / (math.pi * q.shape[-1])) + 0.5, mask, bias)
+    return _normalize((q @ k.transpose(-2, -1)) * (1 / (math.pi * q.shape[-1])) + 0.5, mask, bias)
 
 
 def first_row(q: Tensor, k: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:  # [*, M]

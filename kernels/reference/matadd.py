@@ -44,7 +44,7 @@ def matadd_kv_twin(
     features = check_codes(k, v, mask, codes, features)
     if mask is not None:
         v = torch.where(mask.unsqueeze(-1), v, 0)
-    return decode_signs(k, codes, features, v.dtype).mT @ v
+    return decode_signs(k, codes, features, v.dtype).transpose(-2, -1) @ v
 
 
 def matadd_q_twin(
