@@ -178,7 +178,7 @@ class Train(_OnScene):
     rays: int | None = None
     """Rays a training step. If not set, the method's own number."""
     samples: tuple[int, int] | None = None
-    """Depths of the proposal (0: none), and samples of a ray that the transformers see. If not set, the method's own."""
+    """Depths of the proposal (0: none), and samples of a ray that transformers see. If not set, the method's own."""
 
     def __call__(self) -> None:
         commit = git_commit()  # now: it may move on while this runs

@@ -1,4 +1,4 @@
-"""MatShift on CPUs: each task takes a block of rows and a share of the outputs.
+"""MatShift on CPUs, ``y = activation(x W^T + bias)``: each task takes a block of rows and a share of the outputs.
 
 The same compiled code serves any number of rows, inputs and outputs: only the weights' format, the dtype and the
 activation are compiled in.
@@ -15,107 +15,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shiftadd3d.kernels.cpu import bfloat16, blocks
-from shiftadd3d.kernels.cpu.shift_product import Dtype, Form, Weights, all_forms, error_bound, shift_product, tile_shape
-from shiftadd3d.kernels.cpu.vectors import Vectors
-from shiftadd3d.kernels.reference import activations, power_of_two
+from shiftadd3d.kernels.cpu.blocks import activate
+from shiftadd3d.kernels.cpu.decode import Weights
+from shiftadd3d.kernels.cpu.forms import Form, all_forms, error_bound, rows_of_block, shift_product, tile_shape
+from shiftadd3d.kernels.cpu.isa import Isa
+from shiftadd3d.kernels.cpu.trials import Draw, check_within
+from shiftadd3d.kernels.reference import activations
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.matshift import decoded_weight
 from shiftadd3d.kernels.runtime import memory, targets
-from shiftadd3d.kernels.runtime.kernel import Kernel
+from shiftadd3d.kernels.runtime import tir as T
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
+from shiftadd3d.kernels.runtime.memory import DTYPES, Dtype
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 
-# What a block of staged activations takes up, and how long it gets at most: by then, decoding the weights for it costs
-# next to nothing. Decoding them for fewer rows costs more than reaching beyond a second-level cache of 512 KiB.
-_BLOCK_BYTES, _BLOCK_ROWS = 768 << 10, 384
-DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+# Of staged activations. Decoding weights for fewer rows costs more than reaching beyond a cache of 512 KiB.
+_BLOCK_BYTES = 768 << 10
 
 
-def build(target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype, activation: Activation) -> Any:
+def build(target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype, activation: Activation) -> T.PrimFunc:
     """The function ``(x, codes, offset, bias, y, flag, rows of a block, shares of the outputs)``.
 
-    x and y are float32, or the bits of bfloat16 as int16; bias is float32. Each task takes a block of rows and a share
-    of the outputs. See `ShiftProduct.stage` for the flag.
+    x and y are of `dtype`; bias is float32. See `ShiftProduct.stage` for the flag.
     """
-    from tvm.script import tirx as T
+    isa, product = Isa(target), shift_product(target, form, bits, terms, dtype)
 
-    vectors = Vectors(target)
-    product = shift_product(target, form, bits, terms, dtype)
-    storage = "int16" if dtype == "bfloat16" else "float32"
-
-    def at(start: Any, count: int) -> Any:
-        return start if count == 1 else T.ramp(start, 1, count)
-
-    def task(X: Any, Y: Any, flag: Any, weights: Weights, number: Any, rows_of_block: Any, shares: Any) -> None:
-        first_row = T.bind(number // shares * rows_of_block)
-        rows = T.bind(T.min(rows_of_block, X.shape[0] - first_row))
-        panels = T.bind((weights.outputs + (product.columns - 1)) // product.columns)
-        share = T.bind((panels + shares - 1) // shares)
-        first = T.bind(number % shares * share)
-        last = T.bind(T.max(first, T.min(first + share, panels)))
-        scratch = product.scratch(rows_of_block, weights.inputs)
-
-        def load(row: Any, start: Any, count: int) -> Any:
-            x = X[first_row + row, at(start, count)]
-            return bfloat16.widen(x, count) if dtype == "bfloat16" else x
-
-        def store(row: Any, column: Any, y: Any, count: int) -> None:
-            y = bfloat16.narrow(y, count) if dtype == "bfloat16" else y
-            T.buffer_store(Y, y, [first_row + row, at(column, count)])
-
-        product.stage(scratch, rows, weights.inputs, load, flag)
-        apply = partial(blocks.activate, vectors, activation)
-        product.panels(scratch, rows, weights, first, last, apply, store)
-        product.release()
-
-    @T.prim_func(s_tir=True)
-    def matshift(
-        x: T.handle,
-        codes: T.handle,
-        offset: T.handle,
-        bias: T.handle,
-        y: T.handle,
-        flag: T.handle,
-        rows_of_block: T.int64,
-        shares: T.int64,
-    ) -> None:
-        T.func_attr({"tirx.noalias": True})
-        rows = T.int64()
-        inputs = T.int64()
-        outputs = T.int64()
-        bytes_of_row = T.int64()
-        X = T.match_buffer(x, (rows, inputs), storage, align=4)
-        C = T.match_buffer(codes, (terms, outputs, bytes_of_row), "uint8", align=1)
-        E = T.match_buffer(offset, (terms, outputs), "int8", align=1)
-        B = T.match_buffer(bias, (outputs,), "float32", align=4)
-        Y = T.match_buffer(y, (rows, outputs), storage, align=4)
-        G = T.match_buffer(flag, (1,), "int32", align=4)
-        for number in T.parallel((rows + rows_of_block - 1) // rows_of_block * shares):
-            task(X, Y, G, Weights(C, E, B, inputs, outputs), number, rows_of_block, shares)
-
-    return matshift
+    with T.function("matshift") as function:
+        rows, inputs, outputs = T.sizes(3)
+        x = T.argument("x", (rows, inputs), dtype)
+        weights = Weights.argument("", terms, inputs, outputs)
+        y = T.argument("y", (rows, outputs), dtype)
+        flag = T.argument("flag", (1,), "int32")
+        block, shares = T.scalar("block"), T.scalar("shares")
+        with T.parallel((rows + block - 1) // block * shares) as task:
+            top = T.bind(task // shares * block)
+            height = T.bind(T.min(block, rows - top))
+            panels = T.bind((outputs + (product.columns - 1)) // product.columns)
+            share = T.bind((panels + shares - 1) // shares)
+            first = T.bind(task % shares * share)
+            last = T.bind(T.max(first, T.min(first + share, panels)))
+            scratch = product.scratch(block, inputs)
+            product.stage(scratch, height, inputs, isa.reader(x, lambda row: top + row), flag)
+            apply, store = partial(activate, isa, activation), isa.writer(y, lambda row: top + row)
+            product.panels(scratch, height, weights, first, last, apply, store)
+            product.release()
+    return function.get()
 
 
-def trial(function: Any, form: Form, bits: int, terms: int, dtype: Dtype, activation: Activation) -> None:
+def trial(function: Compiled, form: Form, bits: int, terms: int, dtype: Dtype, activation: Activation) -> None:
     """Odd sizes with tails on every side, more than one block of inputs, exponents far apart."""
     rows, columns = tile_shape(targets.current(), form)
-    generator = torch.Generator().manual_seed(0)
-    inputs, outputs = 16 * 41 + 5, columns + 3
-    weight = torch.randn(outputs, inputs, generator=generator) * torch.exp2(torch.arange(outputs).float() - 8)[:, None]
-    codes, offset, _ = power_of_two.encode(weight, bits, terms)
-    x = torch.randn(3 * rows + 1, inputs, generator=generator).to(getattr(torch, dtype))
-    bias = torch.randn(outputs, generator=generator)
-    packed = power_of_two.pack(codes, bits)
-    y = run(function, x, packed, offset, bias, block_rows=2 * rows, shares=2)
+    draw = Draw()
+    layer = draw.layer(16 * 41 + 5, columns + 3, bits, terms, far_apart=True)
+    x = draw.normal(3 * rows + 1, 16 * 41 + 5, dtype=dtype)
+    y = run(function, x, layer.codes, layer.offset, layer.bias, block_rows=2 * rows, shares=2)
     assert y is not None, "it found an activation that it cannot express"
-    weight = decoded_weight(x, packed, offset, bits)
-    twin = activations.apply(activation, F.linear(x.float(), weight.float(), bias))
+    weight = decoded_weight(x, layer.codes, layer.offset, bits).float()
+    twin = activations.apply(activation, F.linear(x.float(), weight, layer.bias))
     # The twin's own error, that of the form, and that of rounding the outcome.
-    bound = x.float().abs() @ weight.float().abs().T * 1e-6 + bias.abs() * 1e-6
-    bound += error_bound(form, bits) * x.float().abs().amax(-1, keepdim=True) * weight.float().abs().sum(-1)
+    bound = x.float().abs() @ weight.abs().T * 1e-6 + layer.bias.abs() * 1e-6
+    bound += error_bound(form, bits) * x.float().abs().amax(-1, keepdim=True) * weight.abs().sum(-1)
     bound += twin.abs() * (2.0**-8 if dtype == "bfloat16" else 0.0)
-    worst = ((y.float() - twin).abs() - bound).max().item()
-    assert worst <= 0, f"it is off by {worst:.2g} more than it may be"
+    check_within(y, twin, bound)
 
 
 def variants(target: CpuTarget) -> Iterator[dict[str, Any]]:
@@ -129,24 +90,18 @@ MATSHIFT = Kernel("matshift", build, trial, variants)
 
 
 def run(
-    function: Any, x: Tensor, codes: Tensor, offset: Tensor, bias: Tensor, block_rows: int, shares: int
+    function: Compiled, x: Tensor, codes: Tensor, offset: Tensor, bias: Tensor, block_rows: int, shares: int
 ) -> Tensor | None:
     """Call a compiled function; None if its form cannot express an activation."""
     y = memory.empty(x.shape[0], codes.shape[1], dtype=x.dtype)
     flag = torch.zeros(1, dtype=torch.int32)
-    numbers = [tensor.view(torch.int16) if x.dtype == torch.bfloat16 else tensor for tensor in (x, y)]
-    function(numbers[0], codes, offset, bias, numbers[1], flag, block_rows, shares)
+    function(memory.stored(x), codes, offset, bias, memory.stored(y), flag, block_rows, shares)
     return None if flag.item() else y
 
 
 def division_of(form: Form, rows: int, inputs: int, outputs: int) -> tuple[int, int]:
     """Rows of a block, and shares of the outputs, for as many tasks as there are threads, or a multiple."""
-    tile, columns = tile_shape(targets.current(), form)
-    threads = torch.get_num_threads()
-    longest = max(tile, min(_BLOCK_ROWS, _BLOCK_BYTES // (4 * inputs)) // tile * tile)
-    blocks = -(-rows // longest)
-    if blocks % threads:
-        # A few rows more or less for each do no harm, but decoding all weights for a handful of rows would.
-        blocks = min(-(-blocks // threads) * threads, max(blocks, rows // (4 * tile)))
-    shares = min(-(-threads // blocks), -(-outputs // columns))
-    return -(-rows // blocks // tile) * tile, shares
+    target = targets.current()
+    block = rows_of_block(target, form, rows, inputs, _BLOCK_BYTES)
+    columns, blocks = tile_shape(target, form)[1], -(-rows // block)
+    return block, min(-(-torch.get_num_threads() // blocks), -(-outputs // columns))

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.runtime.kernel import Kernel
 from shiftadd3d.kernels.runtime.numerics import KERNEL_DEVICES
+from shiftadd3d.kernels.runtime.targets import current
 
 OP_NAMESPACE = "shiftadd3d"
 _LIBRARY = torch.library.Library(OP_NAMESPACE, "FRAGMENT")
@@ -56,6 +58,14 @@ def define_op(
             _LIBRARY.impl(name, _autocast(op, device, activations), f"Autocast{device.upper()}")
     KERNEL_DEVICES[name] = ("cpu",) if cuda is None else ("cpu", "cuda")
     return op
+
+
+def packed_function(kernel: Kernel, lanes: int, /, **spec: Any) -> Callable[..., Any] | None:
+    """`kernel.function` for weights that are packed for vectors of so many floats; None where its vectors differ."""
+    if lanes != current().lanes:
+        kernel.decline(f"weights are packed for vectors of {lanes} floats, those of another CPU: freeze the model here")
+        return None
+    return kernel.function(**spec)
 
 
 def _on_one_device(op: Any, implementation: Callable[..., Any]) -> Callable[..., Any]:

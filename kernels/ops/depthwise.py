@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from shiftadd3d.kernels.cpu.depthwise import DEPTHWISE_CONV, STORAGE, run
+from shiftadd3d.kernels.cpu.depthwise import DEPTHWISE_CONV, run
 from shiftadd3d.kernels.ops.define import define_op
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.depthwise import check_depthwise, depthwise_conv_twin
 from shiftadd3d.kernels.runtime import targets
+from shiftadd3d.kernels.runtime.memory import DTYPES
 from shiftadd3d.kernels.runtime.numerics import get_numerics
 
 
@@ -57,9 +58,9 @@ def _depthwise_cpu(
 ) -> Tensor:
     check_depthwise(x, weight, bias, height, width, activation, addend)
     function = None
-    if x.numel() and x.dtype in STORAGE and x.shape[-1] >= targets.current().lanes:
+    if x.numel() and x.dtype in DTYPES and x.shape[-1] >= targets.current().lanes:
         function = DEPTHWISE_CONV.function(
-            dtype=STORAGE[x.dtype],
+            dtype=DTYPES[x.dtype],
             kernel_size=weight.shape[-1],
             activation=activation,
             added=addend is not None,

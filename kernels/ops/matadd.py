@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels.cpu.matadd import MATADD, PRODUCTS, STORAGE, SUMS, run_matadd, run_products, run_sums
+from shiftadd3d.kernels.cpu.matadd import CODES, MATADD, PRODUCTS, SUMS, run_matadd, run_products, run_sums
 from shiftadd3d.kernels.cuda import matadd as cuda_matadd
 from shiftadd3d.kernels.ops.define import define_op
+from shiftadd3d.kernels.reference.linear_angular import LEAST_ROW_SUM
 from shiftadd3d.kernels.reference.matadd import (
-    LEAST_ROW_SUM,
     LOW,
     add_attention_twin,
     check_codes,
@@ -225,7 +225,7 @@ def _matadd_cuda(
 def _add_contrast_(state: Tensor, contrast: Tensor) -> None:
     """Give contrast [H] to sums [B * H, D + 1, E + 1] whose last row and column sum values and codes, in place.
 
-    See `_emit_products`, which does the same on the way.
+    See `sign_tables.Products`, which does the same on the way.
     """
     keys, values, count = state[:, :-1, -1:], state[:, -1:, :-1], state[:, -1:, -1:]
     factors = contrast.to(state.dtype).repeat(len(state) // len(contrast))[:, None, None]
@@ -239,10 +239,10 @@ def _function(
     """The compiled function for this process's target, or None where the twin has to do."""
     if dtype not in (torch.float32, torch.bfloat16) or not features or not columns:
         return None
-    if any(isinstance(value, torch.dtype) and value not in STORAGE for _, value in spec):
+    if any(isinstance(value, torch.dtype) and value not in CODES for _, value in spec):
         return None
-    stored = {name: STORAGE.get(value, value) for name, value in spec}
-    return kernel.function(dtype=STORAGE[dtype], features=features, columns=columns, **stored)
+    stored = {name: CODES.get(value, value) for name, value in spec}
+    return kernel.function(dtype=CODES[dtype], features=features, columns=columns, **stored)
 
 
 def _heads(x: Tensor) -> Tensor:

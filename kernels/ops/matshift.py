@@ -1,7 +1,7 @@
 """MatShift as an op: the linear layer of shifts, straight from its packed codes.
 
 Accuracy (see `shiftadd3d.kernels.runtime.numerics`): ``"exact"`` computes as float32 does throughout. ``"fast"`` does
-too, but for two cases (see `shiftadd3d.kernels.cpu.shift_product`). With one term of at most 5 bits on CPUs with AVX2,
+too, but for two cases (see `shiftadd3d.kernels.cpu.forms`). With one term of at most 5 bits on CPUs with AVX2,
 every row of x is rounded to 16-bit integers, and before the activation ``|y - exact y| <= 2**-15 * max |row of x| * sum
 |row of W|``, with 5 bits 2**-11 in place of 2**-15. On CPUs with AMX, x is rounded to bfloat16, and the bound is that
 with 2**-8. ``"int8"`` is the same, but for one term of at most 4 bits on CPUs with AVX2 and without AMX: every row of x
@@ -16,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shiftadd3d.kernels.cpu.matshift import DTYPES, MATSHIFT, division_of, run
-from shiftadd3d.kernels.cpu.shift_product import forms
+from shiftadd3d.kernels.cpu.forms import forms
+from shiftadd3d.kernels.cpu.matshift import MATSHIFT, division_of, run
 from shiftadd3d.kernels.cuda import matshift as cuda_matshift
 from shiftadd3d.kernels.cuda import product
 from shiftadd3d.kernels.ops.define import define_op
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.matshift import check_arguments, decoded_weight, matshift_twin
 from shiftadd3d.kernels.runtime import memory, targets
+from shiftadd3d.kernels.runtime.memory import DTYPES
 from shiftadd3d.kernels.runtime.numerics import Numerics, get_numerics
 
 

@@ -11,14 +11,14 @@ from typing import cast
 
 from torch import Tensor
 
-from shiftadd3d.kernels.cpu.matshift import DTYPES
-from shiftadd3d.kernels.cpu.mlp import MLP, block_rows, floats_of_row, run
-from shiftadd3d.kernels.cpu.shift_product import forms
+from shiftadd3d.kernels.cpu.forms import forms
+from shiftadd3d.kernels.cpu.mlp import MLP, block_rows, run
 from shiftadd3d.kernels.ops.define import define_op
 from shiftadd3d.kernels.ops.matshift import matshift_cuda
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.mlp import check_mlp, shift_mlp_twin
 from shiftadd3d.kernels.runtime import targets
+from shiftadd3d.kernels.runtime.memory import DTYPES
 from shiftadd3d.kernels.runtime.numerics import Numerics, get_numerics
 
 
@@ -76,8 +76,7 @@ def _mlp_cpu(
         function = MLP.function(form=form, bits=bits, terms=terms, dtype=dtype, activation=activation)
         if function is None:
             continue
-        floats = floats_of_row(form, (rows.shape[1], hidden_codes.shape[1]))
-        y = run(function, rows, layers, block_rows(targets.current(), form, rows.shape[0], floats))
+        y = run(function, rows, layers, block_rows(form, rows.shape[0], (rows.shape[1], hidden_codes.shape[1])))
         if y is not None:
             return y.view(*x.shape[:-1], outputs)
     return shift_mlp_twin(x, *layers, bits, activation)

@@ -13,16 +13,16 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from shiftadd3d.kernels.cpu.matshift import DTYPES
-from shiftadd3d.kernels.cpu.mlp import block_rows, floats_of_row
+from shiftadd3d.kernels.cpu.forms import forms
+from shiftadd3d.kernels.cpu.mlp import block_rows
 from shiftadd3d.kernels.cpu.moe import MOE, run
-from shiftadd3d.kernels.cpu.shift_product import forms
 from shiftadd3d.kernels.cuda import moe as cuda_moe
 from shiftadd3d.kernels.cuda import product
 from shiftadd3d.kernels.ops.define import define_op
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.moe import check_moe, gates_of, moe_mlp_twin, outputs_of, width_of
 from shiftadd3d.kernels.runtime import targets
+from shiftadd3d.kernels.runtime.memory import DTYPES
 from shiftadd3d.kernels.runtime.numerics import Numerics, get_numerics
 
 
@@ -91,7 +91,7 @@ def _moe_cpu(
         function = MOE.function(**spec, form=form)
         if function is None:
             continue
-        block = block_rows(targets.current(), form, expected, floats_of_row(form, widths))
+        block = block_rows(form, expected, widths)
         outcome = run(function, rows, logits.reshape(len(rows), -1), layers, depth, gated, block)
         if outcome is not None:
             y, assignment = outcome

@@ -7,18 +7,14 @@ Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.2.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.reference import linear_angular
 
 # The number that a cleared bit stands for; a set one stands for 1.
 LOW = {"pm1": -1.0, "01": 0.0}
-
-# Similarities of linear-angular attention are at least 1/2 - 1/pi = 0.18, so a row sum below this has no key at all.
-LEAST_ROW_SUM = 0.1
 
 
 def pack_signs(x: Tensor) -> Tensor:
@@ -48,7 +44,7 @@ def matadd_kv_twin(
     features = check_codes(k, v, mask, codes, features)
     if mask is not None:
         v = torch.where(mask.unsqueeze(-1), v, 0)
-    return decode_signs(k, codes, features, v.dtype).mT @ v
+    return decode_signs(k, codes, features, v.dtype).transpose(-2, -1) @ v
 
 
 def matadd_q_twin(
@@ -85,18 +81,14 @@ def add_attention_twin(
     """What `add_attention` computes, in plain torch."""
     features = check_codes(k, v, mask, codes, features)
     check_contrast(contrast, v)
-    present = torch.ones_like(v[..., :1]) if mask is None else mask.unsqueeze(-1).to(v.dtype).expand_as(v[..., :1])
-    if mask is not None:
-        v = torch.where(mask.unsqueeze(-1), v, 0)
-    scale = 1 / (math.pi * features)
-    sums = matadd_twin(q, k, torch.cat((v, present), -1), mask, codes, features) * scale
-    numerator = sums[..., :-1] + 0.5 * v.sum(-2, keepdim=True)
-    count = present.sum(-2, keepdim=True)
-    row_sum = sums[..., -1:] + 0.5 * count
-    out = numerator / row_sum.clamp(min=LEAST_ROW_SUM)
+    check_codes(q, v, None, codes, features, rows=False)
+    present = None if mask is None else mask.unsqueeze(-1)
+    q, k = (decode_signs(x, codes, features, v.dtype) for x in (q, k))
+    out = linear_angular.attend(q, k, v, present)
     if contrast is None:
         return out
-    return torch.lerp(v.sum(-2, keepdim=True) / count.clamp(min=1), out, contrast.to(out.dtype)[:, None, None])
+    flat = linear_angular.attend(torch.zeros_like(q[..., :1, :]), torch.zeros_like(k), v, present)
+    return torch.lerp(flat, out, contrast.to(out.dtype)[:, None, None])
 
 
 def check_codes(

@@ -47,6 +47,9 @@ FAILURES = (AssertionError, ImportError, OSError, RuntimeError, UserError)
 cache or the linker's files; TVM's errors (all of them are `RuntimeError`, as are the linker's, the CUDA driver's and
 torch's of a device); a bundle or a GPU that does not fit."""
 
+Compiled = Callable[..., None]
+"""A compiled function: it takes contiguous torch tensors and numbers, and writes into some of them."""
+
 KERNELS: dict[str, Kernel] = {}
 """All kernels by name, those whose modules have been imported."""
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import ctypes
 import sys
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+Dtype = Literal["float32", "bfloat16"]
 
 # Below this, the C library hands out memory that has been used before.
 _LARGE = 8 << 20
 _HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE = 14
+
+DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""What kernels call the dtypes of activations that CPUs compute with."""
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -30,6 +35,13 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         if advise is not None and end > start:
             advise(start, end - start, _MADV_HUGEPAGE)  # advice only: whether it is taken makes no difference here
     return fresh
+
+
+def stored(x: Tensor) -> Tensor:
+    """`x` as functions take it: bfloat16 as its bits, a mask as bytes."""
+    if x.dtype == torch.bfloat16:
+        return x.view(torch.int16)
+    return x.view(torch.uint8) if x.dtype == torch.bool else x
 
 
 def float32_bias(bias: Tensor | None, outputs: int, device: torch.device | None = None) -> Tensor:

@@ -31,6 +31,7 @@ _BATCHES = 16
 """Views that shifts are calibrated on."""
 _RAYS = 32
 """Rays of each: some hundred of them at a few dozen depths, seen in several views, are many inputs of a layer."""
+_SAMPLES = 64  # of a ray, as the released configurations have at least
 _IMPORTANCE = 64
 """Samples for the fine network, where there is one; without them nothing would run it. The released code's default."""
 _BIG_DEPTH = 8
@@ -96,6 +97,7 @@ def _config_of(method: GNTTrainerConfig, gnt: GNTModel, data: Path, out: Path, r
     cast(AutoDataParserConfig, _manager(config).dataparser).data = data.absolute()
     model = _model(config)
     model.gnt, model.recipe = gnt.config, recipe_name
+    model.num_samples = max(model.num_samples, _SAMPLES)  # no plane sweep says where a ray's few samples should lie
     if not gnt.config.single_net:
         model.num_importance = _IMPORTANCE
     return config
@@ -200,7 +202,7 @@ def _options(config: GNTTrainerConfig, method: GNTTrainerConfig) -> Iterator[str
     """What ns-train has to be told for a run's network, beyond the method's name."""
     told = (
         ("pipeline.datamanager", _manager(config), _manager(method), ("num_source_views",)),
-        ("pipeline.model", _model(config), _model(method), ("recipe", "num_importance")),
+        ("pipeline.model", _model(config), _model(method), ("recipe", "num_samples", "num_importance")),
         ("pipeline.model.gnt", _model(config).gnt, _model(method).gnt, [f.name for f in dataclasses.fields(GNTConfig)]),
     )
     for prefix, own, default, names in told:

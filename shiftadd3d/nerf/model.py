@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -135,6 +137,10 @@ class GNTNerfModel(Model):
         self._drawn: Callable[[], DrawnSources | None] = lambda: None
         self._encoded: tuple[tuple[int, ...], SourceViews] | None = None
         self._features = FeatureCache()
+        self._is_frozen = False
+        # In a tuple, so that torch takes it for no part of this model.
+        self._frozen_copy: tuple[GNTModel, ...] = ()
+        self.register_load_state_dict_post_hook(_forget_what_was_made)
         self._lpips: LearnedPerceptualImagePatchSimilarity | None = None
         self._lpips_missing = False
 
@@ -161,7 +167,7 @@ class GNTNerfModel(Model):
         """
         self.stage = 2
         self._reparameterized(self.gnt)
-        self._forget_features()
+        self._forget_what_was_made()
         mixtures = (module for module in self.gnt.modules() if isinstance(module, MoE))
         return {
             copied: original
@@ -174,8 +180,26 @@ class GNTNerfModel(Model):
         """Go to the form for inference that the recipe ends in: second stage, packed weights."""
         if self.stage == 1:
             self.enter_second_stage()
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Go to the form for inference of this stage (`freeze_`), from which there is no way back."""
         freeze_(self.gnt, verbose=False)
-        self._forget_features()
+        self._is_frozen = True
+        self._forget_what_was_made()
+
+    def _network(self) -> GNTModel:
+        """What renders now. A network that is being trained does not evaluate itself: a frozen copy does that, made
+        anew for each evaluation.
+        """
+        if self._is_frozen or self.training or torch.is_grad_enabled():
+            return self.gnt
+        if not self._frozen_copy:
+            network = copy.deepcopy(self.gnt)
+            with contextlib.suppress(UserError):  # what cannot be frozen can be evaluated as it is
+                freeze_(network, verbose=False)
+            self._frozen_copy = (network,)
+        return self._frozen_copy[0]
 
     def warm_start(self, path: Path) -> None:
         """Start from a trained dense GNT, reparameterized: of a `gnt` run, or an official checkpoint.
@@ -202,14 +226,14 @@ class GNTNerfModel(Model):
             drawn: in training, what the rays drawn last are to be rendered from if that is another scene.
         """
         self._bank, self._num_source_views, self._drawn = bank, num_source_views, drawn
-        self._forget_features()
+        self._forget_what_was_made()
 
-    def _forget_features(self) -> None:
-        self._encoded = None
+    def _forget_what_was_made(self) -> None:
+        self._encoded, self._frozen_copy = None, ()
         self._features.clear()
 
     def train(self, mode: bool = True) -> GNTNerfModel:
-        self._forget_features()  # of weights that are about to change
+        self._forget_what_was_made()  # of weights that are about to change
         return super().train(mode)
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
@@ -306,7 +330,7 @@ class GNTNerfModel(Model):
             rays = (origins, directions, length, near, far)
             parts = [self._render(sources, *chunk) for chunk in zip(*(ray.split(at_once) for ray in rays), strict=True)]
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        out = self.gnt(
+        out = self._network()(
             sources,
             origins,
             directions * length,
@@ -362,7 +386,7 @@ class GNTNerfModel(Model):
 
     def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
         metrics = {"psnr": _psnr(outputs["rgb"].detach(), batch["image"].to(self.device))}
-        if self._has_mixtures:
+        if self._has_mixtures and self.training:  # an evaluation leaves the statistics alone
             for layer, statistics in router_statistics(self.gnt).items():
                 for expert, share in zip(statistics["experts"], statistics["last_shares"], strict=False):
                     metrics[f"router/{layer}/{expert}"] = torch.as_tensor(share)
@@ -440,6 +464,11 @@ class GNTNerfModel(Model):
             # Not a submodule: its weights belong in no checkpoint.
             object.__setattr__(self, "_lpips", lpips.eval().requires_grad_(False))
         return self._lpips
+
+
+def _forget_what_was_made(model: nn.Module, _: Any) -> None:
+    assert isinstance(model, GNTNerfModel)
+    model._forget_what_was_made()
 
 
 def depth_cross_entropy(

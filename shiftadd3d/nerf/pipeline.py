@@ -22,7 +22,6 @@ from shiftadd3d.nerf.datamanager import GNTDataManager, GNTDataManagerConfig
 from shiftadd3d.nerf.distributed import take_from_first_process
 from shiftadd3d.nerf.model import GNTNerfModel, GNTNerfModelConfig
 from shiftadd3d.nerf.near_far import check_near_far
-from shiftadd3d.nn import freeze_
 
 
 @dataclass
@@ -117,7 +116,7 @@ class GNTPipeline(VanillaPipeline):
             check_near_far(near, far)
             self.model.near_far.copy_(torch.tensor([near, far]))
         else:
-            freeze_(self.model.gnt, verbose=False)
+            self.model.freeze()
 
     def _misfit(self, state: Mapping[str, Any]) -> str:
         """Why a checkpoint's weights cannot be loaded, and what to do about it."""

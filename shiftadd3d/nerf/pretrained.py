@@ -19,7 +19,7 @@ from shiftadd3d.nerf.weights import pretrained_file, read_weights
 
 
 def load_pretrained(model: GNTNerfModel, path: Path) -> None:
-    """Load weights as `benchmarks/pretrain.py` writes them; packed ones leave a network for inference.
+    """Load weights as `benchmarks/pretrain.py` writes them; they leave a network for inference, packed or not.
 
     Raises:
         UserError: unreadable, or of another network.
@@ -36,6 +36,8 @@ def load_pretrained(model: GNTNerfModel, path: Path) -> None:
             f"{facts.get('method', 'the same method')} and the same version"
         )
     model.gnt.load_state_dict(tensors)
+    if facts.get("packed") != "true":
+        model.freeze()
 
 
 def open_scene(

@@ -12,7 +12,8 @@ from torch import Tensor
 from shiftadd3d._progress import progress
 from shiftadd3d.models.gnt import Cameras as PinholeCameras
 from shiftadd3d.models.gnt import SourceViews
-from shiftadd3d.models.gnt.projection import sample_sources
+from shiftadd3d.models.gnt.frozen import FrozenPointLookUp
+from shiftadd3d.models.gnt.projection import PointLookUp
 from shiftadd3d.models.gnt.sampling import sample_depths
 from shiftadd3d.nerf.datamanager import GNTDataManager
 from shiftadd3d.nerf.model import image_metrics
@@ -77,6 +78,7 @@ def mean_of_projections(
     rays = camera.generate_rays(camera_indices=0, keep_shape=True).flatten()
     mend_fisheye_rays(rays, camera)
     near, far = (torch.tensor(value, device=device) for value in near_far)
+    look_up = FrozenPointLookUp(PointLookUp()).eval()
     colours = []
     for start in range(0, len(rays), rays_per_chunk):
         chunk = rays[start : start + rays_per_chunk]
@@ -85,7 +87,7 @@ def mean_of_projections(
         )
         directions = chunk.directions * chunk.metadata["directions_norm"]  # as long as one unit of z depth
         points = chunk.origins[:, None] + depths[..., None] * directions[:, None]
-        samples = sample_sources(points, chunk.origins, sources, maps)
+        samples = look_up(points, chunk.origins, sources, maps)
         seen = samples.mask.to(samples.rgb.dtype)
         count = seen.sum(dim=(1, 2))
         mean = (samples.rgb * seen).sum(dim=(1, 2)) / count.clamp(min=1.0)

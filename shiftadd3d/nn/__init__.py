@@ -30,7 +30,8 @@ from shiftadd3d.nn.fit import (
     fit_contrast_,
 )
 from shiftadd3d.nn.freeze import FreezeReport, FrozenLayer, freeze_
-from shiftadd3d.nn.mlp import FrozenConvMlp, FrozenMlp, register_frozen
+from shiftadd3d.nn.frozen import FrozenModule, register_frozen
+from shiftadd3d.nn.mlp import FrozenConvMlp, FrozenMlp
 from shiftadd3d.nn.moe import (
     FrozenMoE,
     MoE,
@@ -93,6 +94,7 @@ __all__ = [
     "FrozenLayer",
     "FrozenMlp",
     "FrozenMoE",
+    "FrozenModule",
     "HashBinarizer",
     "LayerOperations",
     "LayerSensitivity",

@@ -22,9 +22,10 @@ from torch.fx import Proxy
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.ops.depthwise import depthwise_conv
 from shiftadd3d.kernels.ops.matadd import add_attention
+from shiftadd3d.kernels.reference import linear_angular
 from shiftadd3d.kernels.runtime.numerics import uses_kernels
+from shiftadd3d.nn.attachments import has_hooks
 from shiftadd3d.nn.binarize import Codes, make_binarizer
-from shiftadd3d.nn.mlp import has_hooks
 from shiftadd3d.nn.shift import joint_product
 from shiftadd3d.nn.tracing import one_node
 
@@ -33,11 +34,6 @@ if TYPE_CHECKING:
 
 Order = Literal["auto", "linear", "quadratic"]
 ORDERS = ("auto", "linear", "quadratic")
-
-# Similarities are at least 1/2 - 1/pi = 0.18, so a row sum below this has no key at all. With a bias added to them
-# there is no such bound.
-_LEAST_ROW_SUM = 0.1
-_LEAST_BIASED_ROW_SUM = 1e-6
 
 
 def linear_add_attention(
@@ -75,21 +71,9 @@ def linear_add_attention(
     """
     mask, bias = broadcastable_mask(mask), _checked_bias(bias)
     order = _choose_order(order, q, k, v, mask, bias, dropout_p)
-    scale = 1 / (math.pi * q.shape[-1])
     if order == "quadratic":
-        attention = _normalize((q @ k.transpose(-2, -1)) * scale + 0.5, mask, bias)
-        return F.dropout(attention, dropout_p) @ v
-    if mask is not None:
-        key_mask = mask.transpose(-2, -1)  # [.., .., M, 1]
-        k, v = k * key_mask, v * key_mask
-        count = key_mask.expand(-1, -1, k.shape[-2], -1).sum(-2, keepdim=True)
-    else:
-        count = k.shape[-2]
-    key_values = k.transpose(-2, -1) @ v  # [B, H, D, E]
-    key_sum = k.sum(-2).unsqueeze(-1)  # [B, H, D, 1]
-    numerator = (q @ key_values) * scale + v.sum(-2, keepdim=True) * 0.5
-    row_sum = (q @ key_sum) * scale + count * 0.5
-    return numerator / row_sum.clamp(min=_LEAST_ROW_SUM)
+        return F.dropout(linear_angular.attention_map(q, k, mask, bias), dropout_p) @ v
+    return linear_angular.attend(q, k, v, None if mask is None else mask.transpose(-2, -1))
 
 
 def first_query_weights(q: Tensor, k: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -104,20 +88,7 @@ def first_query_weights(q: Tensor, k: Tensor, mask: Tensor | None = None, bias: 
     Returns:
         [B, H, M], the first row of the map that `linear_add_attention` applies; sums to 1 where any key counts.
     """
-    mask, bias = broadcastable_mask(mask), _checked_bias(bias)
-    similarity = (k @ q[..., 0, :].unsqueeze(-1)).squeeze(-1) / (math.pi * q.shape[-1]) + 0.5
-    return _normalize(similarity, None if mask is None else mask[..., 0, :], None if bias is None else bias[..., 0, :])
-
-
-def _normalize(similarity: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Rows of similarities [..., M], masked and biased, as rows of an attention map."""
-    least = _LEAST_ROW_SUM
-    if bias is not None:
-        similarity = (similarity + bias).relu()
-        least = _LEAST_BIASED_ROW_SUM
-    if mask is not None:
-        similarity = similarity * mask
-    return similarity / similarity.sum(-1, keepdim=True).clamp(min=least)
+    return linear_angular.first_row(q, k, broadcastable_mask(mask), _checked_bias(bias))
 
 
 def broadcastable_mask(mask: Tensor | None) -> Tensor | None:

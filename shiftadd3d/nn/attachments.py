@@ -58,6 +58,11 @@ def has_own_forward(module: nn.Module) -> bool:
     return "forward" in module.__dict__ and _is_replaced_method(module, "forward")
 
 
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether someone sees or changes what goes into and comes out of these modules."""
+    return any(module._forward_hooks or module._forward_pre_hooks or has_own_forward(module) for module in modules)
+
+
 def _is_replaced_method(module: nn.Module, name: str) -> bool:
     method = getattr(type(module), name, None)
     if not isinstance(method, types.FunctionType):

@@ -1,7 +1,8 @@
 """`freeze_`: one verb that turns a trained model into its form for inference, in place.
 
-Shift layers become packed codes, mixtures lose what only training needs, binarizers their straight-through estimator,
-and perceptrons of shift layers and additive attention become ready to run as kernels.
+Shift layers become packed codes, mixtures lose what only training needs, binarizers their straight-through estimator.
+What can run as kernels is made ready for that, once: perceptrons of shift layers, additive attention, and modules of
+registered classes.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from torch import nn
 from shiftadd3d._errors import UserError
 from shiftadd3d._report import RichReport
 from shiftadd3d.nn.add import TokenConv2d
-from shiftadd3d.nn.attachments import keep_attributes, overridden_methods
+from shiftadd3d.nn.attachments import keep_attributes, overridden_methods, would_be_lost
 from shiftadd3d.nn.binarize import Binarizer
+from shiftadd3d.nn.frozen import FrozenModule, frozen_class
 from shiftadd3d.nn.mlp import FrozenConvMlp, FrozenMlp, is_conv_mlp, is_plain_mlp
 from shiftadd3d.nn.moe import FrozenMoE, MoE, MoELinear, MoEMlp
 from shiftadd3d.nn.reparam import make_replacement, offloading_problems
@@ -46,6 +48,10 @@ class FreezeReport(RichReport):
     """How many binarizers give codes without a gradient from now on."""
     perceptrons: int
     """How many perceptrons, experts of mixtures among them, became a `FrozenMlp` or a `FrozenConvMlp`."""
+    blocks: int
+    """How many other modules became one that reads panels of its weights, a `FrozenModule`."""
+    left: dict[str, str]
+    """Modules of registered classes that run as they are written, by name, and why."""
     bytes_before: int
     """Of the whole model's state dict; what stands in several places counts once."""
     bytes_after: int
@@ -63,6 +69,9 @@ class FreezeReport(RichReport):
         lines = [f"{self.binarizers} binarizers frozen"] if self.binarizers else []
         if self.perceptrons:
             lines.append(f"{self.perceptrons} perceptrons ready to run as kernels")
+        if self.blocks:
+            lines.append(f"{self.blocks} other blocks ready to run as kernels")
+        lines += [f"{name} stays as it is: {reason}" for name, reason in self.left.items()]
         lines.append(f"the model: {self.bytes_before:,} bytes before, {self.bytes_after:,} after")
         return Group(*([table] if self.layers else ["no layers to freeze"]), *lines)
 
@@ -73,7 +82,9 @@ def freeze_(model: nn.Module, verbose: bool = True) -> FreezeReport:
     `ShiftLinear` becomes `PackedShiftLinear`, `ShiftConv2d` becomes `PackedShiftConv2d`, `MoE` becomes `FrozenMoE`, and
     binarizers stop giving gradients. A perceptron of two packed layers `fc1` and `fc2` with an activation `act` between
     them becomes a `FrozenMlp`, one with a depthwise convolution `dwconv` before the activation a `FrozenConvMlp`, if
-    its class is known (`register_frozen`), as timm's and GNT's are. Everything else stays and goes to evaluation mode.
+    its class is known (`register_frozen`), as timm's and GNT's are. Other modules of registered classes, such as GNT's
+    attention, become a `FrozenModule`, whether their layers are shifts or not; where mixtures, hooks or classes of
+    someone else's are in the way they stay, and the report says so. Everything else stays and goes to evaluation mode.
     Outputs are the same bit for bit in plain torch (``numerics("twin")``); on CPUs and GPUs kernels run, which sum in
     another order. A state dict saved afterwards loads into a new model that was reparameterized and frozen in the same
     way.
@@ -115,6 +126,7 @@ def freeze_(model: nn.Module, verbose: bool = True) -> FreezeReport:
     for parent, attribute, replacement in places:
         setattr(parent, attribute, replacement)
     perceptrons = _freeze_mlps(model)
+    blocks, left = _freeze_blocks(model)
     binarizers = [module for module in model.modules() if isinstance(module, Binarizer) and not module.frozen]
     for module in (*binarizers, *(module for module in model.modules() if isinstance(module, TokenConv2d))):
         module.frozen = True
@@ -123,7 +135,7 @@ def freeze_(model: nn.Module, verbose: bool = True) -> FreezeReport:
         FrozenLayer(names[old], type(old).__name__, type(frozen).__name__, sizes_before[old], _stored_bytes(frozen))
         for old, frozen in new.items()
     )
-    report = FreezeReport(layers, len(binarizers), perceptrons, bytes_before, _stored_bytes(model))
+    report = FreezeReport(layers, len(binarizers), perceptrons, blocks, left, bytes_before, _stored_bytes(model))
     if verbose:
         from rich.console import Console
 
@@ -164,6 +176,40 @@ def _freeze_mlps(model: nn.Module) -> int:
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, frozen[module])
     return len(frozen)
+
+
+def _freeze_blocks(model: nn.Module) -> tuple[int, dict[str, str]]:
+    """Put a `FrozenModule` wherever one is registered; how many, and why others stay, by name."""
+    frozen: dict[nn.Module, FrozenModule] = {}
+    left: dict[nn.Module, tuple[str, str]] = {}
+    # Parts before the modules that they are parts of.
+    for name, module in reversed(list(model.named_modules(remove_duplicate=False))):
+        kind = frozen_class(module)
+        if kind is None or not issubclass(kind, FrozenModule) or isinstance(module, FrozenModule):
+            continue
+        if module not in frozen:
+            try:
+                frozen[module] = _frozen_block(module, kind, name)
+            except UserError as error:
+                left[module] = name or "(root)", str(error)
+                continue
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, frozen[module])
+    return len(frozen), dict(reversed(left.values()))
+
+
+def _frozen_block(module: nn.Module, kind: type[FrozenModule], name: str) -> FrozenModule:
+    if not name:
+        raise UserError("it is the model itself, whose place is what is taken")
+    lost = would_be_lost(module)
+    if lost is not None:
+        raise UserError(f"it has {lost}")
+    frozen = kind(module)
+    for part in frozen.parts():
+        lost = would_be_lost(part)
+        if lost is not None:
+            raise UserError(f"a {type(part).__name__} in it has {lost}")
+    return frozen
 
 
 def _stored_bytes(module: nn.Module) -> int:

@@ -12,7 +12,8 @@ from shiftadd3d.kernels.ops.depthwise import depthwise_conv
 from shiftadd3d.kernels.ops.mlp import shift_mlp
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.runtime.numerics import uses_kernels
-from shiftadd3d.nn.attachments import has_own_forward, overridden_methods, would_be_lost
+from shiftadd3d.nn.attachments import has_hooks, would_be_lost
+from shiftadd3d.nn.frozen import frozen_class
 from shiftadd3d.nn.shift import PackedShiftLinear
 
 
@@ -115,37 +116,11 @@ class FrozenConvMlp(nn.Module):
         return second(self.act(image.flatten(2).transpose(1, 2)))
 
 
-_frozen_classes: dict[type[nn.Module], type[FrozenMlp] | type[FrozenConvMlp]] = {}
-
-
-def register_frozen(module_class: type[nn.Module], frozen: type[FrozenMlp] | type[FrozenConvMlp]) -> None:
-    """Make a class of perceptrons known to `freeze_`, which then puts a frozen one in the place of each.
-
-    Args:
-        module_class: a class with linear layers `fc1` and `fc2`, an activation `act`, and what does nothing in
-            evaluation. Subclasses count that have no method of their own in place of one of its.
-        frozen: what computes in evaluation just what its forward pass does: `FrozenMlp`, ``fc2(act(fc1(x)))``, or
-            `FrozenConvMlp`, with a depthwise convolution `dwconv` before the activation.
-    """
-    _frozen_classes[module_class] = frozen
-
-
-def _frozen_class(module: nn.Module) -> type[FrozenMlp] | type[FrozenConvMlp] | None:
-    """What `register_frozen` was told of the class of a module, or of the nearest one that it derives from."""
-    known = next((kind for kind in type(module).__mro__ if kind in _frozen_classes), None)
-    return None if known is None or overridden_methods(module, known) else _frozen_classes[known]
-
-
 def activation_name(module: nn.Module) -> Activation | None:
     """What kernels call this activation function; None if they do not have it."""
     if type(module) is nn.ReLU:
         return "relu"
     return "gelu" if type(module) is nn.GELU and module.approximate == "none" else None
-
-
-def has_hooks(*modules: nn.Module) -> bool:
-    """Whether someone sees or changes what goes into and comes out of these modules."""
-    return any(module._forward_hooks or module._forward_pre_hooks or has_own_forward(module) for module in modules)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -159,7 +134,7 @@ def is_plain_mlp(module: nn.Module) -> bool:
     Its class is registered as such (`register_frozen`), and it has two linear or packed shift layers `fc1` and `fc2`,
     an activation `act` that kernels know, nothing else but what does nothing in evaluation, and no hooks.
     """
-    return _frozen_class(module) is FrozenMlp and _consists_of(module, "fc1", "act", "fc2")
+    return frozen_class(module) is FrozenMlp and _consists_of(module, "fc1", "act", "fc2")
 
 
 def is_conv_mlp(module: nn.Module, mixtures: tuple[type[nn.Module], ...] = ()) -> bool:
@@ -182,7 +157,7 @@ def is_conv_mlp(module: nn.Module, mixtures: tuple[type[nn.Module], ...] = ()) -
         or (conv.stride, conv.dilation, conv.padding_mode) != ((1, 1), (1, 1), "zeros")
     ):
         return False
-    return _frozen_class(module) is FrozenConvMlp and _consists_of(
+    return frozen_class(module) is FrozenConvMlp and _consists_of(
         module, "fc1", "dwconv", "act", "fc2", layers=(*_LAYERS, *mixtures)
     )
 

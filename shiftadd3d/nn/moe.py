@@ -30,7 +30,8 @@ from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.runtime.numerics import uses_kernels
 from shiftadd3d.kernels.runtime.recording import is_exported
 from shiftadd3d.nn.derived_weight import WithoutWeight, derived_weight
-from shiftadd3d.nn.mlp import FrozenMlp, activation_name, is_watched, register_frozen
+from shiftadd3d.nn.frozen import register_frozen
+from shiftadd3d.nn.mlp import FrozenMlp, activation_name, is_watched
 from shiftadd3d.nn.shift import PackedShiftLinear, ShiftLinear
 from shiftadd3d.nn.tracing import one_node
 

@@ -21,6 +21,9 @@ from shiftadd3d.kernels.ops import matadd as ops_matadd
 from shiftadd3d.kernels.ops.gnt import gather as ops_gather
 from shiftadd3d.kernels.ops.gnt import ray_block as ops_ray_block
 from shiftadd3d.kernels.ops.gnt import view_attention as ops_view_attention
+from shiftadd3d.kernels.pack.gnt import ray_block as pack_ray_block
+from shiftadd3d.kernels.pack.gnt import view_attention as pack_view_attention
+from shiftadd3d.kernels.pack.panel import lanes_on
 from shiftadd3d.kernels.reference import matadd as reference_matadd
 from shiftadd3d.kernels.reference import power_of_two
 from shiftadd3d.kernels.reference.gnt import gather as reference_gather
@@ -292,9 +295,7 @@ def _view_attention_cases(device: str) -> Iterator[Case]:
         [b.double() for b in biases],
     )
     arguments = (*inputs, mask, weights, biases)
-    encoded = [power_of_two.encode(weight.cpu()) for weight in weights]
-    codes = [power_of_two.pack(one.codes, 4).to(device) for one in encoded]
-    offsets = [one.offset.to(device) for one in encoded]
+    panels = pack_view_attention.panels(weights, biases, lanes_on(query.device))
     per_view = sum(2 * rows * columns for rows, columns in (sizes[i] for i in range(1, 7)))
     yield Case(
         group="view-attention",
@@ -302,15 +303,11 @@ def _view_attention_cases(device: str) -> Iterator[Case]:
         operations=POINTS * (VIEWS * per_view + 4 * WIDTH**2),
         bytes=4 * sum(x.numel() for x in inputs) + 4 * query.numel(),
         ours={
-            "view attention": lambda: ops_view_attention.view_attention(*arguments),
-            "view attention, bfloat16": lambda: ops_view_attention.view_attention(*narrow),
-            "view attention, shift weights": lambda: ops_view_attention.view_attention_shift(
-                *inputs, mask, codes, offsets, biases, 4
-            ),
+            "view attention": lambda: ops_view_attention.view_attention(*inputs, mask, panels),
+            "view attention, bfloat16": lambda: ops_view_attention.view_attention(*narrow[:4], panels),
         },
         others=_eager_and_compiled(reference_view_attention.view_attention_twin, arguments, narrow),
         reference=reference_view_attention.view_attention_twin(*exact),
-        inexact=frozenset({"view attention, shift weights"}),
     )
 
 
@@ -324,6 +321,9 @@ def _eager_and_compiled(twin: Callable[..., Any], arguments: tuple, narrow: tupl
 
 
 def _ray_block_cases(device: str) -> Iterator[Case]:
+    def block(*arguments: Any) -> Run:
+        return lambda: ops_ray_block.ray_block(*arguments)[0]
+
     for attention, hidden in (("softmax", 4 * WIDTH), ("pm1", 4 * WIDTH)):
         kernel = 0 if attention == "softmax" else 3
         x, weights, biases, conv, heads = reference_ray_block.random_block(
@@ -346,6 +346,7 @@ def _ray_block_cases(device: str) -> Iterator[Case]:
             )  # fmt: skip
 
         wide, narrow = arguments(torch.float32), arguments(torch.bfloat16)
+        panels = pack_ray_block.panels(*wide[1:4], heads=heads, lanes=lanes_on(wide[0].device))
         tokens = RAYS * SAMPLES
         products = 4 * WIDTH**2 + 2 * WIDTH * hidden
         products += 2 * SAMPLES * WIDTH if attention == "softmax" else 2 * WIDTH * (WIDTH // heads)
@@ -355,8 +356,8 @@ def _ray_block_cases(device: str) -> Iterator[Case]:
             operations=2 * tokens * products,
             bytes=8 * tokens * WIDTH,
             ours={
-                "ray block": lambda wide=wide: ops_ray_block.ray_block(*wide)[0],
-                "ray block, bfloat16": lambda narrow=narrow: ops_ray_block.ray_block(*narrow)[0],
+                "ray block": block(wide[0], panels, *wide[4:]),
+                "ray block, bfloat16": block(narrow[0], panels, *narrow[4:]),
             },
             others=_eager_and_compiled(lambda *given: reference_ray_block.ray_block_twin(*given)[0], wide, narrow),
             # No reference: signs of queries near zero differ, and each makes another outcome.

@@ -17,9 +17,9 @@ def benchmark(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
 
 
 def results(repository: Path) -> list[dict]:
-    return [
-        json.loads(path.read_text()) for path in sorted((repository / "docs/results/data").glob("untrained-*.json"))
-    ]
+    data = repository / "docs/results/data"
+    paths = [*sorted(data.glob("untrained-*.json")), *sorted(data.glob("held-out-*.json"))]
+    return [json.loads(path.read_text()) for path in paths]
 
 
 def test_the_page_is_what_the_results_make_of_the_template(benchmark, repository: Path):
@@ -38,13 +38,14 @@ def test_every_result_names_its_command_and_machine(repository: Path):
     found = results(repository)
     assert found
     for result in found:
-        assert f"--scene {result['scene']} --method {result['method']}" in result["command"]
+        of = f"--scene {result['scene']}" if result["kind"] == "untrained" else "--factory HELD_OUT"
+        assert f"{of} --method {result['method']}" in result["command"]
         assert result["machine"] and 0 < result["psnr"] < 60
 
 
 def test_a_cell_without_a_result_is_empty(benchmark, repository: Path):
     template = "{{QUALITY}}"
-    one = {"scene": "s", "method": "gnt-tiny", "weights": "shipped", "psnr": 25.0, "ssim": 0.8}
+    one = {"kind": "untrained", "scene": "s", "method": "gnt-tiny", "weights": "shipped", "psnr": 25.0, "ssim": 0.8}
     one |= {
         "command": "python benchmarks/pretrain.py evaluate",
         "commit": "c",

@@ -9,11 +9,18 @@ from hypothesis import strategies as st
 
 from shiftadd3d import UserError
 from shiftadd3d.kernels.cpu.gnt.color_blend import KERNEL
+from shiftadd3d.kernels.pack.gnt.color_blend import color_blend_of_panels, panels
+from shiftadd3d.kernels.pack.panel import lanes_on
 from shiftadd3d.kernels.reference.gnt.color_blend import color_blend_twin, random_blend
 from shiftadd3d.kernels.runtime import targets
 
-OPS = torch.ops.shiftadd3d
 SIZES = {"rays": 5, "samples": 7, "views": 4, "width": 16, "inputs": 11, "hidden": 8}
+
+
+def op(x, values, ray_diff, mask, weights, *rest) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op, given the arguments of its twin."""
+    packed = panels(weights, *rest, lanes_on(torch.device("cpu")))
+    return torch.ops.shiftadd3d.color_blend(x, values, ray_diff, mask, packed, weights[0].shape[0])
 
 
 def problem(seed: int = 0, **changes) -> list:
@@ -21,7 +28,7 @@ def problem(seed: int = 0, **changes) -> list:
 
 
 def assert_same(arguments: list) -> None:
-    for out, expected in zip(OPS.color_blend(*arguments), color_blend_twin(*arguments), strict=True):
+    for out, expected in zip(op(*arguments), color_blend_twin(*arguments), strict=True):
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -39,7 +46,7 @@ def test_widths_need_not_be_whole_vectors(width, inputs, hidden):
 def test_a_colour_is_a_mixture_of_what_views_show():
     arguments = problem(2, rays=30)
     arguments[1][..., :3] = torch.rand(30, 7, 4, 3)
-    rgb, weights = OPS.color_blend(*arguments)
+    rgb, weights = op(*arguments)
     torch.testing.assert_close(weights.sum(-1), torch.ones(30))
     lowest, highest = arguments[1][..., :3].amin(dim=(1, 2)), arguments[1][..., :3].amax(dim=(1, 2))
     assert bool(((rgb >= lowest - 1e-6) & (rgb <= highest + 1e-6)).all())
@@ -48,21 +55,21 @@ def test_a_colour_is_a_mixture_of_what_views_show():
 def test_rays_that_nothing_sees_weigh_everything_the_same():
     arguments = problem(3)
     arguments[3][2] = False
-    rgb, weights = OPS.color_blend(*arguments)
+    rgb, weights = op(*arguments)
     torch.testing.assert_close(weights[2], torch.full((7,), 1 / 7))
     torch.testing.assert_close(rgb[2], arguments[1][2, ..., :3].mean(dim=(0, 1)))
 
 
 def test_more_views_than_fit_go_through_the_twin():
     arguments = problem(4, views=33)
-    assert all(map(torch.equal, OPS.color_blend(*arguments), color_blend_twin(*arguments)))
+    assert_same(arguments)
 
 
 def test_a_ray_that_is_not_finite_harms_no_other():
     arguments = problem(5)
     arguments[3][:] = True
     arguments[1][2, 3, 1, 7] = float("nan")
-    out, twin = OPS.color_blend(*arguments), color_blend_twin(*arguments)
+    out, twin = op(*arguments), color_blend_twin(*arguments)
     assert bool(out[0][2].isnan().all()) and bool(twin[0][2].isnan().all())
     others = [0, 1, 3, 4]
     for one, other in zip(out, twin, strict=True):
@@ -71,10 +78,10 @@ def test_a_ray_that_is_not_finite_harms_no_other():
 
 def test_strides_and_no_rays():
     arguments = problem(6)
-    expected = OPS.color_blend(*arguments)
+    expected = op(*arguments)
     turned = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in arguments[:4]]
-    assert all(map(torch.equal, OPS.color_blend(*turned, *arguments[4:]), expected))
-    rgb, weights = OPS.color_blend(*(x[:0] for x in arguments[:4]), *arguments[4:])
+    assert all(map(torch.equal, op(*turned, *arguments[4:]), expected))
+    rgb, weights = op(*(x[:0] for x in arguments[:4]), *arguments[4:])
     assert rgb.shape == (0, 3) and weights.shape == (0, 7)
 
 
@@ -83,10 +90,11 @@ def test_threads_change_nothing(torch_threads):
 
 
 def test_compiled_models_see_through_it():
-    x, *rest = problem(8)
+    x, values, ray_diff, mask, weights, *rest = problem(8)
+    packed = panels(weights, *rest, lanes_on(x.device))
 
     def model(x):
-        rgb, weights = OPS.color_blend(x * 2.0, *rest)
+        rgb, weights = torch.ops.shiftadd3d.color_blend(x * 2.0, values, ray_diff, mask, packed, 8)
         return rgb.sum(-1) * weights.amax(-1)
 
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
@@ -95,11 +103,20 @@ def test_compiled_models_see_through_it():
 def test_arguments_that_do_not_fit_are_refused():
     x, values, ray_diff, mask, weights, *rest = problem(9)
     with pytest.raises(UserError, match="C at least 1"):
-        OPS.color_blend(x, values[..., :3], ray_diff, mask, weights, *rest)
+        op(x, values[..., :3], ray_diff, mask, weights, *rest)
     with pytest.raises(UserError, match="mask bool"):
-        OPS.color_blend(x, values, ray_diff, mask.float(), weights, *rest)
-    with pytest.raises(UserError, match="weight and bias of view must be"):
-        OPS.color_blend(x, values, ray_diff, mask, [weights[0], *weights[:3]], *rest)
+        op(x, values, ray_diff, mask.float(), weights, *rest)
+    packed = panels(weights, *rest, lanes_on(x.device))
+    with pytest.raises(UserError, match="color_blend takes float32 panels"):
+        torch.ops.shiftadd3d.color_blend(x, values, ray_diff, mask, packed[:4], 8)
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 8, 16])
+def test_panels_for_any_vectors_hold_the_weights(lanes):
+    arguments = problem(10, width=13, hidden=6)
+    found = color_blend_of_panels(*arguments[:4], panels(*arguments[4:], lanes), 6)
+    for one, other in zip(found, color_blend_twin(*arguments), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_other_processors_get_their_own_instructions():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib
 import itertools
 import json
 import shutil
@@ -31,11 +30,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shiftadd3d import UserError, cli, kernels
 from shiftadd3d.kernels import manage
-from shiftadd3d.kernels.cuda import driver, product
+from shiftadd3d.kernels.cuda import driver as cuda_driver
+from shiftadd3d.kernels.cuda import product
 from shiftadd3d.kernels.cuda.driver import CUDA_KERNELS, CudaCode, CudaKernel
 from shiftadd3d.kernels.ops import matadd as ops_matadd
+from shiftadd3d.kernels.ops import matshift as ops_matshift
+from shiftadd3d.kernels.ops import mlp as ops_mlp
+from shiftadd3d.kernels.ops import moe as ops_moe
 from shiftadd3d.kernels.ops.gnt import gather as ops_gather
 from shiftadd3d.kernels.ops.gnt import view_attention as ops_view_attention
+from shiftadd3d.kernels.pack.gnt import view_attention as pack_view_attention
 from shiftadd3d.kernels.reference import matadd as reference_matadd
 from shiftadd3d.kernels.reference import power_of_two
 from shiftadd3d.kernels.reference.gnt import gather as reference_gather
@@ -49,13 +53,9 @@ from shiftadd3d.nn import MoEMlp, Recipe, ShiftLinear, freeze_, reparameterize_
 
 pytest.importorskip("tvm")
 
-needs_nvcc = pytest.mark.skipif(driver.find_nvcc() is None, reason="no nvcc")
+needs_nvcc = pytest.mark.skipif(cuda_driver.find_nvcc() is None, reason="no nvcc")
 needs_gcc = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to emulate a GPU with")
 HOPPER = targets.CudaTarget(90)
-
-matshift_module = importlib.import_module("shiftadd3d.kernels.matshift")  # the package has a function of that name
-mlp_module = importlib.import_module("shiftadd3d.kernels.mlp")
-moe_module = importlib.import_module("shiftadd3d.kernels.moe")
 
 SHIFT = {"bits": 4, "terms": 1, "activation": "gelu"}
 # Of each kernel, one specialisation of every way it works in.
@@ -130,7 +130,7 @@ class EmulatedFunction:
         content = bytearray(struct.pack("5q", *(*grid, 1, 1)[:3], self._code.threads, len(self._code.parameters)))
         places = {}
         for (name, kind), value in zip(
-            self._code.parameters, driver.pack_arguments(self._code.parameters, arguments), strict=True
+            self._code.parameters, cuda_driver.pack_arguments(self._code.parameters, arguments), strict=True
         ):
             data = stored(arguments[name]).numpy().tobytes() if kind == "pointer" else bytes(value)
             content += struct.pack("2q", len(data), kind == "pointer")
@@ -174,7 +174,7 @@ def test_kernels_compile_offline_and_keep_their_numbers_in_registers(name: str, 
     if spec.get("form") == "tensor" and spec["dtype"] != "float16" and not target.has_bfloat16:
         pytest.skip("tensor cores without bfloat16")
     code = compile_spec(name, spec, target)
-    cubin, resources = driver.assemble(code.source, target.arch)
+    cubin, resources = cuda_driver.assemble(code.source, target.arch)
     assert cubin.startswith(b"\x7fELF")
     assert resources.spilled_bytes == 0
     assert 8 <= resources.registers <= 168  # three blocks of 128 threads, at least, on one multiprocessor
@@ -208,7 +208,7 @@ def emulated_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_matshift_takes_any_leading_shape_and_no_bias(emulated_gpu: None):
     codes, offset, _ = power_of_two.encode(torch.randn(5, 33))
     x, codes = torch.randn(2, 0, 33), power_of_two.pack(codes, 4)
-    on_gpu = functools.partial(matshift_module.matshift_cuda, bits=4, activation="relu", numerics="exact")
+    on_gpu = functools.partial(ops_matshift.matshift_cuda, bits=4, activation="relu", numerics="exact")
     assert on_gpu(x, codes, offset, None).shape == (2, 0, 5)
     x = torch.randn(3, 2, 66)[..., ::2]
     torch.testing.assert_close(
@@ -267,11 +267,11 @@ def test_a_mixture_takes_experts_of_other_widths_kinds_and_numbers(gated: bool, 
     x, logits = torch.randn(150, 2, 37).transpose(0, 1), torch.randn(2, 150, 3)
     logits[..., 1] = -1e9  # nobody goes there
     logits[0, 0] = torch.nan
-    found, assignment = moe_module._moe_cuda(x, logits, layers, 2, 4, "relu", gated, "exact")
+    found, assignment = ops_moe._moe_cuda(x, logits, layers, 2, 4, "relu", gated, "exact")
     twin, expected = kernels.moe_mlp_twin(x, logits, layers, 2, 4, "relu", gated)
     assert torch.equal(assignment, expected)
     torch.testing.assert_close(found, twin, rtol=1e-5, atol=1e-5, equal_nan=True)
-    nothing, _ = moe_module._moe_cuda(x[:, :0], logits[:, :0], layers, 2, 4, "relu", gated, "exact")
+    nothing, _ = ops_moe._moe_cuda(x[:, :0], logits[:, :0], layers, 2, 4, "relu", gated, "exact")
     assert nothing.shape == (2, 0, 9)
 
 
@@ -290,7 +290,7 @@ def test_points_are_looked_up_among_valid_and_among_all_pixels(emulated_gpu: Non
 @pytest.mark.slow
 def test_a_perceptron_of_shifts_is_two_products(emulated_gpu: None):
     x, layers = torch.randn(3, 30, 33), random_layers("shift shift", {"shift shift": (33, 70, 9)})
-    found = mlp_module._mlp_cuda(x, *layers, 4, "gelu", "exact")
+    found = ops_mlp._mlp_cuda(x, *layers, 4, "gelu", "exact")
     torch.testing.assert_close(found, kernels.shift_mlp_twin(x, *layers, 4, "gelu"), rtol=1e-5, atol=1e-5)
 
 
@@ -333,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(128) f_kernel(float* __restrict__ X
     assert (code.symbol, code.threads) == ("f_kernel", 128)
     assert code.parameters == (("X", "pointer"), ("rows", "int"), ("scale", "float"))
     x = torch.zeros(3)
-    address, rows, scale = driver.pack_arguments(code.parameters, {"scale": 0.5, "X": x, "rows": 7})
+    address, rows, scale = cuda_driver.pack_arguments(code.parameters, {"scale": 0.5, "X": x, "rows": 7})
     assert (address.value, rows.value, scale.value) == (x.data_ptr(), 7, 0.5)
 
 
@@ -382,7 +382,7 @@ def test_kernels_are_built_and_listed_for_a_gpu_that_is_not_there(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_check_says_that_there_is_no_such_gpu(empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(CUDA_KERNELS["matshift"], "variants", lambda target: [SPECS[0][1]])
-    monkeypatch.setattr(driver, "assemble", lambda source, arch: (b"\x7fELF", driver.Resources(32, 0, 0)))
+    monkeypatch.setattr(cuda_driver, "assemble", lambda source, arch: (b"\x7fELF", cuda_driver.Resources(32, 0, 0)))
     file = tmp_path / "checked.json"
     assert cli.main(["kernels", "check", "matshift", "--target", "cuda-sm_90", "--json", str(file)]) == 1
     (row,) = json.loads(file.read_text())["variants"]
@@ -462,7 +462,7 @@ class RecordingDriver:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> RecordingDriver:
     recording = RecordingDriver()
-    monkeypatch.setattr(driver, "_load_driver", lambda: recording)
+    monkeypatch.setattr(cuda_driver, "_load_driver", lambda: recording)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=44))
     return recording
 
@@ -471,7 +471,7 @@ RECORD = {"symbol": "f_kernel", "threads": 128, "parameters": [["X", "pointer"],
 
 
 def test_a_function_is_queued_on_torchs_current_stream_in_torchs_context(driver: RecordingDriver):
-    function = driver.CudaFunction(b"cubin", RECORD, torch.device("cuda", 0))
+    function = cuda_driver.CudaFunction(b"cubin", RECORD, torch.device("cuda", 0))
     x = torch.zeros(3)
     function(5, 2, X=x, rows=7)
     sizes = [5, 2, 1, 128, 1, 1]
@@ -480,7 +480,7 @@ def test_a_function_is_queued_on_torchs_current_stream_in_torchs_context(driver:
 
 
 def test_what_the_driver_complains_of_is_raised(driver: RecordingDriver):
-    function = driver.CudaFunction(b"cubin", RECORD, torch.device("cuda", 0))
+    function = cuda_driver.CudaFunction(b"cubin", RECORD, torch.device("cuda", 0))
     driver.status = 700
     with pytest.raises(RuntimeError, match="cuLaunchKernel: an illegal memory access was encountered"):
         function(1, X=torch.zeros(3), rows=7)
@@ -505,7 +505,7 @@ def pretended_kernel(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     kernel = CudaKernel("test_pretended", RecordingDriver, lambda function, **spec: tried.append(spec), lambda _: [])
     monkeypatch.setattr(kernel, "tried", tried, raising=False)
     monkeypatch.setattr(kernel, "compile", lambda target, **spec: CudaCode("", "f_kernel", 128, (("X", "pointer"),)))
-    monkeypatch.setattr(driver, "assemble", lambda source, arch: (b"cubin", driver.Resources(32, 0, 0)))
+    monkeypatch.setattr(cuda_driver, "assemble", lambda source, arch: (b"cubin", cuda_driver.Resources(32, 0, 0)))
     yield kernel
     del CUDA_KERNELS["test_pretended"]
 
@@ -572,9 +572,9 @@ def test_nothing_is_loaded_while_a_graph_is_captured(pretended_kernel: Any, pret
 
 def test_without_nvcc_the_twin_stands_in(pretended_kernel: Any, pretended_gpu, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(driver, "find_nvcc", lambda: None)
+    monkeypatch.setattr(cuda_driver, "find_nvcc", lambda: None)
     with pytest.raises(RuntimeError, match="no nvcc found to compile it with"):
-        driver.assemble("", "sm_90")
+        cuda_driver.assemble("", "sm_90")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -656,9 +656,9 @@ def test_frozen_layers_on_a_gpu_call_their_kernels_without_waiting_for_it(op: st
 def test_where_a_gpu_has_no_kernel_a_network_runs_as_it_is_written(fake_cuda: None):
     recipe = Recipe(attention="add")
     with unset_fake_temporarily():
-        network = GNT(depth=1, width=32, feature_dim=4, color_head=True)
-        reparameterize_(network, recipe, verbose=False)
-        frozen(network)
+        model = nn.ModuleDict({"network": GNT(depth=1, width=32, feature_dim=4, color_head=True)})
+        reparameterize_(model, recipe, verbose=False)
+        network = frozen(model)["network"]
 
     def samples(device: str) -> tuple[Any, ...]:
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -758,8 +758,8 @@ def test_matadd_is_its_twin_on_a_gpu(dtype, codes, tokens, features, columns):
         inputs = (k, v) if op == "matadd_kv" else (q, k, v)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # no twin stands in
-            found = getattr(matadd, op)(*inputs, mask, codes)
-        twin = getattr(matadd, f"{op}_twin")(*inputs[:-1], v.double(), mask, codes)
+            found = getattr(ops_matadd, op)(*inputs, mask, codes)
+        twin = getattr(reference_matadd, f"{op}_twin")(*inputs[:-1], v.double(), mask, codes)
         assert (found.double() - twin).norm() <= error * twin.norm(), op
     kv = torch.randn(2, 3, features, columns, device="cuda", dtype=dtype)
     found, twin = (
@@ -782,7 +782,8 @@ def test_view_attention_is_its_twin_on_a_gpu(dtype, points, count, width):
     mask = torch.rand(points, count, device="cuda") > 0.3
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no twin stands in
-        out = ops_view_attention.view_attention(query, views, ray_diff, mask, weights, biases)
+        packed = pack_view_attention.panels(weights, biases, lanes=1)
+        out = ops_view_attention.view_attention(query, views, ray_diff, mask, packed)
     twin = reference_view_attention.view_attention_twin(
         query.double(), views.double(), ray_diff.double(), mask, weights, biases
     )

@@ -15,8 +15,8 @@ from torch import Tensor
 from shiftadd3d import UserError, kernels
 from shiftadd3d.kernels.cpu.matadd import MATADD, PRODUCTS, SUMS
 from shiftadd3d.kernels.ops.matadd import add_attention, matadd, matadd_kv, matadd_q
+from shiftadd3d.kernels.reference.linear_angular import LEAST_ROW_SUM
 from shiftadd3d.kernels.reference.matadd import (
-    LEAST_ROW_SUM,
     LOW,
     add_attention_twin,
     decode_signs,

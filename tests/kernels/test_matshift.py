@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from bounds import assert_within, linear_bound, unit_roundoff
 from shiftadd3d import UserError, kernels
+from shiftadd3d.kernels.cpu.forms import error_bound, forms
 from shiftadd3d.kernels.cpu.matshift import MATSHIFT, trial
-from shiftadd3d.kernels.cpu.shift_product import error_bound, forms
 from shiftadd3d.kernels.ops.matshift import matshift
 from shiftadd3d.kernels.reference import activations, power_of_two
 from shiftadd3d.kernels.reference.matshift import matshift_twin

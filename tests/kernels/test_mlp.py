@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shiftadd3d import UserError, kernels
+from shiftadd3d.kernels.cpu.forms import error_bound, forms
 from shiftadd3d.kernels.cpu.mlp import MLP
-from shiftadd3d.kernels.cpu.shift_product import error_bound, forms
 from shiftadd3d.kernels.ops.matshift import matshift
 from shiftadd3d.kernels.ops.mlp import shift_mlp
 from shiftadd3d.kernels.reference import power_of_two

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shiftadd3d import UserError, kernels
+from shiftadd3d.kernels.cpu.forms import error_bound, forms
 from shiftadd3d.kernels.cpu.moe import MOE
-from shiftadd3d.kernels.cpu.shift_product import error_bound, forms
 from shiftadd3d.kernels.ops.moe import moe_mlp
 from shiftadd3d.kernels.reference import power_of_two
 from shiftadd3d.kernels.reference.mlp import shift_mlp_twin

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from shiftadd3d import UserError
 from shiftadd3d.kernels.cpu.gnt.ray_block import KERNEL
+from shiftadd3d.kernels.pack.gnt.ray_block import panels, ray_block_of_panels
+from shiftadd3d.kernels.pack.panel import lanes_on
 from shiftadd3d.kernels.reference.gnt.ray_block import (
     ATTENTIONS,
     random_block,
@@ -19,8 +21,13 @@ from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.models.gnt.transformer import RayTransformer
 from shiftadd3d.nn import AddAttention
 
-OPS = torch.ops.shiftadd3d
 SIZES = {"rays": 4, "samples": 9, "width": 16, "heads": 2, "hidden": 0, "kernel": 0}
+
+
+def op(x, weights, biases, conv, heads, *rest) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op, given the arguments of its twin."""
+    packed = panels(weights, biases, conv, heads, lanes_on(torch.device("cpu")))
+    return torch.ops.shiftadd3d.ray_block(x, packed, heads, *rest)
 
 
 def block(seed: int = 0, attention: str = "softmax", return_weights: bool = False, **changes) -> tuple:
@@ -29,7 +36,7 @@ def block(seed: int = 0, attention: str = "softmax", return_weights: bool = Fals
 
 def assert_same(arguments: tuple) -> None:
     """The kernel gives what the twin does, but where a query or key is so near zero that rounding decides its code."""
-    (out, first), (twin, twins_first) = OPS.ray_block(*arguments), ray_block_twin(*arguments)
+    (out, first), (twin, twins_first) = op(*arguments), ray_block_twin(*arguments)
     certain = torch.ones(out.shape[:2], dtype=torch.bool)
     if arguments[5] != "softmax":
         certain = samples_of_certain_codes(*arguments[:3], arguments[6])
@@ -84,17 +91,15 @@ def test_a_convolution_longer_than_the_ray_sees_all_of_it():
 
 def test_weights_of_the_first_sample_sum_to_one():
     for attention in ATTENTIONS:
-        _, weights = OPS.ray_block(*block(3, attention, return_weights=True))
+        _, weights = op(*block(3, attention, return_weights=True))
         torch.testing.assert_close(weights.sum(-1), torch.ones(4))
-        assert OPS.ray_block(*block(3, attention))[1].shape == (0,)
+        assert op(*block(3, attention))[1].shape == (0,)
 
 
 def test_scores_far_apart_do_not_overflow():
     x, weights, *rest = block(4, "softmax")
     weights = [weights[0], weights[1] * 300.0, *weights[2:]]
-    torch.testing.assert_close(
-        OPS.ray_block(x, weights, *rest)[0], ray_block_twin(x, weights, *rest)[0], rtol=1e-3, atol=1e-3
-    )
+    torch.testing.assert_close(op(x, weights, *rest)[0], ray_block_twin(x, weights, *rest)[0], rtol=1e-3, atol=1e-3)
 
 
 def test_strides_and_odd_addresses():
@@ -103,13 +108,13 @@ def test_strides_and_odd_addresses():
     turned = x.transpose(0, 1).contiguous().transpose(0, 1)
     shifted = torch.cat([torch.zeros(1), x.flatten()])[1:].view(x.shape)
     for one in (turned, shifted):
-        torch.testing.assert_close(OPS.ray_block(one, *rest)[0], expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(op(one, *rest)[0], expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
 def test_no_samples_give_no_outcome(shape):
     _, *rest = block(6)
-    assert OPS.ray_block(torch.zeros(*shape, 16), *rest)[0].shape == (*shape, 16)
+    assert op(torch.zeros(*shape, 16), *rest)[0].shape == (*shape, 16)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -117,7 +122,7 @@ def test_no_samples_give_no_outcome(shape):
 def test_what_is_not_finite_stays_with_its_ray(attention, bad):
     arguments = block(7, attention, hidden=24)
     arguments[0][2, 3, 5] = bad
-    out, twin = OPS.ray_block(*arguments)[0], ray_block_twin(*arguments)[0]
+    out, twin = op(*arguments)[0], ray_block_twin(*arguments)[0]
     others = [0, 1, 3]
     torch.testing.assert_close(out[others], twin[others], rtol=1e-3, atol=1e-4)
     assert bool(out[2, 3].isnan().all()) and bool(twin[2, 3].isnan().all())
@@ -125,7 +130,7 @@ def test_what_is_not_finite_stays_with_its_ray(attention, bad):
 
 def test_bfloat16_is_computed_in_float32():
     x, *rest = block(8, hidden=24)
-    out, _ = OPS.ray_block(x.bfloat16(), *rest)
+    out, _ = op(x.bfloat16(), *rest)
     assert out.dtype == torch.bfloat16
     expected, _ = ray_block_twin(x.bfloat16().float(), *rest)
     torch.testing.assert_close(out.float(), expected, rtol=2**-8, atol=1e-4)
@@ -136,10 +141,11 @@ def test_threads_change_nothing(torch_threads):
 
 
 def test_compiled_models_see_through_it():
-    x, *rest = block(10, return_weights=True)
+    x, weights, biases, conv, heads, *rest = block(10, return_weights=True)
+    packed = panels(weights, biases, conv, heads, lanes_on(x.device))
 
     def model(x):
-        out, weights = OPS.ray_block(x, *rest)
+        out, weights = torch.ops.shiftadd3d.ray_block(x, packed, heads, *rest)
         return out.sum(-1) * weights
 
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
@@ -150,14 +156,33 @@ def test_compiled_models_see_through_it():
     [
         ({"attention": "cosine"}, "attention must be one of softmax, pm1, 01"),
         ({"num_heads": 3}, "3 heads do not share 16 channels"),
-        ({"conv": torch.zeros(2, 4)}, "an odd number"),
-        ({"weights": [torch.zeros(16)] * 5}, r"weight of q must be \[16, 16\]"),
+        ({"x": torch.zeros(3, 16)}, r"x must be \[rays, samples, channels\]"),
+        ({"x": torch.zeros(2, 3, 20)}, "ray_block takes float32 panels"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes, message):
-    names = ("x", "weights", "biases", "conv", "num_heads", "attention", "eps", "return_weights")
+    x, weights, biases, conv, heads, *rest = block(11)
+    packed = panels(weights, biases, conv, heads, lanes_on(x.device))
+    names = ("x", "panels", "num_heads", "attention", "eps", "return_weights")
     with pytest.raises(UserError, match=message):
-        OPS.ray_block(*{**dict(zip(names, block(11), strict=True)), **changes}.values())
+        torch.ops.shiftadd3d.ray_block(
+            *{**dict(zip(names, (x, packed, heads, *rest), strict=True)), **changes}.values()
+        )
+
+
+def test_a_convolution_of_an_even_length_is_refused():
+    _, weights, biases, _, heads, *_ = block(11)
+    with pytest.raises(UserError, match="an odd number"):
+        panels(weights, biases, torch.zeros(2, 4), heads, 8)
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 8, 16])
+@pytest.mark.parametrize(("width", "heads", "hidden", "kernel"), [(15, 3, 0, 0), (20, 5, 7, 3)])
+def test_panels_for_any_vectors_hold_the_weights(width, heads, hidden, kernel, lanes):
+    x, weights, biases, conv, *rest = block(12, "pm1", True, width=width, heads=heads, hidden=hidden, kernel=kernel)
+    found = ray_block_of_panels(x, panels(weights, biases, conv, heads, lanes), *rest)
+    for one, other in zip(found, ray_block_twin(x, weights, biases, conv, *rest), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -9,12 +9,19 @@ from hypothesis import strategies as st
 
 from shiftadd3d import UserError
 from shiftadd3d.kernels.cpu.gnt.view_attention import KERNEL
-from shiftadd3d.kernels.reference import power_of_two
-from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS, view_attention_shift_twin, view_attention_twin
+from shiftadd3d.kernels.pack.gnt.view_attention import panels, view_attention_of_panels
+from shiftadd3d.kernels.pack.panel import lanes_on
+from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS, view_attention_twin
 from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.models.gnt.transformer import ViewAttention
 
-OPS = torch.ops.shiftadd3d
+CPU = torch.device("cpu")
+
+
+def op(query, views, ray_diff, mask, weights, biases) -> torch.Tensor:
+    """The op, given the arguments of its twin."""
+    packed = panels(weights, biases, lanes_on(CPU))
+    return torch.ops.shiftadd3d.view_attention(query, views, ray_diff, mask, packed)
 
 
 def problem(points: int, views: int, width: int, hidden: int | None = None, seed: int = 0) -> tuple:
@@ -63,7 +70,7 @@ def test_the_twin_computes_what_the_layer_does():
 def test_the_kernel_is_as_exact_as_torch_for_any_number_of_points_and_views(points, views, width, seed):
     arguments = problem(points, views, width, seed=seed)
     exact = view_attention_twin(*in_float64(arguments))
-    error = (OPS.view_attention(*arguments) - exact).abs().max()
+    error = (op(*arguments) - exact).abs().max()
     twins_error = (view_attention_twin(*arguments) - exact).abs().max()
     assert error <= 2.0 * twins_error + 1e-6 * exact.abs().max()
 
@@ -71,7 +78,7 @@ def test_the_kernel_is_as_exact_as_torch_for_any_number_of_points_and_views(poin
 @pytest.mark.parametrize(("width", "hidden"), [(1, 1), (7, 2), (64, 8), (70, 9)])
 def test_widths_need_not_be_whole_vectors(width, hidden):
     arguments = problem(19, 3, width, hidden)
-    torch.testing.assert_close(OPS.view_attention(*arguments), view_attention_twin(*arguments), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(op(*arguments), view_attention_twin(*arguments), rtol=1e-4, atol=1e-5)
 
 
 def test_a_point_that_no_view_sees_weighs_all_views_the_same():
@@ -80,8 +87,8 @@ def test_a_point_that_no_view_sees_weighs_all_views_the_same():
     # All the same is what a score that ignores its inputs gives, too.
     flat = [*weights[:6], torch.zeros_like(weights[6]), weights[7]]
     torch.testing.assert_close(
-        OPS.view_attention(query, views, ray_diff, none, weights, biases),
-        OPS.view_attention(query, views, ray_diff, ~none, flat, biases),
+        op(query, views, ray_diff, none, weights, biases),
+        op(query, views, ray_diff, ~none, flat, biases),
     )
 
 
@@ -90,8 +97,8 @@ def test_a_masked_view_might_as_well_not_be_there():
     mask[:] = torch.tensor([True, False, True, True])
     left = [0, 2, 3]
     torch.testing.assert_close(
-        OPS.view_attention(query, views, ray_diff, mask, weights, biases),
-        OPS.view_attention(query, views[:, left], ray_diff[:, left], mask[:, left], weights, biases),
+        op(query, views, ray_diff, mask, weights, biases),
+        op(query, views[:, left], ray_diff[:, left], mask[:, left], weights, biases),
         rtol=1e-4,
         atol=1e-5,
     )
@@ -102,13 +109,13 @@ def test_leading_dimensions_strides_and_odd_addresses():
     expected = view_attention_twin(query, views, ray_diff, mask, weights, biases)
     turned = (query.view(4, 6, 16).transpose(0, 1), views.view(4, 6, 5, 16).transpose(0, 1))
     turned = (*turned, ray_diff.view(4, 6, 5, 4).transpose(0, 1), mask.view(4, 6, 5).transpose(0, 1))
-    out = OPS.view_attention(*turned, weights, biases)
+    out = op(*turned, weights, biases)
     torch.testing.assert_close(out.transpose(0, 1).reshape(24, 16), expected, rtol=1e-4, atol=1e-5)
 
     def shifted(x: torch.Tensor) -> torch.Tensor:
         return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
-    out = OPS.view_attention(*(shifted(x) for x in (query, views, ray_diff, mask)), weights, biases)
+    out = op(*(shifted(x) for x in (query, views, ray_diff, mask)), weights, biases)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -116,7 +123,7 @@ def test_leading_dimensions_strides_and_odd_addresses():
 def test_no_points_give_no_outcome(shape):
     _, _, _, _, weights, biases = problem(1, 2, 16)
     arguments = (torch.zeros(*shape, 16), torch.zeros(*shape, 2, 16), torch.zeros(*shape, 2, 4))
-    out = OPS.view_attention(*arguments, torch.zeros(*shape, 2, dtype=torch.bool), weights, biases)
+    out = op(*arguments, torch.zeros(*shape, 2, dtype=torch.bool), weights, biases)
     assert out.shape == (*shape, 16)
 
 
@@ -126,7 +133,7 @@ def test_what_is_not_finite_stays_with_its_point(bad, place):
     arguments = problem(12, 3, 16)
     arguments[3][:] = True
     arguments[place][5].view(-1)[3] = bad
-    out, twin = OPS.view_attention(*arguments), view_attention_twin(*arguments)
+    out, twin = op(*arguments), view_attention_twin(*arguments)
     others = torch.arange(12) != 5
     torch.testing.assert_close(out[others], twin[others], rtol=1e-4, atol=1e-5)
     if bad != bad:
@@ -138,55 +145,63 @@ def test_what_is_not_finite_stays_with_its_point(bad, place):
 def test_bfloat16_is_computed_in_float32():
     query, views, ray_diff, mask, weights, biases = problem(40, 6, 32)
     narrow = [x.bfloat16() for x in (query, views, ray_diff)]
-    out = OPS.view_attention(*narrow, mask, weights, biases)
+    out = op(*narrow, mask, weights, biases)
     assert out.dtype == torch.bfloat16
     expected = view_attention_twin(*(x.float() for x in narrow), mask, weights, biases)
     torch.testing.assert_close(out.float(), expected, rtol=2**-8, atol=1e-5)
 
 
-@pytest.mark.parametrize("terms", [1, 2])
-@pytest.mark.parametrize("bits", [4, 5])
-def test_packed_codes_stand_for_the_weights_they_decode_to(bits, terms):
-    query, views, ray_diff, mask, weights, biases = problem(21, 4, 16)
-    encoded = [power_of_two.encode(weight, bits, terms) for weight in weights]
-    codes, offsets = [power_of_two.pack(one.codes, bits) for one in encoded], [one.offset for one in encoded]
-    decoded = [power_of_two.quantize(weight, bits, terms) for weight in weights]
-    out = OPS.view_attention_shift(query, views, ray_diff, mask, codes, offsets, biases, bits)
-    assert torch.equal(out, OPS.view_attention(query, views, ray_diff, mask, decoded, biases))
-    expected = view_attention_shift_twin(query, views, ray_diff, mask, codes, offsets, biases, bits)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-
-
 def test_threads_change_nothing(torch_threads):
     arguments = problem(3000, 4, 16)
-    torch.testing.assert_close(OPS.view_attention(*arguments), view_attention_twin(*arguments), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(op(*arguments), view_attention_twin(*arguments), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 8, 16])
+@pytest.mark.parametrize(("width", "hidden"), [(13, 3), (32, 4)])
+def test_panels_for_any_vectors_hold_the_weights(width, hidden, lanes):
+    *inputs, weights, biases = in_float64(problem(11, 4, width, hidden))
+    found = view_attention_of_panels(*inputs, panels(weights, biases, lanes))
+    torch.testing.assert_close(found, view_attention_twin(*inputs, weights, biases), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.twin_may_stand_in
+def test_panels_of_another_cpu_go_through_plain_torch():
+    *inputs, weights, biases = problem(11, 4, 24, 3)
+    other = panels(weights, biases, 4 if lanes_on(CPU) != 4 else 8)
+    with pytest.warns(RuntimeWarning, match="those of another CPU: freeze the model here"):
+        found = torch.ops.shiftadd3d.view_attention(*inputs, other)
+    torch.testing.assert_close(found, view_attention_twin(*inputs, weights, biases), rtol=1e-4, atol=1e-5)
 
 
 def test_compiled_models_see_through_it():
     *inputs, weights, biases = problem(10, 3, 16)
+    packed = panels(weights, biases, lanes_on(CPU))
 
     def model(query, views, ray_diff, mask):
-        return OPS.view_attention(query * 2.0, views, ray_diff, mask, weights, biases).sum(-1)
+        return torch.ops.shiftadd3d.view_attention(query * 2.0, views, ray_diff, mask, packed).sum(-1)
 
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), model(*inputs))
     torch.library.opcheck(
-        OPS.view_attention.default, (*inputs, weights, biases), test_utils=("test_schema", "test_faketensor")
+        torch.ops.shiftadd3d.view_attention.default, (*inputs, packed), test_utils=("test_schema", "test_faketensor")
     )
 
 
 def test_arguments_that_do_not_fit_are_refused():
     query, views, ray_diff, mask, weights, biases = problem(4, 3, 16)
     with pytest.raises(UserError, match=r"views must be \[4, 3, 16\]"):
-        OPS.view_attention(query, views[:2], ray_diff, mask, weights, biases)
+        op(query, views[:2], ray_diff, mask, weights, biases)
     with pytest.raises(UserError, match="mask must be bool"):
-        OPS.view_attention(query, views, ray_diff, mask.float(), weights, biases)
-    with pytest.raises(UserError, match="1 to 32 views, not 33"):
-        OPS.view_attention(*problem(2, 33, 16))
-    with pytest.raises(UserError, match=r"weight of out must be \[16, 16\]"):
-        OPS.view_attention(query, views, ray_diff, mask, [*weights[:7], weights[3]], biases)
-    with pytest.raises(UserError, match="takes weights of q, k, v"):
-        OPS.view_attention(query, views, ray_diff, mask, weights[:7], biases)
+        op(query, views, ray_diff, mask.float(), weights, biases)
+    packed = panels(weights, biases, lanes_on(CPU))
+    for wrong in (packed[:7], [*packed[:7], packed[0]], [panel.double() for panel in packed]):
+        with pytest.raises(UserError, match="view_attention takes float32 panels"):
+            torch.ops.shiftadd3d.view_attention(query, views, ray_diff, mask, wrong)
+
+
+def test_more_views_than_fit_go_through_plain_torch():
+    arguments = problem(5, 33, 16)
+    torch.testing.assert_close(op(*arguments), view_attention_twin(*arguments), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["avx512", "generic"])

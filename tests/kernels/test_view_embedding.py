@@ -9,11 +9,18 @@ from hypothesis import strategies as st
 
 from shiftadd3d import UserError
 from shiftadd3d.kernels.cpu.gnt.view_embedding import KERNEL
+from shiftadd3d.kernels.pack.gnt.view_embedding import panels, view_embedding_of_panels
+from shiftadd3d.kernels.pack.panel import lanes_on
 from shiftadd3d.kernels.reference.gnt.view_embedding import random_views, view_embedding_twin, view_moments
 from shiftadd3d.kernels.runtime import targets
 
-OPS = torch.ops.shiftadd3d
 SIZES = {"points": 17, "views": 4, "inputs": 11, "hidden": 16, "width": 16, "with_moments": True}
+
+
+def op(values, mask, weights, biases) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op, given the arguments of its twin."""
+    packed = panels(weights, biases, lanes_on(torch.device("cpu")))
+    return torch.ops.shiftadd3d.view_embedding(values, mask, packed, weights[1].shape[0])
 
 
 def problem(seed: int = 0, **changes) -> tuple:
@@ -21,7 +28,7 @@ def problem(seed: int = 0, **changes) -> tuple:
 
 
 def assert_same(arguments: tuple) -> None:
-    for out, expected in zip(OPS.view_embedding(*arguments), view_embedding_twin(*arguments), strict=True):
+    for out, expected in zip(op(*arguments), view_embedding_twin(*arguments), strict=True):
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -48,9 +55,7 @@ def test_widths_need_not_be_whole_vectors(inputs, hidden, width, with_moments):
 
 
 def test_more_views_than_fit_go_through_the_twin():
-    arguments = problem(2, views=33)
-    for out, expected in zip(OPS.view_embedding(*arguments), view_embedding_twin(*arguments), strict=True):
-        assert torch.equal(out, expected)
+    assert_same(problem(2, views=33))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -59,18 +64,18 @@ def test_what_is_not_finite_stays_with_its_point(bad):
     arguments[1][:] = True
     arguments[0][6, 2, 4] = bad
     others = torch.arange(17) != 6
-    for out, twin in zip(OPS.view_embedding(*arguments), view_embedding_twin(*arguments), strict=True):
+    for out, twin in zip(op(*arguments), view_embedding_twin(*arguments), strict=True):
         torch.testing.assert_close(out[others], twin[others], rtol=1e-4, atol=1e-4)
         assert torch.equal(out[6].isnan(), twin[6].isnan())
 
 
 def test_leading_dimensions_strides_and_no_points():
     values, mask, weights, biases = problem(4, points=12)
-    embedding, query = OPS.view_embedding(values.view(3, 4, 4, 11), mask.view(3, 4, 4), weights, biases)
+    embedding, query = op(values.view(3, 4, 4, 11), mask.view(3, 4, 4), weights, biases)
     assert embedding.shape == (3, 4, 4, 16) and query.shape == (3, 4, 16)
     turned = values.transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(OPS.view_embedding(turned, mask, weights, biases)[1], query.flatten(0, 1))
-    embedding, query = OPS.view_embedding(values[:0], mask[:0], weights, biases)
+    assert torch.equal(op(turned, mask, weights, biases)[1], query.flatten(0, 1))
+    embedding, query = op(values[:0], mask[:0], weights, biases)
     assert embedding.shape == (0, 4, 16) and query.shape == (0, 16)
 
 
@@ -79,10 +84,11 @@ def test_threads_change_nothing(torch_threads):
 
 
 def test_compiled_models_see_through_it():
-    values, *rest = problem(6)
+    values, mask, weights, biases = problem(6)
+    packed = panels(weights, biases, lanes_on(values.device))
 
     def model(values):
-        embedding, query = OPS.view_embedding(values, *rest)
+        embedding, query = torch.ops.shiftadd3d.view_embedding(values, mask, packed, 16)
         return embedding.sum(-2) * query
 
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(values), model(values))
@@ -91,11 +97,19 @@ def test_compiled_models_see_through_it():
 def test_arguments_that_do_not_fit_are_refused():
     values, mask, weights, biases = problem(7)
     with pytest.raises(UserError, match="mask must be bool"):
-        OPS.view_embedding(values, mask.float(), weights, biases)
-    with pytest.raises(UserError, match="weights and biases of two layers"):
-        OPS.view_embedding(values, mask, weights[:1], biases[:1])
-    with pytest.raises(UserError, match="layer 3 must be"):
-        OPS.view_embedding(values, mask, [*weights[:2], weights[1]], biases)
+        op(values, mask.float(), weights, biases)
+    packed = panels(weights, biases, lanes_on(values.device))
+    with pytest.raises(UserError, match="view_embedding takes float32 panels"):
+        torch.ops.shiftadd3d.view_embedding(values[..., 1:], mask, packed, 16)
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 8, 16])
+@pytest.mark.parametrize("with_moments", [False, True])
+def test_panels_for_any_vectors_hold_the_weights(with_moments, lanes):
+    values, mask, weights, biases = problem(8, hidden=13, width=9, with_moments=with_moments)
+    found = view_embedding_of_panels(values, mask, panels(weights, biases, lanes), 9)
+    for one, other in zip(found, view_embedding_twin(values, mask, weights, biases), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_other_processors_get_their_own_instructions():

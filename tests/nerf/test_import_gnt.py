@@ -102,7 +102,7 @@ def test_a_recipe_is_calibrated_on_the_views_of_the_scene(checkpoint, dense_run,
     gnt = load_official_checkpoint(checkpoint)
     run.pipeline.model._reparameterized(gnt)  # every weight to the nearest power of two
     run.pipeline.model.gnt = gnt
-    run.pipeline.model._forget_features()
+    run.pipeline.model._forget_what_was_made()
     nearest = float((rgb[0] - run.pipeline.model.get_outputs_for_camera(camera)["rgb"]).square().mean())
     assert 0.0 < calibrated < nearest
 

@@ -161,7 +161,7 @@ def test_a_scene_becomes_a_movie_and_what_is_said_to_come_next_works(
     assert "--size 252 is more than the photos have" in text
     spiral, trained, train_on = commands_in(text)
     assert trained[-2:] == ["--minutes", "10"]
-    assert train_on[:2] == ["ns-train", "shiftadd-gnt-tiny"] and train_on[-1] == "pretrained"
+    assert train_on[:2] == ["ns-train", "shiftadd-gnt-tiny"] and train_on[-1] == str(tiny_scene)
     assert cli.main([*spiral[1:], "--frames", "2"]) == 0
     assert imageio.get_reader(tmp_path / "my movie-spiral.mp4").count_frames() == 2
 

@@ -19,7 +19,7 @@ from shiftadd3d.models.gnt import GNTModel
 from shiftadd3d.nerf.pretrained import open_scene
 from shiftadd3d.nerf.warm_start import load_dense_weights
 from shiftadd3d.nerf.weights import pretrained_file, pretrained_methods, read_weights
-from shiftadd3d.nn import PackedShiftLinear
+from shiftadd3d.nn import FrozenModule, PackedShiftLinear
 
 SIZE = (64, 48)
 CONFIGS = {"gnt-tiny": methods.gnt_tiny.config, "shiftadd-gnt-tiny": methods.shiftadd_gnt_tiny.config}
@@ -48,6 +48,8 @@ def test_a_scene_renders_without_training(method, scene):
     pipeline = open_scene(CONFIGS[method], scene)
     packed = [module for module in pipeline.model.modules() if isinstance(module, PackedShiftLinear)]
     assert bool(packed) == (method == "shiftadd-gnt-tiny")
+    blocks = [module for module in pipeline.model.modules() if isinstance(module, FrozenModule)]
+    assert len(blocks) == 9, "all of the network is ready to run as kernels, dense or not"
     assert len(pipeline.datamanager.source_bank) == 10, "no view is held out"
     near, far = pipeline.model.near_far.tolist()
     assert far / near == pytest.approx(4.0, rel=1e-3)

@@ -19,10 +19,10 @@ from nerfstudio.cameras.cameras import Cameras
 
 from shiftadd3d import UserError, cli
 from shiftadd3d.kernels import numerics
-from shiftadd3d.nerf import pipeline as pipeline_module
 from shiftadd3d.nerf import render as rendering
+from shiftadd3d.nerf.model import GNTNerfModel
 from shiftadd3d.nerf.runs import Run, load_run
-from shiftadd3d.nn import FrozenMoE, MoEMlp, PackedShiftLinear, ShiftLinear
+from shiftadd3d.nn import FrozenModule, FrozenMoE, MoEMlp, PackedShiftLinear, ShiftLinear
 
 SMALL = ("--scale", "0.5")
 
@@ -49,7 +49,8 @@ def centres(cameras: Cameras) -> np.ndarray:
 def test_a_network_that_is_only_to_render_is_frozen_and_shows_the_same_picture(
     run: Run, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(pipeline_module, "freeze_", lambda *_, **__: None)
+    monkeypatch.setattr(GNTNerfModel, "freeze", lambda _: None)
+    monkeypatch.setattr(GNTNerfModel, "_network", lambda model: model.gnt)
     trainable = load_run(tiny_run).pipeline.model
     frozen = run.pipeline.model
     assert {ShiftLinear, MoEMlp} <= {type(module) for module in trainable.modules()}
@@ -59,6 +60,29 @@ def test_a_network_that_is_only_to_render_is_frozen_and_shows_the_same_picture(
     with torch.no_grad(), numerics("twin"):
         shown, expected = (model.eval().get_outputs_for_camera(camera)["rgb"] for model in (frozen, trainable))
     assert torch.equal(shown, expected)
+
+
+def test_while_a_network_trains_a_frozen_copy_of_it_renders(run: Run, tiny_run: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(GNTNerfModel, "freeze", lambda _: None)
+    model = load_run(tiny_run).pipeline.model
+    names, kinds = list(model.state_dict()), [type(module) for module in model.modules()]
+    camera = run.pipeline.datamanager.train_dataset.cameras[:1]
+
+    def evaluate() -> torch.Tensor:
+        model.train()
+        model.eval()
+        return model.get_outputs_for_camera(camera)["rgb"]
+
+    before = evaluate()
+    torch.testing.assert_close(before, run.pipeline.model.get_outputs_for_camera(camera)["rgb"])
+    with torch.no_grad():
+        renderer = model._network()
+        assert any(isinstance(module, FrozenModule) for module in renderer.modules())
+        assert model._network() is renderer
+        model.gnt.net_coarse.color_head.sample_logit_fc.weight += 0.1
+    assert not torch.equal(evaluate(), before), "the copy is of the weights as they are"
+    assert list(model.state_dict()) == names and [type(module) for module in model.modules()] == kinds
+    assert model._network() is model.gnt, "gradients run through the network itself"
 
 
 # Paths

@@ -13,7 +13,7 @@ from torch import nn
 
 from bounds import network_bound
 from shiftadd3d import cli, kernels
-from shiftadd3d.kernels.cpu.shift_product import forms
+from shiftadd3d.kernels.cpu.forms import forms
 from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.nn import freeze_, recipe, reparameterize_
 from shiftadd3d.vision.checkpoint import ClassifierConfig, create_dense, save_classifier, write_json_atomically

@@ -4,11 +4,6 @@ The embedding, 63 floats a point, lives for as long as a block of points is work
 for all of its samples.
 """
 
-# TVMScript's annotations are calls:
-# pyright: reportInvalidTypeForm=false
-
-# ruff: noqa: B023 (a TIR function is gone through once, while it is parsed)
-
 from __future__ import annotations
 
 from typing import Any
@@ -17,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shiftadd3d.kernels.cpu.vectors import ACCUMULATORS, ROW_PADDING, Vectors
+from shiftadd3d.kernels.cpu.blocks import copy_row, sine_and_cosine
+from shiftadd3d.kernels.cpu.isa import Isa
+from shiftadd3d.kernels.cpu.tile import ROW_PADDING, product
+from shiftadd3d.kernels.pack.gnt.position_layer import Panels, panels
 from shiftadd3d.kernels.reference.gnt.position_layer import (
     EMBEDDING_DIM,
     NUM_FREQUENCIES,
@@ -26,117 +24,86 @@ from shiftadd3d.kernels.reference.gnt.position_layer import (
     sinusoidal_embedding,
 )
 from shiftadd3d.kernels.runtime import memory
-from shiftadd3d.kernels.runtime.kernel import Kernel
+from shiftadd3d.kernels.runtime import tir as T
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
+from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
 # Samples at once: a multiple of every vector width and of every tile of the products.
 _ROWS = 48
 _BLOCKS_A_TASK = 16
 
 
-def _build(target: CpuTarget, *, width: int, hidden: int, outputs: int) -> Any:
-    from tvm.script import tirx as T
+def _build(target: CpuTarget, *, width: int, hidden: int, outputs: int) -> T.PrimFunc:
+    isa = Isa(target)
+    deep, wide = isa.padded(hidden), isa.padded(outputs)
 
-    vec = Vectors(target)
-    lanes, at = vec.lanes, vec.at
-    deep, wide = vec.padded(hidden), vec.padded(outputs)
+    with T.function("position_layer") as function:
+        N, R = T.sizes(2)
+        x, points = T.argument("x", (N, width)), T.argument("points", (N, 3))  # rows are (ray, sample)
+        along = T.argument("along", (R, deep))  # what the direction adds, the bias included
+        w_x, w_point = T.panel("w_x", width, deep), T.panel("w_point", EMBEDDING_DIM, deep)
+        w_second, b_second = T.panel("w_second", hidden, wide), T.panel("b_second", wide)
+        S, out = T.scalar("S"), T.argument("out", (N, outputs))
 
-    def embed(embedded: Any, start: Any) -> None:
-        """The embedding of a vector of points, whose coordinates are there already: rows of it are its components."""
-        for octave in range(NUM_FREQUENCIES):
-            for axis in range(3):
-                x = embedded[axis, at(start)] * vec.splat(2.0**octave)
-                for number, value in enumerate(vec.sine_and_cosine(x)):
-                    T.buffer_store(embedded, value, [3 + 6 * octave + 3 * number + axis, at(start)])
+        blocks = T.bind((N + _ROWS - 1) // _ROWS)
+        with T.parallel((blocks + _BLOCKS_A_TASK - 1) // _BLOCKS_A_TASK) as task:
+            embedded = T.alloc(EMBEDDING_DIM, _ROWS + ROW_PADDING)
+            activation, outcome = T.alloc(_ROWS + ROW_PADDING, deep), T.alloc(_ROWS + ROW_PADDING, wide)
+            with T.serial(T.min(T.int64(_BLOCKS_A_TASK), blocks - task * _BLOCKS_A_TASK)) as block:
+                first = T.bind((task * _BLOCKS_A_TASK + block) * _ROWS)
+                rows = T.bind(T.min(T.int64(_ROWS), N - first))
 
-    @T.prim_func(s_tir=True)
-    def position_layer(
-        x_handle: T.handle,
-        points_handle: T.handle,
-        along_handle: T.handle,
-        w_x: T.Buffer((width, deep), "float32"),
-        w_point: T.Buffer((EMBEDDING_DIM, deep), "float32"),
-        w_second: T.Buffer((hidden, wide), "float32"),
-        b_second: T.Buffer((wide,), "float32"),
-        S: T.int64,
-        out_handle: T.handle,
-    ):
-        T.func_attr({"tirx.noalias": True})
-        N = T.int64()
-        R = T.int64()
-        x = T.match_buffer(x_handle, (N, width), "float32", align=4)  # rows are (ray, sample)
-        points = T.match_buffer(points_handle, (N, 3), "float32", align=4)
-        along = T.match_buffer(
-            along_handle, (R, deep), "float32", align=4
-        )  # what the direction adds, the bias included
-        out = T.match_buffer(out_handle, (N, outputs), "float32", align=4)
-        blocks: T.let[T.int64] = (N + _ROWS - 1) // _ROWS
-        for task in T.parallel((blocks + _BLOCKS_A_TASK - 1) // _BLOCKS_A_TASK):
-            embedded = T.alloc_buffer((EMBEDDING_DIM, _ROWS + ROW_PADDING), "float32", align=64)
-            activation = T.alloc_buffer((_ROWS + ROW_PADDING, deep), "float32", align=64)
-            outcome = T.alloc_buffer((_ROWS + ROW_PADDING, wide), "float32", align=64)
-            accumulators = T.alloc_buffer((ACCUMULATORS * lanes,), "float32", align=64)
-            for block in T.serial(T.min(T.int64(_BLOCKS_A_TASK), blocks - task * _BLOCKS_A_TASK)):
-                first: T.let[T.int64] = (task * _BLOCKS_A_TASK + block) * _ROWS
-                rows: T.let[T.int64] = T.min(T.int64(_ROWS), N - first)
-                for r in T.serial(_ROWS):
-                    for axis in T.unroll(3):
-                        embedded[axis, r] = points[T.min(first + r, N - 1), axis]
-                for start in T.serial((rows + lanes - 1) // lanes):
-                    embed(embedded, start * lanes)
-                vec.product(
-                    rows,
-                    deep,
-                    lambda r, c: along[T.min(first + r, N - 1) // S, at(c)],
-                    [
-                        (width, lambda r, k: x[T.min(first + r, N - 1), k], lambda k, c: w_x[k, at(c)]),
-                        (EMBEDDING_DIM, lambda r, k: embedded[k, r], lambda k, c: w_point[k, at(c)]),
-                    ],
-                    lambda r, c, sums: T.buffer_store(activation, vec.relu(sums), [r, at(c)]),
-                    accumulators,
+                def sample(r: Index) -> Expr:
+                    return T.min(first + r, N - 1)
+
+                with T.serial(_ROWS) as r:
+                    for axis in range(3):
+                        embedded[axis, r] = points[sample(r), axis]
+                with T.serial((rows + isa.lanes - 1) // isa.lanes) as n:
+                    _embed(isa, embedded, n * isa.lanes)
+                terms = (
+                    (width, lambda r, k: x[sample(r), k], w_x),
+                    (EMBEDDING_DIM, lambda r, k: embedded[k, r], w_point),
                 )
-                vec.product(
-                    rows,
-                    wide,
-                    lambda r, c: b_second[at(c)],
-                    [(hidden, lambda r, k: activation[r, k], lambda k, c: w_second[k, at(c)])],
-                    lambda r, c, sums: T.buffer_store(outcome, sums, [r, at(c)]),
-                    accumulators,
-                )
-                for r in T.serial(rows):
-                    for c in T.serial(outputs):
-                        out[first + r, c] = outcome[r, c]
-
-    return position_layer
+                product(isa, rows, deep, lambda r, c: along[sample(r) // S, isa.at(c)], terms, activation, isa.relu)
+                product(isa, rows, wide, b_second, [(hidden, activation, w_second)], outcome)
+                with T.serial(rows) as r:
+                    copy_row(isa, outcome.part(r), out.part(first + r), outputs)
+    return function.get()
 
 
-def run(
-    function: Any, x: Tensor, points: Tensor, directions: Tensor, weights: list[Tensor], biases: list[Tensor]
-) -> Tensor:
-    width, lanes = x.shape[-1], current().lanes
+def _embed(isa: Isa, embedded: Buffer, start: Expr) -> None:
+    """The embedding of a vector of points, whose coordinates are there already: rows of it are its components."""
+    for octave in range(NUM_FREQUENCIES):
+        for axis in range(3):
+            x = embedded[axis, isa.at(start)] * isa.splat(2.0**octave)
+            for number, value in enumerate(sine_and_cosine(isa, x)):
+                embedded[3 + 6 * octave + 3 * number + axis, isa.at(start)] = value
 
-    def across(panel: Tensor) -> Tensor:
-        return F.pad(panel, (0, -panel.shape[-1] % lanes)).contiguous()
 
-    of_x, of_point, of_direction = weights[0].detach().split([width, EMBEDDING_DIM, EMBEDDING_DIM], dim=1)
-    out = memory.empty(*x.shape[:2], weights[1].shape[0], dtype=torch.float32)
+def run(function: Compiled, x: Tensor, points: Tensor, directions: Tensor, panels: Panels, outputs: int) -> Tensor:
+    width = x.shape[-1]
+    out = memory.empty(*x.shape[:2], outputs, dtype=torch.float32)
     function(
         x.reshape(-1, width).contiguous(),
         points.reshape(-1, 3).contiguous(),
-        across(F.linear(sinusoidal_embedding(directions), of_direction, biases[0].detach())),
-        across(of_x.mT),
-        across(of_point.mT),
-        across(weights[1].detach().mT),
-        across(biases[1].detach()),
+        F.linear(sinusoidal_embedding(directions), panels.direction, panels.first_bias),
+        panels.x,
+        panels.point,
+        panels.second,
+        panels.second_bias,
         x.shape[1],
-        out.view(-1, out.shape[-1]),
+        out.view(-1, outputs),
     )
     return out
 
 
-def _trial(function: Any, **spec: Any) -> None:
-    arguments = random_samples(0, rays=7, samples=9, **spec)
-    torch.testing.assert_close(run(function, *arguments), position_layer_twin(*arguments), rtol=1e-4, atol=1e-4)
+def _trial(function: Compiled, **spec: Any) -> None:
+    x, points, directions, weights, biases = random_samples(0, rays=7, samples=9, **spec)
+    out = run(function, x, points, directions, panels(weights, biases, current().lanes), spec["outputs"])
+    twin = position_layer_twin(x, points, directions, weights, biases)
+    torch.testing.assert_close(out, twin, rtol=1e-4, atol=1e-4)
 
 
 def _variants(target: CpuTarget) -> list[dict[str, Any]]:

@@ -1,353 +1,278 @@
-"""The transformer block along rays on CPUs: all of a ray stays in the caches."""
+"""The transformer block along rays on CPUs: all of a ray stays in the caches.
 
-# TVMScript's annotations are calls:
-# pyright: reportInvalidTypeForm=false
+With (Q, K, V) = W norm(x) + b, the norms' weights taken into the layers behind them::
 
-# ruff: noqa: B023 (a TIR function is gone through once, while it is parsed; one `if` is decided then)
+    x' = x + W_o (attention of (Q, K, V) + convolution of V along the ray) + b_o
+    out = x' + W_2 relu(W_1 norm(x') + b_1) + b_2
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shiftadd3d.kernels.cpu.vectors import ACCUMULATORS, ROW_PADDING, Vectors
-from shiftadd3d.kernels.pack.gnt.ray_block import layout_of, panels
+from shiftadd3d.kernels.cpu.blocks import copy_row, layer_norm, softmax_of_row
+from shiftadd3d.kernels.cpu.isa import Isa
+from shiftadd3d.kernels.cpu.tile import ROW_PADDING, Term, product
+from shiftadd3d.kernels.pack.gnt.ray_block import Layout, layout_of, panels
 from shiftadd3d.kernels.reference.gnt.ray_block import (
-    _LEAST_ROW_SUM,
     random_block,
     ray_block_twin,
     samples_of_certain_codes,
 )
+from shiftadd3d.kernels.reference.linear_angular import LEAST_ROW_SUM
 from shiftadd3d.kernels.runtime import memory
-from shiftadd3d.kernels.runtime.kernel import Kernel
+from shiftadd3d.kernels.runtime import tir as T
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
+from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
 # Rows of activations at once, at least one ray: enough to fill the tiles of the products.
 _ROWS = 48
 
 
+@dataclass(frozen=True)
+class _Ray:
+    """The attention of one ray, as statements of a kernel: S rows of `projected` from `first` on.
+
+    Attributes:
+        isa, of_head: vectors along channels, and along a head's values.
+        layout: where queries, keys and values lie in a row of `projected`.
+        size: channels of a head.
+        scale: of the products of queries and keys.
+        projected: [rows, layout.end]: queries, keys and values; of linear attention, queries and keys are codes.
+        attended: [rows, heads * layout.head], the outcome.
+    """
+
+    isa: Isa
+    of_head: Isa
+    layout: Layout
+    heads: int
+    size: int
+    scale: float
+    projected: Buffer
+    attended: Buffer
+    first: Expr
+    S: Expr
+
+    def query(self, j: Index, head: Index, i: Index) -> Expr:
+        return self.projected[self.first + j, head * self.size + i]
+
+    def key(self, j: Index, head: Index, i: Index) -> Expr:
+        return self.projected[self.first + j, self.layout.keys + head * self.size + i]
+
+    def value(self, j: Index, head: Index, c: Index) -> Expr:
+        """A vector of a head's values."""
+        return self.projected[self.first + j, self.of_head.at(self.layout.values + head * self.layout.head + c)]
+
+    def place(self, j: Index, head: Index, c: Index) -> tuple[Expr, Expr]:
+        """Where a vector of a head's outcome lies in `attended`."""
+        return self.first + j, self.of_head.at(head * self.layout.head + c)
+
+    @property
+    def columns(self) -> range:
+        """Where the vectors of a head's values begin."""
+        return range(0, self.layout.head, self.of_head.lanes)
+
+    def attend_linear(self) -> None:
+        """``(s Q (K^T V) + 1/2 sum v) / max(s Q sum k + S / 2, LEAST_ROW_SUM)``, head by head."""
+        summed = T.alloc(self.size + 1, self.layout.head)  # s k v^T, and v / 2
+        counts = T.alloc(self.size)  # s k
+        with T.serial(self.heads) as head:
+            self._sum_keys(head, summed, counts)
+            self._look_up(head, summed, counts)
+
+    def _sum_keys(self, head: Expr, summed: Buffer, counts: Buffer) -> None:
+        """The sums over the samples."""
+        isa, size = self.of_head, self.size
+        with T.serial(size + 1) as i:
+            for c in self.columns:
+                summed[i, isa.at(c)] = isa.splat(0.0)
+        with T.serial(size) as i:
+            counts[i] = T.float32(0.0)
+        with T.serial(self.S) as j:
+            with T.serial(size) as i:
+                code = self.key(j, head, i)
+                counts[i] = counts[i] + code
+                for c in self.columns:
+                    summed[i, isa.at(c)] = isa.fma(isa.splat(code), self.value(j, head, c), summed[i, isa.at(c)])
+            for c in self.columns:
+                summed[size, isa.at(c)] = summed[size, isa.at(c)] + self.value(j, head, c)
+        with T.serial(size) as i:
+            counts[i] = counts[i] * T.float32(self.scale)
+            for c in self.columns:
+                summed[i, isa.at(c)] = summed[i, isa.at(c)] * isa.splat(self.scale)
+        for c in self.columns:
+            summed[size, isa.at(c)] = summed[size, isa.at(c)] * isa.splat(0.5)
+
+    def _look_up(self, head: Expr, summed: Buffer, counts: Buffer) -> None:
+        """What the samples' queries make of the sums."""
+        isa, row_sum = self.of_head, T.alloc(1, align=4)
+        with T.serial(self.S) as j:
+            row_sum[0] = T.cast(self.S, "float32") * T.float32(0.5)
+            sums = {c: isa.register(summed[self.size, isa.at(c)]) for c in self.columns}
+            with T.serial(self.size) as i:
+                code = self.query(j, head, i)
+                row_sum[0] = row_sum[0] + code * counts[i]
+                for c, part in sums.items():
+                    part.value = isa.fma(isa.splat(code), summed[i, isa.at(c)], part.value)
+            row_sum[0] = T.float32(1.0) / T.max(row_sum[0], T.float32(LEAST_ROW_SUM))
+            for c, part in sums.items():
+                self.attended[self.place(j, head, c)] = part.value * isa.splat(row_sum[0])
+
+    def attend_softmax(self) -> None:
+        """``softmax(s Q K^T) V``, head by head."""
+        isa, of_head = self.isa, self.of_head
+        span = 2 * isa.lanes
+        blocks = T.bind((self.S + (span - 1)) // span)
+        turned = T.alloc(self.size, blocks * span)  # keys, along the samples
+        shares = T.alloc(self.S + ROW_PADDING, blocks * span)
+        with T.serial(self.heads) as head:
+            with T.serial(blocks * span) as j, T.serial(self.size) as i:
+                turned[i, j] = self.key(T.min(j, self.S - 1), head, i) * T.float32(self.scale)
+            with T.serial(blocks) as block:
+                left = block * span
+
+                def store(r: Index, c: Index, x: Expr) -> None:
+                    shares[r, isa.at(left + c)] = x
+
+                term = (self.size, lambda r, k: self.query(r, head, k), lambda k, c: turned[k, isa.at(left + c)])
+                product(isa, self.S, span, lambda r, c: isa.splat(0.0), [term], store)
+            with T.serial(self.S) as r:
+                factor = T.bind(isa.splat(T.float32(1.0) / softmax_of_row(isa, shares.part(r), self.S)))
+                with T.serial(blocks * 2) as j:
+                    at = isa.at(j * isa.lanes)
+                    shares[r, at] = shares[r, at] * factor
+
+            def attend(r: Index, c: Index, x: Expr) -> None:
+                self.attended[self.place(r, head, c)] = x
+
+            term = (self.S, shares, lambda k, c: self.value(k, head, c))
+            product(of_head, self.S, self.layout.head, lambda r, c: of_head.splat(0.0), [term], attend)
+
+    def convolve(self, weights: Buffer, kernel: int) -> None:
+        """Add the convolution of the values along the ray, zeros beyond its ends."""
+        isa = self.of_head
+        with T.serial(self.heads) as head:
+            for tap in range(kernel):
+                distance = tap - kernel // 2
+                # Which samples have a neighbour at this distance.
+                with T.serial(T.max(self.S - abs(distance), T.int64(0))) as j:
+                    to = max(0, -distance) + j
+                    for c in self.columns:
+                        weight, place = isa.splat(weights[head * kernel + tap]), self.place(to, head, c)
+                        x = isa.fma(weight, self.value(to + distance, head, c), self.attended[place])
+                        self.attended[place] = x
+
+    def first_weights(self, out: Buffer, *, softmax: bool) -> None:
+        """How the first sample of a ray attends, the mean over the heads, into out [S]."""
+        similarity, whole = T.alloc(self.S + self.isa.lanes), T.alloc(1, align=4)
+        with T.serial(self.S) as j:
+            out[j] = T.float32(0.0)
+        with T.serial(self.heads) as head:
+            with T.serial(self.S) as j:
+                similarity[j] = T.float32(0.0)
+                with T.serial(self.size) as i:
+                    similarity[j] = similarity[j] + self.query(0, head, i) * self.key(j, head, i)
+                similarity[j] = similarity[j] * T.float32(self.scale)
+            if softmax:
+                whole[0] = softmax_of_row(self.isa, similarity, self.S)
+            else:
+                whole[0] = T.float32(0.0)
+                with T.serial(self.S) as j:
+                    similarity[j] = similarity[j] + T.float32(0.5)
+                    whole[0] = whole[0] + similarity[j]
+            with T.serial(self.S) as j:
+                out[j] = out[j] + similarity[j] / (whole[0] * T.float32(self.heads))
+
+
 def _build(
     target: CpuTarget, *, width: int, heads: int, hidden: int, attention: str, kernel: int, return_weights: bool
-) -> Any:
-    from tvm.script import tirx as T
+) -> T.PrimFunc:
+    isa = Isa(target)
+    layout = layout_of(isa.lanes, width, heads)
+    size, wide, deep = width // heads, layout.keys, isa.padded(hidden)
+    softmax, low = attention == "softmax", -1.0 if attention == "pm1" else 0.0
+    scale = 1.0 / math.sqrt(size) if softmax else 1.0 / (math.pi * size)
 
-    vec = Vectors(target)
-    lanes, at, splat = vec.lanes, vec.at, vec.splat
-    layout = layout_of(vec.lanes, width, heads)
-    sub = Vectors(target, layout.lanes)
-    size = width // heads
-    wide, deep = layout.keys, vec.padded(hidden)
-    low = -1.0 if attention == "pm1" else 0.0
-    scale = 1.0 / math.sqrt(size) if attention == "softmax" else 1.0 / (math.pi * size)
+    with T.function("ray_block") as function:
+        N, F = T.sizes(2)
+        x = T.argument("x", (N, width))  # rows are (ray, sample)
+        w_projections, b_projections = T.panel("w_projections", width, layout.end), T.panel("b_projections", layout.end)
+        w_out, b_out = T.panel("w_out", width, wide), T.panel("b_out", wide)
+        w_first, b_first = T.panel("w_first", width * deep), T.panel("b_first", deep)
+        w_second, b_second = T.panel("w_second", hidden * wide), T.panel("b_second", wide)
+        conv = T.panel("conv", heads * kernel)
+        S, eps = T.scalar("S"), T.scalar("eps", "float32")
+        out, first_out = T.argument("out", (N, width)), T.argument("first_out", (F, S))
 
-    def normalize(rows: Any, source: Any, out: Any, eps: Any) -> None:
-        """Rows of mean 0 and variance 1; `source` is what they come from, [row, column]."""
-        with T.serial(rows) as r:
-            whole = range(0, width // lanes * lanes, lanes)
-            rest = range(width // lanes * lanes, width)
-            mean = T.alloc_buffer((1,), "float32")
-            factor = T.alloc_buffer((1,), "float32")
-            sums = splat(0.0)
-            for c in whole:
-                sums = sums + source(r, at(c))
-            total = vec.total(sums)
-            for c in rest:
-                total = total + source(r, c)
-            T.buffer_store(mean, total / T.float32(width), [0])
-            sums = splat(0.0)
-            for c in whole:
-                apart = vec.keep(source(r, at(c)) - splat(mean[0]))
-                sums = vec.multiply_add(apart, apart, sums)
-            total = vec.total(sums)
-            for c in rest:
-                total = total + (source(r, c) - mean[0]) * (source(r, c) - mean[0])
-            T.buffer_store(factor, T.float32(1.0) / T.sqrt(total / T.float32(width) + eps), [0])
-            for c in whole:
-                T.buffer_store(out, (source(r, at(c)) - splat(mean[0])) * splat(factor[0]), [r, at(c)])
-            for c in rest:
-                T.buffer_store(out, (source(r, c) - mean[0]) * factor[0], [r, c])
+        rays_of_block = T.bind(T.max(T.int64(_ROWS) // S, T.int64(1)))
+        rows_of_block = T.bind(rays_of_block * S)
+        with T.parallel((N + rows_of_block - 1) // rows_of_block) as block:
+            begin = T.bind(block * rows_of_block)
+            rows = T.bind(T.min(rows_of_block, N - begin))
+            normed, residual = (T.alloc(rows_of_block + ROW_PADDING, wide) for _ in range(2))
+            projected = T.alloc(rows_of_block + ROW_PADDING, layout.end)
+            attended = T.alloc(rows_of_block + ROW_PADDING, heads * layout.head)
 
-    def store_projection(projected: Any, r: Any, c: int, x: Any) -> None:
-        if attention != "softmax" and c < layout.values:
-            x = vec.select(x >= splat(0.0), splat(1.0), splat(low))
-        T.buffer_store(projected, x, [r, at(c)])
+            def project(r: Index, c: int, sums: Expr) -> None:
+                if not softmax and c < layout.values:
+                    sums = T.select(sums >= isa.splat(0.0), isa.splat(1.0), isa.splat(low))
+                projected[r, isa.at(c)] = sums
 
-    def value(projected: Any, r: Any, head: Any, c: int) -> Any:
-        """A vector of a head's values."""
-        return projected[r, sub.at(layout.values + head * layout.head + c)]
-
-    def attend_linear(projected: Any, attended: Any, first: Any, S: Any, accumulators: Any) -> None:
-        """`ATTENTIONS` other than softmax, for the S rows from `first`."""
-        summed = T.alloc_buffer((size + 1, layout.head), "float32", align=64)  # of k v^T, and of v / 2
-        counts = T.alloc_buffer((size,), "float32", align=64)  # of k
-        row_sum = T.alloc_buffer((1,), "float32")
-        columns = range(0, layout.head, sub.lanes)
-        with T.serial(heads) as head:
-            with T.serial(size + 1) as i:
-                for c in columns:
-                    T.buffer_store(summed, sub.splat(0.0), [i, sub.at(c)])
-            with T.serial(size) as i:
-                T.buffer_store(counts, T.float32(0.0), [i])
-            with T.serial(S) as j:
-                with T.serial(size) as i:
-                    code = projected[first + j, layout.keys + head * size + i]
-                    T.buffer_store(counts, counts[i] + code, [i])
-                    for c in columns:
-                        x = value(projected, first + j, head, c)
-                        T.buffer_store(
-                            summed, sub.multiply_add(sub.splat(code), x, summed[i, sub.at(c)]), [i, sub.at(c)]
-                        )
-                for c in columns:
-                    x = value(projected, first + j, head, c)
-                    T.buffer_store(summed, summed[size, sub.at(c)] + x, [size, sub.at(c)])
-            with T.serial(size) as i:
-                T.buffer_store(counts, counts[i] * T.float32(scale), [i])
-                for c in columns:
-                    T.buffer_store(summed, summed[i, sub.at(c)] * sub.splat(scale), [i, sub.at(c)])
-            for c in columns:
-                T.buffer_store(summed, summed[size, sub.at(c)] * sub.splat(0.5), [size, sub.at(c)])
-            with T.serial(S) as j:
-                T.buffer_store(row_sum, T.cast(S, "float32") * T.float32(0.5), [0])
-                sums = [T.alloc_buffer((sub.lanes,), "float32", align=64) for _ in columns]
-                for c, part in zip(columns, sums, strict=True):
-                    T.buffer_store(part, summed[size, sub.at(c)], [sub.at(0)])
-                with T.serial(size) as i:
-                    code = projected[first + j, head * size + i]
-                    T.buffer_store(row_sum, row_sum[0] + code * counts[i], [0])
-                    for c, part in zip(columns, sums, strict=True):
-                        x = sub.multiply_add(sub.splat(code), summed[i, sub.at(c)], part[sub.at(0)])
-                        T.buffer_store(part, x, [sub.at(0)])
-                T.buffer_store(row_sum, T.float32(1.0) / T.max(row_sum[0], T.float32(_LEAST_ROW_SUM)), [0])
-                for c, part in zip(columns, sums, strict=True):
-                    x = part[sub.at(0)] * sub.splat(row_sum[0])
-                    T.buffer_store(attended, x, [first + j, sub.at(head * layout.head + c)])
-
-    def attend_softmax(projected: Any, attended: Any, first: Any, S: Any, accumulators: Any) -> None:
-        """Softmax attention for the S rows from `first`."""
-        span = 2 * lanes
-        blocks = T.bind((S + (span - 1)) // span)
-        turned = T.alloc_buffer((size, blocks * span), "float32", align=64)  # keys, along the samples
-        map_ = T.alloc_buffer((S + ROW_PADDING, blocks * span), "float32", align=64)
-        peak = T.alloc_buffer((lanes,), "float32", align=64)
-        sums = T.alloc_buffer((lanes,), "float32", align=64)
-        with T.serial(heads) as head:
-            with T.serial(blocks * span) as j, T.serial(size) as i:
-                key = projected[first + T.min(j, S - 1), layout.keys + head * size + i]
-                T.buffer_store(turned, key * T.float32(scale), [i, j])
-            with T.serial(blocks) as block:
-                vec.product(
-                    S,
-                    span,
-                    lambda r, c: splat(0.0),
-                    [
-                        (
-                            size,
-                            lambda r, k: projected[first + r, head * size + k],
-                            lambda k, c: turned[k, at(block * span + c)],
-                        )
-                    ],
-                    lambda r, c, x: T.buffer_store(map_, x, [r, at(block * span + c)]),
-                    accumulators,
-                )
-            with T.serial(S) as r:
-                # The keys beyond the last are copies of it: they leave the maximum alone, and go into no sum.
-                T.buffer_store(peak, splat(-3.0e38), [at(0)])
-                with T.serial(blocks * 2) as j:
-                    T.buffer_store(peak, vec.at_least(map_[r, at(j * lanes)], peak[at(0)]), [at(0)])
-                largest = T.alloc_buffer((1,), "float32")
-                T.buffer_store(largest, peak[0], [0])
-                for i in range(1, lanes):
-                    T.buffer_store(largest, T.max(largest[0], peak[i]), [0])
-                with T.serial(blocks * 2) as j:
-                    x = vec.exp(map_[r, at(j * lanes)] - splat(largest[0]))
-                    T.buffer_store(map_, x, [r, at(j * lanes)])
-                T.buffer_store(sums, splat(0.0), [at(0)])
-                with T.serial(S // lanes) as j:
-                    T.buffer_store(sums, sums[at(0)] + map_[r, at(j * lanes)], [at(0)])
-                T.buffer_store(largest, vec.total(sums[at(0)]), [0])
-                with T.serial(S % lanes) as j:
-                    T.buffer_store(largest, largest[0] + map_[r, S // lanes * lanes + j], [0])
-                T.buffer_store(largest, T.float32(1.0) / largest[0], [0])
-                with T.serial(blocks * 2) as j:
-                    T.buffer_store(map_, map_[r, at(j * lanes)] * splat(largest[0]), [r, at(j * lanes)])
-            sub.product(
-                S,
-                layout.head,
-                lambda r, c: sub.splat(0.0),
-                [(S, lambda r, k: map_[r, k], lambda k, c: value(projected, first + k, head, c))],
-                lambda r, c, x: T.buffer_store(attended, x, [first + r, sub.at(head * layout.head + c)]),
-                accumulators,
-            )
-
-    attend = attend_softmax if attention == "softmax" else attend_linear
-
-    def convolve(projected: Any, attended: Any, weights: Any, first: Any, S: Any) -> None:
-        """Add the convolution of the values along the ray, zeros beyond its ends."""
-        with T.serial(heads) as head:
-            for tap in range(kernel):
-                # Which samples have a neighbour at this distance.
-                begin = max(0, kernel // 2 - tap)
-                with T.serial(T.max(S - abs(tap - kernel // 2), T.int64(0))) as j:
-                    to = first + begin + j
-                    for c in range(0, layout.head, sub.lanes):
-                        x = value(projected, to + (tap - kernel // 2), head, c)
-                        place = sub.at(head * layout.head + c)
-                        x = sub.multiply_add(sub.splat(weights[head * kernel + tap]), x, attended[to, place])
-                        T.buffer_store(attended, x, [to, place])
-
-    def first_weights(projected: Any, out: Any, ray: Any, first: Any, S: Any) -> None:
-        """How the first sample of a ray attends, the mean over the heads."""
-        similarity = T.alloc_buffer((S,), "float32")
-        whole = T.alloc_buffer((1,), "float32")
-        peak = T.alloc_buffer((1,), "float32")
-        with T.serial(S) as j:
-            T.buffer_store(out, T.float32(0.0), [ray, j])
-        with T.serial(heads) as head:
-            T.buffer_store(peak, T.float32(-3.0e38), [0])
-            with T.serial(S) as j:
-                T.buffer_store(similarity, T.float32(0.0), [j])
-                with T.serial(size) as i:
-                    q, k = projected[first, head * size + i], projected[first + j, layout.keys + head * size + i]
-                    T.buffer_store(similarity, similarity[j] + q * k, [j])
-                T.buffer_store(similarity, similarity[j] * T.float32(scale), [j])
-                T.buffer_store(peak, T.max(peak[0], similarity[j]), [0])
-            T.buffer_store(whole, T.float32(0.0), [0])
-            with T.serial(S) as j:
-                if attention == "softmax":
-                    T.buffer_store(similarity, T.exp(similarity[j] - peak[0]), [j])
-                else:
-                    T.buffer_store(similarity, similarity[j] + T.float32(0.5), [j])
-                T.buffer_store(whole, whole[0] + similarity[j], [0])
-            with T.serial(S) as j:
-                T.buffer_store(out, out[ray, j] + similarity[j] / (whole[0] * T.float32(heads)), [ray, j])
-
-    @T.prim_func(s_tir=True)
-    def ray_block(
-        x_handle: T.handle,
-        w_projections: T.Buffer((width, layout.end), "float32"),
-        b_projections: T.Buffer((layout.end,), "float32"),
-        w_out: T.Buffer((width, wide), "float32"),
-        b_out: T.Buffer((wide,), "float32"),
-        w_first: T.Buffer((width * deep,), "float32"),
-        b_first: T.Buffer((deep,), "float32"),
-        w_second: T.Buffer((hidden * wide,), "float32"),
-        b_second: T.Buffer((wide,), "float32"),
-        conv: T.Buffer((heads * kernel,), "float32"),
-        S: T.int64,
-        eps: T.float32,
-        out_handle: T.handle,
-        first_handle: T.handle,
-    ):
-        T.func_attr({"tirx.noalias": True})
-        N = T.int64()
-        F = T.int64()
-        x = T.match_buffer(x_handle, (N, width), "float32", align=4)  # rows are (ray, sample)
-        out = T.match_buffer(out_handle, (N, width), "float32", align=4)
-        first_out = T.match_buffer(first_handle, (F, S), "float32", align=4)
-        rays_a_block: T.let[T.int64] = T.max(_ROWS // S, T.int64(1))
-        rows_a_block: T.let[T.int64] = rays_a_block * S
-        for block in T.parallel((N + rows_a_block - 1) // rows_a_block):
-            begin: T.let[T.int64] = block * rows_a_block
-            rows: T.let[T.int64] = T.min(rows_a_block, N - begin)
-            normed = T.alloc_buffer((rows_a_block + ROW_PADDING, wide), "float32", align=64)
-            projected = T.alloc_buffer((rows_a_block + ROW_PADDING, layout.end), "float32", align=64)
-            attended = T.alloc_buffer((rows_a_block + ROW_PADDING, heads * layout.head), "float32", align=64)
-            residual = T.alloc_buffer((rows_a_block + ROW_PADDING, wide), "float32", align=64)
-            accumulators = T.alloc_buffer((ACCUMULATORS * lanes,), "float32", align=64)
-            normalize(rows, lambda r, c: x[begin + r, c], normed, eps)
-            vec.product(
-                rows,
-                layout.end,
-                lambda r, c: b_projections[at(c)],
-                [(width, lambda r, k: normed[r, k], lambda k, c: w_projections[k, at(c)])],
-                lambda r, c, sums: store_projection(projected, r, c, sums),
-                accumulators,
-            )
-            for ray in T.serial(rows // S):
-                attend(projected, attended, ray * S, S, accumulators)
-                convolve(projected, attended, conv, ray * S, S)
+            layer_norm(isa, rows, width, lambda r, c: x[begin + r, c], normed, eps)
+            product(isa, rows, layout.end, b_projections, [(width, normed, w_projections)], project)
+            with T.serial(rows // S) as ray:
+                of_head = Isa(target, layout.lanes)
+                one = _Ray(isa, of_head, layout, heads, size, scale, projected, attended, ray * S, S)
+                one.attend_softmax() if softmax else one.attend_linear()
+                one.convolve(conv, kernel)
                 if return_weights:
-                    first_weights(projected, first_out, block * rays_a_block + ray, ray * S, S)
-            vec.product(
-                rows,
-                wide,
-                lambda r, c: b_out[at(c)],
-                [
-                    (
-                        size,
-                        lambda r, k, head=head: attended[r, head * layout.head + k],
-                        lambda k, c, head=head: w_out[head * size + k, at(c)],
-                    )
-                    for head in range(heads)
-                ],
-                lambda r, c, sums: T.buffer_store(residual, sums, [r, at(c)]),
-                accumulators,
-            )
-            for r in T.serial(rows):
-                for c in T.serial(width):
-                    residual[r, c] = residual[r, c] + x[begin + r, c]
-            if hidden > 0:
-                activation = T.alloc_buffer((rows_a_block + ROW_PADDING, deep), "float32", align=64)
-                normalize(rows, lambda r, c: residual[r, c], normed, eps)
-                vec.product(
-                    rows,
-                    deep,
-                    lambda r, c: b_first[at(c)],
-                    [(width, lambda r, k: normed[r, k], lambda k, c: w_first[at(k * deep + c)])],
-                    lambda r, c, sums: T.buffer_store(activation, vec.relu(sums), [r, at(c)]),
-                    accumulators,
-                )
-                vec.product(
-                    rows,
-                    wide,
-                    lambda r, c: residual[r, at(c)] + b_second[at(c)],
-                    [(hidden, lambda r, k: activation[r, k], lambda k, c: w_second[at(k * wide + c)])],
-                    lambda r, c, sums: T.buffer_store(residual, sums, [r, at(c)]),
-                    accumulators,
-                )
-            for r in T.serial(rows):
-                for c in T.serial(width):
-                    out[begin + r, c] = residual[r, c]
+                    one.first_weights(first_out.part(block * rays_of_block + ray), softmax=softmax)
+            product(isa, rows, wide, b_out, [_head(attended, w_out, layout, size, n) for n in range(heads)], residual)
+            with T.serial(rows) as r, T.serial(width) as c:
+                residual[r, c] = residual[r, c] + x[begin + r, c]
+            if hidden:
+                activation = T.alloc(rows_of_block + ROW_PADDING, deep)
+                layer_norm(isa, rows, width, lambda r, c: residual[r, c], normed, eps)
+                term = (width, normed, lambda k, c: w_first[isa.at(k * deep + c)])
+                product(isa, rows, deep, b_first, [term], activation, isa.relu)
+                term = (hidden, activation, lambda k, c: w_second[isa.at(k * wide + c)])
+                product(isa, rows, wide, lambda r, c: residual[r, isa.at(c)] + b_second[isa.at(c)], [term], residual)
+            with T.serial(rows) as r:
+                copy_row(isa, residual.part(r), out.part(begin + r), width)
+    return function.get()
 
-    return ray_block
+
+def _head(attended: Buffer, weight: Buffer, layout: Layout, size: int, head: int) -> Term:
+    """A head's part of the output layer."""
+    return size, lambda r, k: attended[r, head * layout.head + k], weight.below(head * size)
 
 
 def run(
-    function: Any,
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    conv: Tensor | None,
-    num_heads: int,
-    eps: float,
-    return_weights: bool,
+    function: Compiled, x: Tensor, panels: Sequence[Tensor], eps: float, return_weights: bool
 ) -> tuple[Tensor, Tensor]:
     rays, samples, width = x.shape
     out = memory.empty(rays * samples, width, dtype=torch.float32)
     first = torch.empty(rays if return_weights else 0, samples)
-    function(
-        x.float().reshape(-1, width).contiguous(),
-        *panels(weights, biases, num_heads, current().lanes),
-        x.new_empty(0, dtype=torch.float32) if conv is None else conv.float().flatten(),
-        samples,
-        eps,
-        out,
-        first,
-    )
+    function(x.float().reshape(-1, width).contiguous(), *panels, samples, eps, out, first)
     first = first if return_weights else x.new_empty(0)
     return out.view(x.shape).to(x.dtype), first.to(x.dtype)
 
 
 def _trial(
-    function: Any, *, width: int, heads: int, hidden: int, attention: str, kernel: int, return_weights: bool
+    function: Compiled, *, width: int, heads: int, hidden: int, attention: str, kernel: int, return_weights: bool
 ) -> None:
     x, weights, biases, conv, _ = random_block(
         0, rays=13, samples=9, width=width, heads=heads, hidden=hidden, kernel=kernel
     )
-    out, first = run(function, x, weights, biases, conv, heads, 1e-6, return_weights)
+    packed = panels(weights, biases, conv, heads, current().lanes)
+    out, first = run(function, x, packed, 1e-6, return_weights)
     twin, twins_first = ray_block_twin(x, weights, biases, conv, heads, attention, 1e-6, return_weights)
     certain = torch.ones(x.shape[:2], dtype=torch.bool)
     if attention != "softmax":

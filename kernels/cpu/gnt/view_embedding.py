@@ -1,168 +1,123 @@
 """The views' embedding on CPUs: one pass over what the views show, where torch makes a dozen."""
 
-# TVMScript's annotations are calls:
-# pyright: reportInvalidTypeForm=false
-
-# ruff: noqa: B023 (a TIR function is gone through once, while it is parsed; one `if` is decided then)
-
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shiftadd3d.kernels.cpu.vectors import ACCUMULATORS, ROW_PADDING, Vectors
+from shiftadd3d.kernels.cpu.blocks import copy_row
+from shiftadd3d.kernels.cpu.isa import Isa
+from shiftadd3d.kernels.cpu.tile import ROW_PADDING, product
 from shiftadd3d.kernels.pack.gnt.view_embedding import panels
 from shiftadd3d.kernels.reference.gnt.view_embedding import LEAST_VARIANCE, random_views, view_embedding_twin
 from shiftadd3d.kernels.runtime import memory
-from shiftadd3d.kernels.runtime.kernel import Kernel
+from shiftadd3d.kernels.runtime import tir as T
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
+from shiftadd3d.kernels.runtime.tir import Buffer, Expr
 
 # (point, view) rows at once.
 _ROWS = 64
 _BLOCKS_A_TASK = 16
 
 
-def _build(target: CpuTarget, *, inputs: int, hidden: int, width: int, with_moments: bool) -> Any:
-    from tvm.script import tirx as T
-
-    vec = Vectors(target)
-    lanes, at, splat = vec.lanes, vec.at, vec.splat
-    long, deep, wide = vec.padded(inputs), vec.padded(hidden), vec.padded(width)
+def _build(target: CpuTarget, *, inputs: int, hidden: int, width: int, with_moments: bool) -> T.PrimFunc:
+    isa = Isa(target)
+    long, deep, wide = isa.padded(inputs), isa.padded(hidden), isa.padded(width)
     statistics = 2 * inputs + 1 if with_moments else 0
 
-    def copy_row(source: Any, target_row: Any, count: int) -> None:
-        """`count` floats, by vectors as far as they go; `source` and `target_row` give an index's buffer and place."""
-        for start in range(0, count // lanes * lanes, lanes):
-            buffer, place = target_row(at(start))
-            T.buffer_store(buffer, source(at(start)), place)
-        with T.serial(count % lanes) as c:
-            buffer, place = target_row(count // lanes * lanes + c)
-            T.buffer_store(buffer, source(count // lanes * lanes + c), place)
+    with T.function("view_embedding") as function:
+        P, R = T.sizes(2)
+        values, mask = T.argument("values", (R, inputs)), T.argument("mask", (R,), "uint8")  # rows are (point, view)
+        w_first, b_first = T.panel("w_first", inputs, deep), T.panel("b_first", deep)
+        w_second, b_second = T.panel("w_second", hidden, wide), T.panel("b_second", wide)
+        w_moments, b_moments = T.panel("w_moments", statistics * wide), T.panel("b_moments", wide)
+        V = T.scalar("V")
+        embedding, query = T.argument("embedding", (R, width)), T.argument("query", (P, width))
 
-    def moments(shown: Any, seen: Any, out: Any, point: Any, V: Any) -> None:
-        """Mean, deviation and share of seeing views of one point: `view_moments`."""
-        count = T.alloc_buffer((1,), "float32")
-        T.buffer_store(count, T.float32(0.0), [0])
-        with T.serial(V) as v:
-            T.buffer_store(count, count[0] + seen[point * V + v], [0])
-        T.buffer_store(out, count[0] / T.cast(V, "float32"), [point, 2 * inputs])
-        T.buffer_store(count, T.float32(1.0) / T.max(count[0], T.float32(1.0)), [0])
-        for start in range(0, long, lanes):
-            mean = T.alloc_buffer((lanes,), "float32", align=64)
-            square = T.alloc_buffer((lanes,), "float32", align=64)
-            T.buffer_store(mean, splat(0.0), [at(0)])
-            T.buffer_store(square, splat(0.0), [at(0)])
-            with T.serial(V) as v:
-                weight = splat(seen[point * V + v])
-                x = shown[point * V + v, at(start)]
-                T.buffer_store(mean, vec.multiply_add(weight, x, mean[at(0)]), [at(0)])
-            T.buffer_store(mean, mean[at(0)] * splat(count[0]), [at(0)])
-            with T.serial(V) as v:
-                apart = vec.keep(shown[point * V + v, at(start)] - mean[at(0)])
-                weight = splat(seen[point * V + v])
-                T.buffer_store(square, vec.multiply_add(apart * apart, weight, square[at(0)]), [at(0)])
-            deviation = vec.square_root(square[at(0)] * splat(count[0]) + splat(LEAST_VARIANCE))
-            T.buffer_store(square, deviation, [at(0)])
-            for i in range(min(lanes, inputs - start)):
-                T.buffer_store(out, mean[i], [point, start + i])
-                T.buffer_store(out, square[i], [point, inputs + start + i])
-
-    @T.prim_func(s_tir=True)
-    def view_embedding(
-        values_handle: T.handle,
-        mask_handle: T.handle,
-        w_first: T.Buffer((inputs, deep), "float32"),
-        b_first: T.Buffer((deep,), "float32"),
-        w_second: T.Buffer((hidden, wide), "float32"),
-        b_second: T.Buffer((wide,), "float32"),
-        w_moments: T.Buffer((statistics * wide,), "float32"),
-        b_moments: T.Buffer((wide,), "float32"),
-        V: T.int64,
-        embedding_handle: T.handle,
-        query_handle: T.handle,
-    ):
-        T.func_attr({"tirx.noalias": True})
-        P = T.int64()
-        R = T.int64()
-        values = T.match_buffer(values_handle, (R, inputs), "float32", align=4)  # rows are (point, view)
-        mask = T.match_buffer(mask_handle, (R,), "uint8", align=1)
-        embedding = T.match_buffer(embedding_handle, (R, width), "float32", align=4)
-        query = T.match_buffer(query_handle, (P, width), "float32", align=4)
-        points_a_block: T.let[T.int64] = _ROWS // V
-        blocks: T.let[T.int64] = (P + points_a_block - 1) // points_a_block
-        for task in T.parallel((blocks + _BLOCKS_A_TASK - 1) // _BLOCKS_A_TASK):
-            shown = T.alloc_buffer((_ROWS + ROW_PADDING, long), "float32", align=64)
-            seen = T.alloc_buffer((_ROWS,), "float32", align=64)
-            activation = T.alloc_buffer((_ROWS + ROW_PADDING, deep), "float32", align=64)
-            embedded = T.alloc_buffer((_ROWS + ROW_PADDING, wide), "float32", align=64)
-            summary = T.alloc_buffer((_ROWS + ROW_PADDING, max(statistics, 1)), "float32", align=64)
-            queries = T.alloc_buffer((_ROWS + ROW_PADDING, wide), "float32", align=64)
-            accumulators = T.alloc_buffer((ACCUMULATORS * lanes,), "float32", align=64)
-            for r in T.serial(_ROWS + ROW_PADDING):
-                for c in T.serial(long):
-                    shown[r, c] = T.float32(0.0)
-            for block in T.serial(T.min(T.int64(_BLOCKS_A_TASK), blocks - task * _BLOCKS_A_TASK)):
-                first: T.let[T.int64] = (task * _BLOCKS_A_TASK + block) * points_a_block
-                points: T.let[T.int64] = T.min(points_a_block, P - first)
-                rows: T.let[T.int64] = points * V
-                for r in T.serial(rows):
-                    copy_row(lambda c: values[first * V + r, c], lambda c: (shown, [r, c]), inputs)
+        points_of_block = T.bind(T.int64(_ROWS) // V)
+        blocks = T.bind((P + points_of_block - 1) // points_of_block)
+        with T.parallel((blocks + _BLOCKS_A_TASK - 1) // _BLOCKS_A_TASK) as task:
+            rows_of_tile = _ROWS + ROW_PADDING
+            shown, seen = T.alloc(rows_of_tile, long), T.alloc(_ROWS)
+            activation, embedded = T.alloc(rows_of_tile, deep), T.alloc(rows_of_tile, wide)
+            summary, queries = T.alloc(rows_of_tile, max(statistics, 1)), T.alloc(rows_of_tile, wide)
+            with T.serial(rows_of_tile) as r, T.serial(long) as c:
+                shown[r, c] = T.float32(0.0)
+            with T.serial(T.min(T.int64(_BLOCKS_A_TASK), blocks - task * _BLOCKS_A_TASK)) as block:
+                first = T.bind((task * _BLOCKS_A_TASK + block) * points_of_block)
+                points = T.bind(T.min(points_of_block, P - first))
+                rows = T.bind(points * V)
+                with T.serial(rows) as r:
+                    copy_row(isa, values.part(first * V + r), shown.part(r), inputs)
                     seen[r] = T.cast(mask[first * V + r], "float32")
-                vec.product(
-                    rows,
-                    deep,
-                    lambda r, c: b_first[at(c)],
-                    [(inputs, lambda r, k: shown[r, k], lambda k, c: w_first[k, at(c)])],
-                    lambda r, c, x: T.buffer_store(activation, vec.relu(x), [r, at(c)]),
-                    accumulators,
-                )
-                vec.product(
-                    rows,
-                    wide,
-                    lambda r, c: b_second[at(c)],
-                    [(hidden, lambda r, k: activation[r, k], lambda k, c: w_second[k, at(c)])],
-                    lambda r, c, x: T.buffer_store(embedded, x, [r, at(c)]),
-                    accumulators,
-                )
-                for r in T.serial(rows):
-                    copy_row(lambda c: embedded[r, c], lambda c: (embedding, [first * V + r, c]), width)
-                for p in T.serial(points):
-                    for n in T.unroll(wide // lanes):
-                        queries[p, at(n * lanes)] = embedded[p * V, at(n * lanes)]
-                        for v in T.serial(V - 1):
-                            queries[p, at(n * lanes)] = vec.larger_or_nan(
-                                embedded[p * V + v + 1, at(n * lanes)], queries[p, at(n * lanes)]
-                            )
+                product(isa, rows, deep, b_first, [(inputs, shown, w_first)], activation, isa.relu)
+                product(isa, rows, wide, b_second, [(hidden, activation, w_second)], embedded)
+                with T.serial(rows) as r:
+                    copy_row(isa, embedded.part(r), embedding.part(first * V + r), width)
+                with T.serial(points) as p:
+                    _largest(isa, embedded, p * V, V, queries.part(p))
                     if with_moments:
-                        moments(shown, seen, summary, p, V)
+                        _moments(isa, inputs, shown, seen, p * V, V, summary.part(p))
                 if with_moments:
-                    vec.product(
+                    product(
+                        isa,
                         points,
                         wide,
-                        lambda r, c: queries[r, at(c)] + b_moments[at(c)],
-                        [(statistics, lambda r, k: summary[r, k], lambda k, c: w_moments[at(k * wide + c)])],
-                        lambda r, c, x: T.buffer_store(queries, x, [r, at(c)]),
-                        accumulators,
+                        lambda r, c: queries[r, isa.at(c)] + b_moments[isa.at(c)],
+                        [(statistics, summary, lambda k, c: w_moments[isa.at(k * wide + c)])],
+                        queries,
                     )
-                for p in T.serial(points):
-                    copy_row(lambda c: queries[p, c], lambda c: (query, [first + p, c]), width)
+                with T.serial(points) as p:
+                    copy_row(isa, queries.part(p), query.part(first + p), width)
+    return function.get()
 
-    return view_embedding
+
+def _largest(isa: Isa, embedded: Buffer, row: Expr, V: Expr, out: Buffer) -> None:
+    """The largest of each channel over the V views from a row on."""
+    for n in range(0, out.extent(0), isa.lanes):
+        at = isa.at(n)
+        out[at] = embedded[row, at]
+        with T.serial(V - 1) as v:
+            out[at] = isa.larger_or_nan(embedded[row + v + 1, at], out[at])
+
+
+def _moments(isa: Isa, inputs: int, shown: Buffer, seen: Buffer, row: Expr, V: Expr, out: Buffer) -> None:
+    """Mean, deviation and share of seeing views of the V views from a row on: `view_moments`."""
+    count = T.alloc(1, align=4)
+    count[0] = T.float32(0.0)
+    with T.serial(V) as v:
+        count[0] = count[0] + seen[row + v]
+    out[2 * inputs] = count[0] / T.cast(V, "float32")
+    count[0] = T.float32(1.0) / T.max(count[0], T.float32(1.0))
+    for start in range(0, inputs, isa.lanes):
+        there = isa.at(start)
+        mean, square = isa.register(0.0), isa.register(0.0)
+        with T.serial(V) as v:
+            mean.value = isa.fma(isa.splat(seen[row + v]), shown[row + v, there], mean.value)
+        mean.value = mean.value * isa.splat(count[0])
+        with T.serial(V) as v:
+            apart = isa.keep(shown[row + v, there] - mean.value)
+            square.value = isa.fma(apart * apart, isa.splat(seen[row + v]), square.value)
+        square.value = isa.square_root(square.value * isa.splat(count[0]) + isa.splat(LEAST_VARIANCE))
+        for i in range(min(isa.lanes, inputs - start)):
+            out[start + i] = mean[i]
+            out[inputs + start + i] = square[i]
 
 
 def run(
-    function: Any, values: Tensor, mask: Tensor, weights: list[Tensor], biases: list[Tensor]
+    function: Compiled, values: Tensor, mask: Tensor, panels: Sequence[Tensor], width: int
 ) -> tuple[Tensor, Tensor]:
     *leading, views, inputs = values.shape
-    width = weights[1].shape[0]
     embedding = memory.empty(*leading, views, width, dtype=torch.float32)
     query = memory.empty(*leading, width, dtype=torch.float32)
     function(
         values.reshape(-1, inputs).contiguous(),
         mask.reshape(-1).contiguous().view(torch.uint8),
-        *panels(weights, biases, current().lanes),
+        *panels,
         views,
         embedding.view(-1, width),
         query.view(-1, width),
@@ -170,9 +125,10 @@ def run(
     return embedding, query
 
 
-def _trial(function: Any, **spec: Any) -> None:
-    arguments = random_views(0, points=29, views=5, **spec)
-    for out, twin in zip(run(function, *arguments), view_embedding_twin(*arguments), strict=True):
+def _trial(function: Compiled, **spec: Any) -> None:
+    values, mask, weights, biases = random_views(0, points=29, views=5, **spec)
+    outcome = run(function, values, mask, panels(weights, biases, current().lanes), spec["width"])
+    for out, twin in zip(outcome, view_embedding_twin(values, mask, weights, biases), strict=True):
         torch.testing.assert_close(out, twin, rtol=1e-4, atol=1e-4)
 
 

@@ -11,7 +11,6 @@ are those that the kernel for CPUs takes, products of weights that have been mul
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -213,17 +212,14 @@ def run(
 
 
 def _trial_cuda(function: CudaFunction, *, width: int, hidden: int) -> None:
-    compare_with_twin(partial(run_on_tensors, function), function.device, width, hidden)
+    def packed(*arguments: Any) -> Tensor:
+        return run_on_tensors(function, *arguments[:4], panels=panels(*arguments[4:], lanes=1))
+
+    compare_with_twin(packed, function.device, width, hidden)
 
 
 def run_on_tensors(
-    function: Any,
-    query: Tensor,
-    views: Tensor,
-    ray_diff: Tensor,
-    mask: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
+    function: Any, query: Tensor, views: Tensor, ray_diff: Tensor, mask: Tensor, panels: Sequence[Tensor]
 ) -> Tensor:
     count, width = views.shape[-2:]
     out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
@@ -233,7 +229,7 @@ def run_on_tensors(
         views.float().reshape(-1, width).contiguous(),
         ray_diff.float().reshape(-1, 4).contiguous(),
         mask.reshape(-1).contiguous().view(torch.uint8),
-        panels(weights, biases, lanes=1),
+        panels,
         count,
         out.view(-1, width),
     )

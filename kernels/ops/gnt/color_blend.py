@@ -1,4 +1,4 @@
-"""The blend of the views' colours as an op. Inference only; training uses `shiftadd3d.models.gnt`'s layers."""
+"""The blend of the views' colours as an op. Inference only."""
 
 from __future__ import annotations
 
@@ -8,38 +8,35 @@ import torch
 from torch import Tensor
 
 from shiftadd3d.kernels.cpu.gnt.color_blend import KERNEL, run
-from shiftadd3d.kernels.ops.define import define_op
-from shiftadd3d.kernels.reference.gnt.color_blend import MAX_VIEWS, check, color_blend_twin
+from shiftadd3d.kernels.ops.define import define_op, packed_function
+from shiftadd3d.kernels.pack.gnt.color_blend import check_panels, color_blend_of_panels
+from shiftadd3d.kernels.reference.gnt.color_blend import MAX_VIEWS, check
 
 
 def _cpu(
-    x: Tensor,
-    values: Tensor,
-    ray_diff: Tensor,
-    mask: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    angle_scale: Tensor,
-    agreement_scale: Tensor,
+    x: Tensor, values: Tensor, ray_diff: Tensor, mask: Tensor, panels: list[Tensor], hidden: int
 ) -> tuple[Tensor, Tensor]:
-    check(x, values, ray_diff, mask, weights, biases)
-    arguments = (x, values, ray_diff, mask, weights, biases, angle_scale, agreement_scale)
+    check(x, values, ray_diff, mask)
+    width, inputs = x.shape[-1], values.shape[-1]
+    lanes = check_panels(panels, width, inputs, hidden)
     function = None
     if values.numel() and x.dtype == values.dtype == torch.float32 and values.shape[2] <= MAX_VIEWS:
-        function = KERNEL.function(width=x.shape[-1], inputs=values.shape[-1], hidden=weights[0].shape[0])
-    return color_blend_twin(*arguments) if function is None else run(function, *arguments)
+        function = packed_function(KERNEL, lanes, width=width, inputs=inputs, hidden=hidden)
+    if function is None:
+        return color_blend_of_panels(x, values, ray_diff, mask, panels, hidden)
+    return run(function, x, values, ray_diff, mask, panels)
 
 
 def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], 3), x.new_empty(x.shape[:2])
 
 
-#: ``torch.ops.shiftadd3d.color_blend``; arguments and outcome as those of its twin. float32; 1 to 32 views, more go
-#: through the twin.
+#: ``torch.ops.shiftadd3d.color_blend``; arguments and outcome as those of its twin, but for the weights, which are the
+#: panels of `shiftadd3d.kernels.pack.gnt.color_blend`. float32; 1 to 32 views, more go through plain torch.
 color_blend = define_op(
-    "color_blend(Tensor x, Tensor values, Tensor ray_diff, Tensor mask, Tensor[] weights, Tensor[] biases, "
-    "Tensor angle_scale, Tensor agreement_scale) -> (Tensor, Tensor)",
+    "color_blend(Tensor x, Tensor values, Tensor ray_diff, Tensor mask, Tensor[] panels, int hidden) "
+    "-> (Tensor, Tensor)",
     cpu=_cpu,
-    twin=color_blend_twin,
+    twin=color_blend_of_panels,
     fake=_fake,
 )

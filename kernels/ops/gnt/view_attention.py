@@ -1,12 +1,10 @@
-"""View attention as ops, of ordinary weights and of packed powers of two.
+"""View attention as an op.
 
 NaN makes its point NaN, as in the reference; infinities may come out as infinities where the reference, which subtracts
-them, has NaN. Inference only: training uses `shiftadd3d.models.gnt`'s layers.
+them, has NaN. Inference only.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,94 +13,49 @@ from shiftadd3d.kernels.cpu.gnt.view_attention import KERNEL, run
 from shiftadd3d.kernels.cuda.driver import MAX_ELEMENTS
 from shiftadd3d.kernels.cuda.gnt import view_attention as cuda_view_attention
 from shiftadd3d.kernels.cuda.gnt.view_attention import CUDA_KERNEL, run_on_tensors
-from shiftadd3d.kernels.ops.define import define_op
-from shiftadd3d.kernels.reference.gnt.view_attention import (
-    check,
-    decoded,
-    view_attention_shift_twin,
-    view_attention_twin,
-)
+from shiftadd3d.kernels.ops.define import define_op, packed_function
+from shiftadd3d.kernels.pack.gnt.view_attention import check_panels, hidden_of, view_attention_of_panels
+from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS, check
 
 
-def _cpu(
-    query: Tensor,
-    views: Tensor,
-    ray_diff: Tensor,
-    mask: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-) -> Tensor:
-    check(query, views, ray_diff, mask, weights, biases)
+def _cpu(query: Tensor, views: Tensor, ray_diff: Tensor, mask: Tensor, panels: list[Tensor]) -> Tensor:
+    check(query, views, ray_diff, mask)
+    width = query.shape[-1]
+    lanes = check_panels(panels, width)
     if query.numel() == 0:
         return torch.empty_like(query)
     function = None
-    if query.dtype in (torch.float32, torch.bfloat16):
-        function = KERNEL.function(width=query.shape[-1], hidden=weights[3].shape[0])
+    if query.dtype in (torch.float32, torch.bfloat16) and views.shape[-2] <= MAX_VIEWS:
+        function = packed_function(KERNEL, lanes, width=width, hidden=hidden_of(panels, width))
     if function is None:
-        return view_attention_twin(query, views, ray_diff, mask, weights, biases)
-    return run(function, query, views, ray_diff, mask, weights, biases)
+        return view_attention_of_panels(query, views, ray_diff, mask, panels)
+    return run(function, query, views, ray_diff, mask, panels)
 
 
-def _cuda(
-    query: Tensor,
-    views: Tensor,
-    ray_diff: Tensor,
-    mask: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-) -> Tensor:
-    check(query, views, ray_diff, mask, weights, biases)
+def _cuda(query: Tensor, views: Tensor, ray_diff: Tensor, mask: Tensor, panels: list[Tensor]) -> Tensor:
+    check(query, views, ray_diff, mask)
+    width = query.shape[-1]
+    lanes = check_panels(panels, width)
     if query.numel() == 0:
         return torch.empty_like(query)
-    function, width, hidden = None, query.shape[-1], weights[3].shape[0]
+    function, hidden = None, hidden_of(panels, width)
     if not cuda_view_attention.fits(width, hidden) or views.numel() > MAX_ELEMENTS:
         CUDA_KERNEL.decline(f"views {list(views.shape)} are too large for it")
-    elif query.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    elif lanes == 1 and views.shape[-2] <= MAX_VIEWS and query.dtype in (torch.float32, torch.bfloat16, torch.float16):
         function = CUDA_KERNEL.function(device=query.device, width=width, hidden=hidden)
     if function is None:
-        return view_attention_twin(query, views, ray_diff, mask, weights, biases)
-    return run_on_tensors(function, query, views, ray_diff, mask, weights, biases)
+        return view_attention_of_panels(query, views, ray_diff, mask, panels)
+    return run_on_tensors(function, query, views, ray_diff, mask, panels)
 
 
-def _with_codes(view_attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same with packed weights."""
-
-    def shift(
-        query: Tensor,
-        views: Tensor,
-        ray_diff: Tensor,
-        mask: Tensor,
-        codes: list[Tensor],
-        offsets: list[Tensor],
-        biases: list[Tensor],
-        bits: int,
-    ) -> Tensor:
-        weights = decoded(codes, offsets, bits, query.shape[-1])
-        return view_attention(query, views, ray_diff, mask, weights, biases)
-
-    return shift
-
-
-_SCHEMA = "Tensor query, Tensor views, Tensor ray_diff, Tensor mask"
-
-#: ``torch.ops.shiftadd3d.view_attention``; arguments as those of its twin. 1 to 32 views, any width; float32 and
-#: bfloat16 (computed in float32). The weights are, in this order, those of `WEIGHTS`, the biases those of `BIASES`.
+#: ``torch.ops.shiftadd3d.view_attention``; arguments as those of the reference, but for its layers, which are the
+#: panels of `shiftadd3d.kernels.pack.gnt.view_attention`. Any width; float32 and bfloat16 (computed in float32); more
+#: than 32 views go through plain torch.
 view_attention = define_op(
-    f"view_attention({_SCHEMA}, Tensor[] weights, Tensor[] biases) -> Tensor",
+    "view_attention(Tensor query, Tensor views, Tensor ray_diff, Tensor mask, Tensor[] panels) -> Tensor",
     cpu=_cpu,
     cuda=_cuda,
-    twin=view_attention_twin,
-    fake=lambda query, *_: torch.empty_like(query),
-    activations=3,
-)
-
-#: ``torch.ops.shiftadd3d.view_attention_shift``: the same with packed power-of-two weights, as `PackedShiftLinear` has
-#: them: codes [terms, out, ceil(in * bits / 8)] uint8 and offsets [terms, out] int8.
-view_attention_shift = define_op(
-    f"view_attention_shift({_SCHEMA}, Tensor[] codes, Tensor[] offsets, Tensor[] biases, int bits) -> Tensor",
-    cpu=_with_codes(_cpu),
-    cuda=_with_codes(_cuda),
-    twin=view_attention_shift_twin,
+    twin=view_attention_of_panels,
     fake=lambda query, *_: torch.empty_like(query),
     activations=3,
 )

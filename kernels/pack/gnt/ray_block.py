@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.pack.panel import filled, lanes_of, padded, stored
+from shiftadd3d.kernels.reference.gnt.ray_block import ray_block_twin
 
 
 class Layout(NamedTuple):
@@ -25,11 +29,6 @@ class Layout(NamedTuple):
     end: int
 
 
-def padded(count: int, lanes: int) -> int:
-    """`count` floats rounded up to whole vectors."""
-    return -(-count // lanes) * lanes
-
-
 def layout_of(vector: int, width: int, heads: int) -> Layout:
     """Where queries, keys and values lie for vectors of `vector` floats."""
     lanes = min(vector, max(4, 1 << (width // heads - 1).bit_length()))
@@ -42,9 +41,10 @@ class Panels(NamedTuple):
     """The weights as the function reads them: inputs down, outputs across, padded to whole vectors.
 
     Attributes:
-        projections: [C, end] to queries, keys and values (see `_Layout`); projection_bias: [end].
+        projections: [C, end] to queries, keys and values (see `Layout`); projection_bias: [end].
         out: [C, C]; out_bias: [C].
         first: [C * D]; first_bias: [D]. second: [D * C]; second_bias: [C]. Without a perceptron D is 0.
+        conv: [heads * kernel], of the convolution on the values; empty without one.
     """
 
     projections: Tensor
@@ -55,40 +55,89 @@ class Panels(NamedTuple):
     first_bias: Tensor
     second: Tensor
     second_bias: Tensor
+    conv: Tensor
 
 
-def panels(weights: list[Tensor], biases: list[Tensor | None], heads: int, lanes: int) -> Panels:
-    """What the kernel reads, for vectors of `lanes` floats."""
+def panels(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None], conv: Tensor | None, heads: int, lanes: int
+) -> Panels:
+    """What the kernel reads, of weights, biases and convolution as `ray_block_twin` takes them.
+
+    Raises:
+        UserError: if the convolution is not of an odd length, for each head.
+    """
+    if conv is not None and (conv.dim() != 2 or conv.shape[0] != heads or conv.shape[1] % 2 == 0):
+        raise UserError(f"conv must be [{heads}, an odd number], not {list(conv.shape)}")
     width = weights[0].shape[0]
     layout = layout_of(lanes, width, heads)
 
     def affine(number: int, norm: int | None = None) -> tuple[Tensor, Tensor]:
         """Weight [inputs, outputs] and bias of a layer, with the norm in front of it taken in."""
         weight, bias = weights[number].detach().double(), biases[number]
-        bias = torch.zeros(weight.shape[0]).double() if bias is None else bias.detach().double()
+        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach().double()
         if norm is not None:
             shift = biases[norm]
             bias = bias if shift is None else bias + weight @ shift.detach().double()
             weight = weight * weights[norm].detach().double()
         return weight.mT, bias
 
-    def filled(x: Tensor, columns: int) -> Tensor:
-        return F.pad(x, (0, columns - x.shape[-1]))
-
     q, k, v = (affine(number, norm=0) for number in (1, 2, 3))
-    joined = []
+    joined: list[Tensor] = []
     for part in (0, 1):
         by_head = filled(v[part].unflatten(-1, (heads, -1)), layout.head).flatten(-2)
         whole = (filled(q[part], layout.keys), filled(k[part], layout.keys))
         joined.append(torch.cat([*whole, filled(by_head, layout.end - layout.values)], dim=-1))
-    panels = [*joined, *(filled(part, layout.keys) for part in affine(4))]
+    packed = [*joined, *(filled(part, layout.keys) for part in affine(4))]
+    none = packed[-1].new_empty(0)
     if len(weights) > 5:
         hidden = weights[6].shape[0]
         weight, bias = (filled(part, padded(hidden, lanes)) for part in affine(6, norm=5))
-        panels += [weight.flatten(), bias]
+        packed += [weight.flatten(), bias]
         weight, bias = (filled(part, layout.keys) for part in affine(7))
-        panels += [weight.flatten(), bias]
+        packed += [weight.flatten(), bias]
     else:
-        none = panels[-1].new_empty(0)
-        panels += [none, none, none, panels[-1]]
-    return Panels(*(panel.float().contiguous() for panel in panels))
+        packed += [none, none, none, packed[-1]]
+    return Panels(*map(stored, (*packed, none if conv is None else conv.flatten())))
+
+
+def hidden_and_kernel(panels: Sequence[Tensor], heads: int) -> tuple[int, int]:
+    """The perceptron's hidden units and the convolution's length, 0 where there is none."""
+    return panels[6].numel() // panels[7].numel(), panels[8].numel() // heads
+
+
+def check_panels(panels: Sequence[Tensor], width: int, heads: int) -> int:
+    """`lanes_of` the panels of a block of so many channels and heads."""
+    hidden, kernel = hidden_and_kernel(panels, heads)
+
+    def sizes(lanes: int) -> list[tuple[int, ...]]:
+        layout, deep = layout_of(lanes, width, heads), padded(hidden, lanes)
+        wide = layout.keys
+        attention = [(width, layout.end), (layout.end,), (width, wide), (wide,)]
+        return [*attention, (width * deep,), (deep,), (hidden * wide,), (wide,), (heads * kernel,)]
+
+    return lanes_of("ray_block", panels, sizes)
+
+
+def ray_block_of_panels(
+    x: Tensor, panels: Sequence[Tensor], num_heads: int, attention: str, eps: float, return_weights: bool
+) -> tuple[Tensor, Tensor]:
+    """The twin of the weights that panels hold, with norms that do nothing but normalise: where no kernel serves."""
+    width = x.shape[-1]
+    layout = layout_of(check_panels(panels, width, num_heads), width, num_heads)
+    hidden, kernel = hidden_and_kernel(panels, num_heads)
+    projections, projection_bias, out, out_bias, first, first_bias, second, second_bias, conv = panels
+
+    def projected(part: Tensor) -> list[Tensor]:
+        """Queries', keys' and values' columns [*, C] each."""
+        values = part[..., layout.values : layout.values + num_heads * layout.head]
+        values = values.unflatten(-1, (num_heads, -1))[..., : width // num_heads].flatten(-2)
+        return [part[..., :width], part[..., layout.keys : layout.keys + width], values]
+
+    ones = projections.new_ones(width)
+    weights = [ones, *(weight.mT for weight in projected(projections)), out[:, :width].mT]
+    biases = [None, *projected(projection_bias), out_bias[:width]]
+    if hidden:
+        weights += [ones, first.view(width, -1)[:, :hidden].mT, second.view(hidden, -1)[:, :width].mT]
+        biases += [None, first_bias[:hidden], second_bias[:width]]
+    taps = conv.view(num_heads, kernel) if kernel else None
+    return ray_block_twin(x, weights, biases, taps, num_heads, attention, eps, return_weights)

@@ -7,11 +7,15 @@ multiplications; ``a_2``, the same for all views, drops out of the softmax.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from shiftadd3d.kernels.pack.panel import across, lanes_of, padded, row, stored
+from shiftadd3d.kernels.reference.gnt.view_attention import blend_views
 
 
 class Panels(NamedTuple):
@@ -38,25 +42,50 @@ class Panels(NamedTuple):
     out_bias: Tensor
 
 
-def panels(weights: list[Tensor], biases: list[Tensor], lanes: int) -> Panels:
+def panels(weights: Sequence[Tensor], biases: Sequence[Tensor], lanes: int) -> Panels:
+    """What the kernel reads, of weights and biases as `view_attention_twin` takes them."""
     w_q, w_k, w_v, w_p1, w_p2, w_a1, w_a2, w_o = (weight.detach().double() for weight in weights)
     b_p1, b_p2, b_a1, _, b_o = (bias.detach().double() for bias in biases)
-
-    def across(*groups: Tensor) -> Tensor:
-        """[outputs, inputs] each, to [inputs, outputs of all]."""
-        return torch.cat([F.pad(group.mT, (0, -group.shape[0] % lanes)) for group in groups], dim=1)
-
-    def row(bias: Tensor) -> Tensor:
-        return F.pad(bias, (0, -bias.shape[0] % lanes))
-
-    panels = Panels(
-        row=torch.cat([across(w_v @ w_k, w_a1 @ w_k), across(w_p2, w_a1 @ w_p2)]),
-        row_bias=torch.cat([row(b_p2), row(torch.zeros_like(b_a1))]),
-        position=torch.cat([across(w_p1), row(b_p1)[None]]),
-        query=-across(w_a1 @ w_q),
-        query_bias=row(w_a1 @ b_p2 + b_a1),
-        score=across(w_a2),
-        out=across(w_o),
-        out_bias=row(b_o),
+    packed = Panels(
+        row=torch.cat([across(w_v @ w_k, w_a1 @ w_k, lanes=lanes), across(w_p2, w_a1 @ w_p2, lanes=lanes)]),
+        row_bias=torch.cat([row(b_p2, lanes), row(torch.zeros_like(b_a1), lanes)]),
+        position=torch.cat([across(w_p1, lanes=lanes), row(b_p1, lanes)[None]]),
+        query=-across(w_a1 @ w_q, lanes=lanes),
+        query_bias=row(w_a1 @ b_p2 + b_a1, lanes),
+        score=across(w_a2, lanes=lanes),
+        out=across(w_o, lanes=lanes),
+        out_bias=row(b_o, lanes),
     )
-    return Panels(*(panel.float().contiguous() for panel in panels))
+    return Panels(*map(stored, packed))
+
+
+def hidden_of(panels: Sequence[Tensor], width: int) -> int:
+    """H, for so many channels."""
+    return panels[0].shape[0] - width
+
+
+def check_panels(panels: Sequence[Tensor], width: int) -> int:
+    """`lanes_of` the panels of an attention over so many channels."""
+    hidden = hidden_of(panels, width)
+
+    def sizes(lanes: int) -> list[tuple[int, ...]]:
+        wide, narrow = padded(width, lanes), padded(hidden, lanes)
+        both = (width + hidden, wide + narrow), (wide + narrow,)
+        return [*both, (5, narrow), (width, narrow), (narrow,), (hidden, wide), (width, wide), (wide,)]
+
+    return lanes_of("view_attention", panels, sizes)
+
+
+def view_attention_of_panels(
+    query: Tensor, views: Tensor, ray_diff: Tensor, mask: Tensor, panels: Sequence[Tensor]
+) -> Tensor:
+    """`view_attention`, whose products of weights have been taken, in plain torch: where no kernel serves."""
+    width = query.shape[-1]
+    hidden = hidden_of(panels, width)
+    rows, row_bias, position, to_query, query_bias, score, out, out_bias = (panel.to(query.dtype) for panel in panels)
+    place = F.relu(ray_diff @ position[:4, :hidden] + position[4, :hidden])
+    seen = torch.cat([views, place], dim=-1) @ rows + row_bias
+    values, activation = seen.split([out.shape[1], to_query.shape[1]], dim=-1)
+    activation = F.relu(activation + (query @ to_query + query_bias).unsqueeze(-2))[..., :hidden]
+    pooled = blend_views(activation @ score, values, mask)[..., :width]
+    return (pooled @ out + out_bias)[..., :width]

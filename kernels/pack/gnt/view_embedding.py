@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from shiftadd3d.kernels.pack.panel import across, lanes_of, padded, row, stored
+from shiftadd3d.kernels.reference.gnt.view_embedding import view_embedding_twin
 
 
 class Panels(NamedTuple):
-    """Weights [inputs, outputs] and biases, the outputs padded to whole vectors. Without moments the third is empty."""
+    """Weights [inputs, outputs] and biases, the outputs padded to whole vectors. Without moments the fifth is empty."""
 
     first: Tensor
     first_bias: Tensor
@@ -19,12 +22,34 @@ class Panels(NamedTuple):
     moments_bias: Tensor
 
 
-def panels(weights: list[Tensor], biases: list[Tensor], lanes: int) -> Panels:
-    def across(x: Tensor) -> Tensor:
-        return F.pad(x.detach().float(), (0, -x.shape[-1] % lanes)).contiguous()
-
-    pairs = [(across(weight.mT), across(bias)) for weight, bias in zip(weights, biases, strict=True)]
+def panels(weights: Sequence[Tensor], biases: Sequence[Tensor], lanes: int) -> Panels:
+    """What the kernel reads, of weights and biases as `view_embedding_twin` takes them."""
+    pairs = [(across(weight, lanes=lanes), row(bias, lanes)) for weight, bias in zip(weights, biases, strict=True)]
     if len(pairs) < 3:
         pairs.append((pairs[1][0].new_empty(0), pairs[1][1]))
     (first, first_bias), (second, second_bias), (moments, moments_bias) = pairs
-    return Panels(first, first_bias, second, second_bias, moments.flatten(), moments_bias)
+    return Panels(*map(stored, (first, first_bias, second, second_bias, moments.flatten(), moments_bias)))
+
+
+def check_panels(panels: Sequence[Tensor], inputs: int, width: int) -> int:
+    """`lanes_of` the panels of an embedding of so many inputs in so many channels."""
+    hidden, moments = panels[2].shape[0], 2 * inputs + 1 if panels[4].numel() else 0
+
+    def sizes(lanes: int) -> list[tuple[int, ...]]:
+        deep, wide = padded(hidden, lanes), padded(width, lanes)
+        return [(inputs, deep), (deep,), (hidden, wide), (wide,), (moments * wide,), (wide,)]
+
+    return lanes_of("view_embedding", panels, sizes)
+
+
+def view_embedding_of_panels(
+    values: Tensor, mask: Tensor, panels: Sequence[Tensor], width: int
+) -> tuple[Tensor, Tensor]:
+    """The twin of the weights that panels hold: where no kernel serves."""
+    first, first_bias, second, second_bias, moments, moments_bias = panels
+    hidden = second.shape[0]
+    weights, biases = [first[:, :hidden].mT, second[:, :width].mT], [first_bias[:hidden], second_bias[:width]]
+    if moments.numel():
+        weights.append(moments.view(-1, moments_bias.shape[0])[:, :width].mT)
+        biases.append(moments_bias[:width])
+    return view_embedding_twin(values, mask, weights, biases)

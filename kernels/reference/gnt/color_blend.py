@@ -23,6 +23,7 @@ from torch import Tensor
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.reference.gnt.plane_sweep import MASKED_LOGIT, view_agreement
+from shiftadd3d.kernels.reference.layers import Layer, linear
 
 MAX_VIEWS = 32
 
@@ -30,17 +31,26 @@ MAX_VIEWS = 32
 LAYERS = ("point", "view", "view logit", "sample logit")
 
 
-def blend(
-    view_logits: Tensor,  # [R, S, V]
-    sample_logits: Tensor,  # [R, S]
+def color_blend(
+    x: Tensor,  # [R, S, C]
     values: Tensor,  # [R, S, V, K], colour first
-    cosine: Tensor,  # [R, S, V] between the directions to the target and to the source camera
+    ray_diff: Tensor,  # [R, S, V, 4]
     mask: Tensor,  # [R, S, V] bool
-    deviation: Tensor,  # [R, S, K] over the views, as `view_agreement` gives it
     angle_scale: Tensor,  # scalar
     agreement_scale: Tensor,  # scalar
+    *,
+    point: Layer,
+    view: Layer,
+    view_logit: Layer,
+    sample_logit: Layer,
 ) -> tuple[Tensor, Tensor]:
-    """Colours of rays [R, 3] and weights of their samples [R, S] from what a network says of views and samples."""
+    """Colours of rays [R, 3] and weights of their samples [R, S], with any layers."""
+    cosine = ray_diff[..., 3]
+    mean, deviation = view_agreement(values, cosine, mask, angle_scale)
+    apart = (values - mean.unsqueeze(-2)).abs()
+    hidden = point(x)[:, :, None] + view(torch.cat([values, ray_diff, apart], dim=-1))
+    view_logits = view_logit(F.relu(hidden))[..., 0]
+    sample_logits = sample_logit(x)[..., 0]
     view_logits = view_logits + angle_scale * (cosine - 1.0)
     share = torch.softmax(view_logits.masked_fill(~mask, MASKED_LOGIT), dim=2).unsqueeze(-1)
     colors = (share * values[..., :3]).sum(dim=2)  # [R, S, 3]
@@ -51,24 +61,19 @@ def blend(
 
 
 def color_blend_twin(
-    x: Tensor,  # [R, S, C]
-    values: Tensor,  # [R, S, V, K], colour first
-    ray_diff: Tensor,  # [R, S, V, 4]
-    mask: Tensor,  # [R, S, V] bool
+    x: Tensor,
+    values: Tensor,
+    ray_diff: Tensor,
+    mask: Tensor,
     weights: list[Tensor],  # of LAYERS: [D, C], [D, 2 K + 4], [1, D], [1, C]
     biases: list[Tensor],  # [D], [D], [1], [1]
-    angle_scale: Tensor,  # scalar
-    agreement_scale: Tensor,  # scalar
+    angle_scale: Tensor,
+    agreement_scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """What `color_blend` computes, in plain torch: colours of rays [R, 3] and weights of their samples [R, S]."""
-    point, view, view_logit, sample_logit = zip(weights, biases, strict=True)
-    cosine = ray_diff[..., 3]
-    mean, deviation = view_agreement(values, cosine, mask, angle_scale)
-    apart = (values - mean.unsqueeze(-2)).abs()
-    hidden = F.linear(x, *point)[:, :, None] + F.linear(torch.cat([values, ray_diff, apart], dim=-1), *view)
-    view_logits = F.linear(F.relu(hidden), *view_logit)[..., 0]
-    sample_logits = F.linear(x, *sample_logit)[..., 0]
-    return blend(view_logits, sample_logits, values, cosine, mask, deviation, angle_scale, agreement_scale)
+    """`color_blend` with linear layers of these weights."""
+    point, view, view_logit, sample_logit = map(linear, weights, biases)
+    layers = {"point": point, "view": view, "view_logit": view_logit, "sample_logit": sample_logit}
+    return color_blend(x, values, ray_diff, mask, angle_scale, agreement_scale, **layers)
 
 
 def random_blend(
@@ -94,9 +99,8 @@ def random_blend(
     )
 
 
-def check(
-    x: Tensor, values: Tensor, ray_diff: Tensor, mask: Tensor, weights: list[Tensor], biases: list[Tensor]
-) -> None:
+def check(x: Tensor, values: Tensor, ray_diff: Tensor, mask: Tensor) -> None:
+    """Raise `UserError` unless the arguments fit together."""
     if values.dim() != 4 or values.shape[-1] < 4:
         raise UserError(f"values must be [R, S, V, 3 + C] with C at least 1, not {list(values.shape)}")
     shape = values.shape[:3]
@@ -105,13 +109,3 @@ def check(
             f"beside values {list(values.shape)}, x must be [R, S, C], ray_diff [R, S, V, 4] and mask bool [R, S, V], "
             f"not {list(x.shape)}, {list(ray_diff.shape)} and {mask.dtype} {list(mask.shape)}"
         )
-    if len(weights) != len(LAYERS) or len(biases) != len(LAYERS):
-        raise UserError(f"color_blend takes weights and biases of {', '.join(LAYERS)}")
-    hidden, width = weights[0].shape[0], x.shape[-1]
-    sizes = ((hidden, width), (hidden, 2 * values.shape[-1] + 4), (1, hidden), (1, width))
-    for name, weight, bias, size in zip(LAYERS, weights, biases, sizes, strict=True):
-        if weight.shape != size or bias.shape != size[:1]:
-            raise UserError(
-                f"weight and bias of {name} must be {list(size)} and [{size[0]}], not {list(weight.shape)} and "
-                f"{list(bias.shape)}"
-            )

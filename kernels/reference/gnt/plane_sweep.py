@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d.kernels.reference.gnt import gather as reference_gather
+from shiftadd3d.kernels.reference.layers import Layer, linear, perceptron
 
 #: Logit of what must not be chosen: finite, so that a softmax over nothing but such ones is even instead of NaN.
 MASKED_LOGIT = -1e4
@@ -30,7 +30,24 @@ def view_agreement(
     return mean, (share * (values - mean.unsqueeze(-2)).abs()).sum(dim=-2)
 
 
-def sweep_evidence(deviation: Tensor, mask: Tensor) -> Tensor:
+def plane_sweep(
+    values: Tensor,  # [R, P, V, C] what views show, colour first
+    cosine: Tensor,  # [R, P, V] between the directions to the target and to the source camera
+    mask: Tensor,  # [R, P, V] bool, which views see the point
+    angle_scale: Tensor,  # scalar
+    agreement_scale: Tensor,  # scalar
+    score: Layer,  # of 3 (C + 1) inputs
+) -> tuple[Tensor, Tensor]:
+    """Colours [R, 3] and weights [R, P] of rays: a softmax over the points of score and agreement in colour."""
+    mean, deviation = view_agreement(values, cosine, mask, angle_scale)
+    scores = score(_evidence(deviation, mask))[..., 0]
+    logits = scores - agreement_scale * deviation[..., :3].mean(dim=-1)
+    # One view alone always agrees with itself: that says nothing about the depth.
+    weights = torch.softmax(logits.masked_fill(mask.sum(dim=-1) < 2, MASKED_LOGIT), dim=-1)
+    return (weights[..., None] * mean[..., :3]).sum(dim=1), weights
+
+
+def _evidence(deviation: Tensor, mask: Tensor) -> Tensor:
     """What the scoring network sees of a point: its own agreement and that of its neighbours along the ray.
 
     Args:
@@ -44,20 +61,6 @@ def sweep_evidence(deviation: Tensor, mask: Tensor) -> Tensor:
     before = torch.cat([own[:, :1], own[:, :-1]], dim=1)
     after = torch.cat([own[:, 1:], own[:, -1:]], dim=1)
     return torch.cat([before, own, after], dim=-1)
-
-
-def sweep_outcome(
-    scores: Tensor,  # [R, P]
-    mean: Tensor,  # [R, P, C], colour first
-    deviation: Tensor,  # [R, P, C]
-    mask: Tensor,  # [R, P, V] bool
-    agreement_scale: Tensor,  # scalar
-) -> tuple[Tensor, Tensor]:
-    """Colours [R, 3] and weights [R, P] of rays: a softmax over the points of score and agreement in colour."""
-    logits = scores - agreement_scale * deviation[..., :3].mean(dim=-1)
-    # One view alone always agrees with itself: that says nothing about the depth.
-    weights = torch.softmax(logits.masked_fill(mask.sum(dim=-1) < 2, MASKED_LOGIT), dim=-1)
-    return (weights[..., None] * mean[..., :3]).sum(dim=1), weights
 
 
 def plane_sweep_twin(
@@ -75,7 +78,7 @@ def plane_sweep_twin(
     angle_scale: Tensor,  # scalar
     agreement_scale: Tensor,  # scalar
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `plane_sweep` computes, in plain torch.
+    """`plane_sweep` of points looked up in views, with linear layers of these weights.
 
     Returns:
         Colours of the rays [R, 3]; weights of their points [R, P], which sum to one; and whether any view sees a point,
@@ -85,10 +88,8 @@ def plane_sweep_twin(
     values, ray_diff, mask = reference_gather.point_samples_twin(
         points, origins, projection, centers, images, maps[..., :channels], valid
     )
-    mean, deviation = view_agreement(values, ray_diff[..., 3], mask, angle_scale)
-    hidden = F.relu(F.linear(sweep_evidence(deviation, mask), hidden_weight, hidden_bias))
-    scores = F.linear(hidden, score_weight, score_bias)[..., 0]
-    return *sweep_outcome(scores, mean, deviation, mask, agreement_scale), mask.any(dim=-1)
+    score = perceptron(linear(hidden_weight, hidden_bias), linear(score_weight, score_bias))
+    return *plane_sweep(values, ray_diff[..., 3], mask, angle_scale, agreement_scale, score), mask.any(dim=-1)
 
 
 def channels_compared(hidden_weight: Tensor) -> int:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.reference.layers import Layer, linear, perceptron
 
 #: Octaves of the sine-cosine embedding of positions and directions, and its width: the value itself, sines, cosines.
 NUM_FREQUENCIES = 10
@@ -25,17 +26,26 @@ def sinusoidal_embedding(x: Tensor) -> Tensor:
     return torch.cat([x, *(f(octave) for octave in octaves for f in (torch.sin, torch.cos))], dim=-1)
 
 
-def position_layer_twin(
+def position_layer(
     x: Tensor,  # [R, S, C]
     points: Tensor,  # [R, S, 3] world
     directions: Tensor,  # [R, 3], unit vectors
+    layers: Layer,  # of C + 126 inputs
+) -> Tensor:  # [R, S, E]
+    """The perceptron, whatever its layers are."""
+    along = sinusoidal_embedding(directions)[:, None].expand(-1, x.shape[1], -1)
+    return layers(torch.cat([x, sinusoidal_embedding(points), along], dim=-1))
+
+
+def position_layer_twin(
+    x: Tensor,
+    points: Tensor,
+    directions: Tensor,
     weights: list[Tensor],  # [D, C + 126], [E, D]
     biases: list[Tensor],  # [D], [E]
 ) -> Tensor:  # [R, S, E]
-    """What `position_layer` computes, in plain torch."""
-    along = sinusoidal_embedding(directions)[:, None].expand(-1, x.shape[1], -1)
-    embedded = torch.cat([x, sinusoidal_embedding(points), along], dim=-1)
-    return F.linear(F.relu(F.linear(embedded, weights[0], biases[0])), weights[1], biases[1])
+    """`position_layer` with linear layers of these weights."""
+    return position_layer(x, points, directions, perceptron(*map(linear, weights, biases)))
 
 
 def random_samples(
@@ -53,19 +63,10 @@ def random_samples(
     return draw(rays, samples, width), 3.0 * draw(rays, samples, 3), directions, weights, [draw(hidden), draw(outputs)]
 
 
-def check(x: Tensor, points: Tensor, directions: Tensor, weights: list[Tensor], biases: list[Tensor]) -> None:
+def check(x: Tensor, points: Tensor, directions: Tensor) -> None:
+    """Raise `UserError` unless the arguments fit together."""
     if x.dim() != 3 or points.shape != (*x.shape[:2], 3) or directions.shape != (x.shape[0], 3):
         raise UserError(
             "x, points and directions must be [R, S, C], [R, S, 3] and [R, 3], not "
             f"{list(x.shape)}, {list(points.shape)} and {list(directions.shape)}"
         )
-    if len(weights) != 2 or len(biases) != 2:
-        raise UserError("position_layer takes weights and biases of two layers")
-    hidden = weights[0].shape[0]
-    sizes = ((hidden, x.shape[-1] + 2 * EMBEDDING_DIM), (weights[1].shape[0], hidden))
-    for number, (weight, bias, size) in enumerate(zip(weights, biases, sizes, strict=True), 1):
-        if weight.shape != size or bias.shape != size[:1]:
-            raise UserError(
-                f"weight and bias of layer {number} must be {list(size)} and [{size[0]}], not {list(weight.shape)} and "
-                f"{list(bias.shape)}"
-            )

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.reference import linear_angular
+from shiftadd3d.kernels.reference.layers import Layer, linear
 
 ATTENTIONS = ("softmax", "pm1", "01")
 
@@ -27,8 +29,44 @@ ATTENTIONS = ("softmax", "pm1", "01")
 #: perceptron. A bias that is not there is None.
 LAYERS = ("norm", "q", "k", "v", "out", "perceptron's norm", "first", "second")
 
-# Similarities are at least 1/2 - 1/pi = 0.18, so that no row sum lies below this.
-_LEAST_ROW_SUM = 0.1
+
+def ray_attention(
+    x: Tensor,  # [R, S, C]
+    q: Layer,
+    k: Layer,
+    v: Layer,
+    out: Layer,
+    num_heads: int,
+    attention: str = "softmax",  # one of ATTENTIONS
+    conv: Tensor | None = None,  # [heads, kernel], an odd kernel; None: no convolution
+    return_weights: bool = False,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention alone, with any layers; `dropout` is the rate at which entries of a softmax's map are dropped.
+
+    Returns:
+        [R, S, C], and if wanted how the first sample of each ray attends, the mean over the heads, [R, S]: what GNT
+        reads as the weights of volume rendering.
+    """
+    queries, keys, values = (
+        layer(x).unflatten(-1, (num_heads, -1)).transpose(1, 2) for layer in (q, k, v)
+    )  # [R, heads, S, C / heads]
+    first = None
+    if attention == "softmax":
+        attended = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout)
+        if return_weights:
+            scores = torch.einsum("rhc,rhsc->rhs", queries[:, :, 0], keys) / math.sqrt(queries.shape[-1])
+            first = torch.softmax(scores, dim=-1)
+    else:
+        low = -1.0 if attention == "pm1" else 0.0
+        queries, keys = (torch.where(code >= 0, 1.0, low).to(x.dtype) for code in (queries, keys))
+        attended = linear_angular.attend(queries, keys, values)
+        if return_weights:
+            first = linear_angular.first_row(queries, keys)
+    if conv is not None:
+        kernel = conv.to(x.dtype)[:, None, :, None]
+        attended = attended + F.conv2d(values, kernel, padding=(conv.shape[1] // 2, 0), groups=num_heads)
+    return out(attended.transpose(1, 2).flatten(-2)), None if first is None else first.mean(dim=1)
 
 
 def ray_block_twin(
@@ -41,42 +79,24 @@ def ray_block_twin(
     eps: float,
     return_weights: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What `ray_block` computes, in plain torch.
+    """The block with linear layers of these weights.
 
     Returns:
         [R, S, C], and how the first sample of each ray attends, the mean over the heads, [R, S] (empty unless
         `return_weights`).
     """
-    weights = [weight.to(x.dtype) for weight in weights]
-    biases = [bias if bias is None else bias.to(x.dtype) for bias in biases]
-    normed = F.layer_norm(x, x.shape[-1:], weights[0], biases[0], eps)
-    q, k, v = (
-        F.linear(normed, weights[i], biases[i]).unflatten(-1, (num_heads, -1)).transpose(1, 2) for i in (1, 2, 3)
-    )  # [R, heads, S, d]
-    width = q.shape[-1]
-    first = x.new_empty(0)
-    if attention == "softmax":
-        attended = F.scaled_dot_product_attention(q, k, v)
-        if return_weights:
-            first = torch.softmax(torch.einsum("rhc,rhsc->rhs", q[:, :, 0], k) / math.sqrt(width), dim=-1).mean(dim=1)
-    else:
-        low = -1.0 if attention == "pm1" else 0.0
-        q, k = (torch.where(code >= 0, 1.0, low).to(x.dtype) for code in (q, k))
-        scale = 1.0 / (math.pi * width)
-        numerator = (q @ (k.transpose(-2, -1) @ v)) * scale + 0.5 * v.sum(-2, keepdim=True)
-        row_sum = (q @ k.sum(-2).unsqueeze(-1)) * scale + 0.5 * k.shape[-2]
-        attended = numerator / row_sum.clamp(min=_LEAST_ROW_SUM)
-        if return_weights:
-            first = (k @ q[..., 0, :].unsqueeze(-1)).squeeze(-1) * scale + 0.5
-            first = (first / first.sum(-1, keepdim=True).clamp(min=_LEAST_ROW_SUM)).mean(dim=1)
-    if conv is not None:
-        kernel = conv.to(x.dtype)[:, None, :, None]
-        attended = attended + F.conv2d(v, kernel, padding=(conv.shape[1] // 2, 0), groups=num_heads)
-    x = x + F.linear(attended.transpose(1, 2).flatten(-2), weights[4], biases[4])
+    layers = [linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    normed = _layer_norm(x, weights[0], biases[0], eps)
+    q, k, v, out = layers[1:5]
+    attended, first = ray_attention(normed, q, k, v, out, num_heads, attention, conv, return_weights)
+    x = x + attended
     if len(weights) > 5:
-        normed = F.layer_norm(x, x.shape[-1:], weights[5], biases[5], eps)
-        x = x + F.linear(F.relu(F.linear(normed, weights[6], biases[6])), weights[7], biases[7])
-    return x, first
+        x = x + layers[7](F.relu(layers[6](_layer_norm(x, weights[5], biases[5], eps))))
+    return x, x.new_empty(0) if first is None else first
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
 
 
 def random_block(
@@ -121,30 +141,11 @@ def samples_of_certain_codes(x: Tensor, weights: list[Tensor], biases: list[Tens
     return of_query.all(-1) & of_key.all(-1).all(-1, keepdim=True)
 
 
-def check(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    conv: Tensor | None,
-    num_heads: int,
-    attention: str,
-) -> None:
+def check(x: Tensor, num_heads: int, attention: str) -> None:
+    """Raise `UserError` unless the arguments fit together."""
     if attention not in ATTENTIONS:
         raise UserError(f"attention must be one of {', '.join(ATTENTIONS)}, not {attention!r}")
     if x.dim() != 3:
         raise UserError(f"x must be [rays, samples, channels], not {list(x.shape)}")
-    width = x.shape[-1]
-    if num_heads < 1 or width % num_heads:
-        raise UserError(f"{num_heads} heads do not share {width} channels evenly")
-    if len(weights) not in (5, len(LAYERS)) or len(biases) != len(weights):
-        raise UserError(f"ray_block takes weights and biases of {', '.join(LAYERS)}, the last three or none of them")
-    square, norm = (width, width), (width,)
-    hidden = weights[6].shape[0] if len(weights) > 5 else 0
-    sizes = (norm, square, square, square, square, norm, (hidden, width), (width, hidden))
-    for name, weight, bias, size in zip(LAYERS, weights, biases, sizes, strict=False):
-        if weight.shape != size:
-            raise UserError(f"the weight of {name} must be {list(size)}, not {list(weight.shape)}")
-        if bias is not None and bias.shape != size[:1]:
-            raise UserError(f"the bias of {name} must be [{size[0]}], not {list(bias.shape)}")
-    if conv is not None and (conv.dim() != 2 or conv.shape[0] != num_heads or conv.shape[1] % 2 == 0):
-        raise UserError(f"conv must be [{num_heads}, an odd number], not {list(conv.shape)}")
+    if num_heads < 1 or x.shape[-1] % num_heads:
+        raise UserError(f"{num_heads} heads do not share {x.shape[-1]} channels evenly")

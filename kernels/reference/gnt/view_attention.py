@@ -18,57 +18,74 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels.reference import power_of_two
+from shiftadd3d.kernels.reference.layers import Layer, linear, perceptron
 
 MAX_VIEWS = 32
 WEIGHTS = ("q", "k", "v", "position 1", "position 2", "attention 1", "attention 2", "out")
 BIASES = ("position 1", "position 2", "attention 1", "attention 2", "out")
 
 
-def view_attention_twin(
+def view_attention(
     query: Tensor,  # [*, C]
     views: Tensor,  # [*, V, C]
     ray_diff: Tensor,  # [*, V, 4]
-    mask: Tensor,  # [*, V] bool
-    weights: list[Tensor],
-    biases: list[Tensor],
+    mask: Tensor,  # [*, V] bool; where no view is left, all weigh the same
+    *,
+    q: Layer,
+    k: Layer,
+    v: Layer,
+    position: Layer,
+    score: Layer,
+    out: Layer,
+    dropout: float = 0.0,
 ) -> Tensor:  # [*, C]
-    """What `view_attention` computes, in plain torch."""
-    w_q, w_k, w_v, w_p1, w_p2, w_a1, w_a2, w_o = (weight.to(query.dtype) for weight in weights)
-    b_p1, b_p2, b_a1, b_a2, b_o = (bias.to(query.dtype) for bias in biases)
-    q = F.linear(query, w_q)
-    k = F.linear(views, w_k)
-    v = F.linear(k, w_v)
-    position = F.linear(F.relu(F.linear(ray_diff, w_p1, b_p1)), w_p2, b_p2)
-    scores = F.linear(F.relu(F.linear(k - q.unsqueeze(-2) + position, w_a1, b_a1)), w_a2, b_a2)
+    """The attention, with any layers; `dropout` is the rate at which shares of views are dropped."""
+    queries = q(query)
+    keys = k(views)
+    values = v(keys)  # of the keys, not of the views: so it is in the released network
+    place = position(ray_diff)
+    scores = score(keys - queries.unsqueeze(-2) + place)
+    return out(blend_views(scores, values + place, mask, dropout))
+
+
+def blend_views(
+    scores: Tensor,  # [*, V, C]
+    values: Tensor,  # [*, V, C]
+    mask: Tensor,  # [*, V] bool
+    dropout: float = 0.0,
+) -> Tensor:  # [*, C]
+    """The values' mean over the views, weighed in each channel by a softmax of its scores."""
     share = torch.softmax(scores.masked_fill(~mask.unsqueeze(-1), -1e9), dim=-2)
-    return F.linear(((v + position) * share).sum(-2), w_o, b_o)
+    return (values * F.dropout(share, dropout)).sum(-2)
 
 
-def view_attention_shift_twin(
+def view_attention_twin(
     query: Tensor,
     views: Tensor,
     ray_diff: Tensor,
     mask: Tensor,
-    codes: list[Tensor],
-    offsets: list[Tensor],
-    biases: list[Tensor],
-    bits: int,
-) -> Tensor:
-    """What `view_attention_shift` computes, in plain torch."""
-    return view_attention_twin(query, views, ray_diff, mask, decoded(codes, offsets, bits, query.shape[-1]), biases)
-
-
-def decoded(codes: list[Tensor], offsets: list[Tensor], bits: int, width: int) -> list[Tensor]:
-    hidden = codes[3].shape[-2]
-    inputs = (width, width, width, 4, hidden, width, hidden, width)
-    return [
-        power_of_two.decode(power_of_two.unpack(code, bits, count), offset, bits)
-        for code, offset, count in zip(codes, offsets, inputs, strict=True)
-    ]
+    weights: list[Tensor],  # of WEIGHTS
+    biases: list[Tensor],  # of BIASES
+) -> Tensor:  # [*, C]
+    """`view_attention` with linear layers of these weights."""
+    w_q, w_k, w_v, w_p1, w_p2, w_a1, w_a2, w_o = weights
+    b_p1, b_p2, b_a1, b_a2, b_o = biases
+    return view_attention(
+        query,
+        views,
+        ray_diff,
+        mask,
+        q=linear(w_q),
+        k=linear(w_k),
+        v=linear(w_v),
+        position=perceptron(linear(w_p1, b_p1), linear(w_p2, b_p2)),
+        score=perceptron(linear(w_a1, b_a1), linear(w_a2, b_a2)),
+        out=linear(w_o, b_o),
+    )
 
 
 def compare_with_twin(run: Callable[..., Tensor], device: torch.device, width: int, hidden: int) -> None:
+    """Raise `AssertionError` unless `run`, given the twin's arguments on `device`, computes what the twin does."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -96,10 +113,9 @@ def weight_sizes(width: int, hidden: int) -> tuple[tuple[int, int], ...]:
     return (square, square, square, (hidden, 4), up, down, up, square)
 
 
-def check(
-    query: Tensor, views: Tensor, ray_diff: Tensor, mask: Tensor, weights: list[Tensor], biases: list[Tensor]
-) -> None:
-    count, width = views.shape[-2:]
+def check(query: Tensor, views: Tensor, ray_diff: Tensor, mask: Tensor) -> None:
+    """Raise `UserError` unless the arguments fit together."""
+    count = views.shape[-2]
     expected = {
         "views": (views, (*query.shape[:-1], count, query.shape[-1])),
         "ray_diff": (ray_diff, (*query.shape[:-1], count, 4)),
@@ -112,15 +128,5 @@ def check(
             )
     if mask.dtype != torch.bool:
         raise UserError(f"mask must be bool, not {mask.dtype}")
-    if not 1 <= count <= MAX_VIEWS:
-        raise UserError(f"view attention takes 1 to {MAX_VIEWS} views, not {count}")
-    if len(weights) != len(WEIGHTS) or len(biases) != len(BIASES):
-        raise UserError(f"view attention takes weights of {', '.join(WEIGHTS)} and biases of {', '.join(BIASES)}")
-    sizes = weight_sizes(width, weights[3].shape[0])
-    for name, weight, size in zip(WEIGHTS, weights, sizes, strict=True):
-        if weight.shape != size:
-            raise UserError(f"the weight of {name} must be {list(size)}, not {list(weight.shape)}")
-    for name, bias in zip(BIASES, biases, strict=True):
-        size = sizes[WEIGHTS.index(name)][0]
-        if bias.shape != (size,):
-            raise UserError(f"the bias of {name} must be [{size}], not {list(bias.shape)}")
+    if count < 1:
+        raise UserError("view attention takes 1 view or more, not 0")

@@ -14,10 +14,10 @@ Source: Varma T. et al., "Is Attention All That NeRF Needs?" (ICLR 2023), sectio
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.reference.layers import Layer, linear, perceptron
 
 MAX_VIEWS = 32
 LEAST_VARIANCE = 1e-6
@@ -35,23 +35,27 @@ def view_moments(
     return torch.cat([mean, (variance + LEAST_VARIANCE).sqrt(), seen.mean(dim=-2)], dim=-1)
 
 
-def view_embedding_twin(
+def view_embedding(
     values: Tensor,  # [*, V, K]
     mask: Tensor,  # [*, V] bool
+    embed: Layer,  # of K inputs
+    consistency: Layer | None,  # of 2 K + 1 inputs
+) -> tuple[Tensor, Tensor]:
+    """The embeddings [*, V, C], and the queries [*, C], with any layers; without `consistency`, queries are maxima."""
+    embedding = embed(values)
+    query = embedding.amax(dim=-2)
+    return embedding, query if consistency is None else query + consistency(view_moments(values, mask))
+
+
+def view_embedding_twin(
+    values: Tensor,
+    mask: Tensor,
     weights: list[Tensor],  # [D, K], [C, D] and, with consistency, [C, 2 K + 1]
     biases: list[Tensor],  # [D], [C], [C]
 ) -> tuple[Tensor, Tensor]:
-    """What `view_embedding` computes, in plain torch.
-
-    Returns:
-        The embeddings [*, V, C], and the queries [*, C].
-    """
-    weights, biases = ([tensor.to(values.dtype) for tensor in tensors] for tensors in (weights, biases))
-    embedding = F.linear(F.relu(F.linear(values, weights[0], biases[0])), weights[1], biases[1])
-    query = embedding.amax(dim=-2)
-    if len(weights) > 2:
-        query = query + F.linear(view_moments(values, mask), weights[2], biases[2])
-    return embedding, query
+    """`view_embedding` with linear layers of these weights."""
+    first, second, *consistency = map(linear, weights, biases)
+    return view_embedding(values, mask, perceptron(first, second), consistency[0] if consistency else None)
 
 
 def random_views(
@@ -70,16 +74,7 @@ def random_views(
     return draw(points, views, inputs), mask, weights, [draw(size[0]) for size in sizes]
 
 
-def check(values: Tensor, mask: Tensor, weights: list[Tensor], biases: list[Tensor]) -> None:
+def check(values: Tensor, mask: Tensor) -> None:
+    """Raise `UserError` unless the arguments fit together."""
     if values.dim() < 2 or mask.shape != values.shape[:-1] or mask.dtype != torch.bool:
         raise UserError(f"mask must be bool {list(values.shape[:-1])}, not {mask.dtype} {list(mask.shape)}")
-    if len(weights) not in (2, 3) or len(biases) != len(weights):
-        raise UserError("view_embedding takes weights and biases of two layers, and of a third one for consistency")
-    inputs, hidden, width = values.shape[-1], weights[0].shape[0], weights[1].shape[0]
-    sizes = ((hidden, inputs), (width, hidden), (width, 2 * inputs + 1))
-    for number, (weight, bias, size) in enumerate(zip(weights, biases, sizes, strict=False), 1):
-        if weight.shape != size or bias.shape != size[:1]:
-            raise UserError(
-                f"weight and bias of layer {number} must be {list(size)} and [{size[0]}], not {list(weight.shape)} and "
-                f"{list(bias.shape)}"
-            )

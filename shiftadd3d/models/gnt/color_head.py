@@ -8,15 +8,9 @@ geometry is, from the first steps on.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shiftadd3d.kernels.ops.gnt.color_blend import color_blend
-from shiftadd3d.kernels.reference.gnt.color_blend import blend
-from shiftadd3d.kernels.reference.gnt.plane_sweep import view_agreement
-from shiftadd3d.kernels.reference.gnt.view_embedding import view_moments
-from shiftadd3d.kernels.runtime.numerics import uses_kernels
-from shiftadd3d.models.gnt.fused import is_free, weights_and_biases
+from shiftadd3d.kernels.reference.gnt.color_blend import color_blend
 from shiftadd3d.models.gnt.projection import PointSamples
 
 
@@ -37,6 +31,7 @@ class ImageColorHead(nn.Module):
         super().__init__()
         channels = feature_dim + 3
         hidden = width // 2
+        # How well the views agree at each sample, as a feature added to the first query.
         self.consistency_fc = nn.Linear(2 * channels + 1, width)
         self.point_fc = nn.Linear(width, hidden)
         self.view_fc = nn.Linear(2 * channels + 4, hidden)
@@ -51,10 +46,6 @@ class ImageColorHead(nn.Module):
         nn.init.zeros_(self.sample_logit_fc.weight)
         nn.init.zeros_(self.sample_logit_fc.bias)
 
-    def consistency(self, samples: PointSamples) -> Tensor:
-        """How well the views agree at each sample, as a feature added to the initial query, [R, S, width]."""
-        return self.consistency_fc(view_moments(samples.values, samples.mask[..., 0]))
-
     def forward(self, x: Tensor, samples: PointSamples, regressed: Tensor) -> tuple[Tensor, Tensor]:
         """Colours and sample weights of rays.
 
@@ -66,19 +57,20 @@ class ImageColorHead(nn.Module):
         Returns:
             rgb [R, 3] and weights [R, S], which sum to one.
         """
-        mask = samples.mask[..., 0]
-        scales = (self.log_angle_scale.exp(), self.log_agreement_scale.exp())
-        plain = None
-        if uses_kernels("color_blend", x, samples.values) and is_free(self.children()):
-            plain = weights_and_biases((self.point_fc, self.view_fc, self.view_logit_fc, self.sample_logit_fc))
-        if plain is not None:
-            rgb, weights = color_blend(x, samples.values, samples.ray_diff, mask, *plain, *scales)
-        else:
-            cosine = samples.ray_diff[..., 3]
-            mean, deviation = view_agreement(samples.values, cosine, mask, scales[0])
-            apart = (samples.values - mean.unsqueeze(-2)).abs()
-            view_input = torch.cat([samples.values, samples.ray_diff, apart], dim=-1)
-            view_logits = self.view_logit_fc(F.relu(self.point_fc(x)[:, :, None] + self.view_fc(view_input)))[..., 0]
-            sample_logits = self.sample_logit_fc(x)[..., 0]
-            rgb, weights = blend(view_logits, sample_logits, samples.values, cosine, mask, deviation, *scales)
+        rgb, weights = self.blend(x, samples)
         return rgb + self.regressed_scale * regressed, weights
+
+    def blend(self, x: Tensor, samples: PointSamples) -> tuple[Tensor, Tensor]:
+        """Colours [R, 3], mixed of what the views show, and sample weights [R, S], for features x [R, S, width]."""
+        return color_blend(
+            x,
+            samples.values,
+            samples.ray_diff,
+            samples.mask[..., 0],
+            self.log_angle_scale.exp(),
+            self.log_agreement_scale.exp(),
+            point=self.point_fc,
+            view=self.view_fc,
+            view_logit=self.view_logit_fc,
+            sample_logit=self.sample_logit_fc,
+        )

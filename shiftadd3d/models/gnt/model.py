@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.models.gnt.feature_net import ResUNet
-from shiftadd3d.models.gnt.projection import Cameras, SourceViews, empty_views, sample_sources
+from shiftadd3d.models.gnt.projection import Cameras, PointLookUp, SourceViews, empty_views
 from shiftadd3d.models.gnt.proposal import PlaneSweepProposal
 from shiftadd3d.models.gnt.sampling import sample_around, sample_depths, sample_importance
 from shiftadd3d.models.gnt.transformer import GNT
@@ -68,6 +68,7 @@ class GNTModel(nn.Module):
 
         self.net_coarse = net()
         self.net_fine = None if config.single_net else net()
+        self.look_up = PointLookUp()
         self.proposal = PlaneSweepProposal(config.proposal_features) if config.proposal_samples else None
         self.feature_net = ResUNet(
             coarse_dim=config.feature_dim,
@@ -162,7 +163,7 @@ class GNTModel(nn.Module):
         self, net: GNT, sources: SourceViews, origins: Tensor, directions: Tensor, depths: Tensor, feature_maps: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         along = depths[..., None] * directions[:, None]
-        samples = sample_sources(origins[:, None] + along, origins, sources, feature_maps)
+        samples = self.look_up(origins[:, None] + along, origins, sources, feature_maps)
         # Where a sample is: from where its ray starts, or in the world, as the released code has it.
         shown = along if self.config.canonical else origins[:, None] + along
         return *net(samples, shown, directions), samples.mask[..., 0].any(dim=-1)

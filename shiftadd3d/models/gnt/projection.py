@@ -11,16 +11,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels.ops.gnt import gather as ops_gather
 from shiftadd3d.kernels.reference.gnt import gather as reference_gather
 from shiftadd3d.kernels.reference.gnt.gather import VALID, ray_differences
-from shiftadd3d.kernels.runtime.numerics import uses_kernels
 
 __all__ = [
     "Cameras",
+    "PointLookUp",
     "PointSamples",
     "Silhouettes",
     "SourceViews",
@@ -178,13 +177,15 @@ def sample_sources(points: Tensor, target_center: Tensor, sources: SourceViews, 
         feature_maps: [V, C, h, w], those of `sources` to look at.
     """
     scene = scene_of(points, target_center, sources, feature_maps)
-    look_up = (
-        ops_gather.point_samples
-        if uses_kernels("point_samples", points, feature_maps)
-        else reference_gather.point_samples_twin
-    )
-    values, ray_diff, mask = look_up(*scene)
+    values, ray_diff, mask = reference_gather.point_samples_twin(*scene)
     return PointSamples(values, ray_diff, mask.unsqueeze(-1))
+
+
+class PointLookUp(nn.Module):
+    """`sample_sources` as a module without parameters, in whose place `freeze_` puts a kernel."""
+
+    def forward(self, points: Tensor, target_center: Tensor, sources: SourceViews, maps: Tensor) -> PointSamples:
+        return sample_sources(points, target_center, sources, maps)
 
 
 def empty_views(points: Tensor, sources: SourceViews) -> Tensor:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from shiftadd3d.kernels.ops.gnt.plane_sweep import plane_sweep
-from shiftadd3d.kernels.reference.gnt.plane_sweep import sweep_evidence, sweep_outcome, view_agreement
-from shiftadd3d.kernels.runtime.numerics import uses_kernels
-from shiftadd3d.models.gnt.fused import is_free, weights_and_biases
-from shiftadd3d.models.gnt.projection import PointSamples, SourceViews, sample_sources, scene_of
+from shiftadd3d.kernels.reference.gnt.plane_sweep import plane_sweep
+from shiftadd3d.models.gnt.projection import PointSamples, SourceViews, sample_sources
 
 
 class PlaneSweepProposal(nn.Module):
@@ -46,10 +43,8 @@ class PlaneSweepProposal(nn.Module):
         Returns:
             rgb [R, 3] and weights [R, P], which sum to one.
         """
-        mask = samples.mask[..., 0]
-        mean, deviation = view_agreement(samples.values, samples.ray_diff[..., 3], mask, self.log_angle_scale.exp())
-        scores = self.score(sweep_evidence(deviation, mask))[..., 0]
-        return sweep_outcome(scores, mean, deviation, mask, self.log_agreement_scale.exp())
+        scales = self.log_angle_scale.exp(), self.log_agreement_scale.exp()
+        return plane_sweep(samples.values, samples.ray_diff[..., 3], samples.mask[..., 0], *scales, self.score)
 
     def sweep(self, points: Tensor, origins: Tensor, sources: SourceViews) -> tuple[Tensor, Tensor, Tensor]:
         """Look up points in the source views, and judge them.
@@ -63,18 +58,5 @@ class PlaneSweepProposal(nn.Module):
             rgb [R, 3] and weights [R, P], as `forward` does, and whether any view sees a point, [R, P] bool.
         """
         feature_maps = sources.features[0]
-        if uses_kernels("plane_sweep", points, feature_maps) and is_free(self.children()):
-            plain = weights_and_biases((self.score[0], self.score[2]))
-            if plain is not None:
-                (hidden, last), (hidden_bias, last_bias) = plain
-                network = (
-                    hidden,
-                    hidden_bias,
-                    last,
-                    last_bias,
-                    self.log_angle_scale.exp(),
-                    self.log_agreement_scale.exp(),
-                )
-                return plane_sweep(*scene_of(points, origins, sources, feature_maps), *network)
         samples = sample_sources(points, origins, sources, feature_maps[:, : self.feature_dim])
         return *self(samples), samples.mask[..., 0].any(dim=-1)

@@ -7,23 +7,16 @@ name.
 
 from __future__ import annotations
 
-import math
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shiftadd3d.kernels.ops.gnt.position_layer import position_layer
-from shiftadd3d.kernels.ops.gnt.ray_block import ray_block
-from shiftadd3d.kernels.ops.gnt.view_attention import view_attention
-from shiftadd3d.kernels.ops.gnt.view_embedding import view_embedding
-from shiftadd3d.kernels.reference.gnt.position_layer import EMBEDDING_DIM, sinusoidal_embedding
-from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS
-from shiftadd3d.kernels.runtime.numerics import uses_kernels
+from shiftadd3d.kernels.reference.gnt.position_layer import EMBEDDING_DIM, position_layer
+from shiftadd3d.kernels.reference.gnt.ray_block import ray_attention
+from shiftadd3d.kernels.reference.gnt.view_attention import view_attention
+from shiftadd3d.kernels.reference.gnt.view_embedding import view_embedding
 from shiftadd3d.models.gnt.color_head import ImageColorHead
-from shiftadd3d.models.gnt.fused import codes_and_convolution, is_free, weights_and_biases
 from shiftadd3d.models.gnt.projection import PointSamples
-from shiftadd3d.nn import AddAttention, FrozenMlp, Recipe, register_attention, register_frozen
+from shiftadd3d.nn import AddAttention, Recipe, register_attention
 
 
 class FeedForward(nn.Module):
@@ -70,19 +63,20 @@ class ViewAttention(nn.Module):
         Returns:
             [R, S, C].
         """
-        if uses_kernels("view_attention", query, views) and views.shape[2] <= MAX_VIEWS and is_free(self.children()):
-            (pos_1, _, pos_2), (attn_1, _, attn_2) = self.pos_fc, self.attn_fc
-            layers = (self.q_fc, self.k_fc, self.v_fc, pos_1, pos_2, attn_1, attn_2, self.out_fc)
-            plain = weights_and_biases(layers)
-            if plain is not None:
-                return view_attention(query, views, ray_diff, mask[..., 0], plain[0], plain[1][3:])
-        q = self.q_fc(query)
-        k = self.k_fc(views)
-        v = self.v_fc(k)  # of the keys, not of the views: so it is in the released network
-        position = self.pos_fc(ray_diff)
-        scores = self.attn_fc(k - q[:, :, None] + position).masked_fill(~mask, -1e9)
-        weights = F.dropout(torch.softmax(scores, dim=-2), self.dropout, self.training)
-        return F.dropout(self.out_fc(((v + position) * weights).sum(dim=-2)), self.dropout, self.training)
+        out = view_attention(
+            query,
+            views,
+            ray_diff,
+            mask[..., 0],
+            q=self.q_fc,
+            k=self.k_fc,
+            v=self.v_fc,
+            position=self.pos_fc,
+            score=self.attn_fc,
+            out=self.out_fc,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return F.dropout(out, self.dropout, self.training)
 
 
 class RayAttention(nn.Module):
@@ -105,15 +99,11 @@ class RayAttention(nn.Module):
             return_weights: also return how the first sample attends, the mean over the heads, [R, S]: what GNT reads as
                 the weights of volume rendering.
         """
-        q, k, v = (
-            fc(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for fc in (self.q_fc, self.k_fc, self.v_fc)
-        )  # [R, heads, S, C / heads]
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        out = F.dropout(self.out_fc(out.transpose(1, 2).flatten(-2)), self.dropout, self.training)
-        if not return_weights:
-            return out
-        first = torch.einsum("rhc,rhsc->rhs", q[:, :, 0], k) / math.sqrt(q.shape[-1])
-        return out, torch.softmax(first, dim=-1).mean(dim=1)
+        dropout = self.dropout if self.training else 0.0
+        projections = (self.q_fc, self.k_fc, self.v_fc, self.out_fc)
+        out, weights = ray_attention(x, *projections, self.num_heads, return_weights=return_weights, dropout=dropout)
+        out = F.dropout(out, self.dropout, self.training)
+        return out if weights is None else (out, weights)
 
 
 class ViewTransformer(nn.Module):
@@ -142,10 +132,6 @@ class RayTransformer(nn.Module):
         self.attn = RayAttention(dim, num_heads, dropout)
 
     def forward(self, x: Tensor, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        if uses_kernels("ray_block", x) and is_free(self.children()):
-            outcome = self._fused(x, return_weights)
-            if outcome is not None:
-                return outcome
         weights = None
         if return_weights:
             attended, weights = self.attn(self.attn_norm(x), return_weights=True)
@@ -154,27 +140,16 @@ class RayTransformer(nn.Module):
         x = x + attended
         return x + self.ff(self.ff_norm(x)), weights
 
-    def _fused(self, x: Tensor, return_weights: bool) -> tuple[Tensor, Tensor | None] | None:
-        """The block as one kernel; the feed-forward network apart from it if that is not two plain layers."""
-        attn, ff = self.attn, self.ff
-        kind = ("softmax", None) if type(attn) is RayAttention else None
-        if type(attn) is AddAttention:
-            kind = codes_and_convolution(attn)
-        if kind is None:
-            return None
-        plain = weights_and_biases((self.attn_norm, attn.q_fc, attn.k_fc, attn.v_fc, attn.out_fc))
-        if plain is None:
-            return None
-        weights, biases = plain
-        perceptron = None
-        if type(ff) is FeedForward or (type(ff) is FrozenMlp and type(ff.act) is nn.ReLU):
-            perceptron = weights_and_biases((self.ff_norm, ff.fc1, ff.fc2))
-        if perceptron is not None:
-            weights, biases = weights + perceptron[0], biases + perceptron[1]
-        x, first = ray_block(x, weights, biases, kind[1], attn.num_heads, kind[0], self.attn_norm.eps, return_weights)
-        if perceptron is None:
-            x = x + ff(self.ff_norm(x))
-        return x, first if return_weights else None
+
+class PositionLayer(nn.Sequential):
+    """A perceptron that tells samples where they are and where their ray points."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(width + 2 * EMBEDDING_DIM, width), nn.ReLU(), nn.Linear(width, width))
+
+    def forward(self, x: Tensor, points: Tensor, directions: Tensor) -> Tensor:
+        """What becomes of features x [R, S, width] at points [R, S, 3] of rays along unit vectors [R, 3]."""
+        return position_layer(x, points, directions, super().forward)
 
 
 class GNT(nn.Module):
@@ -203,12 +178,7 @@ class GNT(nn.Module):
         self.view_crosstrans = nn.ModuleList(ViewTransformer(width, dropout) for _ in range(depth))
         self.view_selftrans = nn.ModuleList(RayTransformer(width, num_heads, dropout) for _ in range(depth))
         # Every second block is told again where its samples are and where the ray points.
-        self.q_fcs = nn.ModuleList(
-            nn.Sequential(nn.Linear(width + 2 * EMBEDDING_DIM, width), nn.ReLU(), nn.Linear(width, width))
-            if i % 2 == 0
-            else nn.Identity()
-            for i in range(depth)
-        )
+        self.q_fcs = nn.ModuleList(PositionLayer(width) if i % 2 == 0 else nn.Identity() for i in range(depth))
         self.norm = nn.LayerNorm(width)
         self.rgb_fc = nn.Linear(width, 3)
         self.color_head = ImageColorHead(width, feature_dim) if color_head else None
@@ -225,24 +195,16 @@ class GNT(nn.Module):
             rgb [R, 3], not clamped, and weights [R, S], which sum to one: the attention of the last ray transformer's
             first sample, or the colour head's own weights where there is one.
         """
-        views, x = self._embed(samples)
+        views, x = self.embed(samples)
         directions = F.normalize(directions, dim=-1)
-        attention = embedding = None
+        attention = None
         last = len(self.view_selftrans) - 1
         for i, (view_transformer, q_fc, ray_transformer) in enumerate(
             zip(self.view_crosstrans, self.q_fcs, self.view_selftrans, strict=True)
         ):
             x = view_transformer(x, views, samples.ray_diff, samples.mask)
             if i % 2 == 0:
-                plain = None
-                if uses_kernels("position_layer", x, points) and is_free([q_fc]):
-                    first, _, second = q_fc.children()
-                    plain = weights_and_biases((first, second))
-                if plain is not None:
-                    x = position_layer(x, points, directions, *plain)
-                else:
-                    embedding = _position_embedding(points, directions) if embedding is None else embedding
-                    x = q_fc(torch.cat([x, embedding], dim=-1))
+                x = q_fc(x, points, directions)
             x, attention = ray_transformer(x, return_weights=i == last and self.color_head is None)
         x = self.norm(x)
         regressed = self.rgb_fc(x.mean(dim=1))
@@ -251,22 +213,10 @@ class GNT(nn.Module):
             return regressed, attention
         return self.color_head(x, samples, regressed)
 
-    def _embed(self, samples: PointSamples) -> tuple[Tensor, Tensor]:
+    def embed(self, samples: PointSamples) -> tuple[Tensor, Tensor]:
         """What the views show, embedded, [R, S, V, width], and the first queries [R, S, width]."""
-        head = [] if self.color_head is None else [self.color_head.consistency_fc]
-        if uses_kernels("view_embedding", samples.values) and is_free((self.rgbfeat_fc, *head)):
-            plain = weights_and_biases((self.rgbfeat_fc[0], self.rgbfeat_fc[2], *head))
-            if plain is not None:
-                return view_embedding(samples.values, samples.mask[..., 0], *plain)
-        views = self.rgbfeat_fc(samples.values)
-        x = views.amax(dim=2)
-        return views, x if self.color_head is None else x + self.color_head.consistency(samples)
-
-
-def _position_embedding(points: Tensor, directions: Tensor) -> Tensor:
-    """[R, S, 126] of points [R, S, 3] and of the unit vectors [R, 3] along their rays."""
-    along = sinusoidal_embedding(directions)[:, None].expand(-1, points.shape[1], -1)
-    return torch.cat([sinusoidal_embedding(points), along], dim=-1)
+        consistency = None if self.color_head is None else self.color_head.consistency_fc
+        return view_embedding(samples.values, samples.mask[..., 0], self.rgbfeat_fc, consistency)
 
 
 def _add_attention(attention: RayAttention, recipe: Recipe) -> AddAttention:
@@ -286,4 +236,3 @@ def _add_attention(attention: RayAttention, recipe: Recipe) -> AddAttention:
 # The view transformer subtracts queries from keys: there is no product to turn into additions, only linear layers.
 register_attention(ViewAttention)
 register_attention(RayAttention, _add_attention)
-register_frozen(FeedForward, FrozenMlp)

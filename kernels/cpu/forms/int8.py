@@ -1,0 +1,60 @@
+"""Products of bytes: activations up to 127, which stands for a row's largest magnitude, by weights of up to 4 bits.
+
+One factor has to be unsigned, so weights are counted from -64, which is as low as they get: what 64 times the sum of
+the activations adds to each product is subtracted at the start. A pair of products is no more than ``2 * 127 * 128``,
+which 16 bits hold.
+"""
+
+from __future__ import annotations
+
+from shiftadd3d.kernels.cpu.decode import GROUP, Scratch
+from shiftadd3d.kernels.cpu.forms.int16 import Int16Product
+from shiftadd3d.kernels.runtime import tir as T
+from shiftadd3d.kernels.runtime.tir import Expr, Load
+
+_LOWEST_WEIGHT = -64
+
+
+class Int8Product(Int16Product):
+    pair = 4
+
+    def scale(self, peak: Expr) -> tuple[Expr, Expr]:
+        largest = T.bind(T.reinterpret("float32", peak))
+        return largest / T.float32(127), T.float32(127) / largest
+
+    def store_weights(self, scratch: Scratch, codes: list[Expr], group: Expr, column: Expr, add: bool) -> None:
+        lowest = self.isa.splat_int(_LOWEST_WEIGHT)
+        for k in range(0, GROUP, 4):
+            word, *others = [T.bind(self.integer(code) - lowest) for code in codes[k : k + 4]]
+            for i, integer in enumerate(others, 1):
+                word = word | (integer << self.isa.splat_int(8 * i))
+            scratch.panel[group * (GROUP // 4) + k // 4, column] = word
+
+    def words(self, pairs: Expr) -> list[Expr]:
+        return [T.bind(T.reinterpret("int32x4", part)) for part in self.look_up(pairs, _LOWEST_WEIGHT)]
+
+    def convert(
+        self, scratch: Scratch, place: Expr, row: Expr, first: Expr, count: Expr, load: Load, factor: Expr
+    ) -> None:
+        isa = self.isa
+        total = isa.register(0, integer=True)
+
+        def use(xs: list[Expr], part: Expr) -> None:
+            integers = [isa.to_nearest(x * factor) for x in xs]
+            four = T.bind((integers[0] + integers[1]) + (integers[2] + integers[3]))
+            total.value = total.value + four
+            scratch.activations[place, isa.at(part * isa.lanes)] = isa.to_int8(integers)
+
+        self.groups_of_vectors(row, first, count, load, use)
+        scratch.activations[place, self._start] = isa.total_int(total.value) * T.int32(_LOWEST_WEIGHT)
+
+    @property
+    def _start(self) -> int:
+        """Where a row of staged activations holds what its sums begin with: behind its block of inputs."""
+        return self.block // self.pair
+
+    def start(self, scratch: Scratch, place: Expr) -> Expr:
+        return scratch.activations[place, self._start]
+
+    def dot(self, x: Expr, weights: Expr, sums: Expr) -> Expr:
+        return self.isa.dot_int8(x, weights, sums)

@@ -1,0 +1,67 @@
+"""The weights of the colour blend, in the panels that kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shiftadd3d.kernels.pack.panel import across, lanes_of, padded, row, stored
+from shiftadd3d.kernels.reference.gnt.color_blend import color_blend_twin
+
+
+class Panels(NamedTuple):
+    """Weights [inputs, outputs], the outputs padded to whole vectors; D are the hidden ones of a view.
+
+    Attributes:
+        own: [C, D + 1], from a sample's features to its part of the hidden layer, and to its logit.
+        own_bias: [D + 1], that of the views' part taken in.
+        view: [2 K + 4, D], from what a view shows.
+        view_logit: [D]; its bias, which all views have alike, drops out of the softmax.
+        scales: [2], of angles and of agreement.
+    """
+
+    own: Tensor
+    own_bias: Tensor
+    view: Tensor
+    view_logit: Tensor
+    scales: Tensor
+
+
+def panels(
+    weights: Sequence[Tensor], biases: Sequence[Tensor], angle_scale: Tensor, agreement_scale: Tensor, lanes: int
+) -> Panels:
+    """What the kernel reads, of weights, biases and scales as `color_blend_twin` takes them."""
+    point, view, view_logit, sample_logit = weights
+    point_bias, view_bias, _, sample_logit_bias = biases
+    packed = Panels(
+        own=across(torch.cat([point, sample_logit]), lanes=lanes),
+        own_bias=row(torch.cat([point_bias + view_bias, sample_logit_bias]), lanes),
+        view=across(view, lanes=lanes),
+        view_logit=row(view_logit[0], lanes),
+        scales=torch.stack([angle_scale, agreement_scale]),
+    )
+    return Panels(*map(stored, packed))
+
+
+def check_panels(panels: Sequence[Tensor], width: int, inputs: int, hidden: int) -> int:
+    """`lanes_of` the panels for so many features, channels of a view, and hidden units."""
+
+    def sizes(lanes: int) -> list[tuple[int, ...]]:
+        own, deep = padded(hidden + 1, lanes), padded(hidden, lanes)
+        return [(width, own), (own,), (2 * inputs + 4, deep), (deep,), (2,)]
+
+    return lanes_of("color_blend", panels, sizes)
+
+
+def color_blend_of_panels(
+    x: Tensor, values: Tensor, ray_diff: Tensor, mask: Tensor, panels: Sequence[Tensor], hidden: int
+) -> tuple[Tensor, Tensor]:
+    """The twin of the weights that panels hold: where no kernel serves."""
+    own, own_bias, view, view_logit, scales = panels
+    weights = [own[:, :hidden].mT, view[:, :hidden].mT, view_logit[None, :hidden], own[:, hidden : hidden + 1].mT]
+    none = own_bias.new_zeros(hidden)
+    biases = [own_bias[:hidden], none, none[:1], own_bias[hidden : hidden + 1]]
+    return color_blend_twin(x, values, ray_diff, mask, weights, biases, *scales.to(x.dtype).unbind())

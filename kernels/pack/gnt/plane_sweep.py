@@ -1,0 +1,89 @@
+"""The weights of the plane sweep's network, in the panels that kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.pack.panel import across, lanes_of, padded, row, stored
+from shiftadd3d.kernels.reference.gnt.plane_sweep import plane_sweep_twin
+
+
+class Panels(NamedTuple):
+    """Weights [inputs, outputs], inputs and outputs padded to whole vectors; D are the hidden units.
+
+    Attributes:
+        hidden: [3 * (3 + F + 1), D], its rows not padded.
+        hidden_bias: [D].
+        score: [D, 1].
+        score_bias: [1].
+        scales: [2], of angles and of agreement.
+    """
+
+    hidden: Tensor
+    hidden_bias: Tensor
+    score: Tensor
+    score_bias: Tensor
+    scales: Tensor
+
+
+def panels(
+    hidden_weight: Tensor,
+    hidden_bias: Tensor,
+    score_weight: Tensor,
+    score_bias: Tensor,
+    angle_scale: Tensor,
+    agreement_scale: Tensor,
+    lanes: int,
+) -> Panels:
+    """What the kernel reads, of a network as `plane_sweep_twin` takes it."""
+    hidden = hidden_weight.shape[0]
+    packed = Panels(
+        hidden=across(hidden_weight, lanes=lanes),
+        hidden_bias=row(hidden_bias, lanes),
+        score=F.pad(across(score_weight, lanes=lanes), (0, 0, 0, padded(hidden, lanes) - hidden)),
+        score_bias=row(score_bias, lanes),
+        scales=torch.stack([angle_scale, agreement_scale]),
+    )
+    return Panels(*map(stored, packed))
+
+
+def channels_compared(panels: Sequence[Tensor]) -> int:
+    """F, the channels of the maps that are compared."""
+    return panels[0].shape[0] // 3 - 4
+
+
+def check_panels(panels: Sequence[Tensor], channels: int, hidden: int) -> int:
+    """`lanes_of` the panels of a network of so many hidden units, for maps of so many channels."""
+    inputs = panels[0].shape[0]
+    if inputs % 3 or not 0 <= channels_compared(panels) <= channels:
+        raise UserError(f"hidden must have 3 (3 + F + 1) inputs for F <= {channels} channels, not {inputs}")
+
+    def sizes(lanes: int) -> list[tuple[int, ...]]:
+        deep = padded(hidden, lanes)
+        return [(inputs, deep), (deep,), (deep, lanes), (lanes,), (2,)]
+
+    return lanes_of("plane_sweep", panels, sizes)
+
+
+def plane_sweep_of_panels(
+    points: Tensor,
+    origins: Tensor,
+    projection: Tensor,
+    centers: Tensor,
+    images: Tensor,
+    maps: Tensor,
+    valid: Tensor | None,
+    panels: Sequence[Tensor],
+    hidden: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The twin of the weights that panels hold: where no kernel serves."""
+    scene = (points, origins, projection, centers, images, maps, valid)
+    of_hidden, hidden_bias, score, score_bias, scales = panels
+    network = (of_hidden[:, :hidden].mT, hidden_bias[:hidden], score[:hidden, :1].mT, score_bias[:1])
+    return plane_sweep_twin(*scene, *network, *scales.unbind())

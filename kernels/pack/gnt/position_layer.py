@@ -1,0 +1,72 @@
+"""The weights of the position layer, in the panels that kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shiftadd3d.kernels.pack.panel import across, lanes_of, padded, row, stored
+from shiftadd3d.kernels.reference.gnt.position_layer import EMBEDDING_DIM, position_layer_twin
+
+
+class Panels(NamedTuple):
+    """Weights [inputs, outputs], the outputs padded to whole vectors: D hidden ones, E of the layer.
+
+    Attributes:
+        x: [C, D], of the features.
+        point: [63, D], of the embedded position.
+        direction: [D, 63], of the embedded direction: outputs down, as torch takes them.
+        first_bias: [D].
+        second: [D, E], its rows not padded.
+        second_bias: [E].
+    """
+
+    x: Tensor
+    point: Tensor
+    direction: Tensor
+    first_bias: Tensor
+    second: Tensor
+    second_bias: Tensor
+
+
+def panels(weights: Sequence[Tensor], biases: Sequence[Tensor], lanes: int) -> Panels:
+    """What the kernel reads, of weights and biases as `position_layer_twin` takes them."""
+    first, second = weights
+    hidden, inputs = first.shape
+    of_x, of_point, of_direction = first.split([inputs - 2 * EMBEDDING_DIM, EMBEDDING_DIM, EMBEDDING_DIM], dim=1)
+    packed = Panels(
+        x=across(of_x, lanes=lanes),
+        point=across(of_point, lanes=lanes),
+        direction=F.pad(of_direction, (0, 0, 0, padded(hidden, lanes) - hidden)),
+        first_bias=row(biases[0], lanes),
+        second=across(second, lanes=lanes),
+        second_bias=row(biases[1], lanes),
+    )
+    return Panels(*map(stored, packed))
+
+
+def check_panels(panels: Sequence[Tensor], width: int, outputs: int) -> int:
+    """`lanes_of` the panels of a layer from so many channels to so many."""
+    hidden = panels[4].shape[0]
+
+    def sizes(lanes: int) -> list[tuple[int, ...]]:
+        deep, wide = padded(hidden, lanes), padded(outputs, lanes)
+        first = (width, deep), (EMBEDDING_DIM, deep), (deep, EMBEDDING_DIM), (deep,)
+        return [*first, (hidden, wide), (wide,)]
+
+    return lanes_of("position_layer", panels, sizes)
+
+
+def position_layer_of_panels(
+    x: Tensor, points: Tensor, directions: Tensor, panels: Sequence[Tensor], outputs: int
+) -> Tensor:
+    """The twin of the weights that panels hold: where no kernel serves."""
+    of_x, of_point, of_direction, first_bias, second, second_bias = panels
+    hidden = second.shape[0]
+    first = torch.cat([of_x[:, :hidden].mT, of_point[:, :hidden].mT, of_direction[:hidden]], dim=1)
+    weights, biases = [first, second[:, :outputs].mT], [first_bias[:hidden], second_bias[:outputs]]
+    return position_layer_twin(x, points, directions, weights, biases)

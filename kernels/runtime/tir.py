@@ -1,0 +1,356 @@
+"""What kernels are written with: TVM's TIR under its own names, with types, and imported when first used.
+
+Modules say ``from shiftadd3d.kernels.runtime import tir as T``. Between `function` and the end of its block, calls emit
+statements into the function in the order they are made: a Python loop unrolls, and what a Python variable holds when
+code is emitted is compiled in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
+from typing import Any, Protocol, TypeAlias
+
+
+class Expr(Protocol):
+    """A number, or a vector of numbers, that compiled code works out when it runs."""
+
+    def __add__(self, other: Number, /) -> Expr: ...
+    def __radd__(self, other: Number, /) -> Expr: ...
+    def __sub__(self, other: Number, /) -> Expr: ...
+    def __rsub__(self, other: Number, /) -> Expr: ...
+    def __mul__(self, other: Number, /) -> Expr: ...
+    def __rmul__(self, other: Number, /) -> Expr: ...
+    def __truediv__(self, other: Number, /) -> Expr: ...
+    def __rtruediv__(self, other: Number, /) -> Expr: ...
+    def __floordiv__(self, other: Number, /) -> Expr: ...
+    def __mod__(self, other: Number, /) -> Expr: ...
+    def __neg__(self) -> Expr: ...
+    def __and__(self, other: Number, /) -> Expr: ...
+    def __or__(self, other: Number, /) -> Expr: ...
+    def __xor__(self, other: Number, /) -> Expr: ...
+    def __lshift__(self, other: Number, /) -> Expr: ...
+    def __rshift__(self, other: Number, /) -> Expr: ...
+    def __lt__(self, other: Number, /) -> Expr: ...
+    def __le__(self, other: Number, /) -> Expr: ...
+    def __gt__(self, other: Number, /) -> Expr: ...
+    def __ge__(self, other: Number, /) -> Expr: ...
+    def __eq__(self, other: Number, /) -> Expr: ...
+    def __ne__(self, other: Number, /) -> Expr: ...
+
+
+Index: TypeAlias = "Expr | int"
+Number: TypeAlias = "Expr | int | float"
+
+
+class PrimFunc(Protocol):
+    """A function as TVM compiles it."""
+
+    def with_attr(self, name: str, value: object) -> PrimFunc: ...
+
+
+class Buffer:
+    """Memory of compiled code: reading an element gives an expression, assigning to one emits a store.
+
+    An index that is a vector (`ramp`) reads and writes a vector.
+
+    Attributes:
+        shape: of the memory, numbers and expressions.
+        dtype: of an element; ``"bfloat16"`` elements are read and written as their bits, int16.
+        data: TVM's own buffer.
+    """
+
+    def __init__(
+        self, data: Any, shape: Sequence[Index], dtype: str, leading: tuple[Index, ...] = (), row: Index = 0
+    ) -> None:
+        self.data, self.shape, self.dtype, self._leading, self._row = data, tuple(shape), dtype, leading, row
+
+    def __getitem__(self, index: Index | tuple[Index, ...]) -> Expr:
+        return self.data[self._whole(index)]
+
+    def __setitem__(self, index: Index | tuple[Index, ...], value: Expr) -> None:
+        _tirx().buffer_store(self.data, value, list(self._whole(index)))
+
+    def _whole(self, index: Index | tuple[Index, ...]) -> tuple[Index, ...]:
+        first, *others = index if isinstance(index, tuple) else (index,)
+        return (*self._leading, self._moved(first), *others)
+
+    def _moved(self, row: Index) -> Index:
+        return row if isinstance(self._row, int) and self._row == 0 else self._row + row
+
+    def part(self, *leading: Index) -> Buffer:
+        """What is left once the first indices are given: of a matrix a row."""
+        return Buffer(self.data, self.shape[len(leading) :], self.dtype, self._whole(leading))
+
+    def below(self, row: Index) -> Buffer:
+        """The rows from one on."""
+        first, *others = self.shape
+        return Buffer(self.data, (first - row, *others), self.dtype, self._leading, self._moved(row))
+
+    def extent(self, axis: int) -> int:
+        """An element of the shape that is known while code is emitted."""
+        size = self.shape[axis]
+        assert isinstance(size, int)
+        return size
+
+    def address(self, *index: Index) -> Expr:
+        """A pointer to an element."""
+        return _tirx().address_of(self[index])
+
+    def flat(self) -> Buffer:
+        """The same memory as one row."""
+        size = self.shape[0]
+        for extent in self.shape[1:]:
+            size = size * extent
+        return Buffer(_tirx().decl_buffer((size,), self.dtype, data=self.data.data), (size,), self.dtype)
+
+
+@lru_cache(maxsize=1)
+def _tirx() -> Any:
+    import tvm.script
+
+    return tvm.script.tirx
+
+
+# Functions.
+
+
+class Builder(Protocol):
+    """A function that is being made, or has been."""
+
+    def get(self) -> PrimFunc:
+        """The function, once its block has ended."""
+        ...
+
+
+@contextmanager
+def function(name: str) -> Iterator[Builder]:
+    """A block that makes a function: first its arguments, in order, then its statements. No two buffers overlap."""
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.tirx.script.builder import prim_func
+
+    builder: Any = IRBuilder()
+    with builder, prim_func(s_tir=True):
+        _tirx().func_name(name)
+        _tirx().func_attr({"tirx.noalias": True})
+        yield builder
+
+
+def sizes(count: int) -> list[Expr]:
+    """So many sizes (int64) that the arguments' shapes bind."""
+    return [_tirx().int64() for _ in range(count)]
+
+
+def argument(
+    name: str,
+    shape: Sequence[Index],
+    dtype: str = "float32",
+    *,
+    strides: Sequence[Index] | None = None,
+    align: int | None = None,
+) -> Buffer:
+    """The next argument, a tensor.
+
+    Args:
+        shape: numbers to check, and `sizes`, bound by the first argument that has them.
+        strides: where it need not be contiguous.
+        align: bytes that its address is a multiple of; an element's unless said otherwise.
+    """
+    handle = _tirx().arg(name, _tirx().handle())
+    stored = "int16" if dtype == "bfloat16" else dtype
+    align = align or {"uint8": 1, "int8": 1, "int16": 2, "int64": 8}.get(stored, 4)
+    data = _tirx().match_buffer(handle, shape, stored, strides=strides, align=align)
+    return Buffer(_named(name, data), shape, dtype)
+
+
+def _named(name: str, x: Any) -> Any:
+    """`x`, called so where a call does not fit."""
+    from tvm.script.ir_builder import IRBuilder
+
+    return IRBuilder.name(name, x)
+
+
+def panel(name: str, *shape: int) -> Buffer:
+    """The next argument, packed weights: whole vectors, aligned to them."""
+    return argument(name, shape, align=64)
+
+
+def scalar(name: str, dtype: str = "int64") -> Expr:
+    """The next argument, a number."""
+    return _tirx().arg(name, getattr(_tirx(), dtype)())
+
+
+# Statements.
+
+
+def alloc(*shape: Index, dtype: str = "float32", align: int = 64) -> Buffer:
+    """Scratch memory; registers where it is small and indexed by constants."""
+    return Buffer(_tirx().alloc_buffer(shape, dtype, align=align), shape, dtype)
+
+
+def serial(count: Index) -> AbstractContextManager[Expr]:
+    """A loop over 0 to `count` - 1."""
+    return _tirx().serial(count)
+
+
+def parallel(count: Index) -> AbstractContextManager[Expr]:
+    """A loop whose turns are shared out over torch's number of threads."""
+    return _tirx().parallel(count)
+
+
+def If(condition: Expr | bool) -> AbstractContextManager[Any]:
+    """A block of a `Then` and perhaps an `Else`."""
+    return _tirx().If(condition)
+
+
+def Then() -> AbstractContextManager[Any]:
+    return _tirx().Then()
+
+
+def Else() -> AbstractContextManager[Any]:
+    return _tirx().Else()
+
+
+@contextmanager
+def when(condition: Expr | bool) -> Iterator[None]:
+    """A block that runs where the condition holds."""
+    with If(condition), Then():
+        yield
+
+
+def bind(x: Expr) -> Expr:
+    """`x` computed here and now, once."""
+    return _tirx().bind(x)
+
+
+def evaluate(x: Expr) -> None:
+    """Emit an expression for what it does."""
+    _tirx().evaluate(x)
+
+
+# Expressions.
+
+
+def number(dtype: str, x: Number) -> Expr:
+    """A constant."""
+    return getattr(_tirx(), dtype)(x)
+
+
+def int32(x: int) -> Expr:
+    return _tirx().int32(x)
+
+
+def int64(x: int) -> Expr:
+    return _tirx().int64(x)
+
+
+def float32(x: float) -> Expr:
+    return _tirx().float32(x)
+
+
+def ramp(start: Index, count: int) -> Expr:
+    """The vector start, start + 1, ...: the index of `count` elements side by side."""
+    return _tirx().ramp(start, 1, count)
+
+
+def at(start: Index, count: int) -> Index:
+    """The index of `count` elements from `start`; a scalar if `count` is 1."""
+    return start if count == 1 else ramp(start, count)
+
+
+def broadcast(x: Expr, lanes: int) -> Expr:
+    return _tirx().broadcast(x, lanes)
+
+
+def shuffle(vectors: Sequence[Expr], order: Sequence[int]) -> Expr:
+    """The vector of those lanes of all the vectors, counted on from one to the next."""
+    return _tirx().Shuffle(list(vectors), list(order))
+
+
+def cast(x: Expr, dtype: str) -> Expr:
+    return _tirx().cast(x, dtype)
+
+
+def reinterpret(dtype: str, x: Expr) -> Expr:
+    """The bits of `x` taken for another type."""
+    return _tirx().reinterpret(dtype, x)
+
+
+def select(condition: Expr, x: Number, y: Number) -> Expr:
+    """`x` where the condition holds, else `y`; both are computed."""
+    return _tirx().Select(condition, x, y)
+
+
+def if_then_else(condition: Expr, x: Expr, y: Expr) -> Expr:
+    """`x` if the condition holds, else `y`; only one is computed."""
+    return _tirx().if_then_else(condition, x, y)
+
+
+def both(a: Expr, b: Expr) -> Expr:
+    """Whether two conditions hold."""
+    return _tirx().And(a, b)
+
+
+def either(a: Expr, b: Expr) -> Expr:
+    """Whether one of two conditions holds."""
+    return _tirx().Or(a, b)
+
+
+def negate(condition: Expr) -> Expr:
+    return _tirx().Not(condition)
+
+
+def min(a: Number, b: Number) -> Expr:
+    return _tirx().min(a, b)
+
+
+def max(a: Number, b: Number) -> Expr:
+    return _tirx().max(a, b)
+
+
+def truncdiv(a: Index, b: Index) -> Expr:
+    """`a // b`, rounded towards zero: quick to compile, where the sign of `a` is not known."""
+    return _tirx().truncdiv(a, b)
+
+
+def truncmod(a: Index, b: Index) -> Expr:
+    """What `truncdiv` leaves over."""
+    return _tirx().truncmod(a, b)
+
+
+def exp(x: Expr) -> Expr:
+    return _tirx().exp(x)
+
+
+def sqrt(x: Expr) -> Expr:
+    return _tirx().sqrt(x)
+
+
+def nearbyint(x: Expr) -> Expr:
+    """The nearest whole number, ties to even."""
+    return _tirx().nearbyint(x)
+
+
+def intrinsic(dtype: str, name: str, *arguments: Expr) -> Expr:
+    """What an instruction makes of its arguments; `name` is LLVM's, without its prefix."""
+    return _tirx().call_llvm_pure_intrin(dtype, f"llvm.{name}", *arguments)
+
+
+def instruct(name: str, *arguments: Expr) -> None:
+    """Emit an instruction for what it does; `name` is LLVM's, without its prefix."""
+    evaluate(_tirx().call_llvm_intrin("void", f"llvm.{name}", *arguments))
+
+
+def total(terms: Sequence[Expr]) -> Expr:
+    """The sum of a few expressions, pairs first."""
+    while len(terms) > 1:
+        terms = [sum(terms[i + 1 : i + 2], terms[i]) for i in range(0, len(terms), 2)]
+    return terms[0]
+
+
+Load: TypeAlias = Callable[[Index, Index, int], Expr]
+"""``load(row, column, count)`` reads `count` float32 numbers of a row, a vector, or a scalar if `count` is 1."""
+
+Store: TypeAlias = Callable[[Index, Index, Expr, int], None]
+"""``store(row, column, x, count)`` stores as many."""

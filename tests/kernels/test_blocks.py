@@ -1,0 +1,88 @@
+"""The blocks that kernels share, each in a function of its own, on the instructions of this machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shiftadd3d.kernels.cpu import blocks
+from shiftadd3d.kernels.cpu.isa import Isa
+from shiftadd3d.kernels.cpu.tile import ROW_PADDING, product
+from shiftadd3d.kernels.runtime import targets
+from shiftadd3d.kernels.runtime import tir as T
+
+
+def compiled(build):
+    """The function that `build(isa)` emits the arguments and statements of."""
+    import tvm
+
+    target = targets.current()
+    with T.function("block") as function:
+        build(Isa(target))
+    module = tvm.IRModule({"block": function.get().with_attr("global_symbol", "block")})
+    return tvm.compile(module, target=target.tvm_target())["block"]
+
+
+@pytest.fixture(scope="module")
+def softmax():
+    """Rows of scores [rows, count] with room for vectors [rows, room], and their sums [rows]."""
+
+    def build(isa: Isa) -> None:
+        rows, room = T.sizes(2)
+        scores, sums = T.argument("scores", (rows, room)), T.argument("sums", (rows,))
+        count = T.scalar("count")
+        with T.serial(rows) as row:
+            sums[row] = blocks.softmax_of_row(isa, scores.part(row), count)
+
+    return compiled(build)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 15, 16, 17, 40, 64])
+def test_the_softmax_of_a_row_is_torchs_whatever_lies_behind_the_scores(softmax, count):
+    scores = torch.randn(3, count + 32, generator=torch.Generator().manual_seed(count)) * 20
+    scores[:, count:] = float("nan")
+    scores[1, : count // 2] = -1e9  # as masked ones are
+    expected, sums = scores[:, :count].softmax(-1), torch.empty(3)
+    softmax(scores, sums, count)
+    torch.testing.assert_close(scores[:, :count] / sums[:, None], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("place", [0, 5, 18])
+def test_nan_makes_the_whole_row_nan(softmax, place):
+    scores, sums = torch.zeros(1, 64), torch.empty(1)
+    scores[0, place] = float("nan")
+    softmax(scores, sums, 19)
+    assert (scores[:, :19] / sums[:, None]).isnan().all()
+
+
+@pytest.mark.parametrize("width", [16, 35, 64])
+def test_layer_norm_is_torchs_for_any_width(width):
+    def build(isa: Isa) -> None:
+        (rows,) = T.sizes(1)
+        x, y = T.argument("x", (rows, width)), T.argument("y", (rows, width))
+        blocks.layer_norm(isa, rows, width, lambda r, c: x[r, c], y, T.float32(1e-5))
+
+    x = torch.randn(7, width, generator=torch.Generator().manual_seed(0)) * 3 + 100
+    y = torch.empty_like(x)
+    compiled(build)(x, y)
+    torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (width,)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("rows", [1, 8, 13])
+def test_a_product_is_torchs_for_all_widths_of_its_tiles(vectors, rows):
+    width, terms = vectors * targets.current().lanes, (5, 3)
+
+    def build(isa: Isa) -> None:
+        (padded,) = T.sizes(1)
+        x = T.argument("x", (padded, sum(terms)))
+        weight, bias = T.panel("weight", sum(terms), width), T.panel("bias", width)
+        out, count = T.argument("out", (padded, width)), T.scalar("count")
+        split = (terms[0], x, weight), (terms[1], lambda r, k: x[r, terms[0] + k], weight.below(terms[0]))
+        product(isa, count, width, bias, split, out, isa.relu)
+
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(rows + ROW_PADDING, 8, generator=generator), torch.randn(8, width, generator=generator)
+    bias, out = torch.randn(width, generator=generator), torch.empty(rows + ROW_PADDING, width)
+    compiled(build)(x, weight, bias, out, rows)
+    torch.testing.assert_close(out[:rows], (x @ weight + bias).relu()[:rows], rtol=1e-5, atol=1e-5)
