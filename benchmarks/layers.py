@@ -302,7 +302,7 @@ class Nerf:
         import torch
         from nerf import evaluate, seed_everything
 
-        from shiftadd3d.nerf.model import KEPT_IN_FLOAT
+        from shiftadd3d.models.gnt.presets import KEPT_IN_FLOAT
         from shiftadd3d.nerf.runs import load_run
         from shiftadd3d.nn import collect_moe_losses
 

@@ -110,8 +110,9 @@ class Pack:
 
         from shiftadd3d.configs.methods import gnt_tiny, shiftadd_gnt_tiny
         from shiftadd3d.models.gnt import GNTModel
+        from shiftadd3d.models.gnt.presets import may_change
         from shiftadd3d.nerf.checkpoint import latest_checkpoint, network_of, read_checkpoint
-        from shiftadd3d.nerf.model import may_change, method_recipe
+        from shiftadd3d.nerf.model import method_recipe
         from shiftadd3d.nn import calibrate_, freeze_
 
         seed_everything(0)

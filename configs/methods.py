@@ -10,7 +10,7 @@ from nerfstudio.configs.base_config import LocalWriterConfig, LoggingConfig, Mac
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
-from shiftadd3d.models.gnt import GNTConfig
+from shiftadd3d.models.gnt.presets import BASE, BIG, TINY
 from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
 from shiftadd3d.nerf.error_hook import print_expected_errors_as_one_line, warn_of_shared_names
 from shiftadd3d.nerf.model import GNTNerfModelConfig
@@ -19,7 +19,6 @@ from shiftadd3d.nerf.pipeline import GNTPipelineConfig
 from shiftadd3d.nerf.schedulers import WarmupCosineSchedulerConfig
 from shiftadd3d.nerf.trainer import GNTTrainerConfig
 from shiftadd3d.nerf.warm_start import PRETRAINED
-from shiftadd3d.nerf.weights import TINY
 
 # nerfstudio imports this module in every ns-* command: bad input and Ctrl-C then read the same as in our own.
 print_expected_errors_as_one_line()
@@ -72,12 +71,6 @@ def _trainer(
         vis="viewer+tensorboard",
     )
 
-
-#: The released network's sizes, with a colour head and a plane sweep in front. For the same minutes 16 samples behind a
-#: sweep reach what 64 alone do, and render faster (docs/results/nerf.md, "Samples of a ray").
-BASE = GNTConfig(depth=4, color_head=True, canonical=True, proposal_samples=48)
-#: The paper's network: eight blocks, colours regressed.
-BIG = GNTConfig(depth=8)
 
 SHIFTADD_RECIPE = "add+shift-attn+moe"
 #: Dense networks have no second stage and take no notice.

@@ -13,6 +13,8 @@ from shiftadd3d.kernels.runtime.numerics import KERNEL_DEVICES
 from shiftadd3d.kernels.runtime.targets import current
 
 OP_NAMESPACE = "shiftadd3d"
+TWINS: dict[str, Callable[..., Any]] = {}
+"""What each op computes, in plain torch, by the op's name."""
 _LIBRARY = torch.library.Library(OP_NAMESPACE, "FRAGMENT")
 
 
@@ -56,6 +58,7 @@ def define_op(
     if activations:
         for device in ("cpu", "cuda"):
             _LIBRARY.impl(name, _autocast(op, device, activations), f"Autocast{device.upper()}")
+    TWINS[name] = twin
     KERNEL_DEVICES[name] = ("cpu",) if cuda is None else ("cpu", "cuda")
     return op
 

@@ -26,6 +26,9 @@ from timm.layers.mlp import SwiGLU
 from timm.models import (
     generate_default_cfgs,
     get_arch_pretrained_cfgs,
+    get_pretrained_cfg,
+    is_model,
+    list_models,
     model_entrypoint,
     pvt_v2,
     register_model,
@@ -268,6 +271,44 @@ register_frozen(pvt_v2.MlpWithDepthwiseConv, FrozenConvMlp)
 # --------------------------------------------------------------------------------------------------------------------
 # timm's registry
 # --------------------------------------------------------------------------------------------------------------------
+
+_LISTED = 4  # names in an error message
+
+
+def check_known(name: str, others: tuple[str, ...] = ()) -> None:
+    """Raise `UserError` unless timm has a model of this name; `others`: what may be named as well."""
+    if is_model(name):
+        return
+    close = [*others, *list_models(f"*{name.split('.')[0][:8]}*")[:_LISTED]]
+    raise UserError(
+        f"timm knows no model {name!r}; expected one of timm.list_models()"
+        + (f", such as {', '.join(close)}" if close and not others else "")
+        + (f", or {', '.join(close)}" if others else "")
+    )
+
+
+def input_size(name: str, others: tuple[str, ...] = ()) -> tuple[int, ...]:
+    """Channels, rows and columns of the pictures that one of timm's models is made for.
+
+    Raises:
+        UserError: there is no such model, or timm does not say for which pictures; `others`: see `check_known`.
+    """
+    check_known(name, others)
+    described = get_pretrained_cfg(name)
+    if described is None:
+        raise UserError(f"timm does not say what pictures {name} takes; expected a model that it describes")
+    return tuple(described.input_size)
+
+
+def create_model(name: str) -> nn.Module:
+    """One of timm's models, with random weights and its own number of classes.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    check_known(name)
+    return model_entrypoint(name)(pretrained=False)
+
 
 _PREFIX = "shiftadd_"
 _DEFAULT_RECIPE = "add+shift-attn+moe"

@@ -19,9 +19,10 @@ from torch import nn
 from shiftadd3d._claim import claimed
 from shiftadd3d._errors import UserError
 from shiftadd3d.models.gnt import GNTConfig, GNTModel, load_official_checkpoint
+from shiftadd3d.models.gnt.presets import may_change
 from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
 from shiftadd3d.nerf.dataparsers import AutoDataParserConfig
-from shiftadd3d.nerf.model import GNTNerfModel, GNTNerfModelConfig, may_change, method_recipe
+from shiftadd3d.nerf.model import GNTNerfModel, GNTNerfModelConfig, method_recipe
 from shiftadd3d.nerf.pipeline import GNTPipeline
 from shiftadd3d.nerf.pretrained import scene_pipeline
 from shiftadd3d.nerf.trainer import GNTTrainerConfig

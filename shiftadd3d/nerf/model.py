@@ -7,7 +7,6 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from nerfstudio.model_components import renderers
 from nerfstudio.models.base_model import Model, ModelConfig
 from nerfstudio.utils import colormaps
 from nerfstudio.utils.rich_utils import CONSOLE
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -29,6 +28,7 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from shiftadd3d._errors import UserError
 from shiftadd3d.models.gnt import Cameras as PinholeCameras
 from shiftadd3d.models.gnt import GNTConfig, GNTModel, SourceViews
+from shiftadd3d.models.gnt.presets import gnt_recipe, may_change
 from shiftadd3d.models.gnt.projection import Silhouettes
 from shiftadd3d.nerf.feature_cache import FeatureCache
 from shiftadd3d.nerf.foreign_rays import group_rays
@@ -36,15 +36,6 @@ from shiftadd3d.nerf.source_bank import PROJECTIONS, DrawnSources, SourceBank, m
 from shiftadd3d.nerf.source_bank import SourceViews as BankViews
 from shiftadd3d.nerf.warm_start import load_dense_weights
 from shiftadd3d.nn import MoE, Recipe, collect_moe_losses, freeze_, reparameterize_, router_statistics
-
-#: The feature network's convolutions; and layers with one or three outputs: next to no multiplications, and what they
-#: put out is a colour or a logit itself. A network may be without some of them.
-KEPT_IN_FLOAT = ("feature_net.*", "*.rgb_fc", "*_logit_fc", "proposal.score.2")
-
-
-def may_change(_module: nn.Module, name: str) -> bool:
-    """Whether a recipe may change a layer of a GNT: all but `KEPT_IN_FLOAT`."""
-    return not any(fnmatchcase(name, pattern) for pattern in KEPT_IN_FLOAT)
 
 
 @dataclass
@@ -100,12 +91,10 @@ def method_recipe(config: GNTNerfModelConfig, latencies: tuple[float, float] | N
     Args:
         latencies: of the Mult and the Shift expert; measured if None.
     """
-    changes: dict[str, Any] = {"bits": config.shift_bits, "terms": config.shift_terms, "dwconv": 3}
+    changes: dict[str, Any] = {"bits": config.shift_bits, "terms": config.shift_terms}
     if latencies is not None:
         changes["latencies"] = latencies
-    chosen = Recipe.parse(config.recipe, **changes)
-    # The networks that embed features and positions are as wide as the attention's: they follow it.
-    return chosen if chosen.attention_linear == "mult" else replace(chosen, other_linear="shift")
+    return gnt_recipe(config.recipe, **changes)
 
 
 class GNTNerfModel(Model):

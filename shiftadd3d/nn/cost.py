@@ -1,11 +1,13 @@
 """What a model costs: multiplications, shifts and additions, and what these take in energy (or in whatever unit).
 
-`count_operations` runs a model on one batch and counts the scalar operations of its matrix products and convolutions,
-where nearly all of the work of a transformer is: products with shift weights count as shifts and additions, products
-with binary codes as additions, all others as multiplications and additions. Tokens of a mixture count for the expert
-they went to. Elementwise arithmetic (normalisation, activations, softmax) is left out, as the literature leaves it out.
+`count_operations` runs a model on one batch and counts what its matrix products and convolutions do, where nearly all
+of the work of a transformer is: products with shift weights count as shifts and additions, products with binary codes
+as additions, all others as multiplications and additions. Tokens of a mixture count for the expert they went to.
+Elementwise arithmetic (normalisation, activations, softmax) is counted apart, and left out of the totals, as the
+literature leaves it out.
 
-`OperationCosts` gives each operation a price. Its tables are about arithmetic alone; moving data costs extra.
+`OperationCosts` gives each operation a price. Its tables are about arithmetic alone; `shiftadd3d.profile` prices moving
+data as well.
 
 Source: Horowitz, "Computing's energy problem" (ISSCC 2014), for 45 nm at 0.9 V; You et al., ShiftAddNet (NeurIPS 2020),
 table 1, for the shifts.
@@ -14,21 +16,18 @@ table 1, for the shifts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shiftadd3d._errors import UserError
 from shiftadd3d._report import RichReport
-from shiftadd3d.kernels import numerics
 from shiftadd3d.nn.activations import Forward, call_model, evaluating
-from shiftadd3d.nn.shift import PackedShiftLayer, ShiftLayer
+from shiftadd3d.nn.counting import ModuleWork, Product, counting
+from shiftadd3d.nn.shift import ShiftLayer
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,9 +79,44 @@ class LayerOperations:
     mult: int
     add: int
     shift: int
+    formats: dict[str, dict[str, int]] = field(default_factory=dict)
+    """The same three by number format of the arithmetic, such as float32."""
+    weight_bytes: int = 0
+    """Of weights that its products read, as they are stored: packed codes count their bits. Each run counts."""
+    input_bytes: int = 0
+    """Of activations that its products read."""
+    output_bytes: int = 0
+    """Of activations that its products write."""
+    elementwise: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Arithmetic that is no product of matrices, by number format: `Elementwise`."""
+    elementwise_bytes: int = 0
+    """What that reads and writes, if each operator's operands go through memory."""
+    loops: tuple[tuple[Product, int], ...] = ()
+    """The products as loops, and how often each ran."""
+
+    @classmethod
+    def of(cls, name: str, work: ModuleWork) -> LayerOperations:
+        """A module's work, summed up."""
+        totals = dict.fromkeys(("products", "mult", "add", "shift", "weight_bytes", "input_bytes", "output_bytes"), 0)
+        formats: dict[str, dict[str, int]] = {}
+        for product, times in work.products.items():
+            for key in totals:
+                totals[key] += times * getattr(product, key)
+            by_kind = formats.setdefault(product.dtype, {"mult": 0, "add": 0, "shift": 0})
+            for kind in by_kind:
+                by_kind[kind] += times * getattr(product, kind)
+        return cls(
+            name,
+            work.kind,
+            **totals,
+            formats=formats,
+            elementwise={dtype: done._asdict() for dtype, done in work.elementwise.items()},
+            elementwise_bytes=sum(work.elementwise_bytes),
+            loops=tuple(work.products.items()),
+        )
 
     def cost(self, costs: OperationCosts) -> float:
-        """What that takes, in the unit of `costs`."""
+        """What the products take, in the unit of `costs`."""
         return self.mult * costs.mult + self.add * costs.add + self.shift * costs.shift
 
 
@@ -114,8 +148,24 @@ class OperationReport(RichReport):
     def shift(self) -> int:
         return sum(layer.shift for layer in self.layers)
 
+    @property
+    def formats(self) -> dict[str, dict[str, int]]:
+        """Multiplications, additions and shifts of the products by number format, on the whole batch."""
+        return _by_format(layer.formats for layer in self.layers)
+
+    @property
+    def elementwise(self) -> dict[str, dict[str, int]]:
+        """Arithmetic that is no product of matrices by number format (`Elementwise`), on the whole batch."""
+        return _by_format(layer.elementwise for layer in self.layers)
+
+    @property
+    def moved_bytes(self) -> dict[str, int]:
+        """Bytes of weights read, and of activations read and written by products, and by all else, on the batch."""
+        names = "weight_bytes", "input_bytes", "output_bytes", "elementwise_bytes"
+        return {name: sum(getattr(layer, name) for layer in self.layers) for name in names}
+
     def cost(self, costs: OperationCosts = ENERGY_COSTS["float32"]) -> float:
-        """What one input takes, in the unit of `costs`."""
+        """What the products of one input take, in the unit of `costs`."""
         return sum(layer.cost(costs) for layer in self.layers) / self.inputs
 
     def multiplications_removed(self, baseline: OperationReport) -> float:
@@ -125,25 +175,58 @@ class OperationReport(RichReport):
         return 1 - (self.mult / self.inputs) / (baseline.mult / baseline.inputs)
 
     def as_dict(self) -> dict[str, Any]:
-        totals = {"products": self.products, "mult": self.mult, "add": self.add, "shift": self.shift}
-        return {**super().as_dict(), **totals}
+        layers = [
+            {**asdict(layer), "loops": [{**asdict(product), "times": times} for product, times in layer.loops]}
+            for layer in self.layers
+        ]
+        return {
+            "layers": layers,
+            "inputs": self.inputs,
+            "bytes": self.bytes,
+            "products": self.products,
+            "mult": self.mult,
+            "add": self.add,
+            "shift": self.shift,
+            "formats": self.formats,
+            "elementwise": self.elementwise,
+            **self.moved_bytes,
+        }
 
     def __rich__(self) -> Table:
         from rich.table import Table
 
         costs = ENERGY_COSTS["float32"]
-        table = Table("module", "kind", "mult", "shift", "add", "nJ", title_justify="left")
-        table.title = f"operations of one input; {self.bytes:,} bytes once frozen"
+        table = Table("module", "kind", "mult", "shift", "add", "elementwise", "KiB", "nJ", title_justify="left")
+        table.title = (
+            f"operations of one input (elementwise ones apart), weights and activations of products; "
+            f"{self.bytes:,} bytes once frozen"
+        )
         for column in table.columns[2:]:
             column.justify = "right"
+
+        def row(part: LayerOperations | OperationReport, moved: int) -> list[str]:
+            elementwise = sum(sum(counts.values()) for counts in part.elementwise.values())
+            counts = (part.mult, part.shift, part.add, elementwise)
+            return [*(f"{count / self.inputs:,.0f}" for count in counts), f"{moved / self.inputs / 1024:,.1f}"]
+
         for layer in self.layers:
-            counts = (layer.mult, layer.shift, layer.add)
-            cells = [f"{count / self.inputs:,.0f}" for count in counts]
-            table.add_row(layer.name, layer.kind, *cells, f"{layer.cost(costs) / self.inputs / 1e3:,.2f}")
-        totals = [f"{count / self.inputs:,.0f}" for count in (self.mult, self.shift, self.add)]
+            moved = layer.weight_bytes + layer.input_bytes + layer.output_bytes
+            energy = f"{layer.cost(costs) / self.inputs / 1e3:,.2f}"
+            table.add_row(layer.name, layer.kind, *row(layer, moved), energy)
+        moved = sum(number for name, number in self.moved_bytes.items() if name != "elementwise_bytes")
         table.add_section()
-        table.add_row("total", "", *totals, f"{self.cost(costs) / 1e3:,.2f}")
+        table.add_row("total", "", *row(self, moved), f"{self.cost(costs) / 1e3:,.2f}")
         return table
+
+
+def _by_format(parts: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+    total: dict[str, dict[str, int]] = {}
+    for part in parts:
+        for dtype, counts in part.items():
+            sums = total.setdefault(dtype, dict.fromkeys(counts, 0))
+            for kind, count in counts.items():
+                sums[kind] += count
+    return total
 
 
 def count_operations(
@@ -166,9 +249,15 @@ def count_operations(
     inputs = count_inputs(batch) if inputs is None else inputs
     if inputs < 1:
         raise UserError(f"inputs must be at least 1, not {inputs}")
-    with evaluating(model), counting(model) as counts:
+    with evaluating(model), counting(model) as work:
         call_model(model, batch, forward)
-    return OperationReport(tuple(counts.values()), inputs, frozen_bytes(model))
+    return OperationReport(operations_of(work), inputs, frozen_bytes(model))
+
+
+def operations_of(work: Mapping[str, ModuleWork]) -> tuple[LayerOperations, ...]:
+    """What `counting` found, of modules that do anything."""
+    layers = (LayerOperations.of(name, done) for name, done in work.items())
+    return tuple(layer for layer in layers if layer.products or layer.elementwise)
 
 
 def count_inputs(batch: Any) -> int:
@@ -200,102 +289,3 @@ def frozen_bytes(model: nn.Module) -> int:
                 row = (module.in_features * module.bits + 7) // 8 + 1  # codes and the offset
                 total += module.terms * module.out_features * row
     return total
-
-
-@contextmanager
-def counting(model: nn.Module) -> Iterator[Mapping[str, LayerOperations]]:
-    """While this lasts, operations of `model` are added up: by qualified name, complete once it is over."""
-    names = {module: name or "(root)" for name, module in model.named_modules()}
-    running: list[nn.Module] = [model]
-    counts: dict[str, LayerOperations] = {}
-
-    def count(module: nn.Module, products: int, mult: int = 0, add: int = 0, shift: int = 0) -> None:
-        name = names[module]
-        old = counts.get(name, LayerOperations(name, type(module).__name__, 0, 0, 0, 0))
-        counts[name] = LayerOperations(
-            name, old.kind, old.products + products, old.mult + mult, old.add + add, old.shift + shift
-        )
-
-    def enter(module: nn.Module, _: Any) -> None:
-        running.append(module)
-
-    def leave(module: nn.Module, _: Any, output: Any) -> None:
-        running.pop()
-        if isinstance(module, (ShiftLayer, PackedShiftLayer)):
-            products = output.numel() * module.in_features
-            shifts = products * module.terms
-            count(module, products, shift=shifts, add=shifts)
-
-    def see(products: int, is_accumulation: bool) -> None:
-        module = running[-1]
-        if not isinstance(module, (ShiftLayer, PackedShiftLayer)):  # however they compute: see leave()
-            count(module, products, mult=0 if is_accumulation else products, add=products)
-
-    handles = [module.register_forward_pre_hook(enter) for module in names]
-    handles += [module.register_forward_hook(leave) for module in names]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole attention layer: it hides products
-        with numerics("twin"), _ProductMode(see):
-            yield counts
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for handle in handles:
-            handle.remove()
-
-
-def _first_numel(first: Tensor, *_: Any, **__: Any) -> int:
-    return first.numel()
-
-
-def _second_numel(_: Any, second: Tensor, *__: Any, **___: Any) -> int:
-    return second.numel()
-
-
-aten = torch.ops.aten
-# Products that torch's own table of formulas leaves out.
-_MORE_PRODUCTS: dict[Any, Callable[..., int]] = {
-    aten.mv: _first_numel,
-    aten.dot: _first_numel,
-    aten.addmv: _second_numel,
-}
-# Where the two operands stand in those operators that may meet binary codes.
-_OPERANDS = {aten.mm: 0, aten.bmm: 0, aten.mv: 0, aten.addmm: 1, aten.baddbmm: 1, aten.addmv: 1}
-
-
-class _ProductMode(TorchDispatchMode):
-    """Calls `see` with the number of products of each operator that runs, and whether one operand holds only codes."""
-
-    def __init__(self, see: Callable[[int, bool], None]) -> None:
-        super().__init__()
-        from torch.utils.flop_counter import flop_registry  # takes a second: it imports torch.export and Triton
-
-        self._see, self._formulas = see, flop_registry
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        packet = getattr(func, "_overloadpacket", func)
-        formula = self._formulas.get(packet)
-        if formula is None and packet not in _MORE_PRODUCTS:
-            with self:  # inference mode shows operators before their parts
-                decomposed = func.decompose(*args, **kwargs)
-            return func(*args, **kwargs) if decomposed is NotImplemented else decomposed
-        out = func(*args, **kwargs)
-        if formula is None:
-            products = _MORE_PRODUCTS[packet](*args, **kwargs)
-        else:
-            products = formula(*args, **kwargs, out_val=out) // 2  # it counts a product and its addition as two
-        first = _OPERANDS.get(packet)
-        self._see(products, first is not None and any(_holds_codes(operand) for operand in args[first : first + 2]))
-        return out
-
-
-def _holds_codes(operand: Tensor) -> bool:
-    """Whether all values are -1, 0 or 1, and not all 0: a product with such a value adds, subtracts or does nothing."""
-
-    def only_codes(values: Tensor) -> bool:
-        magnitude = values.abs()
-        return bool(((magnitude == 0) | (magnitude == 1)).all())
-
-    flat = operand.reshape(-1)
-    return only_codes(flat[:64]) and only_codes(flat) and bool(flat.any())

@@ -36,7 +36,8 @@ from shiftadd3d.nn.activations import (
     trace_inputs,
 )
 from shiftadd3d.nn.calibrate import calibrate_layers_, round_layer_
-from shiftadd3d.nn.cost import ENERGY_COSTS, OperationCosts, count_inputs, counting
+from shiftadd3d.nn.cost import ENERGY_COSTS, OperationCosts, count_inputs, operations_of
+from shiftadd3d.nn.counting import counting
 from shiftadd3d.nn.freeze import freeze_
 from shiftadd3d.nn.moe import measure_latencies
 from shiftadd3d.nn.reparam import Recipe, Rule, reparameterize_
@@ -389,11 +390,11 @@ class _Trials:
     def _run(self) -> tuple[list[list[Tensor]], float]:
         """The floats that the model gives for each batch, and what one input costs by the operations it takes."""
         outputs: list[list[Tensor]] = []
-        with evaluating(self.model), counting(self.model) if self.costs else nullcontext({}) as counts:
+        with evaluating(self.model), counting(self.model) if self.costs else nullcontext({}) as work:
             for batch in self.batches:
                 leaves = pytree.tree_leaves(call_model(self.model, batch, self.forward))
                 outputs.append([leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()])
-        total = sum(layer.cost(self.costs) for layer in counts.values()) if self.costs else 0.0
+        total = sum(layer.cost(self.costs) for layer in operations_of(work)) if self.costs else 0.0
         return outputs, total / self.inputs
 
     def _seconds_added(self, name: str, original: nn.Module) -> float:

@@ -103,13 +103,10 @@ def create_dense(config: ClassifierConfig, pretrained: bool | Path = False) -> n
     """
     import timm
 
+    from shiftadd3d.models.vit import check_known
+
     name, args = config.architecture, dict(config.model_args)
-    if not timm.is_model(name):
-        close = timm.list_models(f"*{name.split('.')[0][:8]}*")[:_LISTED]
-        raise UserError(
-            f"timm knows no model {name!r}; expected one of timm.list_models()"
-            + (f", such as {', '.join(close)}" if close else "")
-        )
+    check_known(name)
     pretrained_config = timm.get_pretrained_cfg(name)
     if pretrained_config is not None and pretrained_config.fixed_input_size:
         args.setdefault("img_size", config.input.size)

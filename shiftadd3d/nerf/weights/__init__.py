@@ -12,20 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.models.gnt import GNTConfig
+from shiftadd3d.models.gnt.presets import TINY
 
-#: The network whose weights these are. Everything a laptop CPU can learn in minutes: a small feature network, and a
-#: plane sweep that leaves the transformers only a few samples to look at.
-TINY = GNTConfig(
-    depth=2,
-    width=32,
-    dropout=0.0,
-    feature_widths=(32, 48, 64),
-    feature_blocks=(1, 1, 1),
-    color_head=True,
-    proposal_samples=48,
-    canonical=True,
-)
+__all__ = ["TINY", "pretrained_file", "pretrained_methods", "read_weights"]
 
 _FOLDER = Path(__file__).parent
 

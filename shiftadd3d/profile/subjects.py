@@ -1,0 +1,116 @@
+"""Models that go by a name, and an input of the size that they are made for.
+
+Weights are random: what a model costs does not depend on them, but for mixtures, whose untrained routers send each
+expert whatever they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.models.gnt import Cameras, GNTConfig, GNTModel
+from shiftadd3d.models.gnt.presets import BASE, BIG, TINY, gnt_recipe, may_change
+from shiftadd3d.nn import reparameterize_
+
+GNT_MODELS: dict[str, tuple[GNTConfig, int, int, int]] = {
+    "gnt-tiny": (TINY, 512, 8, 6),
+    "gnt": (BASE, 1024, 16, 10),
+    "gnt-big": (BIG, 512, 192, 10),
+}
+"""Sizes, and of a training batch of the nerfstudio method: rays, samples a ray for the transformers, source views."""
+
+# The feature network sees the source pictures once, not for each batch of rays: they are encoded beforehand, so that
+# their size does not matter.
+_SOURCE_SIZE = 32
+_FOCAL = 32.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with multiplications, and what to run it on."""
+
+    name: str
+    make: Callable[[str], nn.Module]
+    """From a recipe's name to the model."""
+    batch: Callable[[nn.Module], Any]
+    """From a model to its input."""
+    inputs: int
+    unit: str
+    """What an input is."""
+    setting: str
+
+
+def subject(name: str, rays: int | None = None) -> Subject:
+    """What is called `name`: gnt-tiny, gnt or gnt-big, or any model of timm.
+
+    Args:
+        rays: how many rays a batch of a GNT has; None for those of its training.
+
+    Raises:
+        UserError: nothing is called so.
+    """
+    if name in GNT_MODELS:
+        return _gnt(name, rays)
+    from shiftadd3d.models.vit import create_model, input_size
+
+    size = input_size(name, others=tuple(GNT_MODELS))
+
+    def make(recipe: str) -> nn.Module:
+        torch.manual_seed(0)
+        model = create_model(name)
+        reparameterize_(model, recipe, verbose=False)
+        return model.eval()
+
+    def batch(model: nn.Module) -> Tensor:
+        return torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+
+    return Subject(name, make, batch, 1, "picture", f"batch 1, {size[-2]} x {size[-1]} px")
+
+
+def _gnt(name: str, rays: int | None) -> Subject:
+    config, batch_rays, samples, views = GNT_MODELS[name]
+    batch_rays = batch_rays if rays is None else rays
+    if batch_rays < 1:
+        raise UserError(f"a batch needs at least one ray, not {batch_rays}")
+
+    def make(recipe: str) -> nn.Module:
+        torch.manual_seed(0)
+        model = GNTModel(config)
+        reparameterize_(model, gnt_recipe(recipe), filter_fn=may_change, verbose=False)
+        return model.eval()
+
+    @torch.no_grad()
+    def batch(model: nn.Module) -> dict[str, Any]:
+        assert isinstance(model, GNTModel)
+        generator = torch.Generator().manual_seed(0)
+        cameras = _side_by_side(views)
+        images = torch.rand(views, _SOURCE_SIZE, _SOURCE_SIZE, 3, generator=generator)
+        pixels = torch.rand(batch_rays, 2, generator=generator) * (_SOURCE_SIZE - 1)
+        centre = Cameras(cameras.intrinsics[0], cameras.camera_to_world[views // 2])
+        origins, directions = centre.rays(pixels)
+        return {
+            "sources": model.encode(images, cameras),
+            "origins": origins,
+            "directions": directions,
+            "near": 2.0,
+            "far": 6.0,
+            "num_samples": samples,
+        }
+
+    setting = f"{batch_rays} rays, {samples} samples a ray, {views} source views, features of these encoded beforehand"
+    return Subject(name, make, batch, batch_rays, "ray", setting)
+
+
+def _side_by_side(count: int) -> Cameras:
+    """Cameras in a row that look the same way."""
+    poses = torch.eye(4).repeat(count, 1, 1)
+    poses[:, 0, 3] = 0.1 * (torch.arange(count) - (count - 1) / 2)
+    middle = (_SOURCE_SIZE - 1) / 2
+    intrinsics = torch.tensor([[_FOCAL, 0.0, middle], [0.0, _FOCAL, middle], [0.0, 0.0, 1.0]])
+    return Cameras(intrinsics.repeat(count, 1, 1), poses)
