@@ -37,6 +37,7 @@ __all__ = [
     "Info",
     "Movie",
     "Predict",
+    "Profile",
     "Render",
     "Verb",
     "main",
@@ -731,6 +732,54 @@ class Scenes(Verb):
         self.action.run()
 
 
+@dataclass(frozen=True)
+class Profile(Verb):
+    """Count what models do and move, and what that takes in energy by three accounts, recipe by recipe.
+
+    Weights are random, which changes nothing but which expert of a mixture a token goes to. The first recipe is what
+    the others are compared with.
+    """
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """gnt-tiny, gnt, gnt-big, or timm's names, such as deit_tiny_patch16_224 or pvt_v2_b0."""
+    recipes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RECIPE")] = (
+        "mult",
+        "add",
+        "add+shift",
+        "add+shift-attn+moe",
+    )
+    """What becomes of their layers: mult (nothing), add, add+shift-attn, add+shift, add+shift-attn+moe or moe."""
+    accelerator: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml")] = None
+    """Elements, buffer and energies of another accelerator; shiftadd3d/profile/accelerator.toml is the one to start
+    from."""
+    rays: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Rays in a batch of a GNT. If not set, those of a training step."""
+    modules: bool = False
+    """Show every module of every model, too."""
+    json: JsonFile = None
+    """Write the same facts, module by module, to this JSON file, too."""
+
+    def run(self) -> None:
+        """Print the tables."""
+        from rich.console import Console
+
+        from shiftadd3d._report import write_json
+        from shiftadd3d.profile.accelerator import load_accelerator
+        from shiftadd3d.profile.model_report import profile
+        from shiftadd3d.profile.subjects import subject
+
+        accelerator = load_accelerator(self.accelerator)
+        report = profile([subject(name, self.rays) for name in self.models], self.recipes, accelerator=accelerator)
+        console = Console()
+        if self.modules:
+            for each in report.profiles:
+                console.rule(f"{each.model}, {each.recipe}")
+                console.print(each.operations)
+        console.print(report)
+        if self.json is not None:
+            write_json(self.json, report.as_dict())
+
+
 def _need_nerfstudio() -> None:
     # It meets newer libraries than it was written for, and each of them says so.
     warnings.filterwarnings("ignore", module=r"nerfstudio|torch\.jit|torch\.functional|viser|websockets")
@@ -748,6 +797,7 @@ VERBS: dict[str, type[Verb]] = {
     "evaluate": Evaluate,
     "predict": Predict,
     "export": Export,
+    "profile": Profile,
     "kernels": Kernels,
     "bench": Bench,
     "scenes": Scenes,

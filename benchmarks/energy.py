@@ -1,0 +1,286 @@
+"""The tables of docs/results/energy.md: what recipes save in energy, by three accounts.
+
+    python benchmarks/energy.py measure --model pvt_v2_b0
+    python benchmarks/energy.py report
+
+The first counts and writes a JSON file into docs/results/data/; the other makes docs/results/energy.md from these
+alone. Nothing is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reporting import (
+    DATA,
+    NOT_MEASURED,
+    command_block,
+    git_commit,
+    machine_facts,
+    machine_list,
+    markdown_table,
+    run_command,
+    write_page,
+    write_result,
+)
+
+if TYPE_CHECKING:  # these take seconds to import, and `report` needs none of them
+    from collections.abc import Callable
+
+    from shiftadd3d.nn import OperationReport
+    from shiftadd3d.nn.counting import Product
+    from shiftadd3d.profile.accelerator import Accelerator
+
+CLAIM = 0.429
+"""What the paper saves at most."""
+MODELS = {
+    "pvt_v2_b0": "PVT v2-b0",
+    "pvt_v2_b1": "PVT v2-b1",
+    "pvt_v2_b2": "PVT v2-b2",
+    "deit_tiny_patch16_224": "DeiT-tiny",
+    "gnt-big": "GNT",
+}
+RECIPES = ("mult", "add", "add+shift-attn", "add+shift", "add+shift-attn+moe", "moe")
+SENSITIVE = ("add", "add+shift", "add+shift-attn+moe")
+"""Recipes of the table of assumptions."""
+ACCOUNTS = ("arithmetic", "authors", "accelerator")
+LEVELS = ("arithmetic", "register", "noc", "buffer", "dram", "elementwise")
+
+
+@dataclass
+class Measure:
+    """Count a model in all recipes, and price that by all accounts."""
+
+    model: str = "pvt_v2_b0"
+    """A name that `shiftadd3d profile` takes."""
+    rays: int | None = None
+    """Rays in a batch of a GNT; None for those of a training step."""
+    assumptions: bool = False
+    """Look at what other assumptions would make of it, too."""
+    out: Path = DATA
+    """Folder for the JSON file."""
+
+    def __call__(self) -> None:
+        commit = git_commit()
+        from shiftadd3d.profile.accelerator import load_accelerator
+        from shiftadd3d.profile.energy import energy
+        from shiftadd3d.profile.model_report import count
+        from shiftadd3d.profile.subjects import subject
+
+        accelerator = load_accelerator()
+        found = subject(self.model, self.rays)
+        operations: dict[str, OperationReport] = {}
+        rows = []
+        for recipe in RECIPES:
+            done = operations[recipe] = count(found, recipe)
+            accounts = {account: energy(done, account, accelerator) for account in ACCOUNTS}
+            rows.append(
+                {
+                    "recipe": recipe,
+                    **{kind: round(getattr(done, kind) / done.inputs) for kind in ("mult", "shift", "add")},
+                    "bytes": {name: round(count / done.inputs) for name, count in done.moved_bytes.items()},
+                    "mult_share": mult_share(done),
+                    "pj": {account: round(report.total) for account, report in accounts.items()},
+                    "levels": {
+                        account: {level: round(value) for level, value in report.pj.items()}
+                        for account, report in accounts.items()
+                    },
+                }
+            )
+            print(f"{self.model}, {recipe}: {rows[-1]['pj']}", flush=True)
+        words = ["python", "benchmarks/energy.py", "measure", "--model", self.model]
+        words += [] if self.rays is None else ["--rays", str(self.rays)]
+        words += ["--assumptions"] if self.assumptions else []
+        facts = {
+            "model": self.model,
+            "setting": found.setting,
+            "unit": found.unit,
+            "rows": rows,
+            "variants": variants(operations, accelerator) if self.assumptions else [],
+            "machine": machine_facts(),
+            "commit": commit,
+            "command": shlex.join(words),
+        }
+        write_result(self.out / f"energy-{self.model}.json", facts)
+
+
+def mult_share(operations: OperationReport) -> float | None:
+    """Share of the products in mixtures that went to the expert that multiplies; None without mixtures."""
+    by_expert = {0: 0, 1: 0}
+    for layer in operations.layers:
+        expert = re.search(r"\.experts\.(\d)", layer.name)
+        if expert:
+            by_expert[int(expert[1])] += layer.products
+    total = sum(by_expert.values())
+    return round(by_expert[0] / total, 4) if total else None
+
+
+def variants(operations: dict[str, OperationReport], accelerator: Accelerator) -> list[dict[str, Any]]:
+    """What recipes save on the accelerator if one thing, and in the end several, were otherwise."""
+    from shiftadd3d.profile.energy import with_activation_bits, with_shift_data_bits
+
+    prices = accelerator.energy_per_bit
+    half = replace(accelerator, energy_per_bit=replace(prices, dram=prices.dram / 2))
+    double = replace(accelerator, buffer_kib=2 * accelerator.buffer_kib)
+    nearer = replace(accelerator, register_file_bytes=2 * accelerator.register_file_bytes)
+    ten, eight = with_shift_data_bits(10), with_activation_bits(8)
+    asked: list[tuple[str, Accelerator, Callable[[Product], Product] | None, bool, bool]] = [
+        ("as it is", accelerator, None, False, False),
+        ("DRAM at half", half, None, False, False),
+        ("8-bit activations everywhere", accelerator, eight, False, False),
+        ("twice the buffer", double, None, False, False),
+        ("twice the registers", nearer, None, False, False),
+        ("add layers pay for no data", accelerator, None, True, False),
+        ("no accumulation after a product", accelerator, None, False, True),
+        ("all data of shift layers at 10 bits", accelerator, ten, False, False),
+        ("the last three together", accelerator, ten, True, True),
+    ]
+    rows = []
+    for name, chip, change, free_adds, no_sums in asked:
+        totals = {
+            recipe: on_accelerator(operations[recipe], chip, change, free_adds=free_adds, no_sums=no_sums)
+            for recipe in ("mult", *SENSITIVE)
+        }
+        saved = {recipe: round(1 - totals[recipe] / totals["mult"], 4) for recipe in SENSITIVE}
+        rows.append({"assumption": name, "pj": round(totals["mult"]), "saved": saved})
+        print(f"{name}: {saved}", flush=True)
+    return rows
+
+
+def on_accelerator(
+    operations: OperationReport,
+    accelerator: Accelerator,
+    change: Callable[[Product], Product] | None,
+    *,
+    free_adds: bool,
+    no_sums: bool,
+) -> float:
+    """Picojoules of one input.
+
+    Args:
+        free_adds: products with codes pay for their additions only.
+        no_sums: no addition follows a multiplication or shift.
+    """
+    from shiftadd3d.profile.energy import energy
+    from shiftadd3d.profile.tiling import best_mapping
+
+    report = energy(operations, "accelerator", accelerator, change)
+    total = sum(report.pj.values()) * operations.inputs
+    for layer in operations.layers:
+        for product, times in layer.loops:
+            if product.primitive == "add" and free_adds:
+                changed = product if change is None else change(product)
+                mapping = best_mapping(changed, accelerator)
+                total -= times * (mapping.total - mapping.energy["arithmetic"])
+            if product.primitive != "add" and no_sums:
+                total -= times * product.add * accelerator.operation("add", product.dtype)
+    return total / operations.inputs
+
+
+@dataclass
+class Report:
+    """Make docs/results/energy.md from the JSON files."""
+
+    def __call__(self) -> None:
+        write_page("energy", lambda template: render_report(read_results(DATA), template))
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The results in a folder, in the order of `MODELS`."""
+    paths = [folder / f"energy-{model}.json" for model in MODELS]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+
+
+def render_report(results: list[dict[str, Any]], template: str) -> str:
+    """Fill a template's `{{name}}` fields in from the results.
+
+    Raises:
+        KeyError: the template has a field that there is no table for.
+    """
+    fields = {
+        "savings": savings_table(results),
+        "levels": levels_table(results),
+        "assumptions": assumptions(results),
+        "nearest": nearest(results),
+        "settings": "\n".join(f"- {MODELS[facts['model']]}: {facts['setting']}." for facts in results),
+        "commands": command_block("energy", results),
+        "machines": machine_list(results),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match.group(1)], template)
+
+
+def saved(facts: dict[str, Any], row: dict[str, Any], account: str) -> float:
+    """Share of the energy of the first recipe."""
+    return 1 - row["pj"][account] / facts["rows"][0]["pj"][account]
+
+
+def savings_table(results: list[dict[str, Any]]) -> str:
+    rows = []
+    for facts in results:
+        for row in facts["rows"]:
+            if row["recipe"] == "mult":
+                cells = [f"{row['pj'][account] / 1e6:,.1f} uJ" for account in ACCOUNTS]
+            else:
+                cells = [f"{saved(facts, row, account):.1%}" for account in ACCOUNTS]
+            share = "" if row["mult_share"] is None else f"{row['mult_share']:.0%}"
+            rows.append([MODELS[facts["model"]], row["recipe"], *cells, share])
+    return markdown_table(["model", "recipe", "(a)", "(b)", "(c)", "products of mixtures that multiply"], rows)
+
+
+def levels_table(results: list[dict[str, Any]]) -> str:
+    rows = []
+    for facts in results:
+        for row in facts["rows"]:
+            if row["recipe"] in ("mult", "add+shift"):
+                levels = row["levels"]["accelerator"]
+                cells = [f"{levels[level] / 1e6:,.1f}" for level in LEVELS]
+                rows.append([MODELS[facts["model"]], row["recipe"], *cells])
+    return markdown_table(["model", "recipe", *LEVELS], rows)
+
+
+def assumptions(results: list[dict[str, Any]]) -> str:
+    parts = []
+    for facts in results:
+        if facts["variants"]:
+            rows = [
+                [
+                    variant["assumption"],
+                    f"{variant['pj'] / 1e6:,.1f}",
+                    *(f"{variant['saved'][recipe]:.1%}" for recipe in SENSITIVE),
+                ]
+                for variant in facts["variants"]
+            ]
+            table = markdown_table(["assumption", "mult, uJ", *SENSITIVE], rows)
+            parts.append(f"{MODELS[facts['model']]}:\n\n{table}")
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def nearest(results: list[dict[str, Any]]) -> str:
+    """Which recipe of each model saves the most by each account, and whether that is what the paper claims."""
+    lines = []
+    for facts in results:
+        best = {
+            account: max(facts["rows"][1:], key=lambda row, account=account: saved(facts, row, account))
+            for account in ACCOUNTS
+        }
+        texts = [
+            f"({'abc'[i]}) {saved(facts, best[a], a):.1%} in `{best[a]['recipe']}`" for i, a in enumerate(ACCOUNTS)
+        ]
+        reached = saved(facts, best["accelerator"], "accelerator") >= CLAIM
+        verdict = "reached" if reached else "not reached"
+        lines.append(f"- {MODELS[facts['model']]}: {', '.join(texts)}; {CLAIM:.1%} by (c) {verdict}.")
+    return "\n".join(lines) or NOT_MEASURED
+
+
+def main() -> None:
+    """The command line."""
+    run_command({"measure": Measure, "report": Report}, __doc__)
+
+
+if __name__ == "__main__":
+    main()
