@@ -127,14 +127,12 @@ def variants(operations: dict[str, OperationReport], accelerator: Accelerator) -
     prices = accelerator.energy_per_bit
     half = replace(accelerator, energy_per_bit=replace(prices, dram=prices.dram / 2))
     double = replace(accelerator, buffer_kib=2 * accelerator.buffer_kib)
-    nearer = replace(accelerator, register_file_bytes=2 * accelerator.register_file_bytes)
     ten, eight = with_shift_data_bits(10), with_activation_bits(8)
     asked: list[tuple[str, Accelerator, Callable[[Product], Product] | None, bool, bool]] = [
         ("as it is", accelerator, None, False, False),
         ("DRAM at half", half, None, False, False),
         ("8-bit activations everywhere", accelerator, eight, False, False),
         ("twice the buffer", double, None, False, False),
-        ("twice the registers", nearer, None, False, False),
         ("add layers pay for no data", accelerator, None, True, False),
         ("no accumulation after a product", accelerator, None, False, True),
         ("all data of shift layers at 10 bits", accelerator, ten, False, False),

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 
@@ -25,6 +25,9 @@ from shiftadd3d._errors import UserError
 from shiftadd3d.configs.classification import PRESETS
 from shiftadd3d.scenes.photo_options import FromPhotosOptions
 from shiftadd3d.vision.settings import DataSettings, FinetuneSettings, read_settings
+
+if TYPE_CHECKING:
+    from shiftadd3d.profile.subjects import Subject
 
 __all__ = [
     "VERBS",
@@ -736,12 +739,13 @@ class Scenes(Verb):
 class Profile(Verb):
     """Count what models do and move, and what that takes in energy by three accounts, recipe by recipe.
 
-    Weights are random, which changes nothing but which expert of a mixture a token goes to. The first recipe is what
-    the others are compared with.
+    Weights are random but in folders, which changes nothing but which expert of a mixture a token goes to. The first
+    recipe is what the others are compared with.
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """gnt-tiny, gnt, gnt-big, or timm's names, such as deit_tiny_patch16_224 or pvt_v2_b0."""
+    """gnt-tiny, gnt, gnt-big, timm's names, such as deit_tiny_patch16_224 or pvt_v2_b0, or folders of classifiers that
+    `finetune` saved: these in their own recipe, beside mult, with the routers that they have."""
     recipes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RECIPE")] = (
         "mult",
         "add",
@@ -769,7 +773,10 @@ class Profile(Verb):
         from shiftadd3d.profile.subjects import subject
 
         accelerator = load_accelerator(self.accelerator)
-        report = profile([subject(name, self.rays) for name in self.models], self.recipes, accelerator=accelerator)
+        subjects = [
+            _saved_classifier(Path(name)) if Path(name).is_dir() else subject(name, self.rays) for name in self.models
+        ]
+        report = profile(subjects, self.recipes, accelerator=accelerator)
         console = Console()
         if self.modules:
             for each in report.profiles:
@@ -778,6 +785,25 @@ class Profile(Verb):
         console.print(report)
         if self.json is not None:
             write_json(self.json, report.as_dict())
+
+
+def _saved_classifier(folder: Path) -> Subject:
+    """A classifier in a folder, and the same with multiplications."""
+    from torch import nn
+
+    from shiftadd3d.profile.subjects import Subject, picture_setting, random_picture
+    from shiftadd3d.vision.checkpoint import create_dense, load, read_config
+
+    config = read_config(folder)
+    saved = load(folder)
+    own = "mult" if config.recipe is None else config.recipe.name or "saved"
+    size = (3, config.input.size, config.input.size)
+
+    def make(recipe: str) -> nn.Module:
+        return saved if recipe == own else create_dense(replace(config, recipe=None, frozen=False)).eval()
+
+    recipes = tuple(dict.fromkeys(("mult", own)))
+    return Subject(str(folder), make, lambda model: random_picture(size), 1, "picture", picture_setting(size), recipes)
 
 
 def _need_nerfstudio() -> None:

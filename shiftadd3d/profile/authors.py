@@ -17,7 +17,6 @@ energy and latency. Its assumptions:
 
 from __future__ import annotations
 
-import itertools
 import math
 from functools import lru_cache
 
@@ -55,7 +54,7 @@ def authors_energy(product: Product) -> dict[str, float]:
         }
     levels["register"] = accesses["register"] * _REGISTER + accesses["register_weights"] * 2 * _REGISTER
     levels = {level: value * scale for level, value in levels.items()}
-    total = sum(levels.values()) + size.products * _OPERATION[product.primitive]
+    total = np.sum(list(levels.values()), axis=0) + size.products * _OPERATION[product.primitive]
     latency = accesses["steps"]
     chosen = int(np.argmin((total - total.min()) / total.max() + (latency - latency.min()) / latency.max()))
     energy = {level: float(values[chosen]) for level, values in levels.items()}
@@ -90,7 +89,8 @@ class _Size:
             _factors(self.c, 3),
             _factors(self.e, 2),
         )
-        grid = np.array([(*n, *m, *c, *e) for n, m, c, e in itertools.product(*lists)])
+        places = np.indices([len(each) for each in lists]).reshape(len(lists), -1)
+        grid = np.concatenate([np.array(each)[place] for each, place in zip(lists, places, strict=True)], axis=1)
         names = ("N0", "N3", "M0", "M1", "M2", "M3", "C0", "C1", "C2", "E1", "E3")
         tile = dict(zip(names, grid.T, strict=True))
         height, width = (tile["E1"] - 1) * self.stride + self.r, (self.f - 1) * self.stride + self.r

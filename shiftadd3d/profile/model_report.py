@@ -137,7 +137,7 @@ def profile(
             )
     found = []
     for subject in subjects:
-        for recipe in recipes:
+        for recipe in subject.recipes or recipes:
             operations = count(subject, recipe)
             reports: dict[Account, EnergyReport] = {
                 account: energy(operations, account, accelerator) for account in ACCOUNTS

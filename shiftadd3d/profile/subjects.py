@@ -44,6 +44,18 @@ class Subject:
     unit: str
     """What an input is."""
     setting: str
+    recipes: tuple[str, ...] | None = None
+    """The recipes that there are of it, where these are not whatever is asked for."""
+
+
+def picture_setting(size: tuple[int, ...]) -> str:
+    """What a classifier sees, of pictures [C, H, W]."""
+    return f"batch 1, {size[-2]} x {size[-1]} px"
+
+
+def random_picture(size: tuple[int, ...]) -> Tensor:
+    """One picture [1, C, H, W] of noise, the same each time."""
+    return torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
 
 
 def subject(name: str, rays: int | None = None) -> Subject:
@@ -67,10 +79,7 @@ def subject(name: str, rays: int | None = None) -> Subject:
         reparameterize_(model, recipe, verbose=False)
         return model.eval()
 
-    def batch(model: nn.Module) -> Tensor:
-        return torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
-
-    return Subject(name, make, batch, 1, "picture", f"batch 1, {size[-2]} x {size[-1]} px")
+    return Subject(name, make, lambda model: random_picture(size), 1, "picture", picture_setting(size))
 
 
 def _gnt(name: str, rays: int | None) -> Subject:

@@ -313,7 +313,7 @@ def _array_tiles(loops: Loops, accelerator: Accelerator) -> dict[str, np.ndarray
     if not registers or not spreads:
         raise UserError(f"{accelerator.name}: registers of {accelerator.register_file_bytes} bytes hold no product")
     pairs = np.array([(*r, *s) for r in registers for s in spreads])
-    tile = dict(zip(("rk", "rc", "rp", "sk", "sc", "sp"), pairs.T, strict=True))
+    tile: dict[str, np.ndarray] = dict(zip(("rk", "rc", "rp", "sk", "sc", "sp"), pairs.T, strict=True))
     # More than the loop is long, by more than rounding up, is another tile once more.
     useful = np.ones(len(pairs), bool)
     for loop, length in zip("kcp", lengths, strict=True):

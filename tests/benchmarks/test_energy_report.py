@@ -1,0 +1,38 @@
+"""The page of energies is what its results and its template make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def energy(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("energy")
+
+
+def test_the_page_is_made_of_its_results(energy: ModuleType, repository: Path) -> None:
+    results = repository / "docs" / "results"
+    template = (results / "energy.template.md").read_text(encoding="utf-8")
+    page = energy.render_report(energy.read_results(results / "data"), template)
+    assert page == (results / "energy.md").read_text(encoding="utf-8")
+
+
+def test_savings_and_the_verdict_follow_from_the_numbers(energy: ModuleType) -> None:
+    row = {"mult_share": None, "levels": {"accelerator": dict.fromkeys(energy.LEVELS, 1e6)}}
+    rows = [
+        {**row, "recipe": "mult", "pj": {"arithmetic": 100, "authors": 100, "accelerator": 100}},
+        {**row, "recipe": "add+shift", "pj": {"arithmetic": 20, "authors": 50, "accelerator": 80}},
+        {**row, "recipe": "moe", "mult_share": 0.5, "pj": {"arithmetic": 30, "authors": 40, "accelerator": 50}},
+    ]
+    facts = {"model": "pvt_v2_b0", "rows": rows, "variants": []}
+    table = energy.savings_table([facts])
+    assert "| PVT v2-b0 | add+shift | 80.0% | 50.0% | 20.0% |  |" in table and "| 50% |" in table
+    verdict = energy.nearest([facts])
+    assert "(a) 80.0% in `add+shift`, (b) 60.0% in `moe`, (c) 50.0% in `moe`; 42.9% by (c) reached" in verdict
+    rows[2]["pj"]["accelerator"] = 60
+    assert "42.9% by (c) not reached" in energy.nearest([facts])
+    assert energy.assumptions([facts]) == energy.NOT_MEASURED
