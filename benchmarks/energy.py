@@ -120,64 +120,61 @@ def mult_share(operations: OperationReport) -> float | None:
     return round(by_expert[0] / total, 4) if total else None
 
 
-def variants(operations: dict[str, OperationReport], accelerator: Accelerator) -> list[dict[str, Any]]:
+@dataclass
+class Assumption:
+    """What one row of the table assumes."""
+
+    name: str
+    chip: Accelerator
+    change: Callable[[Product], Product] | None = None
+    """What becomes of each product."""
+    shift_chip: Accelerator | None = None
+    """Where shift layers run, if not where all others do."""
+    free_adds: bool = False
+    """Products with codes pay for their additions only."""
+    no_sums: bool = False
+    """No addition follows a multiplication or shift."""
+
+    def picojoules(self, operations: OperationReport) -> float:
+        """Of one input."""
+        from shiftadd3d.profile.energy import energy
+        from shiftadd3d.profile.tiling import best_mapping
+
+        total = energy(operations, "arithmetic", self.chip).pj["elementwise"] * operations.inputs
+        for layer in operations.layers:
+            for product, times in layer.loops:
+                chip = self.shift_chip if self.shift_chip and product.primitive == "shift" else self.chip
+                mapping = best_mapping(product if self.change is None else self.change(product), chip)
+                one = mapping.energy["arithmetic"] if product.primitive == "add" and self.free_adds else mapping.total
+                if product.primitive != "add" and self.no_sums:
+                    one -= product.add * chip.operation("add", product.dtype)
+                total += times * one
+        return total / operations.inputs
+
+
+def variants(operations: dict[str, OperationReport], chip: Accelerator) -> list[dict[str, Any]]:
     """What recipes save on the accelerator if one thing, and in the end several, were otherwise."""
     from shiftadd3d.profile.energy import with_activation_bits, with_shift_data_bits
 
-    prices = accelerator.energy_per_bit
-    half = replace(accelerator, energy_per_bit=replace(prices, dram=prices.dram / 2))
-    double = replace(accelerator, buffer_kib=2 * accelerator.buffer_kib)
-    ten, eight = with_shift_data_bits(10), with_activation_bits(8)
-    asked: list[tuple[str, Accelerator, Callable[[Product], Product] | None, bool, bool]] = [
-        ("as it is", accelerator, None, False, False),
-        ("DRAM at half", half, None, False, False),
-        ("8-bit activations everywhere", accelerator, eight, False, False),
-        ("twice the buffer", double, None, False, False),
-        ("add layers pay for no data", accelerator, None, True, False),
-        ("no accumulation after a product", accelerator, None, False, True),
-        ("all data of shift layers at 10 bits", accelerator, ten, False, False),
-        ("the last three together", accelerator, ten, True, True),
-    ]
+    prices = chip.energy_per_bit
+    narrow, ten = replace(chip, accumulator_bits=10), with_shift_data_bits(10)
+    assumptions = (
+        Assumption("as it is", chip),
+        Assumption("DRAM at half", replace(chip, energy_per_bit=replace(prices, dram=prices.dram / 2))),
+        Assumption("8-bit activations everywhere", chip, with_activation_bits(8)),
+        Assumption("twice the buffer", replace(chip, buffer_kib=2 * chip.buffer_kib)),
+        Assumption("add layers pay for no data", chip, free_adds=True),
+        Assumption("no addition after a product", chip, no_sums=True),
+        Assumption("all data of shift layers at 10 bits", chip, ten, shift_chip=narrow),
+        Assumption("the last three together", chip, ten, shift_chip=narrow, free_adds=True, no_sums=True),
+    )
     rows = []
-    for name, chip, change, free_adds, no_sums in asked:
-        totals = {
-            recipe: on_accelerator(operations[recipe], chip, change, free_adds=free_adds, no_sums=no_sums)
-            for recipe in ("mult", *SENSITIVE)
-        }
+    for each in assumptions:
+        totals = {recipe: each.picojoules(operations[recipe]) for recipe in ("mult", *SENSITIVE)}
         saved = {recipe: round(1 - totals[recipe] / totals["mult"], 4) for recipe in SENSITIVE}
-        rows.append({"assumption": name, "pj": round(totals["mult"]), "saved": saved})
-        print(f"{name}: {saved}", flush=True)
+        rows.append({"assumption": each.name, "pj": round(totals["mult"]), "saved": saved})
+        print(f"{each.name}: {saved}", flush=True)
     return rows
-
-
-def on_accelerator(
-    operations: OperationReport,
-    accelerator: Accelerator,
-    change: Callable[[Product], Product] | None,
-    *,
-    free_adds: bool,
-    no_sums: bool,
-) -> float:
-    """Picojoules of one input.
-
-    Args:
-        free_adds: products with codes pay for their additions only.
-        no_sums: no addition follows a multiplication or shift.
-    """
-    from shiftadd3d.profile.energy import energy
-    from shiftadd3d.profile.tiling import best_mapping
-
-    report = energy(operations, "accelerator", accelerator, change)
-    total = sum(report.pj.values()) * operations.inputs
-    for layer in operations.layers:
-        for product, times in layer.loops:
-            if product.primitive == "add" and free_adds:
-                changed = product if change is None else change(product)
-                mapping = best_mapping(changed, accelerator)
-                total -= times * (mapping.total - mapping.energy["arithmetic"])
-            if product.primitive != "add" and no_sums:
-                total -= times * product.add * accelerator.operation("add", product.dtype)
-    return total / operations.inputs
 
 
 @dataclass
