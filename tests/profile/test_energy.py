@@ -180,12 +180,12 @@ def test_bad_input_is_one_line(words: list[str], message: str, capsys: pytest.Ca
 
 def test_a_saved_classifier_stands_beside_the_same_with_multiplications(tmp_path: Path) -> None:
     pytest.importorskip("timm")
-    from shiftadd3d.nn import recipe
+    from shiftadd3d.nn import Recipe
     from shiftadd3d.vision.checkpoint import ClassifierConfig, create_classifier, save_classifier
     from shiftadd3d.vision.data import InputConfig
 
     args = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
-    config = ClassifierConfig("vit_tiny_patch16_224", ("a", "b"), InputConfig(16), args, recipe("add+shift"))
+    config = ClassifierConfig("vit_tiny_patch16_224", ("a", "b"), InputConfig(16), args, Recipe.parse("add+shift"))
     save_classifier(tmp_path / "mine", create_classifier(config).state_dict(), config)
     file = tmp_path / "out.json"
     assert cli.main(["profile", str(tmp_path / "mine"), "--json", str(file)]) == 0
