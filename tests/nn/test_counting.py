@@ -179,7 +179,8 @@ def test_the_ops_of_kernels_count_as_the_layers_that_they_stand_for() -> None:
     assert mixture[:3] == (3 * 48, 2 * 48, 5 * 48)
     q, k, v = (torch.randn(1, 2, n, 8) for n in (5, 7, 7))
     report = count_operations(Run(add_attention), (q, k, v))
-    assert report.mult == 0 and report.add == 2 * (7 + 5) * 8 * 9  # the sums of rows are a ninth column
+    # The sums of rows are products of the queries with the sum of the keys.
+    assert report.mult == 0 and report.add == 2 * (7 + 5) * 8 * 8 + 2 * 5 * 8
 
 
 @pytest.mark.parametrize("recipe", ["add+shift", "add+shift-attn+moe", "moe"])
