@@ -24,7 +24,7 @@ TINY = GNTConfig(
     canonical=True,
 )
 #: The released network's sizes, with a colour head and a plane sweep in front. For the same minutes 16 samples behind a
-#: sweep reach what 64 alone do, and render faster (docs/results/nerf.md, "Samples of a ray").
+#: sweep reach what 64 alone do, at half the time a step (docs/results/nerf.md, "Samples of a ray").
 BASE = GNTConfig(depth=4, color_head=True, canonical=True, proposal_samples=48)
 #: The paper's network: eight blocks, colours regressed.
 BIG = GNTConfig(depth=8)
