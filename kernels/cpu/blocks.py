@@ -66,15 +66,21 @@ def _polynomial(isa: Isa, coefficients: tuple[float, ...], x: Expr) -> Expr:
 
 
 def exp(isa: Isa, x: Expr) -> Expr:
-    """``e**x`` for x <= 0, to 2 units in the last place; below -87, where float32 ends, ``e**-87``. NaN stays."""
-    x = isa.keep(isa.at_least(x, isa.splat(-87.0)))
+    """``e**x`` for x <= 0, to 2 units in the last place; 0 below -80. NaN stays.
+
+    A masked view's share of a softmax is then 0, as in torch. Where it is the least number that there is, products with
+    it are subnormal, and each of those takes a hundred cycles or more.
+    """
+    given = isa.keep(x)
+    x = isa.keep(isa.at_least(given, isa.splat(-80.0)))
     # x = n ln 2 + r, with ln 2 in two pieces.
     n = isa.keep(T.nearbyint(x * isa.splat(1.44269504088896341)))
     r = isa.fma(n, isa.splat(-0.693359375), x)
     r = isa.keep(isa.fma(n, isa.splat(2.12194440e-4), r))
     p = isa.fma(_polynomial(isa, _EXP, r) * r, r, r) + isa.splat(1.0)
     # Times 2**n: n is added to the exponent's bits.
-    return isa.as_float(isa.as_integer(p) + (isa.to_integer(n) << isa.splat_int(23)))
+    power = isa.as_float(isa.as_integer(p) + (isa.to_integer(n) << isa.splat_int(23)))
+    return T.select(given < isa.splat(-80.0), isa.splat(0.0), power)
 
 
 def sine_and_cosine(isa: Isa, x: Expr) -> tuple[Expr, Expr]:

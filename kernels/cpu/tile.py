@@ -14,7 +14,7 @@ from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
-#: Rows beyond the last one that `product` may ask for and write to: tiles are done whole.
+#: Rows beyond the last one that `product` may write to: tiles are done whole.
 ROW_PADDING = 8
 
 # 12 accumulators in registers (of 16 or 32), whatever the width of a tile: rows for 1, 2, 3 vectors.
@@ -87,8 +87,9 @@ def product(
     over the whole sum.
 
     Args:
-        rows: how many. Up to `ROW_PADDING` more are worked on, a tile at a time: whatever is read for those must be
-            there to read, and to write to, and means nothing.
+        rows: how many. Up to `ROW_PADDING` more are written to, a tile at a time: copies of the last one. Memory beyond
+            the values is not read: what it holds may be subnormal, and an operation on such a number takes a hundred
+            cycles or more.
         width: columns, a multiple of ``isa.lanes``.
         bias: [width], or ``bias(row, column)``: the vector of columns from `column` that the sum begins with.
         terms: (number of k, values, weights). Values: [rows, k] or ``value(row, k)``; weights: [k, width] or
@@ -119,9 +120,10 @@ def _columns(
     tile = Tile(isa, _ROWS[across], across * isa.lanes)
     with T.serial((rows + (_ROWS[across] - 1)) // _ROWS[across]) as number:
         top = number * _ROWS[across]
-        tile.fill(lambda i, j: bias(top + i, left + j))
+        read = [T.bind(T.min(top + i, rows - 1)) for i in range(_ROWS[across])]
+        tile.fill(lambda i, j: bias(read[i], left + j))
         for count, values, weights in terms:
-            value = partial(_value, values, top)
+            value = partial(_value, values, read)
             weight = partial(_weight, isa, weights, left)
             tile.add_products(count, value, weight, isa.fma)
         for i, j, x in tile.vectors():
@@ -131,8 +133,8 @@ def _columns(
                 out(top + i, left + j, apply(x))
 
 
-def _value(values: Buffer | Scalars, top: Expr, i: int, k: Expr) -> Expr:
-    return values[top + i, k] if isinstance(values, Buffer) else values(top + i, k)
+def _value(values: Buffer | Scalars, rows: Sequence[Expr], i: int, k: Expr) -> Expr:
+    return values[rows[i], k] if isinstance(values, Buffer) else values(rows[i], k)
 
 
 def _weight(isa: Isa, weights: Buffer | Vectors, left: int, k: Expr, j: int) -> Expr:

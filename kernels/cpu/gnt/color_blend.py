@@ -122,7 +122,7 @@ def _build(target: CpuTarget, *, width: int, inputs: int, hidden: int) -> T.Prim
             apart, colors = T.alloc(_ROWS + ROW_PADDING, inputs), T.alloc(S, 4)
             logits, scores = T.alloc(isa.padded(MAX_VIEWS)), T.alloc(S + isa.lanes)
             views = _Views(isa, values, ray_diff, mask, scales, V, logits, T.alloc(1, align=4))
-            product(isa, S, own, b_own, [(width, lambda s, k: x[r * S + T.min(s, S - 1), k], w_own)], points)
+            product(isa, S, own, b_own, [(width, lambda s, k: x[r * S + s, k], w_own)], points)
             with T.serial(S) as s:
                 scores[s] = points[s, hidden]
             with T.serial((S + samples_of_block - 1) // samples_of_block) as block:
@@ -132,8 +132,8 @@ def _build(target: CpuTarget, *, width: int, inputs: int, hidden: int) -> T.Prim
                 with T.serial(here) as s:
                     views.consensus(row + s * V, apart, s * V, scores, first + s)
                 terms = (
-                    (inputs, lambda i, k: values[T.min(row + i, N - 1), k], w_view),
-                    (4, lambda i, k: ray_diff[T.min(row + i, N - 1), k], w_view.below(inputs)),
+                    (inputs, lambda i, k: values[row + i, k], w_view),
+                    (4, lambda i, k: ray_diff[row + i, k], w_view.below(inputs)),
                     (inputs, apart, w_view.below(inputs + 4)),
                 )
                 product(isa, here * V, deep, lambda i, c: isa.splat(0.0), terms, activation)
