@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -10,12 +11,15 @@ from nerfstudio.configs.base_config import LocalWriterConfig, LoggingConfig, Mac
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
-from shiftadd3d.models.gnt.presets import BASE, BIG, TINY
+from shiftadd3d.configs import pretrained
+from shiftadd3d.configs.pretrained import SECOND_STAGE_AT, SHIFTADD_RECIPE
+from shiftadd3d.models.gnt.presets import BASE, BIG
 from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
 from shiftadd3d.nerf.error_hook import print_expected_errors_as_one_line, warn_of_shared_names
 from shiftadd3d.nerf.model import GNTNerfModelConfig
 from shiftadd3d.nerf.optimizers import StartAdamConfig
 from shiftadd3d.nerf.pipeline import GNTPipelineConfig
+from shiftadd3d.nerf.pretrained import PretrainedMethod
 from shiftadd3d.nerf.schedulers import WarmupCosineSchedulerConfig
 from shiftadd3d.nerf.trainer import GNTTrainerConfig
 from shiftadd3d.nerf.warm_start import PRETRAINED
@@ -72,18 +76,11 @@ def _trainer(
     )
 
 
-SHIFTADD_RECIPE = "add+shift-attn+moe"
-#: Dense networks have no second stage and take no notice.
-SECOND_STAGE_AT = 0.5
-
-
-def _tiny(name: str, recipe: str) -> GNTTrainerConfig:
+def _tiny(method: PretrainedMethod) -> GNTTrainerConfig:
     return _trainer(
-        name,
-        GNTNerfModelConfig(
-            gnt=TINY, recipe=recipe, second_stage_at=SECOND_STAGE_AT, num_samples=8, eval_num_rays_per_chunk=4096
-        ),
-        num_source_views=6,
+        method.name,
+        copy.deepcopy(method.model),
+        num_source_views=method.num_source_views,
         rays=512,
         steps=800,
         adam=StartAdamConfig(),
@@ -122,14 +119,14 @@ def _big(name: str, recipe: str) -> GNTTrainerConfig:
 gnt = MethodSpecification(
     _base("gnt", "mult"), description="GNT: a NeRF transformer over the nearest source views, with multiplications."
 )
-gnt_tiny = MethodSpecification(_tiny("gnt-tiny", "mult"), description="GNT for a laptop CPU: minutes on small images.")
+gnt_tiny = MethodSpecification(_tiny(pretrained.gnt_tiny), description="GNT for a laptop CPU: minutes on small images.")
 gnt_big = MethodSpecification(_big("gnt-big", "mult"), description="GNT as in its paper: 8 blocks, 192 samples a ray.")
 shiftadd_gnt = MethodSpecification(
     _base("shiftadd-gnt", SHIFTADD_RECIPE),
     description="GNT of shifts, adds and a mixture of experts (ShiftAddViT).",
 )
 shiftadd_gnt_tiny = MethodSpecification(
-    _tiny("shiftadd-gnt-tiny", SHIFTADD_RECIPE),
+    _tiny(pretrained.shiftadd_gnt_tiny),
     description="ShiftAdd GNT for a laptop CPU: minutes on small images.",
 )
 shiftadd_gnt_big = MethodSpecification(

@@ -227,12 +227,14 @@ class Movie(Verb):
     def run(self) -> None:
         """Make the movie."""
         _need_nerfstudio()
+        import psutil
+
         from shiftadd3d._report import write_json
-        from shiftadd3d.configs.methods import shiftadd_gnt_tiny
+        from shiftadd3d.configs.pretrained import shiftadd_gnt_tiny
         from shiftadd3d.nerf.movie import MovieOptions, movie
 
         options = MovieOptions(**{option.name: getattr(self, option.name) for option in fields(MovieOptions)})
-        facts = movie(shiftadd_gnt_tiny.config, self.source, self.out, options)  # type: ignore[arg-type]
+        facts = movie(shiftadd_gnt_tiny, self.source, self.out, options, psutil.Process().create_time())
         if self.json is not None:
             write_json(self.json, facts)
 

@@ -19,13 +19,11 @@ from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.pixel_samplers import PixelSamplerConfig
 from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIndicesEvalDataloader
-from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.nerf.dataparsers import AutoDataParser, AutoDataParserConfig, LLFFDataParser, check_outputs
-from shiftadd3d.nerf.near_far import scene_near_far
-from shiftadd3d.nerf.photos import PhotoDataset, is_cut_out, scale_crop_radius, unlit_border
+from shiftadd3d.nerf.photos import is_cut_out, scale_crop_radius, unlit_border
 from shiftadd3d.nerf.scene_mixture import (
     Photometric,
     SceneMixture,
@@ -34,6 +32,7 @@ from shiftadd3d.nerf.scene_mixture import (
     list_scenes,
     read_depths,
 )
+from shiftadd3d.nerf.scene_views import all_photos, near_and_far, photos, say_whether_cut_out, scale_to
 from shiftadd3d.nerf.source_bank import DrawnSources, SourceBank, mend_fisheye_rays, opencv_cameras
 from shiftadd3d.nerf.target_pixels import TargetPixels
 
@@ -147,8 +146,8 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
 
     @cached_property
     def near_far(self) -> tuple[float, float]:
-        """Nearest and farthest z-depth to sample; see `scene_near_far`."""
-        return _near_far(self.train_dataset, self.source_bank, self.config.near, self.config.far)
+        """Nearest and farthest z-depth to sample; see `near_and_far`."""
+        return near_and_far(self.train_dataset, self.source_bank, self.config.near, self.config.far)
 
     @cached_property
     def train_mixture(self) -> SceneMixture | None:
@@ -189,13 +188,12 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
             raise UserError(
                 f"{path} has {len(outputs.image_filenames)} views; expected at least {needed} to train across"
             )
-        longest = int(max(outputs.cameras.width.max(), outputs.cameras.height.max()))
-        scale = min(1.0, self.config.train_scene_max_side / longest)
-        unlit = unlit_border(outputs.cameras, outputs.image_filenames, scale)
-        dataset = _dataset(outputs, scale, is_cut_out(outputs.image_filenames), unlit)
+        dataset = all_photos(
+            outputs, scale_to(outputs, self.config.train_scene_max_side), is_cut_out(outputs.image_filenames)
+        )
         bank = SourceBank.from_dataset(dataset)
         if path not in self._near_far_of:  # found by matching, maybe, which takes seconds
-            self._near_far_of[path] = _near_far(dataset, bank)
+            self._near_far_of[path] = near_and_far(dataset, bank)
         return TrainScene(dataset, bank, TargetPixels(dataset, bank), *self._near_far_of[path], read_depths(dataset))
 
     def create_train_dataset(self) -> InputDataset:
@@ -208,18 +206,12 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
         if not isinstance(self.dataparser, (AutoDataParser, LLFFDataParser)):  # these two have checked
             check_outputs(outputs, split)
             scale_crop_radius(outputs.cameras, 1.0 / (getattr(self.dataparser, "downscale_factor", None) or 1))
-        return _dataset(outputs, self.config.camera_res_scale_factor, self._cut_out, self._unlit)
+        return photos(outputs, self.config.camera_res_scale_factor, self._cut_out, self._unlit)
 
     @cached_property
     def _cut_out(self) -> bool:
         """Whether alpha is the scene's (`is_cut_out`); the training views say so for all."""
-        cut_out = is_cut_out(self.train_dataparser_outputs.image_filenames)
-        if not cut_out:
-            CONSOLE.log(
-                "[yellow]The photos are partly transparent over large parts: their colours are taken as they are, and "
-                "only what is wholly transparent is left out"
-            )
-        return cut_out
+        return say_whether_cut_out(self.train_dataparser_outputs.image_filenames)
 
     @cached_property
     def _unlit(self) -> np.ndarray | None:
@@ -310,33 +302,3 @@ def _generator_of(step: int) -> torch.Generator:
     """Of a step and the process's seed alone, so that a run goes on with the scenes that it would have had."""
     # Seeds of processes that train together are consecutive: far apart, they share no sequence.
     return torch.Generator().manual_seed((1_000_003 * torch.initial_seed() + step) % 2**32)
-
-
-def _near_far(
-    dataset: InputDataset, bank: SourceBank, near: float | None = None, far: float | None = None
-) -> tuple[float, float]:
-    metadata = dataset.metadata
-    points = metadata.get("points3D_xyz")
-    if points is not None and "points3D_num_points2D" in metadata:
-        # Points that two views agree on may still be false matches; three rarely are.
-        points = points[metadata["points3D_num_points2D"] >= 3]
-    return scene_near_far(
-        bank, hint=metadata.get("near_far"), bounds=metadata.get("bounds"), points=points, near=near, far=far
-    )
-
-
-def _dataset(outputs: DataparserOutputs, scale_factor: float, cut_out: bool, unlit: np.ndarray | None) -> InputDataset:
-    if outputs.alpha_color is None:
-        # One background for sources, targets and metrics: without it RGBA images would reach the model.
-        outputs.alpha_color = torch.ones(3)
-    dataset = PhotoDataset(outputs, scale_factor, cut_out, unlit)
-    _make_float32(dataset.cameras)
-    return dataset
-
-
-def _make_float32(cameras: Cameras) -> None:
-    """Casts cameras in place: nerfstudio's Blender parser leaves float64 focal lengths, which ns-render trips over."""
-    for name in ("camera_to_worlds", "fx", "fy", "cx", "cy", "distortion_params"):
-        value = getattr(cameras, name)
-        if value is not None:
-            setattr(cameras, name, value.float())

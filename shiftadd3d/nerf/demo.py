@@ -151,7 +151,7 @@ def _demo(config: GNTTrainerConfig, folder: Path, frames: int) -> dict[str, Any]
         for before, (target, after, depth, nearest) in zip(untrained, pictures, strict=True)
     ]
     _save_comparison(folder / "comparison.png", untrained_views, views, rows)
-    write_path(run.pipeline, make_path(run.pipeline, frames=frames), folder / "video.mp4", names=["rgb", "depth"])
+    write_path(run.pipeline.model, make_path(run.pipeline, frames=frames), folder / "video.mp4", names=["rgb", "depth"])
     facts["files"] = {
         "video": str(folder / "video.mp4"),
         "comparison": str(folder / "comparison.png"),

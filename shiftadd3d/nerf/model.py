@@ -1,4 +1,7 @@
-"""The nerfstudio model: GNT, dense or reparameterized, over the nearest source views of every target."""
+"""The nerfstudio model: GNT, dense or reparameterized, over the nearest source views of every target.
+
+Metrics and colour maps are imported where they are used: rendering has to start within seconds.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +21,9 @@ from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.model_components import renderers
 from nerfstudio.models.base_model import Model, ModelConfig
-from nerfstudio.utils import colormaps
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torchmetrics.functional.image import structural_similarity_index_measure
-from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.models.gnt import Cameras as PinholeCameras
@@ -36,6 +36,9 @@ from shiftadd3d.nerf.source_bank import PROJECTIONS, DrawnSources, SourceBank, m
 from shiftadd3d.nerf.source_bank import SourceViews as BankViews
 from shiftadd3d.nerf.warm_start import load_dense_weights
 from shiftadd3d.nn import MoE, Recipe, collect_moe_losses, freeze_, reparameterize_, router_statistics
+
+if TYPE_CHECKING:
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 
 @dataclass
@@ -425,6 +428,8 @@ class GNTNerfModel(Model):
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
         """PSNR, SSIM and (when its weights are there) LPIPS, inside the mask if there is one; and pictures."""
+        from nerfstudio.utils import colormaps
+
         image = batch["image"].to(outputs["rgb"])
         rgb = outputs["rgb"]
         depth = colormaps.apply_depth_colormap(outputs["depth"])
@@ -444,6 +449,8 @@ class GNTNerfModel(Model):
     def _get_lpips(self) -> LearnedPerceptualImagePatchSimilarity | None:
         """LPIPS, built when first wanted: its network is downloaded, and a machine without it still evaluates."""
         if self._lpips is None and not self._lpips_missing:
+            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
             try:
                 lpips = LearnedPerceptualImagePatchSimilarity(normalize=True)
             except (OSError, RuntimeError) as error:
@@ -511,6 +518,8 @@ def image_metrics(
         image: what was photographed, 0..1, on the same device.
         mask: True where the pixel counts; the others are left out of the PSNR and black in both for the SSIM.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     if mask is None:
         psnr = _psnr(rgb, image)
     else:

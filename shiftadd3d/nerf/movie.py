@@ -1,41 +1,39 @@
 """From photos to a video in one command: their poses, a network that comes with the package, a camera path."""
 
+# What trains is imported where training begins: without it, a film needs a third of the imports.
+
 from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from nerfstudio.cameras.cameras import Cameras
-from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
-from torch.optim.lr_scheduler import LambdaLR
 
 from shiftadd3d._claim import claimed
 from shiftadd3d._errors import UserError
-from shiftadd3d._progress import Steps, duration, progress
+from shiftadd3d._progress import duration
 from shiftadd3d.models.gnt.feature_net import MIN_IMAGE_SIDE
-from shiftadd3d.nerf.dataparsers import find_scene
-from shiftadd3d.nerf.demo import train
+from shiftadd3d.nerf.dataparsers import AutoDataParserConfig, find_scene
+from shiftadd3d.nerf.model import GNTNerfModel
 from shiftadd3d.nerf.pictures import save_picture
-from shiftadd3d.nerf.pipeline import GNTPipeline, GNTPipelineConfig
-from shiftadd3d.nerf.pretrained import open_scene
-from shiftadd3d.nerf.render import check_out, is_video, make_path, picture, scale_cameras, write_path
-from shiftadd3d.nerf.runs import load_run
-from shiftadd3d.nerf.schedulers import WarmupCosineSchedulerConfig
-from shiftadd3d.nerf.trainer import GNTTrainer, GNTTrainerConfig
+from shiftadd3d.nerf.pretrained import OpenScene, PretrainedMethod, open_scene
+from shiftadd3d.nerf.render import check_out, is_video, path_past, picture, scale_cameras, write_path
 from shiftadd3d.scenes.from_photos import scene_from_photos
 from shiftadd3d.scenes.photo_options import FromPhotosOptions
 from shiftadd3d.scenes.photos import list_photos
+
+if TYPE_CHECKING:
+    from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
 
 MoviePath = Literal["interpolate", "spiral", "views"]
 
@@ -68,21 +66,28 @@ class MovieOptions:
     """Write one small frame before anything else is rendered."""
 
 
-def movie(config: GNTTrainerConfig, source: Path, out: Path, options: MovieOptions | None = None) -> dict[str, Any]:
+def movie(
+    method: PretrainedMethod,
+    source: Path,
+    out: Path,
+    options: MovieOptions | None = None,
+    began: float | None = None,
+) -> dict[str, Any]:
     """Make a video from photos, from a video, or from a scene.
 
     Ctrl-C loses nothing: photos that were looked at, the scene, a trained network and the frames rendered so far stay,
     and what is printed says where.
 
     Args:
-        config: the method whose weights come with the package.
+        method: such as `shiftadd3d.configs.pretrained.shiftadd_gnt_tiny`.
         source: a folder of photos, a video file, or a scene in any format that ns-train reads.
         out: .mp4, .gif, or a folder for PNG frames.
         options: see `MovieOptions`.
+        began: `time.time()` when the command was given, so that starting it counts; now if None.
 
     Returns:
-        `movie`, `scene`, `run` (the config.yml of the training, or None), `preview` (or None), `frames`, and `seconds`,
-        by step.
+        `movie`, `scene`, `run` (the config.yml of the training, or None), `preview` (or None), `frames`, `size`, and
+        `seconds` and `cpu_seconds` by step, which sum up to all that it took.
 
     Raises:
         UserError: whatever is wrong with the arguments, the photos or the scene.
@@ -91,7 +96,7 @@ def movie(config: GNTTrainerConfig, source: Path, out: Path, options: MovieOptio
     _check(options)
     check_out(out)
     with claimed(out, "--out", file=is_video(out)):
-        return _movie(config, source, out, options)
+        return _movie(method, source, out, options, _Clock(began))
 
 
 def _check(options: MovieOptions) -> None:
@@ -107,26 +112,24 @@ def _check(options: MovieOptions) -> None:
         raise UserError("--outputs: expected at least one, such as rgb")
 
 
-def _movie(config: GNTTrainerConfig, source: Path, out: Path, options: MovieOptions) -> dict[str, Any]:
-    clock = _Clock()
+def _movie(method: PretrainedMethod, source: Path, out: Path, options: MovieOptions, clock: _Clock) -> dict[str, Any]:
     with clock.step("poses"):
         scene = _scene(source, out, options)
     run, preview = None, None
     with _kept(scene):
         with clock.step("opening"):
-            pipeline = open_scene(config, scene, max_side=options.size)
-            _check_sides(pipeline, scene, options.size)
-            cameras = _path(pipeline, options)
+            opened = open_scene(method, scene, max_side=options.size)
+            _check_sides(opened.views.cameras, scene, options.size)
+            cameras, model = _path(opened, options), opened.model
         if options.preview:
             with clock.step("preview"):
-                preview = _write_preview(pipeline, cameras[0:1], out, options.outputs)
+                preview = _write_preview(model, cameras[0:1], out, options.outputs)
         if options.minutes > 0:
             with clock.step("training"):
-                run = _train(config, pipeline, out, options.minutes)
-                pipeline = load_run(run).pipeline
-                pipeline.model.use_own_view = True
+                run = _train(method, scene, opened, out, options.minutes)
+                model = _trained(run)
         with clock.step("rendering"):
-            write_path(pipeline, cameras, out, fps=options.fps, names=options.outputs)
+            write_path(model, cameras, out, fps=options.fps, names=options.outputs)
     facts = {
         "movie": str(out),
         "scene": str(scene),
@@ -137,23 +140,31 @@ def _movie(config: GNTTrainerConfig, source: Path, out: Path, options: MovieOpti
         "seconds": clock.seconds,
         "cpu_seconds": clock.cpu_seconds,
     }
-    _show(facts, config, out, options)
+    _show(facts, method, out, options)
     return facts
 
 
 class _Clock:
-    """How long each step took, on the wall and on all CPUs together."""
+    """How long each step took, on the wall and on all CPUs together; what lies between steps belongs to the later one.
 
-    def __init__(self) -> None:
+    Args:
+        began: `time.time()` before the first step, which is then called "start"; None if there is nothing before.
+    """
+
+    def __init__(self, began: float | None) -> None:
         self.seconds: dict[str, float] = {}
         self.cpu_seconds: dict[str, float] = {}
+        self._last, self._last_cpu = time.perf_counter(), time.process_time()
+        if began is not None:
+            self.seconds["start"] = round(time.time() - began, 1)
+            self.cpu_seconds["start"] = round(self._last_cpu, 1)
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
-        began, cpu = time.perf_counter(), time.process_time()
         yield
-        self.seconds[name] = round(time.perf_counter() - began, 1)
-        self.cpu_seconds[name] = round(time.process_time() - cpu, 1)
+        now, cpu = time.perf_counter(), time.process_time()
+        self.seconds[name], self.cpu_seconds[name] = round(now - self._last, 1), round(cpu - self._last_cpu, 1)
+        self._last, self._last_cpu = now, cpu
 
 
 @contextlib.contextmanager
@@ -209,22 +220,21 @@ def _is_scene(source: Path) -> bool:
     return True
 
 
-def _path(pipeline: GNTPipeline, options: MovieOptions) -> Cameras:
-    pipeline.model.use_own_view = True
+def _path(opened: OpenScene, options: MovieOptions) -> Cameras:
+    opened.model.use_own_view = True
+    cameras = path_past(opened.views.cameras, opened.model, options.path, options.frames)
     if options.path == "views":
-        return make_path(pipeline, "train", options.frames)
-    cameras = make_path(pipeline, options.path, options.frames, views="train")
+        return cameras
     cameras.fx, cameras.fy = _ZOOM * cameras.fx, _ZOOM * cameras.fy
     return cameras
 
 
-def _check_sides(pipeline: GNTPipeline, scene: Path, size: int) -> None:
+def _check_sides(cameras: Cameras, scene: Path, size: int) -> None:
     """Whether the views serve the network.
 
     Raises:
         UserError: too small.
     """
-    cameras = pipeline.datamanager.train_dataset.cameras
     width, height = int(cameras.width.max()), int(cameras.height.max())
     if min(width, height) < MIN_IMAGE_SIDE:
         least = math.ceil((MIN_IMAGE_SIDE + 1) * max(width, height) / min(width, height))
@@ -239,66 +249,25 @@ def _check_sides(pipeline: GNTPipeline, scene: Path, size: int) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _train(config: GNTTrainerConfig, opened: GNTPipeline, out: Path, minutes: float) -> Path:
+def _train(method: PretrainedMethod, scene: Path, opened: OpenScene, out: Path, minutes: float) -> Path:
     """Train on all views of a scene, from the weights that come with the package; returns the run's config.yml."""
-    config = copy.deepcopy(config)
-    config.pipeline.datamanager = copy.deepcopy(opened.datamanager.config)
-    cast(GNTPipelineConfig, config.pipeline).warm_start = Path("pretrained")
-    config.output_dir, config.experiment_name, config.vis = out.parent, f"{_stem(out)}-training", "tensorboard"
-    config.max_num_iterations = GNTTrainerConfig.max_num_iterations  # the clock stops it
-    for name in ("batch", "image", "all_images"):  # time that training would lose
-        setattr(config, f"steps_per_eval_{name}", config.max_num_iterations)
-    return train(config, functools.partial(_ClockedTrainer, seconds=60.0 * minutes))
+    from shiftadd3d.nerf.timed_training import train_for
+
+    config = copy.deepcopy(method.training())
+    manager = cast("GNTDataManagerConfig", config.pipeline.datamanager)
+    manager.data, manager.dataparser = scene, AutoDataParserConfig(data=scene, eval_mode="all")
+    manager.num_source_views = min(manager.num_source_views, len(opened.bank) - 1)
+    manager.camera_res_scale_factor = opened.scale
+    config.output_dir, config.experiment_name = out.parent, f"{_stem(out)}-training"
+    return train_for(60.0 * minutes, config)
 
 
-class _ClockedTrainer(GNTTrainer):
-    """Stops after some time; learning rates fall, and the second stage comes, with the share of it that has gone.
+def _trained(run: Path) -> GNTNerfModel:
+    from shiftadd3d.nerf.runs import load_run
 
-    Args:
-        config: of the run.
-        seconds: how long.
-    """
-
-    def __init__(self, config: GNTTrainerConfig, *args: Any, seconds: float, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        self._seconds, self._gone, self._began = seconds, 0.0, math.nan
-
-    def setup_optimizers(self) -> Optimizers:
-        optimizers = super().setup_optimizers()
-        for name, scheduler in optimizers.schedulers.items():
-            settings = self.config.optimizers[name]["scheduler"]
-            if isinstance(settings, WarmupCosineSchedulerConfig):
-                cast(LambdaLR, scheduler).lr_lambdas = [self._factor(settings)]
-        return optimizers
-
-    def _factor(self, settings: WarmupCosineSchedulerConfig) -> Callable[[int], float]:
-        def factor(step: int) -> float:
-            decay = 0.5 * (1.0 + math.cos(math.pi * self.share_done(step)))
-            warmup = min(1.0, (step + 1) / max(settings.warmup_steps, 1))
-            return warmup * (settings.final_fraction + (1.0 - settings.final_fraction) * decay)
-
-        return factor
-
-    def train(self) -> None:
-        with progress("Training", max(1, round(self._seconds)), unit="seconds", console=CONSOLE) as self._clock:
-            super().train()
-
-    def _show_progress(self) -> contextlib.AbstractContextManager[Steps]:
-        return progress("steps", 0, disable=True)  # nobody knows how many there will be
-
-    def share_done(self, step: int) -> float:
-        return min(1.0, self._gone / self._seconds)
-
-    def train_iteration(self, step: int) -> Any:
-        if math.isnan(self._began):
-            self._began = time.monotonic()
-        result = super().train_iteration(step)
-        self._gone = time.monotonic() - self._began
-        self.stop_training = self._gone >= self._seconds
-        gone = min(round(self._gone), self._clock.total) - self._clock.done
-        if gone > 0:
-            self._clock.advance(gone, status=f"step {step + 1}, loss {result[0].item():.4f}")
-        return result
+    model = load_run(run).pipeline.model
+    model.use_own_view = True
+    return model
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -306,12 +275,12 @@ class _ClockedTrainer(GNTTrainer):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _write_preview(pipeline: GNTPipeline, camera: Cameras, out: Path, names: Sequence[str]) -> Path:
+def _write_preview(model: GNTNerfModel, camera: Cameras, out: Path, names: Sequence[str]) -> Path:
     """The first frame, small, beside the movie."""
     longest = int(torch.maximum(camera.width, camera.height).max())
-    near, far = pipeline.model.near_far.tolist()
+    near, far = model.near_far.tolist()
     small = scale_cameras(camera, min(1.0, _PREVIEW_SIDE / longest))
-    outputs = pipeline.model.get_outputs_for_camera(small.to(pipeline.device))
+    outputs = model.get_outputs_for_camera(small.to(model.device))
     path = out.parent / f"{_stem(out)}.preview.png"
     save_picture(Image.fromarray(picture(outputs, names, (near, far))), path)
     _say(f"A first small frame is in {path}")
@@ -326,10 +295,11 @@ def _say(line: str) -> None:
     CONSOLE.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def _show(facts: dict[str, Any], config: GNTTrainerConfig, out: Path, options: MovieOptions) -> None:
+def _show(facts: dict[str, Any], method: PretrainedMethod, out: Path, options: MovieOptions) -> None:
     scene, run = facts["scene"], facts["run"]
     width, height = facts["size"]
-    took = ", ".join(f"{step} {duration(value)}" for step, value in facts["seconds"].items())
+    steps = ", ".join(f"{step} {duration(value)}" for step, value in facts["seconds"].items())
+    took = f"{duration(sum(facts['seconds'].values()))}: {steps}"
     _say(f"Movie:   {out}, {facts['frames']} frames of {width}x{height} pixels")
     _say(f"Scene:   {scene}")
     if run is not None:
@@ -338,14 +308,14 @@ def _show(facts: dict[str, Any], config: GNTTrainerConfig, out: Path, options: M
     if (width >= height and width < options.size) or (height > width and height < options.size):
         _say(f"--size {options.size} is more than the photos have; frames are as large as these")
     _say("Go on with:")
-    for words, what in _next_commands(facts, config, out, options):
+    for words, what in _next_commands(facts, method, out, options):
         _say(f"  {shlex.join(words)}  # {what}")
 
 
 def _next_commands(
-    facts: dict[str, Any], config: GNTTrainerConfig, out: Path, options: MovieOptions
+    facts: dict[str, Any], method: PretrainedMethod, out: Path, options: MovieOptions
 ) -> Iterator[tuple[list[str], str]]:
-    method, scene, run = str(config.method_name), facts["scene"], facts["run"]
+    scene, run = facts["scene"], facts["run"]
     path = "interpolate" if options.path == "spiral" else "spiral"
     trained, elsewhere = (
         str(out.with_name(f"{_stem(out)}-{name}{out.suffix if is_video(out) else ''}")) for name in ("trained", path)
@@ -353,11 +323,11 @@ def _next_commands(
     if run is None:
         yield ["shiftadd3d", "movie", scene, "--out", elsewhere, "--path", path], "another path"
         yield ["shiftadd3d", "movie", scene, "--out", trained, "--minutes", "10"], "train on the scene first"
-        train_on = ["ns-train", method, "--data", scene]
+        train_on = ["ns-train", method.name, "--data", scene]
         yield train_on, "train on, and look around in the browser meanwhile"
     else:
         render = ["shiftadd3d", "render", "--load-config", run, "--views", "train", "--path", path, "--out", elsewhere]
         yield render, "another path"
         yield ["ns-viewer", "--load-config", run], "look around in the browser"
-        checkpoints = str(Path(run).parent / config.relative_model_dir)
-        yield ["ns-train", method, "--load-dir", checkpoints, "--data", scene], "train on"
+        checkpoints = str(Path(run).parent / method.training().relative_model_dir)
+        yield ["ns-train", method.name, "--load-dir", checkpoints, "--data", scene], "train on"

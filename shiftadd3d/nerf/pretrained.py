@@ -1,21 +1,61 @@
-"""Scenes rendered by the networks that come with the package (`shiftadd3d.nerf.weights`), without any training."""
+"""Scenes rendered by the networks that come with the package (`shiftadd3d.nerf.weights`), without any training.
+
+Neither nerfstudio's pipeline nor its trainer is imported here: they take longer than a scene takes to open.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
+from nerfstudio.data.datasets.base_dataset import InputDataset
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.nerf.checkpoint import list_misfits, misfits
-from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
 from shiftadd3d.nerf.dataparsers import AutoDataParserConfig
 from shiftadd3d.nerf.model import GNTNerfModel, GNTNerfModelConfig
-from shiftadd3d.nerf.pipeline import GNTPipeline, GNTPipelineConfig
-from shiftadd3d.nerf.trainer import GNTTrainerConfig
+from shiftadd3d.nerf.scene_views import all_photos, near_and_far, say_whether_cut_out, scale_to
+from shiftadd3d.nerf.source_bank import SourceBank
 from shiftadd3d.nerf.weights import pretrained_file, read_weights
+
+if TYPE_CHECKING:
+    from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
+
+    from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
+    from shiftadd3d.nerf.pipeline import GNTPipeline, GNTPipelineConfig
+    from shiftadd3d.nerf.trainer import GNTTrainerConfig
+
+
+@dataclass(frozen=True)
+class PretrainedMethod:
+    """A method whose weights come with the package, as far as rendering needs it."""
+
+    name: str
+    """The method's, such as `shiftadd-gnt-tiny`."""
+    model: GNTNerfModelConfig
+    """Its model."""
+    num_source_views: int
+    """How many views a frame is rendered from."""
+    training: Callable[[], GNTTrainerConfig]
+    """Settings to train it with, which take seconds to import."""
+
+
+@dataclass(frozen=True)
+class OpenScene:
+    """A scene, ready to be rendered."""
+
+    views: InputDataset
+    """All of its photos."""
+    scale: float
+    """Their pixels on a side, as a multiple of the files'."""
+    bank: SourceBank
+    """The same, undistorted."""
+    model: GNTNerfModel
+    """In evaluation mode, with its weights, the source views and the scene's range of depths."""
 
 
 def load_pretrained(model: GNTNerfModel, path: Path) -> None:
@@ -41,12 +81,12 @@ def load_pretrained(model: GNTNerfModel, path: Path) -> None:
 
 
 def open_scene(
-    config: GNTTrainerConfig, data: Path, *, max_side: int | None = None, weights: Path | None = None
-) -> GNTPipeline:
+    method: PretrainedMethod, data: Path, *, max_side: int | None = None, weights: Path | None = None
+) -> OpenScene:
     """A scene, ready to be rendered by the network that comes with the package, without any training.
 
     Args:
-        config: of the method, such as `shiftadd3d.configs.methods.shiftadd_gnt_tiny.config`.
+        method: such as `shiftadd3d.configs.pretrained.shiftadd_gnt_tiny`.
         data: the scene's folder, in any format that ns-train reads. All of its views are source views.
         max_side: longest side in pixels that its views are shrunk to; None leaves them as they are.
         weights: instead of those that come with the package.
@@ -54,11 +94,16 @@ def open_scene(
     Raises:
         UserError: no scene, fewer than three views, or weights that do not fit.
     """
-    path = pretrained_file(str(config.method_name)) if weights is None else weights
-    pipeline = scene_pipeline(config, AutoDataParserConfig(data=data, eval_mode="all"), max_side)
-    load_pretrained(pipeline.model, path)
-    pipeline.eval()
-    return pipeline
+    path = pretrained_file(method.name) if weights is None else weights
+    outputs = _views(AutoDataParserConfig(data=data, eval_mode="all"))
+    scale = scale_to(outputs, max_side)
+    views = all_photos(outputs, scale, say_whether_cut_out(outputs.image_filenames))
+    bank = SourceBank.from_dataset(views)
+    model: GNTNerfModel = _for_evaluation(method.model).setup(scene_box=views.scene_box, num_train_data=len(views))
+    load_pretrained(model, path)
+    model.set_sources(bank, min(method.num_source_views, len(bank) - 1))
+    model.near_far.copy_(torch.tensor(near_and_far(views, bank)))
+    return OpenScene(views, scale, bank, model.to(_device()).eval())
 
 
 def scene_pipeline(config: GNTTrainerConfig, parser: AutoDataParserConfig, max_side: int | None = None) -> GNTPipeline:
@@ -72,22 +117,34 @@ def scene_pipeline(config: GNTTrainerConfig, parser: AutoDataParserConfig, max_s
     Raises:
         UserError: no scene, or fewer than three views to render from.
     """
+    outputs = _views(parser)
+    settings = cast("GNTPipelineConfig", copy.deepcopy(config.pipeline))
+    settings.warm_start = None
+    settings.model = _for_evaluation(cast(GNTNerfModelConfig, settings.model))
+    manager = cast("GNTDataManagerConfig", settings.datamanager)
+    manager.data, manager.dataparser, manager.train_scenes = parser.data, parser, ()
+    manager.num_source_views = min(manager.num_source_views, len(outputs.image_filenames) - 1)
+    manager.near = manager.far = None
+    manager.camera_res_scale_factor = scale_to(outputs, max_side)
+    pipeline: GNTPipeline = settings.setup(device=_device(), test_mode="test")
+    pipeline.model.near_far.copy_(torch.tensor(pipeline.datamanager.near_far))
+    pipeline.eval()
+    return pipeline
+
+
+def _views(parser: AutoDataParserConfig) -> DataparserOutputs:
     outputs = parser.setup().get_dataparser_outputs(split="train")
     views = len(outputs.image_filenames)
     if views < 3:
         raise UserError(f"{parser.data} has {views} views to render from; expected at least 3")
-    settings = cast(GNTPipelineConfig, copy.deepcopy(config.pipeline))
-    settings.warm_start = None
-    model = cast(GNTNerfModelConfig, settings.model)
+    return outputs
+
+
+def _for_evaluation(model: GNTNerfModelConfig) -> GNTNerfModelConfig:
+    model = copy.deepcopy(model)
     model.expert_latencies = model.expert_latencies or (1.0, 1.0)  # nothing is trained by them
-    manager = cast(GNTDataManagerConfig, settings.datamanager)
-    manager.data, manager.dataparser, manager.train_scenes = parser.data, parser, ()
-    manager.num_source_views = min(manager.num_source_views, views - 1)
-    manager.near = manager.far = None
-    longest = int(max(outputs.cameras.width.max(), outputs.cameras.height.max()))
-    manager.camera_res_scale_factor = 1.0 if max_side is None else min(1.0, max_side / longest)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline: GNTPipeline = settings.setup(device=device, test_mode="test")
-    pipeline.model.near_far.copy_(torch.tensor(pipeline.datamanager.near_far))
-    pipeline.eval()
-    return pipeline
+    return model
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,7 @@
-"""Videos and frames from a trained run: camera paths, what a frame shows, and files that appear whole."""
+"""Videos and frames from a model: camera paths, what a frame shows, and files that appear whole.
+
+What a film does not need is imported where it is used: nerfstudio's pipeline alone takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import imageio.v2 as imageio
 import numpy as np
@@ -18,16 +21,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from nerfstudio.cameras.camera_paths import get_path_from_json
 from nerfstudio.cameras.cameras import Cameras, CameraType
-from nerfstudio.utils import colormaps
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from shiftadd3d._claim import claimed
 from shiftadd3d._errors import UserError
 from shiftadd3d._progress import progress
-from shiftadd3d.nerf.pipeline import GNTPipeline
-from shiftadd3d.nerf.runs import load_run
+from shiftadd3d.nerf.model import GNTNerfModel
 from shiftadd3d.nerf.smooth_path import smooth_path
+
+if TYPE_CHECKING:
+    from shiftadd3d.nerf.pipeline import GNTPipeline
 
 PathName = Literal["interpolate", "spiral", "test", "train"]
 SplitName = Literal["test", "train"]
@@ -178,11 +182,29 @@ def make_path(
         views = "test" if len(datamanager.eval_dataset) > 1 else "train"
     split = path if path in ("test", "train") else views
     dataset = datamanager.train_dataset if split == "train" else datamanager.eval_dataset
-    cameras = dataset.cameras.to("cpu")
+    return path_past(dataset.cameras, pipeline.model, path, frames)
+
+
+def path_past(
+    cameras: Cameras, model: GNTNerfModel, path: PathName | Literal["views"], frames: int | None = None
+) -> Cameras:
+    """The cameras of a path, on the CPU.
+
+    Args:
+        cameras: of the views.
+        model: knows the range of depths.
+        path: `interpolate` passes through the views, `spiral` circles around the first of them, anything else is the
+            views themselves.
+        frames: how many, 2 or more; 120 by default, or all views.
+
+    Raises:
+        UserError: too few views.
+    """
+    cameras = cameras.to("cpu")
     if path == "interpolate":
         return interpolated_path(cameras, frames or _DEFAULT_FRAMES)
     if path == "spiral":
-        near, far = pipeline.model.near_far.tolist()
+        near, far = model.near_far.tolist()
         # The middle of the range in inverse depth: where half of the parallax lies before and half behind.
         return spiral_path(cameras[0:1], 2.0 / (1.0 / near + 1.0 / far), frames or _DEFAULT_FRAMES)
     if frames is None or frames >= len(cameras):
@@ -228,31 +250,34 @@ def picture(
     Raises:
         UserError: an output that the model does not have.
     """
-    panels = []
     for name in names:
         if name not in outputs:
             raise UserError(f"--outputs {name}: no such output; expected some of {', '.join(sorted(outputs))}")
-        value = outputs[name]
-        if name == "depth":
-            value = colormaps.apply_depth_colormap(value, near_plane=near_far[0], far_plane=near_far[1])
-        elif value.shape[-1] != 3:
-            value = colormaps.apply_colormap(value)
-        panels.append(to_bytes(value))
-    return np.concatenate(panels, axis=1)
+    return np.concatenate([to_bytes(_colours(name, outputs[name], near_far)) for name in names], axis=1)
+
+
+def _colours(name: str, value: Tensor, near_far: tuple[float, float]) -> Float[Tensor, "h w 3"]:
+    if value.shape[-1] == 3:
+        return value
+    from nerfstudio.utils import colormaps
+
+    if name == "depth":
+        return colormaps.apply_depth_colormap(value, near_plane=near_far[0], far_plane=near_far[1])
+    return colormaps.apply_colormap(value)
 
 
 def render_frames(
-    pipeline: GNTPipeline, cameras: Cameras, names: Sequence[str] = ("rgb",)
+    model: GNTNerfModel, cameras: Cameras, names: Sequence[str] = ("rgb",)
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """Pictures along a path, one after the other, and how many there are to come.
 
     Raises:
         UserError: an output that the model does not have.
     """
-    near, far = pipeline.model.near_far.tolist()
+    near, far = model.near_far.tolist()
     with progress("Rendering", len(cameras), unit="frames", console=CONSOLE) as shown:
         for index in range(len(cameras)):
-            outputs = pipeline.model.get_outputs_for_camera(cameras[index : index + 1].to(pipeline.device))
+            outputs = model.get_outputs_for_camera(cameras[index : index + 1].to(model.device))
             shown.advance()
             yield picture(outputs, names, (near, far))
 
@@ -417,14 +442,14 @@ def open_writer(out: Path, fps: float, size: tuple[int, int]) -> FrameWriter:
 
 
 def write_path(
-    pipeline: GNTPipeline, cameras: Cameras, out: Path, *, fps: float = 24.0, names: Sequence[str] = ("rgb",)
+    model: GNTNerfModel, cameras: Cameras, out: Path, *, fps: float = 24.0, names: Sequence[str] = ("rgb",)
 ) -> None:
     """Render a path into a video or a folder of frames.
 
     An interrupt keeps the frames written so far: in the folder, or as a shorter `NAME.unfinished.mp4` that plays.
 
     Args:
-        pipeline: in evaluation mode.
+        model: in evaluation mode.
         cameras: the path.
         out: .mp4, .gif, or a folder.
         fps: frames a second.
@@ -437,7 +462,7 @@ def write_path(
     writer = open_writer(out, fps, size)
     done = 0
     try:
-        for frame in render_frames(pipeline, cameras, names):
+        for frame in render_frames(model, cameras, names):
             writer.write(frame)
             done += 1
         writer.close()
@@ -470,6 +495,8 @@ def render(
     Raises:
         UserError: anything in the arguments or in the run that the user can mend.
     """
+    from shiftadd3d.nerf.runs import load_run
+
     if not outputs:
         raise UserError("--outputs: expected at least one, such as rgb")
     if frames is not None and frames < 2:
@@ -484,5 +511,5 @@ def render(
             fps = 24.0 if rate is None else rate
         run = load_run(config)
         cameras = make_path(run.pipeline, path, frames, views) if chosen is None else chosen
-        write_path(run.pipeline, scale_cameras(cameras, scale), out, fps=fps, names=outputs)
+        write_path(run.pipeline.model, scale_cameras(cameras, scale), out, fps=fps, names=outputs)
     CONSOLE.print(f"{len(cameras)} frames of step {run.step} in {out}", soft_wrap=True)

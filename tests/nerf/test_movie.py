@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import imageio.v2 as imageio
@@ -18,9 +23,9 @@ from nerfstudio.utils import writer
 from PIL import Image
 
 from shiftadd3d import cli
-from shiftadd3d.configs import methods
+from shiftadd3d.configs import methods, pretrained
 from shiftadd3d.nerf import movie as module
-from shiftadd3d.nerf.pipeline import GNTPipeline
+from shiftadd3d.nerf import timed_training
 from shiftadd3d.nerf.pretrained import open_scene
 from shiftadd3d.nerf.runs import load_run
 from shiftadd3d.nerf.smooth_path import smooth_path
@@ -155,7 +160,7 @@ def test_a_scene_becomes_a_movie_and_what_is_said_to_come_next_works(
     assert Image.open(tmp_path / "my movie.preview.png").size == (128, 48)
     facts = json.loads(facts_file.read_text())
     assert facts["scene"] == str(tiny_scene) and facts["run"] is None
-    assert {"poses", "opening", "preview", "rendering"} == set(facts["seconds"]) == set(facts["cpu_seconds"])
+    assert {"start", "poses", "opening", "preview", "rendering"} == set(facts["seconds"]) == set(facts["cpu_seconds"])
     text = capsys.readouterr().out
     assert str(out) in text and str(tiny_scene) in text
     assert "--size 252 is more than the photos have" in text
@@ -171,10 +176,36 @@ def test_frames_at_views_are_made_of_those_views_too(tiny_scene: Path, tmp_path:
     assert make(tiny_scene, tmp_path / "frames", "--path", "views", "--frames", "2") == 0
     frame = np.asarray(Image.open(tmp_path / "frames/frame_00000.png"), dtype=float)
     photo = np.asarray(Image.open(tiny_scene / "images/000.png"), dtype=float)
-    pipeline: GNTPipeline = open_scene(methods.shiftadd_gnt_tiny.config, tiny_scene)  # type: ignore[arg-type]
-    camera = pipeline.datamanager.train_dataset.cameras[0:1]
-    judged = pipeline.model.get_outputs_for_camera(camera)["rgb"].numpy() * 255
+    opened = open_scene(pretrained.shiftadd_gnt_tiny, tiny_scene)
+    camera = opened.views.cameras[0:1]
+    judged = opened.model.get_outputs_for_camera(camera)["rgb"].numpy() * 255
     assert np.square(frame - photo).mean() < 0.5 * np.square(judged - photo).mean()
+
+
+def test_a_movie_without_training_needs_neither_nerfstudios_trainer_nor_torchs_compiler(
+    tiny_scene: Path, tmp_path: Path
+):
+    """They would take ten seconds before the first frame."""
+    facts = tmp_path / "facts.json"
+    options = [str(tiny_scene), "--out", str(tmp_path / "a.mp4"), "--frames", "2", "--json", str(facts)]
+    code = (
+        "import sys; from shiftadd3d import cli; "
+        f"assert cli.main(['movie', *{options!r}]) == 0; print('imported:', *sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = set(result.stdout.rpartition("imported: ")[2].split())
+    slow = {
+        "nerfstudio.engine.trainer",
+        "nerfstudio.pipelines.base_pipeline",
+        "torch._dynamo",
+        "torchvision",
+        "matplotlib",
+    }
+    assert "nerfstudio.models.base_model" in imported and not slow & imported
+    seconds = json.loads(facts.read_text())["seconds"]
+    assert list(seconds) == ["start", "poses", "opening", "rendering"]
+    assert seconds["start"] > 0, "importing counts"
+    assert re.search(r"^Took: +\d+ s: start \d+ s, poses \d+ s, opening", result.stdout, re.MULTILINE)
 
 
 @pytest.fixture
@@ -191,6 +222,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_minutes_train_on_the_scene_first_and_no_longer_than_that(
     tiny_scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
+    # A clock that goes on by a quarter of a second for each step, however long a step takes on this machine.
+    monkeypatch.setattr(timed_training, "time", SimpleNamespace(monotonic=itertools.count(0.0, 0.25).__next__))
     assert make(tiny_scene, tmp_path / "a.mp4", "--minutes", "0.05") == 0
     render, viewer, train_on = commands_in(capsys.readouterr().out)
     run = Path(viewer[-1])
@@ -199,7 +232,7 @@ def test_minutes_train_on_the_scene_first_and_no_longer_than_that(
     assert render[:4] == ["shiftadd3d", "render", "--load-config", str(run)]
     opened = load_run(run)
     assert opened.config.pipeline.warm_start == Path("pretrained")
-    assert opened.step > 0 and len(opened.pipeline.datamanager.train_dataset) == 10
+    assert opened.step == 12 and len(opened.pipeline.datamanager.train_dataset) == 10
     assert opened.pipeline.model.stage == 2  # the clock brought it, half way
     assert imageio.get_reader(tmp_path / "a.mp4").count_frames() == 3
 
@@ -282,7 +315,7 @@ def test_without_pycolmap_it_is_said_how_to_install_it(
     [
         ("scene_from_photos", "kept beside"),
         ("open_scene", "The scene is in"),
-        ("make_path", "The scene is in"),
+        ("path_past", "The scene is in"),
     ],
 )
 def test_ctrl_c_at_any_step_says_what_is_kept(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("nerfstudio")
 
 from shiftadd3d import UserError, cli
-from shiftadd3d.configs import methods
+from shiftadd3d.configs import pretrained
 from shiftadd3d.models.gnt import GNTModel
 from shiftadd3d.nerf.pretrained import open_scene
 from shiftadd3d.nerf.warm_start import load_dense_weights
@@ -22,7 +22,7 @@ from shiftadd3d.nerf.weights import pretrained_file, pretrained_methods, read_we
 from shiftadd3d.nn import FrozenModule, PackedShiftLinear
 
 SIZE = (64, 48)
-CONFIGS = {"gnt-tiny": methods.gnt_tiny.config, "shiftadd-gnt-tiny": methods.shiftadd_gnt_tiny.config}
+METHODS = {method.name: method for method in (pretrained.gnt_tiny, pretrained.shiftadd_gnt_tiny)}
 DEPTHS = {"near": 2.0, "far": 8.0}
 
 
@@ -32,8 +32,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory, write_scene) -> Path:
 
 
 def test_both_tiny_methods_have_weights_well_under_a_megabyte():
-    assert pretrained_methods() == sorted(CONFIGS)
-    for method in CONFIGS:
+    assert pretrained_methods() == sorted(METHODS)
+    for method in METHODS:
         assert pretrained_file(method).stat().st_size < 1e6
 
 
@@ -43,35 +43,35 @@ def test_weights_of_shifts_are_stored_as_codes():
     assert any(tensor.dtype == torch.uint8 for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_scene_renders_without_training(method, scene):
-    pipeline = open_scene(CONFIGS[method], scene)
-    packed = [module for module in pipeline.model.modules() if isinstance(module, PackedShiftLinear)]
+    opened = open_scene(METHODS[method], scene)
+    packed = [module for module in opened.model.modules() if isinstance(module, PackedShiftLinear)]
     assert bool(packed) == (method == "shiftadd-gnt-tiny")
-    blocks = [module for module in pipeline.model.modules() if isinstance(module, FrozenModule)]
+    blocks = [module for module in opened.model.modules() if isinstance(module, FrozenModule)]
     assert len(blocks) == 9, "all of the network is ready to run as kernels, dense or not"
-    assert len(pipeline.datamanager.source_bank) == 10, "no view is held out"
-    near, far = pipeline.model.near_far.tolist()
+    assert len(opened.bank) == 10, "no view is held out"
+    near, far = opened.model.near_far.tolist()
     assert far / near == pytest.approx(4.0, rel=1e-3)
-    out = pipeline.model.get_outputs_for_camera(pipeline.datamanager.train_dataset.cameras[0:1])
+    out = opened.model.get_outputs_for_camera(opened.views.cameras[0:1])
     assert out["rgb"].shape == (48, 64, 3) and bool(out["rgb"].isfinite().all())
     assert float(out["rgb"].std()) > 0.01
 
 
 def test_views_are_shrunk_to_the_longest_side_asked_for(scene):
-    pipeline = open_scene(CONFIGS["gnt-tiny"], scene, max_side=48)
-    assert (pipeline.datamanager.source_bank.width, pipeline.datamanager.source_bank.height) == (48, 36)
+    opened = open_scene(METHODS["gnt-tiny"], scene, max_side=48)
+    assert (opened.bank.width, opened.bank.height) == (48, 36)
 
 
 def test_the_methods_configuration_stays_as_it_is(scene):
-    before = copy.deepcopy(CONFIGS["gnt-tiny"].pipeline)
-    open_scene(CONFIGS["gnt-tiny"], scene, max_side=48)
-    assert CONFIGS["gnt-tiny"].pipeline == before
+    before = copy.deepcopy(METHODS["gnt-tiny"].model)
+    open_scene(METHODS["gnt-tiny"], scene, max_side=48)
+    assert METHODS["gnt-tiny"].model == before
 
 
 def test_a_scene_of_two_views_is_refused(tmp_path, write_scene):
     with pytest.raises(UserError, match="has 2 views to render from; expected at least 3"):
-        open_scene(CONFIGS["gnt-tiny"], write_scene["nerfstudio"](tmp_path, count=2, size=SIZE))
+        open_scene(METHODS["gnt-tiny"], write_scene["nerfstudio"](tmp_path, count=2, size=SIZE))
 
 
 def test_a_method_without_weights_is_refused():
@@ -94,10 +94,10 @@ def test_a_damaged_file_is_one_line(tmp_path, scene, kind):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(damaged(kind))
     with pytest.raises(UserError, match=r"weights\.safetensors cannot be read") as caught:
-        open_scene(CONFIGS["gnt-tiny"], scene, weights=path)
+        open_scene(METHODS["gnt-tiny"], scene, weights=path)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"weights\.safetensors cannot be read") as caught:
-        load_dense_weights(GNTModel(CONFIGS["gnt-tiny"].pipeline.model.gnt), path)
+        load_dense_weights(GNTModel(METHODS["gnt-tiny"].model.gnt), path)
     assert "\n" not in str(caught.value)
 
 
@@ -106,12 +106,12 @@ def test_weights_of_another_network_are_refused(tmp_path, scene):
     tensors.popitem()
     save_file(tensors, tmp_path / "short.safetensors")
     with pytest.raises(UserError, match=r"holds another network than this method's .1 tensors missing, 0 strange"):
-        open_scene(CONFIGS["gnt-tiny"], scene, weights=tmp_path / "short.safetensors")
+        open_scene(METHODS["gnt-tiny"], scene, weights=tmp_path / "short.safetensors")
 
 
 @pytest.mark.parametrize("name", ["pretrained", "file"])
 def test_training_may_start_from_them(name):
-    gnt = GNTModel(CONFIGS["gnt-tiny"].pipeline.model.gnt)
+    gnt = GNTModel(METHODS["gnt-tiny"].model.gnt)
     file = pretrained_file("gnt-tiny")
     load_dense_weights(gnt, Path("pretrained") if name == "pretrained" else file)
     for key, value in load_file(file).items():
@@ -166,15 +166,16 @@ def test_eval_scenes_says_in_one_line_what_is_wrong(tmp_path, write_scene, monke
 
 def test_views_from_all_around_say_where_nothing_is_but_never_the_one_to_be_predicted(write_scene, tmp_path):
     scene = write_scene["nerfstudio"](tmp_path, mode="RGBA", size=SIZE)
-    pipeline = open_scene(CONFIGS["gnt-tiny"], scene)
-    bank, cameras = pipeline.datamanager.source_bank, pipeline.datamanager.train_dataset.cameras
+    method = METHODS["gnt-tiny"]
+    opened = open_scene(method, scene)
+    bank, cameras = opened.bank, opened.views.cameras
     assert bank.empty is not None
 
     def depth() -> torch.Tensor:
-        return pipeline.model.get_outputs_for_camera(cameras[0:1])["depth"]
+        return opened.model.get_outputs_for_camera(cameras[0:1])["depth"]
 
     far = int(bank.nearest(bank.camera_to_world[0], len(bank))[-1])
-    assert far not in bank.nearest(bank.camera_to_world[0], pipeline.config.datamanager.num_source_views)
+    assert far not in bank.nearest(bank.camera_to_world[0], method.num_source_views)
     before = depth()
     bank.empty[0] = ~bank.empty[0]
     torch.testing.assert_close(depth(), before)

@@ -234,7 +234,7 @@ def test_an_interrupt_keeps_a_shorter_video_beside(
     monkeypatch.setattr(rendering, "render_frames", lambda *args: frames_until(KeyboardInterrupt(), 5))
     out = tmp_path / name
     with pytest.raises(KeyboardInterrupt):
-        rendering.write_path(run.pipeline, rendering.make_path(run.pipeline, frames=9), out)
+        rendering.write_path(run.pipeline.model, rendering.make_path(run.pipeline, frames=9), out)
     unfinished = tmp_path / name.replace(".", ".unfinished.")
     assert [path.name for path in tmp_path.iterdir()] == [unfinished.name]
     assert len(imageio.mimread(unfinished)) == 5
@@ -244,7 +244,7 @@ def test_an_interrupt_keeps_a_shorter_video_beside(
 def test_an_interrupt_keeps_the_frames_of_a_folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(rendering, "render_frames", lambda *args: frames_until(KeyboardInterrupt(), 3))
     with pytest.raises(KeyboardInterrupt):
-        rendering.write_path(run.pipeline, rendering.make_path(run.pipeline, frames=9), tmp_path / "frames")
+        rendering.write_path(run.pipeline.model, rendering.make_path(run.pipeline, frames=9), tmp_path / "frames")
     assert sorted(path.name for path in (tmp_path / "frames").iterdir()) == [f"frame_0000{i}.png" for i in range(3)]
 
 
@@ -255,7 +255,7 @@ def test_a_failure_leaves_no_unfinished_file_and_the_old_video(
     out.write_bytes(b"the old one")
     monkeypatch.setattr(rendering, "render_frames", lambda *args: frames_until(RuntimeError("a bug"), 2))
     with pytest.raises(RuntimeError, match="a bug"):
-        rendering.write_path(run.pipeline, rendering.make_path(run.pipeline, frames=9), out)
+        rendering.write_path(run.pipeline.model, rendering.make_path(run.pipeline, frames=9), out)
     assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
     assert out.read_bytes() == b"the old one"
 

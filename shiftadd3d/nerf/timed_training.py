@@ -1,0 +1,86 @@
+"""Training for some time, however many steps that makes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from nerfstudio.engine.optimizers import Optimizers
+from nerfstudio.utils.rich_utils import CONSOLE
+from torch.optim.lr_scheduler import LambdaLR
+
+from shiftadd3d._progress import Steps, progress
+from shiftadd3d.nerf.demo import train
+from shiftadd3d.nerf.pipeline import GNTPipelineConfig
+from shiftadd3d.nerf.schedulers import WarmupCosineSchedulerConfig
+from shiftadd3d.nerf.trainer import GNTTrainer, GNTTrainerConfig
+
+
+def train_for(seconds: float, config: GNTTrainerConfig) -> Path:
+    """Train from the weights that come with the package; returns the run's config.yml.
+
+    Args:
+        seconds: how long.
+        config: of the method and its data; the run's own afterwards.
+    """
+    cast(GNTPipelineConfig, config.pipeline).warm_start = Path("pretrained")
+    config.vis = "tensorboard"
+    config.max_num_iterations = GNTTrainerConfig.max_num_iterations  # the clock stops it
+    for name in ("batch", "image", "all_images"):  # time that training would lose
+        setattr(config, f"steps_per_eval_{name}", config.max_num_iterations)
+    return train(config, functools.partial(_ClockedTrainer, seconds=seconds))
+
+
+class _ClockedTrainer(GNTTrainer):
+    """Stops after some time; learning rates fall, and the second stage comes, with the share of it that has gone.
+
+    Args:
+        config: of the run.
+        seconds: how long.
+    """
+
+    def __init__(self, config: GNTTrainerConfig, *args: Any, seconds: float, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._seconds, self._gone, self._began = seconds, 0.0, math.nan
+
+    def setup_optimizers(self) -> Optimizers:
+        optimizers = super().setup_optimizers()
+        for name, scheduler in optimizers.schedulers.items():
+            settings = self.config.optimizers[name]["scheduler"]
+            if isinstance(settings, WarmupCosineSchedulerConfig):
+                cast(LambdaLR, scheduler).lr_lambdas = [self._factor(settings)]
+        return optimizers
+
+    def _factor(self, settings: WarmupCosineSchedulerConfig) -> Callable[[int], float]:
+        def factor(step: int) -> float:
+            decay = 0.5 * (1.0 + math.cos(math.pi * self.share_done(step)))
+            warmup = min(1.0, (step + 1) / max(settings.warmup_steps, 1))
+            return warmup * (settings.final_fraction + (1.0 - settings.final_fraction) * decay)
+
+        return factor
+
+    def train(self) -> None:
+        with progress("Training", max(1, round(self._seconds)), unit="seconds", console=CONSOLE) as self._clock:
+            super().train()
+
+    def _show_progress(self) -> contextlib.AbstractContextManager[Steps]:
+        return progress("steps", 0, disable=True)  # nobody knows how many there will be
+
+    def share_done(self, step: int) -> float:
+        return min(1.0, self._gone / self._seconds)
+
+    def train_iteration(self, step: int) -> Any:
+        if math.isnan(self._began):
+            self._began = time.monotonic()
+        result = super().train_iteration(step)
+        self._gone = time.monotonic() - self._began
+        self.stop_training = self._gone >= self._seconds
+        gone = min(round(self._gone), self._clock.total) - self._clock.done
+        if gone > 0:
+            self._clock.advance(gone, status=f"step {step + 1}, loss {result[0].item():.4f}")
+        return result
