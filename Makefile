@@ -19,6 +19,10 @@ pip_index = $(BIN)/python -m pip config list 2>/dev/null | sed -n "s/^global.ind
 export_index = index="$${UV_DEFAULT_INDEX:-$${UV_INDEX_URL:-$${PIP_INDEX_URL:-$$($(pip_index))}}}"; \
 	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi
 
+# A process that the system kills says nothing itself, and make's own line is easily taken for the work's.
+say_killed = [ $$code -le 128 ] || [ $$code -eq 130 ] || \
+	echo "error: signal $$((code - 128)) ended this; 9 is what the system sends when memory runs out" >&2
+
 .DEFAULT_GOAL := help
 .PHONY: help setup test demo lint format lock clean
 .DELETE_ON_ERROR:
@@ -32,7 +36,7 @@ test: $(INSTALLED) ## run the tests (PYTEST_ARGS="-m slow", PYTEST_ARGS=tests/nn
 	$(BIN)/pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 demo: $(INSTALLED) ## render the embedded scene untrained, train shiftadd-gnt-tiny on it, render again and make a video
-	$(BIN)/shiftadd3d demo
+	@$(BIN)/shiftadd3d demo || { code=$$?; $(say_killed); exit $$code; }
 
 lint: $(INSTALLED) ## ruff, basedpyright and the import contracts
 	$(BIN)/ruff check .

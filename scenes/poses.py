@@ -6,6 +6,8 @@ Everything that took long is in COLMAP's database, so that an interrupted run go
 from __future__ import annotations
 
 import importlib.util
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +82,14 @@ class Poses:
     """Mean distance in pixels between where a point is seen and where it should be."""
 
 
+def _take_sigterm_back() -> None:
+    """Give Python's handler its place again: pycolmap's, there once it is imported, shows a stack and aborts."""
+    if threading.current_thread() is threading.main_thread():
+        handler = signal.getsignal(signal.SIGTERM)
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)
+
+
 def need_pycolmap() -> None:
     """Raises: UserError: pycolmap is not installed."""
     if importlib.util.find_spec("pycolmap") is None:
@@ -117,6 +127,7 @@ def find_poses(
     need_pycolmap()
     import pycolmap
 
+    _take_sigterm_back()
     # Its log is for people who know COLMAP; what went wrong is told below.
     pycolmap.logging.minloglevel = pycolmap.logging.FATAL.value
     pycolmap.set_random_seed(seed)

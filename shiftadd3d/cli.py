@@ -11,12 +11,15 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
+import signal
 import sys
+import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
@@ -844,6 +847,37 @@ def _let_presets_speak(app: tyro.extras.SubcommandApp, args: Sequence[str]) -> N
     app.command(name="finetune", help=inspect.getdoc(Finetune))(finetune)
 
 
+@contextlib.contextmanager
+def _never_ended_without_a_word() -> Iterator[None]:
+    """Let signals that ask a process to end, which would end it at once and without a word, do what Ctrl-C does.
+
+    A shutdown sends SIGTERM, a terminal that closes SIGHUP. The second one of a kind ends the process at once.
+    """
+    ours: list[int] = []
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # the terminal may be what has gone
+            print(f"{signal.Signals(number).name} came: ending as after Ctrl-C", file=sys.stderr, flush=True)
+        if callable(signal.getsignal(signal.SIGINT)):  # also what holds Ctrl-C back while something is done whole
+            signal.raise_signal(signal.SIGINT)
+        else:  # ignored, as in a script's background
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            # Whoever has it ignored (nohup) or handled has a reason.
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, interrupt)
+                ours.append(number)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
@@ -861,7 +895,8 @@ def main(args: Sequence[str] | None = None) -> int:
         _let_presets_speak(app, args[1:])
     verb = cast(Verb, app.cli(prog="shiftadd3d", description=__doc__, args=args))
     try:
-        verb.run()
+        with _never_ended_without_a_word():
+            verb.run()
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1

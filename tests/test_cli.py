@@ -6,9 +6,13 @@ import ast
 import inspect
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,6 +117,38 @@ def test_an_interrupt_prints_one_line_and_exits_with_130(
     monkeypatch.setattr(cli.Info, "run", interrupt)
     assert cli.main(["info"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signals")
+@pytest.mark.parametrize("sigint", [signal.default_int_handler, signal.SIG_IGN])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_that_ends_a_process_says_so_and_does_what_ctrl_c_does(
+    name: str, sigint: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    number = signal.Signals[name]
+
+    def work(self: cli.Info) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    monkeypatch.setattr(cli.Info, "run", work)
+    before = signal.signal(signal.SIGINT, sigint)
+    try:
+        assert cli.main(["info"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == f"{name} came: ending as after Ctrl-C\ninterrupted\n"
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
+def test_under_nohup_a_terminal_that_closes_ends_nothing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli.Info, "run", lambda self: os.kill(os.getpid(), signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert cli.main(["info"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_info_prints_and_writes_the_same_facts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -178,6 +178,24 @@ def test_setup_without_a_fitting_python_says_so_in_one_line(python: str, reposit
     assert not (tmp_path / ".venv").exists()
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize(
+    ("ends", "complaint"),
+    [("kill -9 $$", "error: signal 9 ended this; 9 is what the system sends when memory runs out"), ("exit 1", "")],
+)
+def test_a_demo_that_is_killed_is_said_to_have_been(ends: str, complaint: str, repository: Path, tmp_path: Path):
+    (tmp_path / "bin").mkdir()
+    for name, content in (("bin/uv", ""), ("bin/shiftadd3d", f"#!/bin/sh\n{ends}\n"), (".installed", "")):
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    result = subprocess.run(
+        ["make", "demo", f"VENV={tmp_path}"], cwd=repository, capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert errors == ([complaint] if complaint else [])
+
+
 def test_no_file_names_a_package_index_or_a_place_on_one_machine(repository: Path):
     # In pieces, so that this file names none either.
     hosts = "|".join(rf"{name}\.org" for name in ("pypi", "pythonhosted", "download.pytorch", "anaconda", "npmjs"))

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +162,25 @@ def test_an_interrupted_run_goes_on_from_its_database(tmp_path: Path, monkeypatc
     monkeypatch.setattr(pycolmap, "match_image_pairs", again)
     assert scene_from_photos(photos, out).registered == 25
     assert not (tmp_path / ".scene.from-photos").exists()
+
+
+def test_sigterm_after_poses_were_found_is_still_pythons_to_handle(tmp_path: Path):
+    """pycolmap would show a stack and abort."""
+    code = """
+import os, signal, sys
+from pathlib import Path
+from shiftadd3d import UserError
+from shiftadd3d.scenes import poses
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("as asked"))
+work = Path(sys.argv[1])
+try:
+    poses.find_poses([], work, work, in_sequence=False, lens=None, threads=1, seed=0, console=None)
+except Exception:  # without photos there is nothing to find
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pause()
+"""
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (1, "as asked\n")
 
 
 def test_a_damaged_database_is_made_again(tmp_path: Path):
