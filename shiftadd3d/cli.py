@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
+import shlex
 import signal
 import sys
 import threading
@@ -718,7 +719,8 @@ class FromPhotos(FromPhotosOptions, Verb):
         console = Console()
         report = scene_from_photos(self.source, self.out, options, console)
         console.print(report, soft_wrap=True)
-        console.print(f"train on it: ns-train shiftadd-gnt-tiny --data {self.out}", soft_wrap=True, highlight=False)
+        command = shlex.join(["ns-train", "shiftadd-gnt-tiny", "--data", str(self.out)])
+        console.print(f"train on it: {command}", soft_wrap=True, highlight=False, markup=False)
         if self.json is not None:
             write_json(self.json, report.as_dict())
 

@@ -4,6 +4,7 @@ render them again, compare with trivial renderers, make a video."""
 from __future__ import annotations
 
 import copy
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -217,14 +218,14 @@ def _show(facts: dict[str, Any], run: Run, metrics_file: Path) -> None:
         "Curves": f"tensorboard --logdir {facts['files']['tensorboard']}",
     }
     for name, value in files.items():
-        CONSOLE.print(f"{name + ':':<12}{value}", soft_wrap=True, highlight=False)
-    config = facts["files"]["config"]
+        CONSOLE.print(f"{name + ':':<12}{value}", soft_wrap=True, highlight=False, markup=False)
+    config, demo = facts["files"]["config"], metrics_file.parent
     CONSOLE.print(f"Trained in {facts['training_seconds']:.0f} s. Go on with:", highlight=False)
-    for command in (
-        f"ns-viewer --load-config {config}",
-        f"ns-eval --load-config {config} --output-path {metrics_file.parent / 'eval.json'}",
-        f"shiftadd3d render --load-config {config} --path spiral --out {metrics_file.parent / 'spiral.mp4'}",
-        f"ns-train {facts['method']} --load-dir {run.checkpoint.parent} --data {facts['scene']} "
-        f"--max-num-iterations {2 * facts['steps']}",
+    train_on = ["ns-train", facts["method"], "--load-dir", str(run.checkpoint.parent), "--data", facts["scene"]]
+    for words in (
+        ["ns-viewer", "--load-config", config],
+        ["ns-eval", "--load-config", config, "--output-path", str(demo / "eval.json")],
+        ["shiftadd3d", "render", "--load-config", config, "--path", "spiral", "--out", str(demo / "spiral.mp4")],
+        [*train_on, "--max-num-iterations", str(2 * facts["steps"])],
     ):
-        CONSOLE.print(f"  {command}", soft_wrap=True, highlight=False)
+        CONSOLE.print(f"  {shlex.join(words)}", soft_wrap=True, highlight=False, markup=False)

@@ -295,11 +295,15 @@ def _say(line: str) -> None:
     CONSOLE.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
+def _took(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 600.0 else duration(seconds)
+
+
 def _show(facts: dict[str, Any], method: PretrainedMethod, out: Path, options: MovieOptions) -> None:
     scene, run = facts["scene"], facts["run"]
     width, height = facts["size"]
-    steps = ", ".join(f"{step} {duration(value)}" for step, value in facts["seconds"].items())
-    took = f"{duration(sum(facts['seconds'].values()))}: {steps}"
+    steps = ", ".join(f"{step} {_took(value)}" for step, value in facts["seconds"].items())
+    took = f"{_took(sum(facts['seconds'].values()))}: {steps}"
     _say(f"Movie:   {out}, {facts['frames']} frames of {width}x{height} pixels")
     _say(f"Scene:   {scene}")
     if run is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def test_demo_leaves_a_video_a_comparison_and_numbers(
 ):
     monkeypatch.setattr(methods.shiftadd_gnt_tiny, "config", config)
     monkeypatch.setattr(writer, "EVENT_WRITERS", [])  # not those of a run before, in this process
-    out = tmp_path / "out"
+    out = tmp_path / "my out"
     args = ["demo", "--output-dir", str(out), "--steps", "2", "--data", str(tiny_scene), "--frames", "3"]
     assert cli.main(args) == 0
     facts = json.loads((out / "demo/metrics.json").read_text())
@@ -59,7 +60,10 @@ def test_demo_leaves_a_video_a_comparison_and_numbers(
     assert "copy of the nearest source view" in text
     for network in ("untrained", "model"):
         assert f"{facts[network]['psnr']:.2f}" in text
-    assert f"ns-viewer --load-config {facts['files']['config']}" in text
+    commands = [shlex.split(line) for line in text.rpartition("Go on with:")[2].splitlines() if line.strip()]
+    assert [words[0] for words in commands] == ["ns-viewer", "ns-eval", "shiftadd3d", "ns-train"]
+    assert all(facts["files"]["config"] in words for words in commands[:3]), "typed as printed, spaces and all"
+    assert str(Path(facts["files"]["checkpoint"]).parent) in commands[3] and str(tiny_scene) in commands[3]
     # Reading nothing from the network is the demo's choice, not the run's.
     assert "LPIPS" not in text
     assert read_config(Path(facts["files"]["config"])).pipeline.model.lpips

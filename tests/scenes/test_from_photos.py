@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -119,6 +120,13 @@ def test_a_scene_that_is_there_is_not_made_again_and_nothing_else_is_overwritten
     with pytest.raises(UserError, match="exists, and is no scene"):
         scene_from_photos(photos, photos)
     assert not list(made.parent.glob(".*"))
+
+
+def test_the_next_command_can_be_typed_as_it_is_printed(made: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["scenes", "from-photos", str(made.parent / "photos"), "--out", str(made)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("train on it: "))
+    words = shlex.split(line.removeprefix("train on it: "))
+    assert " " in str(made) and words == ["ns-train", "shiftadd-gnt-tiny", "--data", str(made)]
 
 
 @pytest.mark.slow
