@@ -202,6 +202,7 @@ def render_report(results: list[dict[str, Any]], template: str) -> str:
         "levels": levels_table(results),
         "assumptions": assumptions(results),
         "nearest": nearest(results),
+        "deciding": deciding(results),
         "settings": "\n".join(f"- {MODELS[facts['model']]}: {facts['setting']}." for facts in results),
         "commands": command_block("energy", results),
         "machines": machine_list(results),
@@ -269,6 +270,21 @@ def nearest(results: list[dict[str, Any]]) -> str:
         reached = saved(facts, best["accelerator"], "accelerator") >= CLAIM
         verdict = "reached" if reached else "not reached"
         lines.append(f"- {MODELS[facts['model']]}: {', '.join(texts)}; {CLAIM:.1%} by (c) {verdict}.")
+    return "\n".join(lines) or NOT_MEASURED
+
+
+def deciding(results: list[dict[str, Any]], recipe: str = "add+shift") -> str:
+    """Which single assumption changes the most what a recipe saves by (c)."""
+    lines = []
+    for facts in results:
+        if facts["variants"]:
+            first, *others = (variant for variant in facts["variants"] if "together" not in variant["assumption"])
+            before = first["saved"][recipe]
+            most = max(others, key=lambda variant: abs(variant["saved"][recipe] - before))
+            lines.append(
+                f"- {MODELS[facts['model']]}: {most['assumption']}, with which `{recipe}` saves "
+                f"{most['saved'][recipe]:.1%} instead of {before:.1%}."
+            )
     return "\n".join(lines) or NOT_MEASURED
 
 

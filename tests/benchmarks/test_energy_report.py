@@ -36,3 +36,12 @@ def test_savings_and_the_verdict_follow_from_the_numbers(energy: ModuleType) -> 
     rows[2]["pj"]["accelerator"] = 60
     assert "42.9% by (c) not reached" in energy.nearest([facts])
     assert energy.assumptions([facts]) == energy.NOT_MEASURED
+
+
+def test_the_deciding_assumption_is_the_one_that_changes_the_most(energy: ModuleType) -> None:
+    names = ("as it is", "DRAM at half", "twice the buffer", "the last three together")
+    saved = (0.3, 0.35, 0.1, 0.9)  # less is a change as well, and several at once are not one
+    variants = [{"assumption": n, "pj": 1, "saved": {"add+shift": s}} for n, s in zip(names, saved, strict=True)]
+    text = energy.deciding([{"model": "pvt_v2_b1", "variants": variants}])
+    assert text == "- PVT v2-b1: twice the buffer, with which `add+shift` saves 10.0% instead of 30.0%."
+    assert energy.deciding([{"model": "pvt_v2_b1", "variants": []}]) == energy.NOT_MEASURED
