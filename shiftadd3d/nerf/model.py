@@ -36,6 +36,7 @@ from shiftadd3d.nerf.source_bank import PROJECTIONS, DrawnSources, SourceBank, m
 from shiftadd3d.nerf.source_bank import SourceViews as BankViews
 from shiftadd3d.nerf.warm_start import load_dense_weights
 from shiftadd3d.nn import MoE, Recipe, collect_moe_losses, freeze_, reparameterize_, router_statistics
+from shiftadd3d.nn.routing import keep_routing, ray_shares
 
 if TYPE_CHECKING:
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -177,6 +178,7 @@ class GNTNerfModel(Model):
     def freeze(self) -> None:
         """Go to the form for inference of this stage (`freeze_`), from which there is no way back."""
         freeze_(self.gnt, verbose=False)
+        keep_routing(self.gnt)
         self._is_frozen = True
         self._forget_what_was_made()
 
@@ -190,6 +192,7 @@ class GNTNerfModel(Model):
             network = copy.deepcopy(self.gnt)
             with contextlib.suppress(UserError):  # what cannot be frozen can be evaluated as it is
                 freeze_(network, verbose=False)
+            keep_routing(network)
             self._frozen_copy = (network,)
         return self._frozen_copy[0]
 
@@ -282,8 +285,9 @@ class GNTNerfModel(Model):
                 (`group_rays`).
 
         Returns:
-            `rgb` [rays, 3], `depth` [rays, 1] along the ray, `accumulation` [rays, 1], and in training what the losses
-            need.
+            `rgb` [rays, 3], `depth` [rays, 1] along the ray, `accumulation` [rays, 1]; in training what the losses
+            need, and in evaluation, where there are mixtures, `routing` [rays, 1]: the share of a ray's samples that
+            these sent to the multiplying expert, the mean over them.
         """
         if "source_ids" not in ray_bundle.metadata:
             return self._get_outputs_by_group(ray_bundle)
@@ -322,7 +326,8 @@ class GNTNerfModel(Model):
             rays = (origins, directions, length, near, far)
             parts = [self._render(sources, *chunk) for chunk in zip(*(ray.split(at_once) for ray in rays), strict=True)]
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        out = self._network()(
+        network = self._network()
+        out = network(
             sources,
             origins,
             directions * length,
@@ -338,6 +343,8 @@ class GNTNerfModel(Model):
             "depth": out["depth"][:, None] * length,
             "accumulation": out["accumulation"][:, None],
         }
+        if not self.training and (shares := ray_shares(network, len(origins))):
+            outputs["routing"] = torch.stack(list(shares.values())).mean(dim=0)[:, None]
         if self.training:
             for name in ("coarse", "proposal"):
                 if out.get(name):
@@ -383,6 +390,35 @@ class GNTNerfModel(Model):
                 for expert, share in zip(statistics["experts"], statistics["last_shares"], strict=False):
                     metrics[f"router/{layer}/{expert}"] = torch.as_tensor(share)
         return metrics
+
+    @torch.no_grad()
+    def network_inputs(self, camera: Cameras, size: tuple[int, int]) -> dict[str, Any]:
+        """What `gnt` is called with to render a camera, as keyword arguments; in evaluation.
+
+        Args:
+            camera: one, perspective or fisheye.
+            size: rows and columns of rays, evenly over the picture.
+        """
+        rays = camera.generate_rays(camera_indices=0, keep_shape=True)
+        mend_fisheye_rays(rays, camera)
+        rows, columns = (
+            torch.linspace(0, length - 1, count).round().long() for length, count in zip(rays.shape, size, strict=True)
+        )
+        rays = rays[rows[:, None], columns].flatten()
+        ids = self._get_bank().nearest(
+            opencv_cameras(camera)[1][0], self._num_source_views, exclude_same_pose=not self.use_own_view
+        )
+        near, far = self.near_far.expand(len(rays), 2).unbind(dim=1)
+        return {
+            "sources": self._carved(ids.to(rays.origins.device), rays.origins[0]),
+            "origins": rays.origins,
+            "directions": rays.directions * rays.metadata["directions_norm"],
+            "near": near,
+            "far": far,
+            "num_samples": self.config.num_samples,
+            "inverse_depth": self.config.inverse_depth,
+            "num_importance": self.config.num_importance,
+        }
 
     @torch.no_grad()
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:

@@ -252,7 +252,8 @@ def picture(
     """
     for name in names:
         if name not in outputs:
-            raise UserError(f"--outputs {name}: no such output; expected some of {', '.join(sorted(outputs))}")
+            why = "a run without mixtures of experts has no such output" if name == "routing" else "no such output"
+            raise UserError(f"--outputs {name}: {why}; expected some of {', '.join(sorted(outputs))}")
     return np.concatenate([to_bytes(_colours(name, outputs[name], near_far)) for name in names], axis=1)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from shiftadd3d.nn.routing import RoutingMap
 from shiftadd3d.vision.checkpoint import write_atomically
 from shiftadd3d.vision.metrics import ClassificationMetrics
-from shiftadd3d.vision.routing import RoutingMap
 
 _MOST_LABELLED_CLASSES = 40
 _MOST_NUMBERED_CLASSES = 25

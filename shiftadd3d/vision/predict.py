@@ -13,12 +13,12 @@ from rich.console import Console
 from torch import nn
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.nn.routing import RoutingMap, keep_routing, routing_maps
 from shiftadd3d.vision.checkpoint import ClassifierConfig, load
 from shiftadd3d.vision.data import Skipped, decode_picture, eval_transform, skipped_files, to_rgb
 from shiftadd3d.vision.distributed import choose_device
 from shiftadd3d.vision.files import describe_unread, find_files, usual_suffixes
 from shiftadd3d.vision.pictures import save_labelled, save_routing
-from shiftadd3d.vision.routing import RoutingMap, keep_routing, routing_maps
 
 _TOP = 5
 

@@ -25,6 +25,7 @@ from shiftadd3d.nerf.runs import Run, load_run
 from shiftadd3d.nn import FrozenModule, FrozenMoE, MoEMlp, PackedShiftLinear, ShiftLinear
 
 SMALL = ("--scale", "0.5")
+RAYS = ("origins", "directions", "near", "far")
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,29 @@ def test_a_network_that_is_only_to_render_is_frozen_and_shows_the_same_picture(
     with torch.no_grad(), numerics("twin"):
         shown, expected = (model.eval().get_outputs_for_camera(camera)["rgb"] for model in (frozen, trainable))
     assert torch.equal(shown, expected)
+
+
+def test_routing_is_the_share_of_samples_at_the_multiplying_expert(run: Run, tiny_run: Path):
+    model = run.pipeline.model
+    camera = run.pipeline.datamanager.train_dataset.cameras[:1]
+    shown = model.get_outputs_for_camera(camera)["routing"]
+    assert shown.shape == (int(camera.height), int(camera.width), 1)
+    assert 0 <= shown.min() < shown.max() <= 1
+    # One ray by itself, and what each mixture was seen to do with its samples.
+    inputs = model.network_inputs(camera, shown.shape[:2])
+    at = int((shown.flatten() - 0.5).abs().argmax())
+    with torch.no_grad():
+        model.gnt(**{name: x[at : at + 1] if name in RAYS else x for name, x in inputs.items()})
+    shares = [
+        (module.last_assignment == 0).float().mean() for module in model.gnt.modules() if isinstance(module, FrozenMoE)
+    ]
+    assert len(shares) > 1
+    assert float(shown.flatten()[at]) == pytest.approx(float(torch.stack(shares).mean()), abs=0.05)
+
+
+def test_a_network_without_mixtures_has_no_routing(run: Run):
+    with pytest.raises(UserError, match="--outputs routing: a run without mixtures of experts has no such output"):
+        rendering.picture({"rgb": torch.zeros(2, 2, 3)}, ["routing"], (1.0, 2.0))
 
 
 def test_while_a_network_trains_a_frozen_copy_of_it_renders(run: Run, tiny_run: Path, monkeypatch: pytest.MonkeyPatch):
@@ -205,7 +229,7 @@ def test_outputs_stand_side_by_side_in_png_frames_and_stale_ones_go(tiny_run: Pa
     (out / "frame_00007.png").write_text("of an earlier, longer path")
     (out / "notes.txt").write_text("mine")
     args = ["render", "--load-config", str(tiny_run), "--out", str(out), "--path", "train", "--frames", "2"]
-    assert cli.main([*args, "--outputs", "rgb", "depth", "accumulation", *SMALL]) == 0
+    assert cli.main([*args, "--outputs", "rgb", "depth", "routing", *SMALL]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["frame_00000.png", "frame_00001.png", "notes.txt"]
     frame = imageio.imread(out / "frame_00001.png")
     assert frame.shape == (24, 3 * 32, 3)

@@ -19,12 +19,12 @@ from bounds import assert_within, network_bound
 from shiftadd3d import UserError, cli
 from shiftadd3d.kernels import numerics
 from shiftadd3d.nn import MoEMlp, freeze_, recipe
+from shiftadd3d.nn.routing import RoutingMap, routing_maps
 from shiftadd3d.vision import predict as predict_module
 from shiftadd3d.vision.checkpoint import ClassifierConfig, create_classifier, save_classifier
 from shiftadd3d.vision.data import eval_transform
 from shiftadd3d.vision.pictures import save_curves, save_routing
 from shiftadd3d.vision.predict import camera_frame, predict
-from shiftadd3d.vision.routing import RoutingMap, routing_maps
 
 SavePicture = Callable[..., None]
 

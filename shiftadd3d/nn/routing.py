@@ -1,4 +1,4 @@
-"""Which patches of a picture each mixture of experts sent where.
+"""Which patches of a picture, or samples of a ray, each mixture of experts sent where.
 
 Source: You et al., ShiftAddViT (NeurIPS 2023), section 5 and its figure of token dispatch.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
-from shiftadd3d.nn import FrozenMoE, MoE
+from shiftadd3d.nn.moe import FrozenMoE, MoE
 
 
 class RoutingMap(NamedTuple):
@@ -38,6 +38,24 @@ def routing_maps(model: nn.Module) -> tuple[RoutingMap, ...]:
             if grid is not None:
                 maps.append(RoutingMap(name, module.expert_names, grid.numpy()))
     return tuple(maps)
+
+
+def ray_shares(model: nn.Module, rays: int) -> dict[str, Tensor]:
+    """Of the last forward pass, which share of each ray's tokens a mixture sent to its first expert.
+
+    Args:
+        model: whose mixtures see tokens [rays, ...]: samples, or what source views show at them.
+        rays: R; mixtures that saw something else are left out.
+
+    Returns:
+        By qualified name, [R] float32 from 0 to 1.
+    """
+    return {
+        name: (module.last_assignment == 0).flatten(1).float().mean(1)
+        for name, module in model.named_modules()
+        if isinstance(module, (MoE, FrozenMoE)) and module.last_assignment is not None
+        if module.last_assignment.dim() > 1 and len(module.last_assignment) == rays
+    }
 
 
 def keep_routing(model: nn.Module) -> None:
