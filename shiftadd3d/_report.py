@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -19,11 +20,26 @@ def write_json(path: Path, facts: Any) -> None:
     Raises:
         UserError: When the file cannot be written.
     """
-    text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+    write_text(path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all; missing folders are made.
+
+    Raises:
+        UserError: When the file cannot be written.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        if path.exists() and not path.is_file():  # a pipe, or /dev/stdout: nothing can take its place
+            path.write_text(text, encoding="utf-8")
+            return
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror or error}; name a file in a writable folder") from error
 
 

@@ -109,7 +109,8 @@ class Render(Verb):
     scale: float = 1.0
     """Pixels on a side, as a multiple of the photographs'."""
     outputs: tuple[str, ...] = ("rgb",)
-    """What to show, side by side: rgb, depth, accumulation."""
+    """What to show, side by side: rgb, depth, accumulation and, of a run with mixtures of experts, routing: how many of
+    a pixel's samples went to the multiplying expert (red) and to the shifting one (blue)."""
 
     def run(self) -> None:
         """Load the run, render, write."""
@@ -751,8 +752,9 @@ class Profile(Verb):
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """gnt-tiny, gnt, gnt-big, timm's names, such as deit_tiny_patch16_224 or pvt_v2_b0, or folders of classifiers that
-    `finetune` saved: these in their own recipe, beside mult, with the routers that they have."""
+    """gnt-tiny, gnt, gnt-big, timm's names, such as deit_tiny_patch16_224 or pvt_v2_b0; or what was saved: folders of
+    classifiers that `finetune` wrote, and folders or config.yml of nerfstudio runs (open only your own: reading one can
+    run code). These are in their own recipe, beside mult, with the routers that they have."""
     recipes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RECIPE")] = (
         "mult",
         "add",
@@ -764,34 +766,71 @@ class Profile(Verb):
     """Elements, buffer and energies of another accelerator; shiftadd3d/profile/accelerator.toml is the one to start
     from."""
     rays: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Rays in a batch of a GNT. If not set, those of a training step."""
+    """Rays in a batch of a GNT. If not set, those of a training step, or some 800 of a run's first test view."""
+    latency: Annotated[tuple[Literal["eager", "frozen"], ...] | None, tyro.conf.arg(metavar="FORM ...")] = None
+    """Also time them here, as a whole and part by part: as they are (eager), as `freeze_` leaves them (frozen). If not
+    set, both with --html, and nothing without."""
+    quality: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE.json ...")] = ()
+    """JSON files of evaluations (of `evaluate`, `eval-scenes` or ns-eval), to set quality against energy and latency;
+    RECIPE=FILE.json or MODEL:RECIPE=FILE.json where a file does not say what it is of."""
     modules: bool = False
     """Show every module of every model, too."""
+    html: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html")] = None
+    """Write a page with tables and charts to this file; it needs no network."""
     json: JsonFile = None
     """Write the same facts, module by module, to this JSON file, too."""
 
     def run(self) -> None:
-        """Print the tables."""
+        """Print the tables, write the files."""
+        from shiftadd3d._claim import claimed
+
+        with contextlib.ExitStack() as places:  # what cannot be written is said before anything is counted
+            for option in ("html", "json"):
+                if (file := getattr(self, option)) is not None:
+                    if file.is_dir():
+                        raise UserError(f"--{option} {file}: a folder is in the way; expected a file name")
+                    places.enter_context(claimed(file, f"--{option}", file=True))
+            self._profile()
+
+    def _profile(self) -> None:
         from rich.console import Console
 
-        from shiftadd3d._report import write_json
+        from shiftadd3d._report import write_json, write_text
         from shiftadd3d.profile.accelerator import load_accelerator
         from shiftadd3d.profile.model_report import profile
+        from shiftadd3d.profile.quality import read_evaluation
         from shiftadd3d.profile.subjects import subject
 
         accelerator = load_accelerator(self.accelerator)
-        subjects = [
-            _saved_classifier(Path(name)) if Path(name).is_dir() else subject(name, self.rays) for name in self.models
-        ]
-        report = profile(subjects, self.recipes, accelerator=accelerator)
+        evaluations = [read_evaluation(word) for word in self.quality]
+        forms = self.latency if self.latency is not None else ("eager", "frozen") if self.html is not None else ()
+        subjects = [_saved(Path(name), self.rays) or subject(name, self.rays) for name in self.models]
+        report = profile(subjects, self.recipes, accelerator=accelerator, forms=forms, evaluations=evaluations)
         console = Console()
         if self.modules:
             for each in report.profiles:
                 console.rule(f"{each.model}, {each.recipe}")
                 console.print(each.operations)
         console.print(report)
+        facts = report.as_dict()
+        if self.html is not None:
+            from shiftadd3d.profile.page import render_page
+
+            write_text(self.html, render_page(facts))
         if self.json is not None:
-            write_json(self.json, report.as_dict())
+            write_json(self.json, facts)
+
+
+def _saved(place: Path, rays: int | None) -> Subject | None:
+    """A classifier's folder, or a nerfstudio run's folder or config.yml; None where nothing lies at `place`."""
+    config = place / "config.yml" if place.is_dir() else place
+    if config.suffix in (".yml", ".yaml") and config.is_file():
+        return _saved_run(config, rays, str(place))
+    if place.is_dir():
+        return _saved_classifier(place)
+    if place.suffix in (".yml", ".yaml") or (len(place.parts) > 1 and ":" not in str(place)):  # timm has hf-hub:a/b
+        raise UserError(f"{place}: no such file or folder; expected a config.yml, or a folder of a classifier or run")
+    return None
 
 
 def _saved_classifier(folder: Path) -> Subject:
@@ -809,8 +848,50 @@ def _saved_classifier(folder: Path) -> Subject:
     def make(recipe: str) -> nn.Module:
         return saved if recipe == own else create_dense(replace(config, recipe=None, frozen=False)).eval()
 
-    recipes = tuple(dict.fromkeys(("mult", own)))
-    return Subject(str(folder), make, lambda model: random_picture(size), 1, "picture", picture_setting(size), recipes)
+    return Subject(
+        str(folder),
+        make,
+        lambda model: random_picture(size),
+        1,
+        "picture",
+        picture_setting(size),
+        recipes=tuple(dict.fromkeys(("mult", own))),
+        weights="saved ones, and random ones with multiplications only",
+    )
+
+
+def _saved_run(config: Path, rays: int | None, name: str) -> Subject:
+    """The network of a nerfstudio run with rays of its first test view, and the same with multiplications."""
+    _need_nerfstudio()
+    from torch import nn
+
+    from shiftadd3d.models.gnt import GNTModel
+    from shiftadd3d.nerf.runs import load_run
+    from shiftadd3d.profile.subjects import Subject, ray_grid
+
+    pipeline = load_run(config).pipeline
+    model, views = pipeline.model, pipeline.datamanager
+    own = model.config.recipe
+    camera = views.eval_dataset.cameras[0:1]
+    grid = ray_grid(int(camera.height), int(camera.width), rays)
+    inputs = model.network_inputs(camera.to(pipeline.device), grid)
+
+    def make(recipe: str) -> nn.Module:
+        return model.gnt if recipe == own else GNTModel(model.config.gnt).to(pipeline.device).eval()
+
+    samples, sources = inputs["num_samples"], len(inputs["sources"].images)
+    return Subject(
+        name,
+        make,
+        lambda network: inputs,
+        grid[0] * grid[1],
+        "ray",
+        f"{grid[0]} x {grid[1]} rays of a view, {samples} samples a ray, {sources} source views, features of these "
+        "encoded beforehand",
+        recipes=tuple(dict.fromkeys(("mult", own))),
+        weights="saved ones, and random ones with multiplications only",
+        grid=grid,
+    )
 
 
 def _need_nerfstudio() -> None:

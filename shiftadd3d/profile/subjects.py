@@ -29,6 +29,7 @@ GNT_MODELS: dict[str, tuple[GNTConfig, int, int, int]] = {
 # their size does not matter.
 _SOURCE_SIZE = 32
 _FOCAL = 32.0
+_RAYS_OF_A_VIEW = 800
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Subject:
     setting: str
     recipes: tuple[str, ...] | None = None
     """The recipes that there are of it, where these are not whatever is asked for."""
+    weights: str = "random weights"
+    """Where weights come from: routers without training send tokens anywhere."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of the picture that rays are of, row by row."""
 
 
 def picture_setting(size: tuple[int, ...]) -> str:
@@ -56,6 +61,17 @@ def picture_setting(size: tuple[int, ...]) -> str:
 def random_picture(size: tuple[int, ...]) -> Tensor:
     """One picture [1, C, H, W] of noise, the same each time."""
     return torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+
+
+def ray_grid(height: int, width: int, rays: int | None = None) -> tuple[int, int]:
+    """Rows and columns of about so many rays, 800 if not given, that are spread evenly over a picture of this size.
+
+    Raises:
+        UserError: fewer than one ray.
+    """
+    rays = _RAYS_OF_A_VIEW if rays is None else _at_least_one(rays)
+    rows = min(height, max(1, round((rays * height / width) ** 0.5)))
+    return rows, min(width, max(1, round(rays / rows)))
 
 
 def subject(name: str, rays: int | None = None) -> Subject:
@@ -82,11 +98,15 @@ def subject(name: str, rays: int | None = None) -> Subject:
     return Subject(name, make, lambda model: random_picture(size), 1, "picture", picture_setting(size))
 
 
+def _at_least_one(rays: int) -> int:
+    if rays < 1:
+        raise UserError(f"a batch needs at least one ray, not {rays}")
+    return rays
+
+
 def _gnt(name: str, rays: int | None) -> Subject:
     config, batch_rays, samples, views = GNT_MODELS[name]
-    batch_rays = batch_rays if rays is None else rays
-    if batch_rays < 1:
-        raise UserError(f"a batch needs at least one ray, not {batch_rays}")
+    batch_rays = batch_rays if rays is None else _at_least_one(rays)
 
     def make(recipe: str) -> nn.Module:
         torch.manual_seed(0)

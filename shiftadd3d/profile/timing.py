@@ -23,7 +23,7 @@ import torch
 
 from shiftadd3d._errors import UserError
 
-__all__ = ["Spread", "copy_rate", "interleaved", "product_rate"]
+__all__ = ["Spread", "clock", "copy_rate", "interleaved", "product_rate"]
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 25
 # A round calls a short function again and again for so long: clocks tick in fractions of a microsecond.
 _SECONDS_OF_A_ROUND = 0.004
@@ -70,14 +70,19 @@ def interleaved(
     return {name: _spread(values) for name, values in samples.items()}
 
 
+def clock() -> Callable[[], float]:
+    """What tells seconds on a CPU: of this thread where it is the only one, of the wall where several have to wait."""
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def _cpu_sampler(functions: Mapping[str, Callable[[], Any]]) -> Callable[[str, Callable[[], Any]], float]:
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    now = clock()
 
     def seconds(function: Callable[[], Any], calls: int) -> float:
-        began = clock()
+        began = now()
         for _ in range(calls):
             function()
-        return (clock() - began) / calls
+        return (now() - began) / calls
 
     once = {name: seconds(function, 1) for name, function in functions.items()}
     calls = {name: max(1, round(_SECONDS_OF_A_ROUND / max(first, 1e-7))) for name, first in once.items()}

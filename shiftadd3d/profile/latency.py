@@ -1,0 +1,206 @@
+"""How long models take on the machine at hand, as a whole and part by part, in several forms.
+
+A form is a way to run a model: as it was made, or as `freeze_` leaves it. The forms of all recipes take turns
+(`shiftadd3d.profile.timing`). The times of parts come from calls of their own, in which hooks read the clock.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.nn import (
+    AddAttention,
+    FrozenConvMlp,
+    FrozenMlp,
+    FrozenModule,
+    FrozenMoE,
+    LayerOperations,
+    PackedShiftLayer,
+    freeze_,
+)
+from shiftadd3d.nn.activations import call_model
+from shiftadd3d.profile.meter import PackageMeter
+from shiftadd3d.profile.parts import ROOT, part_of
+from shiftadd3d.profile.timing import Spread, clock, copy_rate, interleaved, product_rate
+
+_ROUNDS_OF_PARTS = 5
+
+
+def _eager(model: nn.Module) -> nn.Module:
+    return model
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    frozen = copy.deepcopy(model)
+    freeze_(frozen, verbose=False)
+    return frozen
+
+
+FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {"eager": _eager, "frozen": _frozen}
+"""What a model becomes to be timed, by the name of the form; the model itself stays as it is."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds that one input takes."""
+
+    total: Spread
+    parts: dict[str, float]
+    """Of what each part does itself; medians. Their sum is near the total, but clocks are read in between."""
+    joules: float | None = None
+    """Measured for one input, the idle machine included; None where the machine does not measure it."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What the machine has been seen to do, with the threads that models run on."""
+
+    operations_per_second: float
+    """Multiplications and additions of float32 in a product of large matrices."""
+    bytes_per_second: float
+    """Read and written, in a copy of a large tensor."""
+    threads: int
+
+    def seconds(self, layers: Sequence[LayerOperations]) -> float:
+        """The roofline: no less time passes if products run at the peak, or if all their data, and that of elementwise
+        work, comes from memory and goes there. A kernel that fuses layers, or works in narrower formats, can be faster.
+        """
+        operations = sum(2 * layer.products for layer in layers)
+        moved = sum(
+            layer.weight_bytes + layer.input_bytes + layer.output_bytes + layer.elementwise_bytes for layer in layers
+        )
+        return max(operations / self.operations_per_second, moved / self.bytes_per_second)
+
+
+def measure_peak() -> Peak:
+    """Time torch's product of large matrices and its copy of a large tensor."""
+    return Peak(product_rate("cpu", torch.float32), copy_rate("cpu"), torch.get_num_threads())
+
+
+def measure_latencies(
+    models: Mapping[str, tuple[nn.Module, Any]], forms: Sequence[str], *, inputs: int, depth: int, seconds: float = 2.0
+) -> dict[str, dict[str, Latency]]:
+    """Time models in some forms.
+
+    Args:
+        models: by name, such as that of a recipe: the model in evaluation, and its batch.
+        forms: some of `FORMS`.
+        inputs: how many a batch holds.
+        depth: of the names of parts (`part_depth`).
+        seconds: roughly how long the whole models take turns.
+
+    Returns:
+        For each model and form, the times of one input. A model that is frozen already has no eager form.
+
+    Raises:
+        UserError: no such form, or a model that cannot be brought into it.
+    """
+    if unknown := [form for form in forms if form not in FORMS]:
+        raise UserError(f"there is no form {unknown[0]!r} of a model; expected some of {', '.join(FORMS)}")
+    runs: dict[tuple[str, str], tuple[nn.Module, Any]] = {
+        (name, form): (FORMS[form](model), batch)
+        for name, (model, batch) in models.items()
+        for form in forms
+        if form != "eager" or not _is_frozen(model)
+    }
+    calls = {f"{name} {form}": lambda run=run: call_model(*run) for (name, form), run in runs.items()}
+    found: dict[str, dict[str, Latency]] = {}
+    with torch.inference_mode():
+        for call in calls.values():
+            call()  # compiles, allocates
+        totals = interleaved(calls, seconds=seconds)
+        meter = PackageMeter.find()
+        for (name, form), (model, batch) in runs.items():
+            call = calls[f"{name} {form}"]
+            whole = totals[f"{name} {form}"]
+            total = Spread(whole.median / inputs, whole.lower / inputs, whole.upper / inputs)
+            parts = _seconds_of_parts(model, batch, depth)
+            joules = None if meter is None else meter.joules(call) / inputs
+            found.setdefault(name, {})[form] = Latency(
+                total, {part: time / inputs for part, time in parts.items()}, joules
+            )
+    return found
+
+
+def _is_frozen(model: nn.Module) -> bool:
+    packed = (PackedShiftLayer, FrozenModule, FrozenMlp, FrozenConvMlp, FrozenMoE)
+    return any(isinstance(module, packed) for module in model.modules())
+
+
+def _seconds_of_parts(model: nn.Module, batch: Any, depth: int) -> dict[str, float]:
+    """Median seconds of what each part does itself, on the whole batch."""
+    rounds: list[dict[str, float]] = []
+    with _Clock(model, depth) as clocks:
+        for _ in range(_ROUNDS_OF_PARTS):
+            clocks.own = {}
+            call_model(model, batch)
+            rounds.append(clocks.own)
+    return {part: statistics.median(each.get(part, 0.0) for each in rounds) for part in rounds[0]}
+
+
+class _Clock:
+    """While this lasts, notes down in `own` how long the parts of a model take."""
+
+    def __init__(self, model: nn.Module, depth: int) -> None:
+        self.own: dict[str, float] = {}
+        self._running: list[list[float]] = []  # when it began, and how long those inside took
+        self._handles: list[Any] = []
+        self._clock = clock()
+        self._depth = depth
+        self._model = model
+
+    def __enter__(self) -> _Clock:
+        for name, module in _outside_kernels(self._model, self._depth).items():
+            self._handles.append(module.register_forward_pre_hook(self._begin))
+            part = part_of(name, self._depth) or ROOT
+            self._handles.append(module.register_forward_hook(lambda *_, part=part: self._end(part), always_call=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, _module: nn.Module, _inputs: Any) -> None:
+        self._running.append([self._clock(), 0.0])
+
+    def _end(self, part: str) -> None:
+        began, inside = self._running.pop()
+        took = self._clock() - began
+        self.own[part] = self.own.get(part, 0.0) + took - inside
+        if self._running:
+            self._running[-1][1] += took
+
+
+def _outside_kernels(model: nn.Module, depth: int) -> dict[str, nn.Module]:
+    """Modules whose times make those of parts, and none whose work a kernel does: a hook there would keep it away."""
+    within: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, FrozenModule):
+            within |= {inner for part in module.parts() for inner in part.modules()}
+        elif isinstance(module, (FrozenMlp, FrozenConvMlp, FrozenMoE)):
+            within |= set(module.modules()) - {module}
+        elif isinstance(module, AddAttention):
+            within |= {code for code in (module.q_code, module.k_code) if code is not None}
+    found: dict[str, nn.Module] = {}
+
+    def look_at(name: str, module: nn.Module, level: int) -> None:
+        if module in within:
+            return
+        # A list of modules is never called: those in it are looked at in its stead.
+        is_called = not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        if is_called:
+            found[name] = module
+        if level < depth or not is_called:
+            for child_name, child in module.named_children():
+                look_at(f"{name}.{child_name}" if name else child_name, child, level + 1)
+
+    look_at("", model, 0)
+    return found
