@@ -15,6 +15,7 @@ from shiftadd3d.nn.binarize import (
 from shiftadd3d.nn.calibrate import CalibratedLayer, CalibrationReport, FittedRouter, calibrate_
 from shiftadd3d.nn.cost import (
     ENERGY_COSTS,
+    Costs,
     LayerOperations,
     OperationCosts,
     OperationReport,
@@ -86,6 +87,7 @@ __all__ = [
     "CalibratedLayer",
     "CalibrationReport",
     "ContrastReport",
+    "Costs",
     "FittedBinarizer",
     "FittedContrast",
     "FittedRouter",

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -31,6 +31,22 @@ from shiftadd3d.nn.shift import ShiftLayer
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+@runtime_checkable
+class Costs(Protocol):
+    """Prices what a module does: arithmetic alone (`OperationCosts`), or moving data, too
+    (`shiftadd3d.profile.energy.AccountCosts`).
+    """
+
+    @property
+    def unit(self) -> str:
+        """Of the prices."""
+        ...
+
+    def price(self, layer: LayerOperations) -> float:
+        """What the work of one module takes, on the whole batch."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,10 @@ class OperationCosts:
             value = getattr(self, operation)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise UserError(f"the cost of one {operation} must be a number that is not negative, not {value!r}")
+
+    def price(self, layer: LayerOperations) -> float:
+        """What the products of one module take, on the whole batch."""
+        return layer.mult * self.mult + layer.add * self.add + layer.shift * self.shift
 
 
 # The shift of a float is an addition to its exponent, 8 bits in float32; Horowitz has 0.03 pJ for that. The literature
@@ -115,9 +135,9 @@ class LayerOperations:
             loops=tuple(work.products.items()),
         )
 
-    def cost(self, costs: OperationCosts) -> float:
-        """What the products take, in the unit of `costs`."""
-        return self.mult * costs.mult + self.add * costs.add + self.shift * costs.shift
+    def cost(self, costs: Costs) -> float:
+        """What it takes, in the unit of `costs`."""
+        return costs.price(self)
 
 
 @dataclass(frozen=True)
@@ -164,8 +184,8 @@ class OperationReport(RichReport):
         names = "weight_bytes", "input_bytes", "output_bytes", "elementwise_bytes"
         return {name: sum(getattr(layer, name) for layer in self.layers) for name in names}
 
-    def cost(self, costs: OperationCosts = ENERGY_COSTS["float32"]) -> float:
-        """What the products of one input take, in the unit of `costs`."""
+    def cost(self, costs: Costs = ENERGY_COSTS["float32"]) -> float:
+        """What one input takes, in the unit of `costs`."""
         return sum(layer.cost(costs) for layer in self.layers) / self.inputs
 
     def multiplications_removed(self, baseline: OperationReport) -> float:

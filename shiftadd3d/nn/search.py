@@ -36,7 +36,7 @@ from shiftadd3d.nn.activations import (
     trace_inputs,
 )
 from shiftadd3d.nn.calibrate import calibrate_layers_, round_layer_
-from shiftadd3d.nn.cost import ENERGY_COSTS, OperationCosts, count_inputs, operations_of
+from shiftadd3d.nn.cost import ENERGY_COSTS, Costs, count_inputs, operations_of
 from shiftadd3d.nn.counting import counting
 from shiftadd3d.nn.freeze import freeze_
 from shiftadd3d.nn.moe import measure_latencies
@@ -149,7 +149,7 @@ def sensitivity(
     candidates: Sequence[Rule] = CANDIDATES,
     *,
     base: Recipe | None = None,
-    costs: OperationCosts | Literal["latency"] = ENERGY_COSTS["float32"],
+    costs: Costs | Literal["latency"] = ENERGY_COSTS["float32"],
     forward: Forward | None = None,
     inputs: int | None = None,
     verbose: bool = True,
@@ -165,7 +165,8 @@ def sensitivity(
         candidates: rules to try; each is tried on the layers that its pattern names and that it fits. With "add",
             attention modules are tried with each "shift" candidate for their linear layers as well.
         base: the recipe whose options hold, and whose excluded layers are left alone; it may change nothing itself.
-        costs: what operations cost; or "latency" for seconds, measured for each layer on the inputs of the first batch.
+        costs: what work costs: `OperationCosts`, or an account of `shiftadd3d.profile.energy.AccountCosts`, which moves
+            data as well; or "latency" for seconds, measured for each layer on the inputs of the first batch.
         forward: called with (model, batch) to run the model instead.
         inputs: how many inputs all batches hold; None for the sum of the first dimensions of their first tensors.
 
@@ -182,9 +183,11 @@ def sensitivity(
         raise UserError("there are no candidates: give rules to try, such as Rule('*', 'shift')")
     if idle := [rule for rule in candidates if rule.primitive not in _PLACES]:
         raise UserError(f"a candidate must say one of {', '.join(_PLACES)}, not {idle[0].primitive}: {idle[0]}")
+    if costs != "latency" and not isinstance(costs, Costs):
+        raise UserError(f"costs must be 'latency' or have a unit and a price, not {costs!r}")
     inputs = sum(count_inputs(batch) for batch in batches) if inputs is None else inputs
     trials = _Trials(model, batches, base, costs, forward, inputs)
-    unit = costs.unit if isinstance(costs, OperationCosts) else "s"
+    unit = "s" if trials.costs is None else trials.costs.unit
     report = SensitivityReport(base, trials.float_cost, unit, tuple(trials.run(candidates, verbose)))
     if verbose:
         from rich.console import Console
@@ -201,7 +204,7 @@ def search_recipe(
     absolute: bool = False,
     candidates: Sequence[Rule] = CANDIDATES,
     base: Recipe | None = None,
-    costs: OperationCosts | Literal["latency"] = ENERGY_COSTS["float32"],
+    costs: Costs | Literal["latency"] = ENERGY_COSTS["float32"],
     forward: Forward | None = None,
     inputs: int | None = None,
     verbose: bool = True,
@@ -296,12 +299,12 @@ class _Trials:
         model: nn.Module,
         batches: list[Any],
         base: Recipe,
-        costs: OperationCosts | Literal["latency"],
+        costs: Costs | Literal["latency"],
         forward: Forward | None,
         inputs: int,
     ) -> None:
         self.model, self.batches, self.base, self.forward, self.inputs = model, batches, base, forward, inputs
-        self.costs = costs if isinstance(costs, OperationCosts) else None
+        self.costs = None if isinstance(costs, str) else costs
         self._calls: dict[str, list[tuple[tuple, dict]]] = {}
         self.reference, self.float_cost = self._run()
         if not any(self.reference):

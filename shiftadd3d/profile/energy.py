@@ -95,10 +95,30 @@ def energy(
     Raises:
         UserError: no such account, or nothing is known of a number format.
     """
-    if account not in ACCOUNTS:
-        raise UserError(f"the account must be one of {', '.join(ACCOUNTS)}, not {account!r}")
+    _check(account)
     layers = tuple(_layer(layer, account, accelerator, change) for layer in operations.layers)
     return EnergyReport(account, _assumptions(account, accelerator), layers, operations.inputs)
+
+
+@dataclass(frozen=True)
+class AccountCosts:
+    """One of the accounts as what `shiftadd3d.nn.search_recipe` and `sensitivity` take for costs."""
+
+    account: Account
+    accelerator: Accelerator
+    unit: str = "pJ"
+
+    def __post_init__(self) -> None:
+        _check(self.account)
+
+    def price(self, layer: LayerOperations) -> float:
+        """Picojoules of what one module does itself, on the whole batch."""
+        return sum(_layer(layer, self.account, self.accelerator, None).pj.values())
+
+
+def _check(account: str) -> None:
+    if account not in ACCOUNTS:
+        raise UserError(f"the account must be one of {', '.join(ACCOUNTS)}, not {account!r}")
 
 
 def _assumptions(account: Account, accelerator: Accelerator) -> str:

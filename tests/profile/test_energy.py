@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from shiftadd3d import UserError, cli
-from shiftadd3d.nn import OperationReport, PackedShiftLinear, count_operations
+from shiftadd3d.nn import OperationReport, PackedShiftLinear, Rule, calibrate_, count_operations, search_recipe
 from shiftadd3d.nn.counting import Product
 from shiftadd3d.profile.accelerator import DEFAULT_FILE, Accelerator, load_accelerator
 from shiftadd3d.profile.authors import authors_energy
-from shiftadd3d.profile.energy import ACCOUNTS, energy, with_activation_bits, with_shift_data_bits
+from shiftadd3d.profile.energy import ACCOUNTS, AccountCosts, energy, with_activation_bits, with_shift_data_bits
 from shiftadd3d.profile.model_report import profile
 from shiftadd3d.profile.subjects import Subject
 
@@ -170,6 +170,9 @@ def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.Capture
         (["no-such-model"], "timm knows no model 'no-such-model'"),
         (["gnt-tiny", "--recipes", "less"], "there is no recipe 'less'"),
         (["gnt-tiny", "--accelerator", "missing.toml"], "cannot read the accelerator missing.toml"),
+        (["gnt-tiny", "--quality", "missing.json"], "cannot read the evaluation missing.json"),
+        (["runs/config.yml"], "runs/config.yml: no such file or folder; expected a config.yml, or a folder"),
+        (["gnt-tiny", "--rays", "0"], "a batch needs at least one ray, not 0"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
@@ -193,3 +196,25 @@ def test_a_saved_classifier_stands_beside_the_same_with_multiplications(tmp_path
     assert (dense["recipe"], own["recipe"]) == ("mult", "add+shift")
     assert dense["operations"]["shift"] == 0 < own["operations"]["shift"]
     assert cli.main(["profile", str(tmp_path)]) == 1  # a folder, but of no classifier
+
+
+@pytest.mark.parametrize("account", ACCOUNTS)
+def test_a_search_keeps_to_a_budget_by_any_account(account: str, chip: Accelerator) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 48), nn.GELU(), nn.Linear(48, 8))
+    batches = [torch.randn(16, 24) for _ in range(2)]
+    costs = AccountCosts(account, chip)
+    before = energy(count_operations(model, batches[0]), account, chip).total
+    assert count_operations(model, batches[0]).cost(costs) == pytest.approx(before)
+    found = search_recipe(model, batches, 0.95, candidates=[Rule("*", "shift")], costs=costs, verbose=False)
+    assert found.rules  # something had to change
+    calibrate_(model, batches, found, verbose=False)
+    after = energy(count_operations(model, batches[0]), account, chip).total
+    assert 0.5 * before < after <= 0.95 * before
+
+
+def test_costs_that_nobody_can_price_are_refused(chip: Accelerator) -> None:
+    with pytest.raises(UserError, match="the account must be one of arithmetic, authors, accelerator, not 'all'"):
+        AccountCosts("all", chip)
+    with pytest.raises(UserError, match="costs must be 'latency' or have a unit and a price, not 'energy'"):
+        search_recipe(nn.Linear(4, 4), [torch.randn(2, 4)], 0.5, costs="energy", verbose=False)
