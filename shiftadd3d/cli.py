@@ -786,9 +786,10 @@ class Profile(Verb):
 
         with contextlib.ExitStack() as places:  # what cannot be written is said before anything is counted
             for option in ("html", "json"):
-                if (file := getattr(self, option)) is not None:
-                    if file.is_dir():
-                        raise UserError(f"--{option} {file}: a folder is in the way; expected a file name")
+                file: Path | None = getattr(self, option)
+                if file is not None and file.is_dir():
+                    raise UserError(f"--{option} {file}: a folder is in the way; expected a file name")
+                if file is not None and (file.is_file() or not file.exists()):  # a pipe is nobody's alone
                     places.enter_context(claimed(file, f"--{option}", file=True))
             self._profile()
 

@@ -256,6 +256,26 @@ def test_info_finds_the_cuda_device():
     assert _info.collect()["gpus"][0]["model"] == torch.cuda.get_device_name(0)
 
 
+def test_a_file_that_is_being_replaced_stays_until_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shiftadd3d._report import write_json
+
+    file = tmp_path / "facts.json"
+    write_json(file, {"old": 1})
+    before = file.read_text()
+
+    def full(self: Path, text: str, encoding: str) -> None:
+        with self.open("w", encoding=encoding) as out:
+            out.write(text[:3])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        write_json(file, {"new": 2})
+    assert file.read_text() == before and [path.name for path in tmp_path.iterdir()] == ["facts.json"]
+
+
 def test_info_reports_a_file_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "occupied").write_text("a file, not a folder")
     assert cli.main(["info", "--json", str(tmp_path / "occupied" / "info.json")]) == 1

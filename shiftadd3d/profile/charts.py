@@ -245,7 +245,7 @@ def routing(facts: dict[str, Any], number: int) -> Chart:
             axis.set_title(f"{_shortened(layer, 22)}\n{router['share']:.0%} {router['experts'][0]}", fontsize=9)
         drawings.append(_svg(figure, f"routing {number} {width}"))
     first, *others = shown[0]["experts"]
-    note = f"Orange went to {first}, blue to {', '.join(others)}. Input and weights: {each['weights']}."
+    note = f"Orange went to {first}, blue to {', '.join(others)}. Weights: {each['weights']}."
     return Chart(f"Routing: {each['model']}, {each['recipe']}", note, *drawings)
 
 
