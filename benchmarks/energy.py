@@ -1,10 +1,12 @@
 """The tables of docs/results/energy.md: what recipes save in energy, by three accounts.
 
     python benchmarks/energy.py measure --model pvt_v2_b0
+    python benchmarks/energy.py pareto --results docs/results/data/layers-grocery_fruit-pvt_v2_b0.json
     python benchmarks/energy.py report
 
-The first counts and writes a JSON file into docs/results/data/; the other makes docs/results/energy.md from these
-alone. Nothing is timed.
+The first counts and writes a JSON file into docs/results/data/; the second prices the recipes whose quality
+`benchmarks/layers.py` has measured, on the same sizes; the last makes docs/results/energy.md from these alone. Nothing
+is timed.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from reporting import (
     DATA,
     NOT_MEASURED,
+    PICTURES,
     command_block,
     git_commit,
     machine_facts,
@@ -32,7 +35,9 @@ from reporting import (
 if TYPE_CHECKING:  # these take seconds to import, and `report` needs none of them
     from collections.abc import Callable
 
-    from shiftadd3d.nn import OperationReport
+    from torch import nn
+
+    from shiftadd3d.nn import OperationReport, Recipe
     from shiftadd3d.nn.counting import Product
     from shiftadd3d.profile.accelerator import Accelerator
 
@@ -177,12 +182,97 @@ def variants(operations: dict[str, OperationReport], chip: Accelerator) -> list[
     return rows
 
 
+CLASSES = {"cifar10_jpeg": 10, "grocery_fruit": 19}
+"""How many classes the data of `benchmarks/layers.py` have."""
+
+
 @dataclass
-class Report:
-    """Make docs/results/energy.md from the JSON files."""
+class Pareto:
+    """Price recipes whose quality has been measured, by all accounts, on models of the same sizes."""
+
+    results: tuple[Path, ...]
+    """What `benchmarks/layers.py` wrote."""
+    out: Path = DATA
+    """Folder for the JSON files."""
 
     def __call__(self) -> None:
-        write_page("energy", lambda template: render_report(read_results(DATA), template))
+        commit = git_commit()
+        for path in self.results:
+            facts = priced(json.loads(path.read_text(encoding="utf-8")))
+            facts |= {
+                "machine": machine_facts(),
+                "commit": commit,
+                "command": f"python benchmarks/energy.py pareto --results docs/results/data/{path.name}",
+            }
+            write_result(self.out / f"pareto-{path.stem.removeprefix('layers-')}.json", facts)
+
+
+def priced(quality: dict[str, Any]) -> dict[str, Any]:
+    """What `benchmarks/layers.py` measured of each recipe, with the energy of one input by each account."""
+    from shiftadd3d.nn import Recipe, count_operations
+    from shiftadd3d.profile.accelerator import load_accelerator
+    from shiftadd3d.profile.energy import energy
+
+    accelerator = load_accelerator()
+    scores: list[tuple[str, dict[str, Any], float]] = [("mult", {"name": "mult"}, quality["float"]["score"])]
+    scores += [(row["name"], row["recipe"], row["finetuned"]) for row in quality["rows"]]
+    rows, setting = [], ""
+    for name, recipe, score in scores:
+        model, batch, inputs, setting = trained_sizes(quality, Recipe.from_dict(recipe))
+        done = count_operations(model, batch, inputs=inputs)
+        pj = {account: energy(done, account, accelerator).total for account in ACCOUNTS}
+        rows.append({"recipe": name, "score": score, "pj": pj, "mult_share": mult_share(done)})
+        print(f"{quality['model']}, {name}: {score}, { ({each: round(pj[each]) for each in ACCOUNTS}) }", flush=True)
+    about = {key: quality[key] for key in ("model", "data", "metric")}
+    return {**about, "setting": setting, "rows": rows}
+
+
+def trained_sizes(quality: dict[str, Any], recipe: Recipe) -> tuple[nn.Module, Any, int, str]:
+    """A model as large as the one that was trained, with random weights, its input, how many that are, and of what.
+
+    Raises:
+        UserError: it has not as many parameters.
+    """
+    import torch
+
+    from shiftadd3d import UserError
+    from shiftadd3d.nn import reparameterize_
+    from shiftadd3d.profile.subjects import picture_setting, random_picture, subject
+
+    torch.manual_seed(0)
+    if quality["kind"] == "nerf":
+        found = subject(quality["model"], RAYS_OF_PARETO)
+        model = found.make("mult")
+        batch, inputs, setting = found.batch(model), found.inputs, found.setting
+    else:
+        from shiftadd3d.vision.checkpoint import ClassifierConfig, create_dense
+        from shiftadd3d.vision.data import InputConfig
+        from shiftadd3d.vision.settings import parse_key_values
+
+        name, *words = quality["model"].split()
+        classes = tuple(map(str, range(CLASSES[quality["data"]])))
+        args = parse_key_values("--model-args", words)
+        model = create_dense(ClassifierConfig(name, classes, InputConfig(quality["image_size"]), args))
+        size = (3, quality["image_size"], quality["image_size"])
+        batch, inputs, setting = random_picture(size), 1, picture_setting(size)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters != quality["parameters"]:
+        raise UserError(f"{quality['model']} has {parameters} parameters; {quality['parameters']} were trained")
+    reparameterize_(model, recipe, verbose=False)
+    return model.eval(), batch, inputs, setting
+
+
+RAYS_OF_PARETO = 64
+
+
+@dataclass
+class Report:
+    """Make docs/results/energy.md and its picture from the JSON files."""
+
+    def __call__(self) -> None:
+        if fronts := read_fronts(DATA):
+            draw_fronts(fronts, PICTURES / "energy-pareto.png")
+        write_page("energy", lambda template: render_report(read_results(DATA), fronts, template))
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -191,7 +281,66 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
 
 
-def render_report(results: list[dict[str, Any]], template: str) -> str:
+def read_fronts(folder: Path) -> list[dict[str, Any]]:
+    """What `pareto` wrote into a folder, sorted by file name."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("pareto-*.json"))]
+
+
+def front_of(facts: dict[str, Any], account: str) -> list[str]:
+    """Recipes that no other one beats in both quality and energy, the cheapest first."""
+    from shiftadd3d.profile.charts import pareto_front
+
+    rows = facts["rows"]
+    return [rows[at]["recipe"] for at in pareto_front([(row["pj"][account], row["score"]) for row in rows])]
+
+
+def front_tables(fronts: list[dict[str, Any]]) -> str:
+    """One table a model; stars mark who is on the front of an account."""
+    parts = []
+    for facts in fronts:
+        on_front = {account: front_of(facts, account) for account in ACCOUNTS}
+        rows = []
+        for row in sorted(facts["rows"], key=lambda row: row["pj"]["accelerator"]):
+            score = f"{row['score']:.1%}" if facts["metric"] == "top-1" else f"{row['score']:.2f} dB"
+            cells = [
+                f"{row['pj'][account] / 1e6:,.2f}{' *' if row['recipe'] in on_front[account] else ''}"
+                for account in ACCOUNTS
+            ]
+            rows.append([row["recipe"], score, *cells])
+        table = markdown_table(["recipe", facts["metric"], "(a), uJ", "(b), uJ", "(c), uJ"], rows)
+        parts.append(f"{facts['model']} on {facts['data']}, {facts['setting']}:\n\n{table}")
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def draw_fronts(fronts: list[dict[str, Any]], path: Path) -> None:
+    """Quality against energy by (a) and (c), a column a model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = {"arithmetic": "(a) arithmetic", "accelerator": "(c) accelerator"}
+    figure = Figure(figsize=(4.2 * max(1, len(fronts)), 6.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(shown), max(1, len(fronts)), squeeze=False)
+    for (account, label), row in zip(shown.items(), axes, strict=True):
+        for facts, axis in zip(fronts, row, strict=False):
+            scale = 100 if facts["metric"] == "top-1" else 1
+            places = {each["recipe"]: (each["pj"][account] / 1e6, scale * each["score"]) for each in facts["rows"]}
+            axis.plot(*zip(*(places[name] for name in front_of(facts, account)), strict=True), color="0.6", zorder=1)
+            for name, place in places.items():
+                axis.plot(*place, "o", color="#c4501b" if name in front_of(facts, account) else "#1f6fb4")
+                axis.annotate(name, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
+            axis.set(
+                title=f"{facts['model'].split()[0]} on {facts['data']}",
+                xlabel=f"{label}, uJ",
+                ylabel="top-1, %" if facts["metric"] == "top-1" else "PSNR, dB",
+            )
+            axis.margins(0.2, 0.15)
+            axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    print(f"wrote {path}")
+
+
+def render_report(results: list[dict[str, Any]], fronts: list[dict[str, Any]], template: str) -> str:
     """Fill a template's `{{name}}` fields in from the results.
 
     Raises:
@@ -204,8 +353,9 @@ def render_report(results: list[dict[str, Any]], template: str) -> str:
         "nearest": nearest(results),
         "deciding": deciding(results),
         "settings": "\n".join(f"- {MODELS[facts['model']]}: {facts['setting']}." for facts in results),
-        "commands": command_block("energy", results),
-        "machines": machine_list(results),
+        "fronts": front_tables(fronts),
+        "commands": command_block("energy", results + fronts),
+        "machines": machine_list(results + fronts),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match.group(1)], template)
 
@@ -290,7 +440,7 @@ def deciding(results: list[dict[str, Any]], recipe: str = "add+shift") -> str:
 
 def main() -> None:
     """The command line."""
-    run_command({"measure": Measure, "report": Report}, __doc__)
+    run_command({"measure": Measure, "pareto": Pareto, "report": Report}, __doc__)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def energy(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
 def test_the_page_is_made_of_its_results(energy: ModuleType, repository: Path) -> None:
     results = repository / "docs" / "results"
     template = (results / "energy.template.md").read_text(encoding="utf-8")
-    page = energy.render_report(energy.read_results(results / "data"), template)
+    page = energy.render_report(energy.read_results(results / "data"), energy.read_fronts(results / "data"), template)
     assert page == (results / "energy.md").read_text(encoding="utf-8")
 
 
@@ -45,3 +45,28 @@ def test_the_deciding_assumption_is_the_one_that_changes_the_most(energy: Module
     text = energy.deciding([{"model": "pvt_v2_b1", "variants": variants}])
     assert text == "- PVT v2-b1: twice the buffer, with which `add+shift` saves 10.0% instead of 30.0%."
     assert energy.deciding([{"model": "pvt_v2_b1", "variants": []}]) == energy.NOT_MEASURED
+
+
+def test_stars_mark_what_no_other_recipe_beats(energy: ModuleType) -> None:
+    def row(recipe: str, score: float, a: float, c: float) -> dict:
+        return {"recipe": recipe, "score": score, "pj": {"arithmetic": a, "authors": 3e6, "accelerator": c}}
+
+    rows = [row("mult", 0.9, 4e6, 9e6), row("add", 0.8, 3e6, 9.5e6), row("add+shift", 0.7, 1e6, 6e6)]
+    facts = {"model": "small", "data": "pictures", "setting": "batch 1", "metric": "top-1", "rows": rows}
+    assert energy.front_of(facts, "arithmetic") == ["add+shift", "add", "mult"]
+    assert energy.front_of(facts, "accelerator") == ["add+shift", "mult"]
+    table = energy.front_tables([facts])
+    assert "| add | 80.0% | 3.00 * | 3.00 | 9.50 |" in table and "| mult | 90.0% | 4.00 * | 3.00 * | 9.00 * |" in table
+    assert energy.front_tables([]) == energy.NOT_MEASURED
+
+
+def test_the_model_that_is_priced_has_the_sizes_of_the_trained_one(energy: ModuleType, repository: Path) -> None:
+    import json
+
+    from shiftadd3d import UserError
+    from shiftadd3d.nn import Recipe
+
+    file = repository / "docs" / "results" / "data" / "layers-still_life-gnt-tiny.json"
+    quality = json.loads(file.read_text(encoding="utf-8"))
+    with pytest.raises(UserError, match="295707 parameters; 1 were trained"):
+        energy.trained_sizes({**quality, "parameters": 1}, Recipe())
