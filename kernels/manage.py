@@ -56,8 +56,8 @@ def all_variants(names: Iterable[str] = (), target: str | None = None) -> Iterat
     Raises:
         UserError: if there is no kernel or target of a name, or it is a CPU's and not this process's.
     """
-    for module in pkgutil.iter_modules(shiftadd3d.kernels.__path__):
-        importlib.import_module(f"{shiftadd3d.kernels.__name__}.{module.name}")
+    for module in pkgutil.walk_packages(shiftadd3d.kernels.__path__, f"{shiftadd3d.kernels.__name__}."):
+        importlib.import_module(module.name)
     chosen = targets.current() if target is None else targets.find(target)
     if isinstance(chosen, CpuTarget) and chosen != targets.current():
         # Their trials run on this CPU, whose target is the process's.

@@ -31,8 +31,9 @@ from torch import Tensor
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.runtime import bundle, cache, targets
-from shiftadd3d.kernels.runtime.kernel import Kernel
+from shiftadd3d.kernels.runtime.kernel import Kernel, Spec, SpecValue
 from shiftadd3d.kernels.runtime.targets import CudaTarget
+from shiftadd3d.kernels.runtime.tir import PrimFunc
 
 CUDA_KERNELS: dict[str, CudaKernel] = {}
 """All kernels for GPUs by name, those whose modules have been imported."""
@@ -141,17 +142,17 @@ class CudaKernel(Kernel):
     tensors.
     """
 
-    build: Callable[..., Any]
+    build: Callable[..., PrimFunc]
     suffix = ".cubin"
 
     def register(self) -> None:
         CUDA_KERNELS[self.name] = self
 
-    def function(self, *, device: torch.device, **spec: Any) -> Callable[..., Any] | None:
+    def function(self, *, device: torch.device, **spec: SpecValue) -> CudaFunction | None:
         """The function for a CUDA device, from memory, from the cache or from the compiler.
 
         Returns:
-            A `CudaFunction`, or None where the twin has to do, which is said once: for want of a compiler, because the
+            The function, or None where the twin has to do, which is said once: for want of a compiler, because the
             kernel failed its trial, or while a CUDA graph is captured, if the function has not been loaded before.
         """
         known = (device.index, *spec.items())
@@ -160,7 +161,7 @@ class CudaKernel(Kernel):
             return None
         return self._once(known, lambda: self.load(targets.of_gpu(device), device=device, **spec))
 
-    def load(self, target: CudaTarget, *, device: torch.device | None = None, **spec: Any) -> Any:
+    def load(self, target: CudaTarget, *, device: torch.device | None = None, **spec: SpecValue) -> CudaFunction | None:
         """See to it that the cache has the cubin for `target`, and load it where a GPU can run it.
 
         Args:
@@ -196,7 +197,7 @@ class CudaKernel(Kernel):
             _store(entry, binary, record | {"passed_on": [*record["passed_on"], gpu]})
         return function
 
-    def _try(self, function: CudaFunction, entry: str, spec: Mapping[str, Any]) -> None:
+    def _try(self, function: CudaFunction, entry: str, spec: Spec) -> None:
         with cache.first_run(entry) as may_run:
             if not may_run:
                 raise RuntimeError(
@@ -215,7 +216,7 @@ class CudaKernel(Kernel):
         cache.condemn(entry)
         raise broken
 
-    def compile(self, target: CudaTarget, **spec: Any) -> CudaCode:
+    def compile(self, target: CudaTarget, **spec: SpecValue) -> CudaCode:
         """The source, as TVM generates it, for any target, whether or not there is such a GPU."""
         import tvm
 
@@ -226,22 +227,22 @@ class CudaKernel(Kernel):
             executable = tvm.compile(tvm.IRModule({self.name: function}), target=tvm_target)
         return CudaCode.of(executable.mod.imports[0].inspect_source())
 
-    def assembly(self, target: CudaTarget, **spec: Any) -> str:
+    def assembly(self, target: CudaTarget, **spec: SpecValue) -> str:
         """The PTX that nvcc makes of it, to read."""
         return _nvcc(self.compile(target, **spec).source, target.arch, "ptx")[0].decode()
 
-    def entry(self, target: CudaTarget, **spec: Any) -> str:
+    def entry(self, target: CudaTarget, **spec: SpecValue) -> str:
         """The key in the cache. Versions of TVM are left out: where cubins are run, it need not be there."""
         return cache.key(kernel=self.name, target=target.name, spec=sorted(spec.items()), sources=self.sources_digest())
 
-    def check(self, target: CudaTarget, **spec: Any) -> None:
+    def check(self, target: CudaTarget, **spec: SpecValue) -> None:
         """Run the trial on the current GPU.
 
         Raises:
             UserError: if there is none of this target.
             AssertionError: if the outcome is not the twin's.
         """
-        function = self.load(target, **spec)
+        function = self.load(target, device=None, **spec)
         if function is None:
             raise UserError(f"there is no GPU here to run {target.name} on")
         self._try(function, self.entry(target, **spec), spec)

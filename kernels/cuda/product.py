@@ -18,16 +18,22 @@ stores.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from shiftadd3d.kernels.reference import power_of_two
+from shiftadd3d.kernels.cuda.tile import ACROSS, Tile, relu, shared, shared_out
+from shiftadd3d.kernels.reference import activations, power_of_two
 from shiftadd3d.kernels.reference.activations import Activation
+from shiftadd3d.kernels.runtime import memory
+from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.numerics import Numerics
 from shiftadd3d.kernels.runtime.targets import CudaTarget
+from shiftadd3d.kernels.runtime.tir import Buffer, Expr
 
 Form = Literal["tensor", "float32"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -45,8 +51,6 @@ _FRAGMENT = 16  # side of what one instruction of the tensor cores multiplies
 _PADDING = {"tensor": 8, "float32": 4}  # elements between rows in shared memory, against conflicts of banks
 _LOADS = 4  # of activations that a thread has under way at once; with more, or as many of weights, registers run short
 
-# Of the numbers that a thread computes without tensor cores, so many are below one another, and side by side.
-_DOWN, _ACROSS = 8, 4
 _SMALLEST_EXPONENT = {"float16": -24, "bfloat16": -126}
 _FLOAT16_BITS = 5  # codes of up to so many bits have windows that float16 holds
 
@@ -60,96 +64,115 @@ def form(target: CudaTarget, numerics: Numerics, bits: int, dtype: Dtype) -> For
     return "tensor" if target.has_bfloat16 else "float32"
 
 
-def error_bound(form: Form, dtype: Dtype) -> float:
-    """How far a product may be from the exact one, for each unit of ``sum |x| |w|`` with weights of powers of two."""
-    return 2.0**-16 if form == "tensor" and dtype == "float32" else 2.0**-20
+def check_product(
+    y: Tensor,
+    exact: Tensor,
+    size: Tensor,
+    form: Form,
+    dtype: Dtype,
+    activation: Activation,
+    gates: Tensor | float = 1.0,
+) -> None:
+    """Raise `AssertionError` where y is too far from the activation of an exact product, times gates.
+
+    Args:
+        size: ``sum |x| |w|``, twice that with ordinary weights.
+    """
+    error = (2.0**-16 if form == "tensor" and dtype == "float32" else 2.0**-20) * size
+    rounding = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-10}[dtype] * (exact.abs() + error)
+    # The slope of the activation functions is at most 1.13; 2**-24 is the smallest float16.
+    bound = 1.2 * (error + rounding) + (2.0**-24 if dtype == "float16" else 0.0)
+    worst = ((y.double() - activations.apply(activation, exact) * gates).abs() - bound).max().item()
+    assert worst <= 0, f"it is off by {worst:.2g} more than it may be"
 
 
-class Weights:
+class Weights(ABC):
     """The weights of a linear layer as a kernel sees them.
 
     Attributes:
-        inputs, outputs: their numbers, expressions.
-        bias: buffer [outputs] float32.
+        inputs, outputs: their numbers.
+        bias: [outputs] float32.
+        parts: how many narrow numbers stand for one weight.
     """
 
-    parts = 1
-    """How many narrow numbers stand for one weight."""
+    def __init__(self, inputs: Expr, outputs: Expr, bias: Buffer, parts: int) -> None:
+        self.inputs, self.outputs, self.bias, self.parts = inputs, outputs, bias, parts
 
-    def __init__(self, inputs: Any, outputs: Any, bias: Any) -> None:
-        import tvm.script
-
-        self._T: Any = tvm.script.tirx
-        self.inputs, self.outputs, self.bias = inputs, outputs, bias
-
-    def value(self, channel: Any, index: Any) -> Any:
+    @abstractmethod
+    def value(self, channel: Expr, index: Expr) -> Expr:
         """One weight as a float32."""
-        raise NotImplementedError
 
-    def narrow(self, channel: Any, index: Any, dtype: str) -> list[Any]:
+    @abstractmethod
+    def narrow(self, channel: Expr, index: Expr, dtype: str) -> list[Expr]:
         """The parts that stand for one weight, float32 numbers that `dtype` holds, or comes close to."""
-        raise NotImplementedError
 
-    def scale(self, channel: Any) -> Any:
+    @abstractmethod
+    def scale(self, channel: Expr) -> Expr:
         """What a sum of products with narrow weights has to be multiplied by."""
-        raise NotImplementedError
+
+    @staticmethod
+    def argument(name: str, dtype: Dtype, bits: int, terms: int) -> Weights:
+        """The next arguments of a function: sizes, weight or codes and offset, bias. 0 terms are ordinary weights."""
+        inputs, outputs = T.scalars(f"inputs{name}", f"outputs{name}")
+        bias = T.tensor(f"bias{name}", (outputs,), "float32")
+        if not terms:
+            return _Ordinary(inputs, outputs, bias, T.tensor(f"weight{name}", (outputs, inputs), dtype))
+        codes = T.tensor(f"codes{name}", (terms, outputs, *T.scalars(f"length{name}")), "uint8")
+        return _Packed(inputs, outputs, bias, codes, T.tensor(f"offset{name}", (terms, outputs), "int8"), bits)
 
 
-class FloatWeights(Weights):
-    """Ordinary weights: a buffer [outputs, inputs] in `dtype`."""
+class _Ordinary(Weights):
+    """A buffer [outputs, inputs]."""
 
-    def __init__(self, weight: Any, dtype: Dtype, inputs: Any, outputs: Any, bias: Any) -> None:
-        super().__init__(inputs, outputs, bias)
-        self._weight, self.parts = weight, 2 if dtype == "float32" else 1
+    def __init__(self, inputs: Expr, outputs: Expr, bias: Buffer, weight: Buffer) -> None:
+        super().__init__(inputs, outputs, bias, 2 if weight.dtype == "float32" else 1)
+        self._weight = weight
 
-    def value(self, channel: Any, index: Any) -> Any:
-        return self._T.cast(self._weight[channel, index], "float32")
+    def value(self, channel: Expr, index: Expr) -> Expr:
+        return T.cast(self._weight[channel, index], "float32")
 
-    def narrow(self, channel: Any, index: Any, dtype: str) -> list[Any]:
-        value = self._T.bind(self.value(channel, index))
+    def narrow(self, channel: Expr, index: Expr, dtype: str) -> list[Expr]:
+        value = T.bind(self.value(channel, index))
         return [value] if self.parts == 1 else [_upper(value), _lower(value)]
 
-    def scale(self, channel: Any) -> Any:
-        return self._T.float32(1)
+    def scale(self, channel: Expr) -> Expr:
+        return T.float32(1)
 
 
-class PackedWeights(Weights):
+class _Packed(Weights):
     """Powers of two: codes [terms, outputs, bytes] uint8 and offsets [terms, outputs] int8."""
 
-    def __init__(self, codes: Any, offset: Any, bits: int, terms: int, inputs: Any, outputs: Any, bias: Any) -> None:
-        super().__init__(inputs, outputs, bias)
-        self._codes, self._offset, self._bits, self.parts = codes, offset, bits, terms
+    def __init__(self, inputs: Expr, outputs: Expr, bias: Buffer, codes: Buffer, offset: Buffer, bits: int) -> None:
+        super().__init__(inputs, outputs, bias, codes.extent(0))
+        self._codes, self._offset, self._bits = codes, offset, bits
         self._levels = power_of_two.num_exponents(bits)
 
-    def value(self, channel: Any, index: Any) -> Any:
-        values = [self._term(term, channel, index, 0, power_of_two.MIN_EXPONENT) for term in range(self.parts)]
-        return sum(values[1:], values[0])
+    def value(self, channel: Expr, index: Expr) -> Expr:
+        least = power_of_two.MIN_EXPONENT
+        return T.total([self._term(term, channel, index, T.int32(0), least) for term in range(self.parts)])
 
-    def narrow(self, channel: Any, index: Any, dtype: str) -> list[Any]:
-        top = self._T.bind(self._top(channel))
+    def narrow(self, channel: Expr, index: Expr, dtype: str) -> list[Expr]:
+        top = T.bind(self._top(channel))
         return [self._term(term, channel, index, top, _SMALLEST_EXPONENT[dtype]) for term in range(self.parts)]
 
-    def scale(self, channel: Any) -> Any:
-        return self._T.reinterpret("float32", (self._top(channel) + 127) << 23)
+    def scale(self, channel: Expr) -> Expr:
+        return T.reinterpret("float32", (self._top(channel) + 127) << 23)
 
-    def _top(self, channel: Any) -> Any:
+    def _top(self, channel: Expr) -> Expr:
         """The exponent that the weights of a channel are scaled by: its largest offset."""
-        T = self._T
         offsets = [T.cast(self._offset[term, channel], "int32") for term in range(self.parts)]
         return offsets[0] if len(offsets) == 1 else T.max(*offsets)
 
-    def _term(self, term: int, channel: Any, index: Any, scale: Any, smallest: int) -> Any:
+    def _term(self, term: int, channel: Expr, index: Expr, scale: Expr, smallest: int) -> Expr:
         """``weight / 2**scale`` as a float32, 0 where its exponent is below `smallest`."""
-        T = self._T
         code = T.bind(self._code(term, channel, index))
         level = code & self._levels
         exponent = T.bind(T.cast(self._offset[term, channel], "int32") - scale + level - self._levels)
         sign = (code >> (self._bits - 1)) << 31
-        is_zero = T.Or(level == 0, exponent < smallest)
-        return T.reinterpret("float32", T.Select(is_zero, T.int32(0), ((exponent + 127) << 23) | sign))
+        is_zero = T.either(level == 0, exponent < smallest)
+        return T.reinterpret("float32", T.select(is_zero, T.int32(0), ((exponent + 127) << 23) | sign))
 
-    def _code(self, term: int, channel: Any, index: Any) -> Any:
-        T = self._T
+    def _code(self, term: int, channel: Expr, index: Expr) -> Expr:
         bit = index * self._bits
         word = T.cast(self._codes[term, channel, bit >> 3], "int32")
         if 8 % self._bits:
@@ -159,6 +182,32 @@ class PackedWeights(Weights):
         return (word >> (bit & 7)) & ((1 << self._bits) - 1)
 
 
+class Layer(NamedTuple):
+    """A linear layer as functions take it: contiguous tensors."""
+
+    weight: Tensor  # [outputs, inputs] in the dtype of x, or codes [terms, outputs, bytes]
+    offset: Tensor | None  # beside codes, [terms, outputs]
+    bias: Tensor  # [outputs] float32
+    inputs: int
+
+    @classmethod
+    def ready(cls, weight: Tensor, offset: Tensor | None, bias: Tensor | None, x: Tensor, inputs: int) -> Layer:
+        """Of an ordinary weight, or of codes and offset, and for an x; a bias may be None."""
+        if offset is None:
+            outputs, weight = len(weight), weight.to(x.dtype)
+        else:
+            outputs, offset = offset.shape[1], offset.contiguous()
+        return cls(weight.contiguous(), offset, memory.float32_bias(bias, outputs, x.device), inputs)
+
+    def arguments(self, name: str) -> dict[str, Tensor | int]:
+        """By their names in a function, where `Weights.argument` was told `name`."""
+        given = {f"inputs{name}": self.inputs, f"outputs{name}": len(self.bias), f"bias{name}": self.bias}
+        if self.offset is None:
+            return given | {f"weight{name}": self.weight}
+        length = self.weight.shape[2]
+        return given | {f"codes{name}": self.weight, f"length{name}": length, f"offset{name}": self.offset}
+
+
 class Choice(NamedTuple):
     """Weights that a block may be multiplied by, and whether it is: the same for all of its threads.
 
@@ -166,7 +215,7 @@ class Choice(NamedTuple):
     """
 
     weights: Weights
-    applies: Any
+    applies: Expr | Literal[True]
 
 
 @dataclass(frozen=True)
@@ -179,17 +228,17 @@ class Rows:
         store: ``store(row, output, y)`` takes y in float32, with bias and activation, for rows that are there.
     """
 
-    exists: Callable[[Any], Any]
-    load: Callable[[Any, Any], Any]
-    store: Callable[[Any, Any, Any], None]
+    exists: Callable[[Expr], Expr]
+    load: Callable[[Expr, Expr], Expr]
+    store: Callable[[Expr, Expr, Expr], None]
 
 
 def emit(
     form: Form,
     dtype: Dtype,
     activation: Activation,
-    thread: Any,
-    block_column: Any,
+    thread: Expr,
+    block_column: Expr,
     choices: Sequence[Choice],
     rows: Rows,
 ) -> None:
@@ -200,197 +249,184 @@ def emit(
         thread: its number in the block.
         block_column: the number of the block among those that share its rows.
     """
-    (_emit_tensor if form == "tensor" else _emit_float32)(dtype, activation, thread, block_column, choices, rows)
+    product = _TensorProduct if form == "tensor" else _Float32Product
+    product(dtype, activation, thread, block_column, choices, rows).emit()
 
 
-def _emit_float32(
-    dtype: Dtype, activation: Activation, thread: Any, block_column: Any, choices: Sequence[Choice], rows: Rows
-) -> None:
-    import tvm.script
+class _Product(ABC):
+    """The code of a product; arguments as those of `emit`."""
 
-    T: Any = tvm.script.tirx
-    depth, padding = INPUTS["float32"], _PADDING["float32"]
-    across = COLUMNS // _ACROSS  # threads that share rows
-    # Inputs down, so that a thread's rows, and the columns of neighbouring threads, lie side by side.
-    xs = T.alloc_buffer((depth, ROWS + padding), "float32", scope="shared")
-    ws = T.alloc_buffer((depth, COLUMNS + padding), "float32", scope="shared")
-    sums = T.alloc_buffer((_DOWN, _ACROSS), "float32", scope="local")
+    form: Form
 
-    def stage_row(row: Any, at: Any, x: Any) -> None:
-        T.buffer_store(xs, x, [at, row])
+    def __init__(
+        self,
+        dtype: Dtype,
+        activation: Activation,
+        thread: Expr,
+        block_column: Expr,
+        choices: Sequence[Choice],
+        rows: Rows,
+    ) -> None:
+        self.dtype, self.thread, self.choices, self._rows = dtype, thread, choices, rows
+        self._activation: Activation = activation
+        self.left, self.depth = block_column * COLUMNS, INPUTS[self.form]
 
-    def stage_weight(column: Any, at: Any, weights: Weights, channel: Any, k: Any, is_there: Any) -> None:
-        value = weights.value(channel, k)
-        T.buffer_store(ws, T.Select(is_there, value, T.float32(0)), [at, column])
+    @abstractmethod
+    def emit(self) -> None: ...
 
-    with T.unroll(_DOWN) as i, T.unroll(_ACROSS) as j:
-        T.buffer_store(sums, T.float32(0), [i, j])
-    for choice in choices:
-        with T.serial(_steps(choice, depth)) as step:
-            _stage(thread, step, depth, block_column, choice.weights, rows, "float32", stage_row, stage_weight)
-            with T.unroll(depth) as inner, T.unroll(_DOWN) as i, T.unroll(_ACROSS) as j:
-                product = xs[inner, thread // across * _DOWN + i] * ws[inner, thread % across + j * across]
-                T.buffer_store(sums, sums[i, j] + product, [i, j])  # nvcc makes it a fused multiply-add
-    with T.unroll(_DOWN) as i, T.unroll(_ACROSS) as j:
-        row = T.bind(thread // across * _DOWN + i)
-        column = T.bind(block_column * COLUMNS + thread % across + j * across)
-        _finish(choices, rows, row, column, activation, lambda _, i=i, j=j: sums[i, j])
+    @abstractmethod
+    def stage_row(self, row: Expr, at: Expr, x: Expr) -> None:
+        """Bring a number into shared memory."""
+
+    @abstractmethod
+    def stage_weight(self, column: Expr, at: Expr, weights: Weights, channel: Expr, k: Expr, is_there: Expr) -> None:
+        """Bring a weight into shared memory, 0 where there is none."""
+
+    def each_step(self, multiply: Callable[[Choice], None]) -> None:
+        """Emit the turns through the inputs, a part of them staged in each.
+
+        They are none with weights that are not the block's own: a loop without turns, not a condition, because all
+        threads of a block have to meet in it.
+        """
+        for choice in self.choices:
+            steps = (choice.weights.inputs + (self.depth - 1)) // self.depth
+            with T.serial(steps if choice.applies is True else T.select(choice.applies, steps, T.int32(0))) as step:
+                self._stage(choice.weights, step)
+                multiply(choice)
+
+    def _stage(self, weights: Weights, step: Expr) -> None:
+        at, zero = T.bind(self.thread % self.depth), T.cast(T.float32(0), self.dtype)
+        k = T.bind(step * self.depth + at)
+        index = T.bind(T.min(k, weights.inputs - 1))
+        with shared_out(self.thread, THREADS, ROWS * self.depth, _LOADS) as number:
+            row = T.bind(number // self.depth)
+            x, there = (
+                T.cast(self._rows.load(row, index), self.dtype),
+                T.both(self._rows.exists(row), k < weights.inputs),
+            )
+            self.stage_row(row, at, T.select(there, x, zero))
+        with shared_out(self.thread, THREADS, COLUMNS * self.depth, _LOADS // 2) as number:
+            column = T.bind(number // self.depth)
+            channel = T.bind(self.left + column)
+            is_there = T.bind(T.both(channel < weights.outputs, k < weights.inputs))
+            self.stage_weight(column, at, weights, T.bind(T.min(channel, weights.outputs - 1)), index, is_there)
+
+    def finish(self, row: Expr, column: Expr, total: Callable[[Weights], Expr]) -> None:
+        """Store one sum, ``total(weights)``, with bias and activation, if it belongs to a row and a column."""
+        (weights, _), *others = self.choices
+
+        def biased(weights: Weights) -> Expr:
+            return total(weights) + weights.bias[T.min(column, weights.outputs - 1)]
+
+        outputs, y = weights.outputs, biased(weights)
+        for weights, applies in others:
+            assert applies is not True
+            outputs, y = T.select(applies, weights.outputs, outputs), T.select(applies, biased(weights), y)
+        exists = T.bind(self._rows.exists(row))  # TVM cannot have shared memory read in a condition
+        with T.when(T.both(exists, column < outputs)):
+            self._rows.store(row, column, _activate(self._activation, T.bind(y)))
 
 
-def _emit_tensor(
-    dtype: Dtype, activation: Activation, thread: Any, block_column: Any, choices: Sequence[Choice], rows: Rows
-) -> None:
-    import tvm.script
+class _Float32Product(_Product):
+    form = "float32"
 
-    T: Any = tvm.script.tirx
-    depth, stride = INPUTS["tensor"], INPUTS["tensor"] + _PADDING["tensor"]
-    side, size = _FRAGMENT, _FRAGMENT**2
-    narrow = "float16" if dtype == "float16" else "bfloat16"
-    pieces = 2 if dtype == "float32" else 1
-    most = max(choice.weights.parts for choice in choices)
-    # Four warps, two by two, have half of the rows and half of the columns each: two fragments by two.
-    half, out_stride = ROWS // 2, _FRAGMENT + 4
-    warp = T.bind(thread // 32)
-    xs = T.alloc_buffer((pieces, ROWS, stride), narrow, scope="shared")
-    ws = T.alloc_buffer((most, COLUMNS, stride), narrow, scope="shared")
-    out = T.alloc_buffer((THREADS // 32, side, out_stride), "float32", scope="shared")
-    a = T.alloc_buffer((2 * pieces, size), narrow, scope="wmma.matrix_a")
-    b = T.alloc_buffer((2 * most, size), narrow, scope="wmma.matrix_b")
-    sums = T.alloc_buffer((4, size), "float32", scope="wmma.accumulator")
+    def emit(self) -> None:
+        padding = _PADDING[self.form]
+        # Inputs down, so that a thread's rows, and the columns of neighbouring threads, lie side by side.
+        self._xs, self._ws = shared(self.depth, ROWS + padding), shared(self.depth, COLUMNS + padding)
+        sums = Tile(self.thread, COLUMNS // ACROSS)
 
-    def stage_row(row: Any, at: Any, x: Any) -> None:
-        if pieces == 2:
+        def multiply(_: Choice) -> None:
+            with T.unroll(self.depth) as k:
+                sums.add_products(lambda row: self._xs[k, row], lambda column: self._ws[k, column])
+
+        sums.fill(lambda _: T.float32(0))
+        self.each_step(multiply)
+        sums.each(lambda row, column, x, _: self.finish(T.bind(row), T.bind(self.left + column), lambda _: x))
+
+    def stage_row(self, row: Expr, at: Expr, x: Expr) -> None:
+        self._xs[at, row] = T.cast(x, "float32")
+
+    def stage_weight(self, column: Expr, at: Expr, weights: Weights, channel: Expr, k: Expr, is_there: Expr) -> None:
+        self._ws[at, column] = T.select(is_there, weights.value(channel, k), T.float32(0))
+
+
+class _TensorProduct(_Product):
+    """Four warps, two by two, have half of the rows and half of the columns each: two fragments by two."""
+
+    form = "tensor"
+
+    def emit(self) -> None:
+        side, size = _FRAGMENT, _FRAGMENT**2
+        self._stride = self.depth + _PADDING[self.form]
+        self._narrow = "float16" if self.dtype == "float16" else "bfloat16"
+        self._pieces, most = 2 if self.dtype == "float32" else 1, max(choice.weights.parts for choice in self.choices)
+        self._warp, self._half = T.bind(self.thread // 32), ROWS // 2
+        self._xs = shared(self._pieces, ROWS, self._stride, dtype=self._narrow)
+        self._ws = shared(most, COLUMNS, self._stride, dtype=self._narrow)
+        out = shared(THREADS // 32, side, side + 4)
+        self._a = T.alloc(2 * self._pieces, size, dtype=self._narrow, align=-1, scope="wmma.matrix_a")
+        self._b = T.alloc(2 * most, size, dtype=self._narrow, align=-1, scope="wmma.matrix_b")
+        self._sums = T.alloc(4, size, align=-1, scope="wmma.accumulator")
+        with T.unroll(4) as i:
+            T.emit("tvm_fill_fragment", self._sums, side, side, side, i, T.float32(0))
+        self.each_step(self._multiply)
+        with T.unroll(2) as i, T.unroll(2) as j:
+            pointer = out.pointer("w", self._warp * side * (side + 4))
+            fragment = side, side, side, i * 2 + j
+            T.emit("tvm_store_matrix_sync", self._sums, *fragment, pointer, side + 4, "row_major")
+            column = T.bind(self.left + self._warp % 2 * self._half + j * side + self.thread % side)
+            with T.serial(size // 32, unroll=2) as e:
+                of_fragment = T.bind(e * 2 + self.thread % 32 // side)
+                row = T.bind(self._warp // 2 * self._half + i * side + of_fragment)
+                total = out[self._warp, of_fragment, self.thread % side]
+                self.finish(row, column, lambda weights, total=total: total * weights.scale(column))
+
+    def stage_row(self, row: Expr, at: Expr, x: Expr) -> None:
+        if self._pieces == 2:
             x = T.bind(x)
-            T.buffer_store(xs, T.cast(_upper(x), narrow), [0, row, at])
-            T.buffer_store(xs, T.cast(_lower(x), narrow), [1, row, at])
+            self._xs[0, row, at] = T.cast(_upper(x), self._narrow)
+            self._xs[1, row, at] = T.cast(_lower(x), self._narrow)
         else:
-            T.buffer_store(xs, x, [0, row, at])
+            self._xs[0, row, at] = x
 
-    def stage_weight(column: Any, at: Any, weights: Weights, channel: Any, k: Any, is_there: Any) -> None:
-        for part, value in enumerate(weights.narrow(channel, k, narrow)):
-            T.buffer_store(ws, T.cast(T.Select(is_there, value, T.float32(0)), narrow), [part, column, at])
+    def stage_weight(self, column: Expr, at: Expr, weights: Weights, channel: Expr, k: Expr, is_there: Expr) -> None:
+        for part, value in enumerate(weights.narrow(channel, k, self._narrow)):
+            self._ws[part, column, at] = T.cast(T.select(is_there, value, T.float32(0)), self._narrow)
 
-    def load(fragments: Any, number: Any, staged: Any, row: Any, inner: Any, order: str) -> None:
-        pointer = staged.access_ptr("r", ptr_type=narrow, offset=row * stride + inner * side)
-        T.evaluate(T.tvm_load_matrix_sync(fragments.data, side, side, side, number, pointer, stride, order))
+    def _load(self, fragments: Buffer, number: Expr, staged: Buffer, row: Expr, inner: Expr, order: str) -> None:
+        side = _FRAGMENT
+        pointer = staged.pointer("r", row * self._stride + inner * side)
+        T.emit("tvm_load_matrix_sync", fragments, side, side, side, number, pointer, self._stride, order)
 
-    with T.unroll(4) as i:
-        T.evaluate(T.tvm_fill_fragment(sums.data, side, side, side, i, T.float32(0)))
-    for choice in choices:
-        parts = choice.weights.parts
-        with T.serial(_steps(choice, depth)) as step:
-            _stage(thread, step, depth, block_column, choice.weights, rows, dtype, stage_row, stage_weight)
-            with T.serial(depth // side) as inner:
-                with T.unroll(2) as i:
-                    with T.unroll(pieces) as piece:
-                        row = piece * ROWS + warp // 2 * half + i * side
-                        load(a, i * pieces + piece, xs, row, inner, "row_major")
-                    with T.unroll(parts) as part:
-                        row = part * COLUMNS + warp % 2 * half + i * side
-                        load(b, i * parts + part, ws, row, inner, "col_major")
-                with T.unroll(2) as i, T.unroll(2) as j, T.unroll(pieces) as piece, T.unroll(parts) as part:
-                    total, x, w = i * 2 + j, i * pieces + piece, j * parts + part
-                    T.evaluate(T.tvm_mma_sync(sums.data, total, a.data, x, b.data, w, sums.data, total))
-    with T.unroll(2) as i, T.unroll(2) as j:
-        pointer = out.access_ptr("w", ptr_type="float32", offset=warp * side * out_stride)
-        T.evaluate(T.tvm_store_matrix_sync(sums.data, side, side, side, i * 2 + j, pointer, out_stride, "row_major"))
-        column = T.bind(block_column * COLUMNS + warp % 2 * half + j * side + thread % side)
-        with T.serial(size // 32, unroll=2) as e:
-            of_fragment = T.bind(e * 2 + thread % 32 // side)
-            row = T.bind(warp // 2 * half + i * side + of_fragment)
-            total = out[warp, of_fragment, thread % side]
-            _finish(choices, rows, row, column, activation, lambda w, c=column, total=total: total * w.scale(c))
+    def _multiply(self, choice: Choice) -> None:
+        side, pieces, parts = _FRAGMENT, self._pieces, choice.weights.parts
+        with T.serial(self.depth // side) as inner:
+            with T.unroll(2) as i:
+                with T.unroll(pieces) as piece:
+                    row = piece * ROWS + self._warp // 2 * self._half + i * side
+                    self._load(self._a, i * pieces + piece, self._xs, row, inner, "row_major")
+                with T.unroll(parts) as part:
+                    row = part * COLUMNS + self._warp % 2 * self._half + i * side
+                    self._load(self._b, i * parts + part, self._ws, row, inner, "col_major")
+            with T.unroll(2) as i, T.unroll(2) as j, T.unroll(pieces) as piece, T.unroll(parts) as part:
+                total, x, w = i * 2 + j, i * pieces + piece, j * parts + part
+                T.emit("tvm_mma_sync", self._sums, total, self._a, x, self._b, w, self._sums, total)
 
 
-def _steps(choice: Choice, depth: int) -> Any:
-    """Turns that a block takes through the inputs: none with weights that are not its own.
-
-    A loop without turns, not a condition, because all threads of a block have to meet in it.
-    """
-    import tvm.script
-
-    T: Any = tvm.script.tirx
-    steps = (choice.weights.inputs + (depth - 1)) // depth
-    return steps if choice.applies is True else T.Select(choice.applies, steps, T.int32(0))
-
-
-def _stage(
-    thread: Any,
-    step: Any,
-    depth: int,
-    block_column: Any,
-    weights: Weights,
-    rows: Rows,
-    dtype: str,
-    stage_row: Callable[[Any, Any, Any], None],
-    stage_weight: Callable[[Any, Any, Weights, Any, Any, Any], None],
-) -> None:
-    """Bring one turn's inputs of all rows and columns into shared memory, 0 for what is not there.
-
-    Args:
-        dtype: what numbers of x are staged as.
-    """
-    import tvm.script
-
-    T: Any = tvm.script.tirx
-    per_pass, at = THREADS // depth, T.bind(thread % depth)
-    k = T.bind(step * depth + at)
-    index = T.bind(T.min(k, weights.inputs - 1))
-    with T.serial(ROWS // per_pass, unroll=_LOADS) as i:
-        row = T.bind(i * per_pass + thread // depth)
-        x = T.cast(rows.load(row, index), dtype)
-        stage_row(row, at, T.Select(T.And(rows.exists(row), k < weights.inputs), x, T.cast(T.float32(0), dtype)))
-    with T.serial(COLUMNS // per_pass, unroll=_LOADS // 2) as i:
-        column = T.bind(i * per_pass + thread // depth)
-        channel = T.bind(block_column * COLUMNS + column)
-        is_there = T.bind(T.And(channel < weights.outputs, k < weights.inputs))
-        stage_weight(column, at, weights, T.bind(T.min(channel, weights.outputs - 1)), index, is_there)
-
-
-def _finish(
-    choices: Sequence[Choice],
-    rows: Rows,
-    row: Any,
-    column: Any,
-    activation: Activation,
-    total: Callable[[Weights], Any],
-) -> None:
-    """Store one sum, ``total(weights)``, with bias and activation, if it belongs to a row and a column."""
-    import tvm.script
-
-    T: Any = tvm.script.tirx
-    (weights, applies), *others = choices
-    outputs, biased = weights.outputs, lambda weights: total(weights) + weights.bias[T.min(column, weights.outputs - 1)]
-    y = biased(weights)
-    for weights, applies in others:
-        outputs, y = T.Select(applies, weights.outputs, outputs), T.Select(applies, biased(weights), y)
-    exists = T.bind(rows.exists(row))  # TVM cannot have shared memory read in a condition
-    with T.If(T.And(exists, column < outputs)), T.Then():
-        rows.store(row, column, _activate(activation, T.bind(y)))
-
-
-def _upper(x: Any) -> Any:
+def _upper(x: Expr) -> Expr:
     """The upper half of a float32: never infinite where x is finite, as rounding could make it."""
-    import tvm.script
-
-    T: Any = tvm.script.tirx
     return T.reinterpret("float32", T.reinterpret("int32", x) & -65536)
 
 
-def _lower(x: Any) -> Any:
+def _lower(x: Expr) -> Expr:
     """What `_upper` leaves over; infinity leaves nothing, NaN stays NaN."""
-    import tvm.script
-
-    T: Any = tvm.script.tirx
-    return T.Select(x == _upper(x), T.float32(0), x - _upper(x))
+    return T.select(x == _upper(x), T.float32(0), x - _upper(x))
 
 
-def _activate(activation: Activation, y: Any) -> Any:
-    import tvm.script
-
-    T: Any = tvm.script.tirx
+def _activate(activation: Activation, y: Expr) -> Expr:
     if activation == "relu":
-        return T.Select(y < T.float32(0), T.float32(0), y)  # NaN stays
+        return relu(y)
     if activation == "gelu":
         return T.float32(0.5) * y * (T.float32(1) + T.erf(y * T.float32(0.5**0.5)))
     return y

@@ -9,17 +9,17 @@ Accuracy: that of `matshift`, `depthwise_conv` and `matshift` one after the othe
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from shiftadd3d.kernels.ops.define import define_op
+from shiftadd3d.kernels.ops.define import Size, define_op
 from shiftadd3d.kernels.ops.depthwise import depthwise_op
 from shiftadd3d.kernels.ops.matshift import matshift_op
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.conv_mlp import shift_conv_mlp_twin
-from shiftadd3d.kernels.runtime.numerics import get_numerics
+from shiftadd3d.kernels.runtime.numerics import Numerics, get_numerics
 
 # What the hidden activations of the images worked on at a time take up: there are two copies of them, before and after
 # the convolution.
@@ -60,42 +60,40 @@ def shift_conv_mlp(
     return _conv_mlp_op(x, *layers, *grid, bits, activation, get_numerics())
 
 
-def _steps(
-    x: Tensor,
-    hidden_codes: Tensor,
-    hidden_offset: Tensor,
-    hidden_bias: Tensor | None,
-    weight: Tensor,
-    conv_bias: Tensor | None,
-    codes: Tensor,
-    offset: Tensor,
-    bias: Tensor | None,
-    height: int,
-    width: int,
-    bits: int,
-    activation: str,
-    numerics: str,
-) -> Tensor:
+class ShiftConvMlp(NamedTuple):
+    """The op's arguments."""
+
+    x: Tensor
+    hidden_codes: Tensor
+    hidden_offset: Tensor
+    hidden_bias: Tensor | None
+    weight: Tensor
+    conv_bias: Tensor | None
+    codes: Tensor
+    offset: Tensor
+    bias: Tensor | None
+    height: Size
+    width: Size
+    bits: int
+    activation: Activation
+    numerics: Numerics
+
+
+def _steps(given: ShiftConvMlp) -> Tensor:
     """The three steps as the ops that there are for them, which check their arguments."""
-    hidden = matshift_op(x, hidden_codes, hidden_offset, hidden_bias, bits, "none", numerics)
+    x, *first, weight, conv_bias, codes, offset, bias, height, width, bits, activation, numerics = given
+    hidden = matshift_op(x, *first, bits, "none", numerics)
     hidden = depthwise_op(hidden, weight, conv_bias, height, width, activation)
     return matshift_op(hidden, codes, offset, bias, bits, "none", numerics)
 
 
-def _conv_mlp_cpu(x: Tensor, *arguments: Any) -> Tensor:
-    hidden_bytes = x.element_size() * math.prod(x.shape[1:-1]) * arguments[0].shape[1]
+def _cpu(given: ShiftConvMlp) -> Tensor:
+    x = given.x
+    hidden_bytes = x.element_size() * math.prod(x.shape[1:-1]) * given.hidden_codes.shape[1]
     images = max(1, _HIDDEN_BYTES // max(1, hidden_bytes))
     if len(x) <= images:
-        return _steps(x, *arguments)
-    return torch.cat([_steps(some, *arguments) for some in x.split(images)])
+        return _steps(given)
+    return torch.cat([_steps(given._replace(x=some)) for some in x.split(images)])
 
 
-_conv_mlp_op = define_op(
-    "shift_conv_mlp(Tensor x, Tensor hidden_codes, Tensor hidden_offset, Tensor? hidden_bias, Tensor weight, "
-    "Tensor? conv_bias, Tensor codes, Tensor offset, Tensor? bias, SymInt height, SymInt width, int bits, "
-    "str activation, str numerics) -> Tensor",
-    cpu=_conv_mlp_cpu,
-    twin=shift_conv_mlp_twin,
-    fake=_steps,
-    activations=1,
-)
+_conv_mlp_op = define_op("shift_conv_mlp", ShiftConvMlp, twin=shift_conv_mlp_twin, cpu=_cpu, fake=_steps, activations=1)

@@ -1,43 +1,74 @@
-"""How a kernel becomes a torch op."""
+"""How a kernel becomes a torch op.
+
+An op is its arguments, a named tuple, and functions of that tuple: what checks it, what the outcome looks like, and
+what each backend makes of it. Where a backend has nothing for a case, or numerics are ``"twin"``, the twin runs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
+from torch import Tensor
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels.runtime.kernel import Kernel
-from shiftadd3d.kernels.runtime.numerics import KERNEL_DEVICES
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, SpecValue
+from shiftadd3d.kernels.runtime.numerics import KERNEL_DEVICES, get_numerics
 from shiftadd3d.kernels.runtime.targets import current
 
 OP_NAMESPACE = "shiftadd3d"
 TWINS: dict[str, Callable[..., Any]] = {}
-"""What each op computes, in plain torch, by the op's name."""
+"""What each op computes, in plain torch, by the op's name; arguments as those of the op."""
+
+Size = Annotated[int, "SymInt"]
+"""A size that `torch.compile` may leave open."""
+
+_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    list[Tensor]: "Tensor[]",
+    list[Tensor | None]: "Tensor?[]",
+    int: "int",
+    int | None: "int?",
+    Size: "SymInt",
+    float: "float",
+    bool: "bool",
+    str: "str",
+}
 _LIBRARY = torch.library.Library(OP_NAMESPACE, "FRAGMENT")
+
+Given = TypeVar("Given", bound=tuple)
+Outcome = TypeVar("Outcome")
 
 
 def define_op(
-    schema: str,
+    name: str,
+    arguments: type[Given],
     *,
-    cpu: Callable[..., Any],
-    cuda: Callable[..., Any] | None = None,
-    twin: Callable[..., Any],
-    fake: Callable[..., Any],
+    twin: Callable[..., Outcome],
+    check: Callable[[Given], object] | None = None,
+    check_values: Callable[[Given], object] | None = None,
+    cpu: Callable[[Given], Outcome | None],
+    cuda: Callable[[Given], Outcome | None] | None = None,
+    fake: Callable[[Given], Outcome],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     activations: int = 0,
-) -> Any:
+) -> Callable[..., Outcome]:
     """Make a torch op of a kernel.
 
     All tensors have to be on one device, or else a `UserError` says which is not.
 
     Args:
-        schema: name and types as torch writes them, ``"matshift(Tensor x, ...) -> Tensor"``.
-        cpu: what runs on CPU tensors; it returns fresh tensors that share no memory with its arguments.
+        arguments: a named tuple, whose fields are the op's arguments: tensors, numbers, `Size`, and literals, which are
+            checked. `numerics`, if it is one, is the last, and nothing the twin takes; other ops ask for the setting.
+        twin: what is computed, a function of all arguments one by one.
+        check: raises `UserError` for arguments that do not fit together.
+        check_values: the same, by what tensors hold: where they are more than shapes.
+        cpu: what runs on CPU tensors: fresh tensors that share no memory with its arguments, or None where the twin has
+            to do.
         cuda: the same for CUDA tensors.
-        twin: what runs on every other device.
         fake: the shapes and dtypes of the outcome, for `torch.compile` and `torch.export`.
         backward, setup_context: gradients, as `torch.library.register_autograd` takes them.
         activations: how many of the first arguments `torch.autocast` casts, as it does the input of a linear layer.
@@ -45,25 +76,80 @@ def define_op(
     Returns:
         The op, ``torch.ops.shiftadd3d.<name>.default``.
     """
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    types = get_type_hints(arguments, include_extras=True)
+    names = {field: get_args(kind) for field, kind in types.items() if get_origin(kind) is Literal}
+    inputs = len(types) - ("numerics" in types)
+
+    def checked(*args: Any, **kwargs: Any) -> Given:
+        given = arguments(*args, **kwargs)
+        for field, known in names.items():
+            if (value := getattr(given, field)) not in known:
+                raise UserError(f"{field} must be one of {', '.join(known)}, not {value!r}")
+        if check is not None:
+            check(given)
+        return given
+
+    def plain(*args: Any, **kwargs: Any) -> Outcome:
+        given = checked(*args, **kwargs)
+        if check_values is not None:
+            check_values(given)
+        return twin(*given[:inputs])
+
+    def compiled(backend: Callable[[Given], Outcome | None]) -> Callable[..., Outcome]:
+        def run(*args: Any, **kwargs: Any) -> Outcome:
+            given = checked(*args, **kwargs)
+            if check_values is not None:
+                check_values(given)
+            numerics = given[-1] if "numerics" in types else get_numerics()
+            outcome = None if numerics == "twin" else backend(given)
+            return twin(*given[:inputs]) if outcome is None else outcome
+
+        return run
+
+    _LIBRARY.define(_schema(name, arguments, types, twin), tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(getattr(torch.ops, OP_NAMESPACE), name).default
-    _LIBRARY.impl(name, cpu, "CPU")
+    _LIBRARY.impl(name, compiled(cpu), "CPU")
     if cuda is not None:
-        _LIBRARY.impl(name, _on_one_device(op, cuda), "CUDA")
-    _LIBRARY.impl(name, twin, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{OP_NAMESPACE}::{name}", _on_one_device(op, fake), lib=_LIBRARY)
+        _LIBRARY.impl(name, _on_one_device(name, types, compiled(cuda)), "CUDA")
+    _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
+    outcome_like = _on_one_device(name, types, lambda *args, **kwargs: fake(checked(*args, **kwargs)))
+    torch.library.register_fake(f"{OP_NAMESPACE}::{name}", outcome_like, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"{OP_NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     if activations:
         for device in ("cpu", "cuda"):
             _LIBRARY.impl(name, _autocast(op, device, activations), f"Autocast{device.upper()}")
-    TWINS[name] = twin
+    TWINS[name] = plain
     KERNEL_DEVICES[name] = ("cpu",) if cuda is None else ("cpu", "cuda")
     return op
 
 
-def packed_function(kernel: Kernel, lanes: int, /, **spec: Any) -> Callable[..., Any] | None:
+def _schema(name: str, arguments: type[tuple], types: dict[str, Any], twin: Callable[..., Any]) -> str:
+    """The op as torch writes it, ``"matshift(Tensor x, ...) -> Tensor"``."""
+    defaults = getattr(arguments, "_field_defaults", {})
+    fields = [
+        f"{'str' if get_origin(kind) is Literal else _TYPES[kind]} {field}"
+        + (f"={defaults[field]!r}" if field in defaults else "")
+        for field, kind in types.items()
+    ]
+    outcome = get_type_hints(twin)["return"]
+    returned = "Tensor" if outcome is Tensor else f"({', '.join('Tensor' for _ in get_args(outcome))})"
+    return f"{name}({', '.join(fields)}) -> {returned}"
+
+
+def first_outcome(
+    kernel: Kernel, forms: Iterable[str], run: Callable[[Compiled, Any], Outcome | None], **spec: SpecValue
+) -> Outcome | None:
+    """What the first form that can express all activations makes of them; None where there is none."""
+    for form in forms:
+        function = kernel.function(**spec, form=form)
+        outcome = None if function is None else run(function, form)
+        if outcome is not None:
+            return outcome
+    return None
+
+
+def packed_function(kernel: Kernel, lanes: int, /, **spec: SpecValue) -> Compiled | None:
     """`kernel.function` for weights that are packed for vectors of so many floats; None where its vectors differ."""
     if lanes != current().lanes:
         kernel.decline(f"weights are packed for vectors of {lanes} floats, those of another CPU: freeze the model here")
@@ -71,29 +157,28 @@ def packed_function(kernel: Kernel, lanes: int, /, **spec: Any) -> Callable[...,
     return kernel.function(**spec)
 
 
-def _on_one_device(op: Any, implementation: Callable[..., Any]) -> Callable[..., Any]:
+def _on_one_device(name: str, fields: Iterable[str], implementation: Callable[..., Any]) -> Callable[..., Any]:
     """The same, for tensors of one device only: a kernel is given addresses, and would read another's memory."""
-    names = [argument.name for argument in op._schema.arguments]
 
     def run(*args: Any, **kwargs: Any) -> Any:
         first = None
-        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+        for field, value in (*zip(fields, args, strict=False), *kwargs.items()):
             for tensor in value if isinstance(value, list | tuple) else (value,):
-                if not isinstance(tensor, torch.Tensor):
+                if not isinstance(tensor, Tensor):
                     continue
                 if first is None:
-                    first = name, tensor.device
+                    first = field, tensor.device
                 elif tensor.device != first[1]:
                     raise UserError(
-                        f"{op._schema.name.rpartition(':')[2]}: {first[0]} is on {first[1]}, but {name} on "
-                        f"{tensor.device}; move the input to the device of the model, or the model with .to(...)"
+                        f"{name}: {first[0]} is on {first[1]}, but {field} on {tensor.device}; move the input to the "
+                        "device of the model, or the model with .to(...)"
                     )
         return implementation(*args, **kwargs)
 
     return run
 
 
-def _autocast(op: Any, device: str, activations: int) -> Callable[..., Any]:
+def _autocast(op: Callable[..., Any], device: str, activations: int) -> Callable[..., Any]:
     """What an op does under `torch.autocast`: it casts its activations, and computes as elsewhere."""
 
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -6,12 +6,17 @@ that are exact give the same bits, as long as sums fit the 24 bits of float32.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.cpu.literal import LITERAL, run
 from shiftadd3d.kernels.ops.define import define_op
-from shiftadd3d.kernels.reference.literal import check_literal, check_literal_types, matshift_literal_twin
+from shiftadd3d.kernels.ops.matshift import check_layer
+from shiftadd3d.kernels.reference import power_of_two
+from shiftadd3d.kernels.reference.literal import matshift_literal_twin
 
 
 def matshift_literal(
@@ -35,23 +40,47 @@ def matshift_literal(
     return _literal_op(x, codes, offset, bits)
 
 
-def _cpu(x: Tensor, codes: Tensor, offset: Tensor, bits: int) -> Tensor:
-    check_literal(x, codes, offset, bits)
+class Literal(NamedTuple):
+    """The op's arguments."""
+
+    x: Tensor
+    codes: Tensor
+    offset: Tensor
+    bits: int
+
+
+def _check(given: Literal) -> None:
+    x, codes, offset, bits = given
+    if x.dtype not in (torch.int8, torch.int16, torch.int32):
+        raise UserError(f"x must be int8, int16 or int32, not {str(x.dtype).removeprefix('torch.')}")
+    check_layer(x.new_empty(x.shape, dtype=torch.float32, device="meta"), codes, offset, None, bits)
+
+
+def _check_sums(given: Literal) -> None:
+    levels = power_of_two.num_exponents(given.bits)
+    largest = int(given.x.long().abs().sum(-1).max()) << (levels - 1) if given.x.numel() else 0
+    if largest >= 2**31:
+        raise UserError(
+            f"sums of shifted activations may reach {largest}, and 32-bit integers end at {2**31 - 1}: expected "
+            "smaller activations, or fewer bits"
+        )
+
+
+def _cpu(given: Literal) -> Tensor | None:
+    x, codes, offset, bits = given
     function = LITERAL.function(bits=bits, terms=codes.shape[0]) if x.numel() and codes.numel() else None
     if function is None:
-        return matshift_literal_twin(x, codes, offset, bits)
+        return None
     rows = x.reshape(-1, x.shape[-1]).to(torch.int32).contiguous()
     return run(function, rows, codes.contiguous(), offset.contiguous()).view(*x.shape[:-1], codes.shape[1])
 
 
-def _fake(x: Tensor, codes: Tensor, offset: Tensor, bits: int) -> Tensor:
-    check_literal_types(x, codes, offset, bits)
-    return x.new_empty((*x.shape[:-1], codes.shape[1]), dtype=torch.float32)
-
-
 _literal_op = define_op(
-    "matshift_literal(Tensor x, Tensor codes, Tensor offset, int bits) -> Tensor",
-    cpu=_cpu,
+    "matshift_literal",
+    Literal,
     twin=matshift_literal_twin,
-    fake=_fake,
+    check=_check,
+    check_values=_check_sums,
+    cpu=_cpu,
+    fake=lambda given: given.x.new_empty((*given.x.shape[:-1], given.codes.shape[1]), dtype=torch.float32),
 )

@@ -9,8 +9,8 @@ are constants here; training differentiates `shiftadd3d.nn.binarize`. `matadd` a
 
 from __future__ import annotations
 
-from functools import cache, partial
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,17 +22,16 @@ from shiftadd3d.kernels.ops.define import define_op
 from shiftadd3d.kernels.reference.linear_angular import LEAST_ROW_SUM
 from shiftadd3d.kernels.reference.matadd import (
     LOW,
+    Codes,
     add_attention_twin,
-    check_codes,
-    check_contrast,
+    features_of,
     matadd_kv_twin,
     matadd_q_twin,
     matadd_twin,
 )
 from shiftadd3d.kernels.runtime import targets
-from shiftadd3d.kernels.runtime.kernel import Kernel
-from shiftadd3d.kernels.runtime.memory import empty_by_heads
-from shiftadd3d.kernels.runtime.numerics import get_numerics
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, SpecValue
+from shiftadd3d.kernels.runtime.memory import DTYPES, empty_by_heads
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 
 
@@ -40,7 +39,7 @@ def matadd_kv(
     k: Tensor,  # [*, M, D], or [*, M, ceil(D / 8)] uint8
     v: Tensor,  # [*, M, E]
     mask: Tensor | None = None,  # [*, M] bool
-    codes: str = "pm1",
+    codes: Codes = "pm1",
     features: int | None = None,
 ) -> Tensor:  # [*, D, E]
     """``K^T V`` with K the codes of features k.
@@ -56,19 +55,15 @@ def matadd_kv(
     Raises:
         UserError: for arguments that do not go together.
     """
-    if get_numerics() == "twin":
-        return matadd_kv_twin(k, v, mask, codes, features)
     return _kv_op(k, v, mask, codes, features)
 
 
 def matadd_q(
     q: Tensor,  # [*, N, D], or [*, N, ceil(D / 8)] uint8
     kv: Tensor,  # [*, D, E]
-    codes: str = "pm1",
+    codes: Codes = "pm1",
 ) -> Tensor:  # [*, N, E]
     """``Q S`` with Q the codes of features q and S = kv; arguments as those of `matadd_kv`."""
-    if get_numerics() == "twin":
-        return matadd_q_twin(q, kv, codes)
     return _q_op(q, kv, codes)
 
 
@@ -77,7 +72,7 @@ def matadd(
     k: Tensor,  # [*, M, D], or [*, M, ceil(D / 8)] uint8
     v: Tensor,  # [*, M, E]
     mask: Tensor | None = None,  # [*, M] bool
-    codes: str = "pm1",
+    codes: Codes = "pm1",
     features: int | None = None,
 ) -> Tensor:  # [*, N, E]
     """``Q (K^T V)`` with Q and K the codes of features q and k; arguments as those of `matadd_kv`.
@@ -85,8 +80,6 @@ def matadd(
     q, k and v [B, H, tokens, width] are read where they are, whatever their strides. Where q has its heads side by
     side in memory, as a projection leaves them, so has the outcome.
     """
-    if get_numerics() == "twin":
-        return matadd_twin(q, k, v, mask, codes, features)
     return _matadd_op(q, k, v, mask, codes, features)
 
 
@@ -95,7 +88,7 @@ def add_attention(
     k: Tensor,  # [*, M, D], or [*, M, ceil(D / 8)] uint8
     v: Tensor,  # [*, M, E]
     mask: Tensor | None = None,  # [*, M] bool
-    codes: str = "pm1",
+    codes: Codes = "pm1",
     features: int | None = None,
     contrast: Tensor | None = None,  # [H]
 ) -> Tensor:  # [*, N, E]
@@ -108,46 +101,110 @@ def add_attention(
         contrast: for each head, the dimension before the last two, what the difference of an outcome to the mean of the
             values is multiplied by. It costs next to nothing: ``K^T V`` takes it on, by an outer product.
     """
-    if get_numerics() == "twin":
-        return add_attention_twin(q, k, v, mask, codes, features, contrast)
     return _attention_op(q, k, v, mask, codes, features, contrast)
 
 
-def _kv_cpu(
-    k: Tensor, v: Tensor, mask: Tensor | None = None, codes: str = "pm1", features: int | None = None
-) -> Tensor:
-    features = check_codes(k, v, mask, codes, features)
-    function = _function(
-        SUMS, targets.current(), v.dtype, features, v.shape[-1], ("codes", k.dtype), ("masked", mask is not None)
-    )
+class MatAddKV(NamedTuple):
+    """The arguments of ``K^T V``."""
+
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+    codes: Codes = "pm1"
+    features: int | None = None
+
+
+class MatAddQ(NamedTuple):
+    """The arguments of ``Q S``."""
+
+    q: Tensor
+    kv: Tensor
+    codes: Codes = "pm1"
+
+
+class MatAdd(NamedTuple):
+    """The arguments of both products in a row."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+    codes: Codes = "pm1"
+    features: int | None = None
+
+
+class AddAttention(NamedTuple):
+    """The arguments of additive attention."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+    codes: Codes = "pm1"
+    features: int | None = None
+    contrast: Tensor | None = None
+
+
+def _check_codes(x: Tensor, values: Tensor, features: int | None) -> None:
+    if x.dim() < 2 or x.shape[:-2] != values.shape[:-2]:
+        raise UserError(
+            f"queries, keys and values must have the same dimensions before the last two, not {list(x.shape)} and "
+            f"{list(values.shape)}"
+        )
+    packed = x.dtype == torch.uint8
+    if not (packed or x.is_floating_point()):
+        raise UserError(f"codes are the signs of floating-point features, or packed in uint8, not {x.dtype}")
+    width, features = features_of(x, None), features_of(x, features)
+    if not (width - 8 < features <= width if packed else features == width):
+        raise UserError(f"{'packed signs' if packed else 'features'} {list(x.shape)} are not {features} a token")
+
+
+def _check_kv(given: MatAddKV) -> None:
+    k, v, mask, _, features = given
+    _check_codes(k, v, features)
+    if k.shape[-2] != v.shape[-2]:
+        raise UserError(f"every key needs a value: there are {k.shape[-2]} keys and {v.shape[-2]} values")
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise UserError(f"the mask must be bool (True where a key counts), not {mask.dtype}")
+        if mask.dim() != k.dim() - 1 or any(m not in (1, n) for m, n in zip(mask.shape, k.shape, strict=False)):
+            raise UserError(f"the mask must be {list(k.shape[:-1])}, or 1 where it repeats, not {list(mask.shape)}")
+
+
+def _check(given: MatAdd | AddAttention) -> None:
+    q, k, v, mask, codes, features, *contrasts = given
+    _check_kv(MatAddKV(k, v, mask, codes, features))
+    _check_codes(q, v, features_of(k, features))
+    for contrast in contrasts:
+        if contrast is not None and (v.dim() < 3 or contrast.shape != v.shape[-3:-2]):
+            raise UserError(
+                f"contrast must be [H], one for each head of values [*, H, M, E], not {list(contrast.shape)} for "
+                f"{list(v.shape)}"
+            )
+
+
+def _kv_cpu(given: MatAddKV) -> Tensor | None:
+    k, v, mask, codes, features = given
+    features = features_of(k, features)
+    spec = ("codes", k.dtype), ("masked", mask is not None)
+    function = _function(SUMS, targets.current(), v.dtype, features, v.shape[-1], *spec)
     if function is None or not k.numel():
-        return matadd_kv_twin(k, v, mask, codes, features)
+        return None
     kv = run_sums(function, _heads(k), _heads(v), _mask_of_heads(mask, k), codes, features)
     return kv.to(v.dtype).view(*v.shape[:-2], features, v.shape[-1])
 
 
-def _q_cpu(q: Tensor, kv: Tensor, codes: str = "pm1") -> Tensor:
-    check_codes(q, kv, None, codes, kv.shape[-2], rows=False)
+def _q_cpu(given: MatAddQ) -> Tensor | None:
+    q, kv, codes = given
     function = _function(PRODUCTS, targets.current(), kv.dtype, *kv.shape[-2:], ("codes", q.dtype))
     if function is None or not q.numel():
-        return matadd_q_twin(q, kv, codes)
+        return None
     return _unheaded(run_products(function, _heads(q), _heads(kv), codes), q)
 
 
-def _matadd_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    codes: str = "pm1",
-    features: int | None = None,
-    contrast: Tensor | None = None,
-    *,
-    attention: bool = False,
-) -> Tensor:
-    features = check_codes(k, v, mask, codes, features)
-    check_codes(q, v, None, codes, features, rows=False)
-    check_contrast(contrast, v)
+def _cpu(given: MatAdd | AddAttention) -> Tensor | None:
+    q, k, v, mask, codes, features, *contrasts = given
+    features, contrast = features_of(k, features), contrasts[0] if contrasts else None
     function = _function(
         MATADD,
         targets.current(),
@@ -157,69 +214,51 @@ def _matadd_cpu(
         ("codes", q.dtype),
         ("key_codes", k.dtype),
         ("masked", mask is not None),
-        ("attention", attention),
+        ("attention", isinstance(given, AddAttention)),
         ("contrasted", contrast is not None),
     )
     if function is None or not q.numel() or not k.numel():
-        if attention:
-            return add_attention_twin(q, k, v, mask, codes, features, contrast)
-        return matadd_twin(q, k, v, mask, codes, features)
+        return None
     heads = _heads(q), _heads(k), _heads(v)
     return _unheaded(run_matadd(function, *heads, _mask_of_heads(mask, k), codes, features, contrast), q)
 
 
-def _kv_cuda(
-    k: Tensor, v: Tensor, mask: Tensor | None = None, codes: str = "pm1", features: int | None = None
-) -> Tensor:
-    features = check_codes(k, v, mask, codes, features)
-    state = None
-    if k.numel() and v.numel():
-        keys, values, mask_of_heads = _heads(k), _heads(v), _mask_of_heads(mask, k)
-        state = cuda_matadd.sums(keys, values, mask_of_heads, LOW[codes], features, attention=False)
-    if state is None:
-        return matadd_kv_twin(k, v, mask, codes, features)
-    return state.to(v.dtype).view(*v.shape[:-2], features, v.shape[-1])
+def _kv_cuda(given: MatAddKV) -> Tensor | None:
+    k, v, mask, codes, features = given
+    features = features_of(k, features)
+    if not (k.numel() and v.numel()):
+        return None
+    keys, values, mask_of_heads = _heads(k), _heads(v), _mask_of_heads(mask, k)
+    state = cuda_matadd.sums(keys, values, mask_of_heads, LOW[codes], features, attention=False)
+    return None if state is None else state.to(v.dtype).view(*v.shape[:-2], features, v.shape[-1])
 
 
-def _q_cuda(q: Tensor, kv: Tensor, codes: str = "pm1") -> Tensor:
-    features = kv.shape[-2]
-    check_codes(q, kv, None, codes, features, rows=False)
+def _q_cuda(given: MatAddQ) -> Tensor | None:
+    q, kv, codes = given
+    if not (q.numel() and kv.numel()):
+        return None
     queries = _heads(q)
-    out = empty_by_heads(queries, _heads(kv))
-    if q.numel() and kv.numel():
-        state = kv.float().reshape(-1, features, kv.shape[-1]).contiguous()
-        if cuda_matadd.products(queries, state, LOW[codes], features, out, attention=False):
-            return _unheaded(out, q)
-    return matadd_q_twin(q, kv, codes)
+    out, state = empty_by_heads(queries, _heads(kv)), kv.float().reshape(-1, *kv.shape[-2:]).contiguous()
+    served = cuda_matadd.products(queries, state, LOW[codes], kv.shape[-2], out, attention=False)
+    return _unheaded(out, q) if served else None
 
 
-def _matadd_cuda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    codes: str = "pm1",
-    features: int | None = None,
-    contrast: Tensor | None = None,
-    *,
-    attention: bool = False,
-) -> Tensor:
-    features = check_codes(k, v, mask, codes, features)
-    check_codes(q, v, None, codes, features, rows=False)
-    check_contrast(contrast, v)
-    if q.numel() and k.numel() and v.numel():
-        queries, values, low = _heads(q), _heads(v), LOW[codes]
-        out = empty_by_heads(queries, values)
-        state = cuda_matadd.sums(_heads(k), values, _mask_of_heads(mask, k), low, features, attention)
-        if state is not None and contrast is not None:
+def _cuda(given: MatAdd | AddAttention) -> Tensor | None:
+    q, k, v, mask, codes, features, *contrasts = given
+    features, attention = features_of(k, features), isinstance(given, AddAttention)
+    if not (q.numel() and k.numel() and v.numel()):
+        return None
+    queries, values, low = _heads(q), _heads(v), LOW[codes]
+    state = cuda_matadd.sums(_heads(k), values, _mask_of_heads(mask, k), low, features, attention)
+    if state is None:
+        return None
+    for contrast in contrasts:
+        if contrast is not None:
             _add_contrast_(state, contrast)
-        if state is not None and cuda_matadd.products(
-            queries, state, low, features, out, attention=attention, least=LEAST_ROW_SUM
-        ):
-            return _unheaded(out, q)
-    if attention:
-        return add_attention_twin(q, k, v, mask, codes, features, contrast)
-    return matadd_twin(q, k, v, mask, codes, features)
+    out = empty_by_heads(queries, values)
+    least = LEAST_ROW_SUM if attention else 0.0
+    served = cuda_matadd.products(queries, state, low, features, out, attention=attention, least=least)
+    return _unheaded(out, q) if served else None
 
 
 def _add_contrast_(state: Tensor, contrast: Tensor) -> None:
@@ -234,14 +273,19 @@ def _add_contrast_(state: Tensor, contrast: Tensor) -> None:
 
 @cache
 def _function(
-    kernel: Kernel, target: CpuTarget, dtype: torch.dtype, features: int, columns: int, *spec: tuple[str, Any]
-) -> Any:
+    kernel: Kernel,
+    target: CpuTarget,
+    dtype: torch.dtype,
+    features: int,
+    columns: int,
+    *spec: tuple[str, torch.dtype | SpecValue],
+) -> Compiled | None:
     """The compiled function for this process's target, or None where the twin has to do."""
-    if dtype not in (torch.float32, torch.bfloat16) or not features or not columns:
+    if dtype not in DTYPES or not features or not columns:
         return None
     if any(isinstance(value, torch.dtype) and value not in CODES for _, value in spec):
         return None
-    stored = {name: CODES.get(value, value) for name, value in spec}
+    stored = {name: CODES[value] if isinstance(value, torch.dtype) else value for name, value in spec}
     return kernel.function(dtype=CODES[dtype], features=features, columns=columns, **stored)
 
 
@@ -263,34 +307,16 @@ def _unheaded(out: Tensor, q: Tensor) -> Tensor:
     return out if q.dim() == 4 else out.reshape(*q.shape[:-1], out.shape[-1])
 
 
-def _fake_kv(
-    k: Tensor, v: Tensor, mask: Tensor | None = None, codes: str = "pm1", features: int | None = None
-) -> Tensor:
-    features = check_codes(k, v, mask, codes, features)
-    return v.new_empty(*v.shape[:-2], features, v.shape[-1])
+def _fake_kv(given: MatAddKV) -> Tensor:
+    v = given.v
+    return v.new_empty(*v.shape[:-2], features_of(given.k, given.features), v.shape[-1])
 
 
-def _fake_q(q: Tensor, kv: Tensor, codes: str = "pm1") -> Tensor:
-    check_codes(q, kv, None, codes, kv.shape[-2], rows=False)
-    return _unheaded(empty_by_heads(_heads(q), kv), q)
+def _fake(given: MatAdd | AddAttention) -> Tensor:
+    return _unheaded(empty_by_heads(_heads(given.q), given.v), given.q)
 
 
-def _fake_matadd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    codes: str = "pm1",
-    features: int | None = None,
-    contrast: Tensor | None = None,
-) -> Tensor:
-    features = check_codes(k, v, mask, codes, features)
-    check_codes(q, v, None, codes, features, rows=False)
-    check_contrast(contrast, v)
-    return _unheaded(empty_by_heads(_heads(q), v), q)
-
-
-def _set_up_kv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _set_up_kv(ctx: Any, inputs: MatAddKV, output: Tensor) -> None:
     k, _, mask, ctx.codes, _ = inputs
     ctx.save_for_backward(k, mask)
 
@@ -302,7 +328,7 @@ def _backward_kv(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return None, of_v if mask is None else torch.where(mask.unsqueeze(-1), of_v, 0), None, None, None
 
 
-def _set_up_q(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _set_up_q(ctx: Any, inputs: MatAddQ, output: Tensor) -> None:
     q, kv, ctx.codes = inputs
     ctx.features = kv.shape[-2]
     ctx.save_for_backward(q)
@@ -320,38 +346,33 @@ def _refuse(asked: bool) -> None:
 
 
 _kv_op = define_op(
-    "matadd_kv(Tensor k, Tensor v, Tensor? mask=None, str codes='pm1', int? features=None) -> Tensor",
+    "matadd_kv",
+    MatAddKV,
+    twin=matadd_kv_twin,
+    check=_check_kv,
     cpu=_kv_cpu,
     cuda=_kv_cuda,
-    twin=matadd_kv_twin,
     fake=_fake_kv,
     backward=_backward_kv,
     setup_context=_set_up_kv,
 )
 
 _q_op = define_op(
-    "matadd_q(Tensor q, Tensor kv, str codes='pm1') -> Tensor",
+    "matadd_q",
+    MatAddQ,
+    twin=matadd_q_twin,
+    check=lambda given: _check_codes(given.q, given.kv, given.kv.shape[-2]),
     cpu=_q_cpu,
     cuda=_q_cuda,
-    twin=matadd_q_twin,
-    fake=_fake_q,
+    fake=lambda given: _unheaded(empty_by_heads(_heads(given.q), given.kv), given.q),
     backward=_backward_q,
     setup_context=_set_up_q,
 )
 
-_matadd_op = define_op(
-    "matadd(Tensor q, Tensor k, Tensor v, Tensor? mask=None, str codes='pm1', int? features=None) -> Tensor",
-    cpu=_matadd_cpu,
-    cuda=_matadd_cuda,
-    twin=matadd_twin,
-    fake=_fake_matadd,
-)
-
-_attention_op = define_op(
-    "add_attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, str codes='pm1', int? features=None, "
-    "Tensor? contrast=None) -> Tensor",
-    cpu=partial(_matadd_cpu, attention=True),
-    cuda=partial(_matadd_cuda, attention=True),
-    twin=add_attention_twin,
-    fake=_fake_matadd,
+_matadd_op, _attention_op = (
+    define_op(name, arguments, twin=twin, check=_check, cpu=_cpu, cuda=_cuda, fake=_fake)
+    for name, arguments, twin in (
+        ("matadd", MatAdd, matadd_twin),
+        ("add_attention", AddAttention, add_attention_twin),
+    )
 )

@@ -10,20 +10,23 @@ is rounded to 8-bit integers there, and the bound is that with 1/253.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shiftadd3d.kernels.cpu.forms import forms
+from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.cpu.forms import Form, forms
 from shiftadd3d.kernels.cpu.matshift import MATSHIFT, division_of, run
 from shiftadd3d.kernels.cuda import matshift as cuda_matshift
 from shiftadd3d.kernels.cuda import product
-from shiftadd3d.kernels.ops.define import define_op
+from shiftadd3d.kernels.ops.define import define_op, first_outcome
+from shiftadd3d.kernels.reference import power_of_two
 from shiftadd3d.kernels.reference.activations import Activation
-from shiftadd3d.kernels.reference.matshift import check_arguments, decoded_weight, matshift_twin
+from shiftadd3d.kernels.reference.matshift import decoded_weight, matshift_twin
 from shiftadd3d.kernels.runtime import memory, targets
+from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.memory import DTYPES
 from shiftadd3d.kernels.runtime.numerics import Numerics, get_numerics
 
@@ -39,7 +42,7 @@ def matshift(
     """A linear layer with power-of-two weights, and an activation function if one is named.
 
     Runs compiled code on CPUs in float32 and bfloat16, on CUDA GPUs in these and float16 (see
-    `shiftadd3d.kernels.cuda_product`), and `matshift_twin` everywhere else. Differentiable with respect to x and bias.
+    `shiftadd3d.kernels.cuda.product`), and `matshift_twin` everywhere else. Differentiable with respect to x and bias.
 
     Args:
         x: activations, any leading shape.
@@ -54,51 +57,70 @@ def matshift(
     return matshift_op(x, codes, offset, bias, bits, activation, get_numerics())
 
 
-def _matshift_cpu(
-    x: Tensor, codes: Tensor, offset: Tensor, bias: Tensor | None, bits: int, activation: str, numerics: str
-) -> Tensor:
-    check_arguments(x, codes, offset, bias, bits, activation, numerics)
-    if numerics == "twin" or x.dtype not in DTYPES or not x.numel() or not codes.numel():
-        return matshift_twin(x, codes, offset, bias, bits, activation)
-    terms, outputs, _ = codes.shape
+class MatShift(NamedTuple):
+    """The op's arguments."""
+
+    x: Tensor
+    codes: Tensor
+    offset: Tensor
+    bias: Tensor | None
+    bits: int
+    activation: Activation
+    numerics: Numerics
+
+
+def check_layer(x: Tensor, codes: Tensor, offset: Tensor, bias: Tensor | None, bits: int) -> None:
+    """Raise `UserError` unless these are an input of a layer of shifts and its weight."""
+    if codes.ndim != 3 or codes.dtype != torch.uint8:
+        raise UserError(f"codes must be uint8 [terms, outputs, bytes], not {described(codes)}")
+    terms, outputs, length = codes.shape
+    power_of_two.check_format(bits, terms)
+    if offset.shape != (terms, outputs) or offset.dtype != torch.int8:
+        raise UserError(
+            f"offset must be int8 [{terms}, {outputs}] beside codes {list(codes.shape)}, not {described(offset)}"
+        )
+    if not x.is_floating_point() or x.ndim == 0:
+        raise UserError(f"x must be floating point [*, inputs], not {described(x)}")
+    if length != (x.shape[-1] * bits + 7) // 8:
+        raise UserError(
+            f"x {list(x.shape)} has {x.shape[-1]} inputs, but rows of {length} bytes hold {length * 8 // bits} codes "
+            f"of {bits} bits"
+        )
+    if bias is not None and (bias.shape != (outputs,) or not bias.is_floating_point()):
+        raise UserError(f"bias must be floating point [{outputs}], not {described(bias)}")
+
+
+def described(tensor: Tensor) -> str:
+    """Dtype and shape, for an error."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _cpu(given: MatShift) -> Tensor | None:
+    x, codes, offset, bias, bits, activation, numerics = given
+    if x.dtype not in DTYPES or not x.numel() or not codes.numel():
+        return None
+    (terms, outputs, _), dtype = codes.shape, DTYPES[x.dtype]
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    bias_row = memory.float32_bias(bias, outputs)
-    dtype = DTYPES[x.dtype]
-    for form in forms(targets.current(), cast(Numerics, numerics), bits, terms, dtype):
-        function = MATSHIFT.function(form=form, bits=bits, terms=terms, dtype=dtype, activation=activation)
-        if function is None:
-            continue
-        division = division_of(form, rows.shape[0], rows.shape[1], outputs)
-        y = run(function, rows, codes.contiguous(), offset.contiguous(), bias_row, *division)
-        if y is not None:
-            return y.view(*x.shape[:-1], outputs)
-    return matshift_twin(x, codes, offset, bias, bits, activation)
+    arguments = rows, codes.contiguous(), offset.contiguous(), memory.float32_bias(bias, outputs)
+
+    def product_in(function: Compiled, form: Form) -> Tensor | None:
+        return run(function, *arguments, *division_of(form, rows.shape[0], rows.shape[1], outputs))
+
+    found = forms(targets.current(), numerics, bits, terms, dtype)
+    spec = {"bits": bits, "terms": terms, "dtype": dtype, "activation": activation}
+    y = first_outcome(MATSHIFT, found, product_in, **spec)
+    return None if y is None else y.view(*x.shape[:-1], outputs)
 
 
-def matshift_cuda(
-    x: Tensor, codes: Tensor, offset: Tensor, bias: Tensor | None, bits: int, activation: str, numerics: str
-) -> Tensor:
-    """`matshift` of CUDA tensors."""
-    check_arguments(x, codes, offset, bias, bits, activation, numerics)
-    dtype = product.DTYPES.get(x.dtype)
-    if numerics == "twin" or dtype is None or not x.numel() or not codes.numel():
-        return matshift_twin(x, codes, offset, bias, bits, activation)
-    y = cuda_matshift.matshift(
-        x.reshape(-1, x.shape[-1]), codes, offset, bias, bits, cast(Activation, activation), cast(Numerics, numerics)
-    )
-    if y is None:
-        return matshift_twin(x, codes, offset, bias, bits, activation)
-    return y.view(*x.shape[:-1], codes.shape[1])
+def _cuda(given: MatShift) -> Tensor | None:
+    x, codes = given.x, given.codes
+    if x.dtype not in product.DTYPES or not x.numel() or not codes.numel():
+        return None
+    y = cuda_matshift.matshift(x.reshape(-1, x.shape[-1]), *given[1:])
+    return None if y is None else y.view(*x.shape[:-1], codes.shape[1])
 
 
-def _fake(
-    x: Tensor, codes: Tensor, offset: Tensor, bias: Tensor | None, bits: int, activation: str, numerics: str
-) -> Tensor:
-    check_arguments(x, codes, offset, bias, bits, activation, numerics)
-    return x.new_empty((*x.shape[:-1], codes.shape[1]))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: MatShift, output: Tensor) -> None:
     x, codes, offset, bias, ctx.bits, ctx.activation, _ = inputs
     ctx.save_for_backward(x, codes, offset, bias)
 
@@ -118,11 +140,13 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 matshift_op = define_op(
-    "matshift(Tensor x, Tensor codes, Tensor offset, Tensor? bias, int bits, str activation, str numerics) -> Tensor",
-    cpu=_matshift_cpu,
-    cuda=matshift_cuda,
+    "matshift",
+    MatShift,
     twin=matshift_twin,
-    fake=_fake,
+    check=lambda given: check_layer(*given[:5]),
+    cpu=_cpu,
+    cuda=_cuda,
+    fake=lambda given: given.x.new_empty((*given.x.shape[:-1], given.codes.shape[1])),
     backward=_backward,
     setup_context=_setup_context,
     activations=1,

@@ -7,17 +7,19 @@ Inference only: no gradients flow through this op; training uses the layers of `
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple
 
 from torch import Tensor
 
-from shiftadd3d.kernels.cpu.forms import forms
+from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.cpu.forms import Form, forms
 from shiftadd3d.kernels.cpu.mlp import MLP, block_rows, run
-from shiftadd3d.kernels.ops.define import define_op
-from shiftadd3d.kernels.ops.matshift import matshift_cuda
+from shiftadd3d.kernels.ops.define import define_op, first_outcome
+from shiftadd3d.kernels.ops.matshift import check_layer, matshift_op
 from shiftadd3d.kernels.reference.activations import Activation
-from shiftadd3d.kernels.reference.mlp import check_mlp, shift_mlp_twin
+from shiftadd3d.kernels.reference.mlp import shift_mlp_twin
 from shiftadd3d.kernels.runtime import targets
+from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.memory import DTYPES
 from shiftadd3d.kernels.runtime.numerics import Numerics, get_numerics
 
@@ -52,80 +54,70 @@ def shift_mlp(
     return _mlp_op(x, *layers, bits, activation, get_numerics())
 
 
-def _mlp_cpu(
-    x: Tensor,
-    hidden_codes: Tensor,
-    hidden_offset: Tensor,
-    hidden_bias: Tensor | None,
-    codes: Tensor,
-    offset: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    activation: str,
-    numerics: str,
-) -> Tensor:
-    layers = (hidden_codes, hidden_offset, hidden_bias, codes, offset, bias)
-    check_mlp(x, *layers, bits, activation, numerics)
-    terms, outputs, _ = codes.shape
-    empty = not (x.numel() and hidden_codes.numel() and codes.numel())
-    if numerics == "twin" or x.dtype not in DTYPES or hidden_codes.shape[0] != terms or empty:
-        return shift_mlp_twin(x, *layers, bits, activation)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    dtype = DTYPES[x.dtype]
-    for form in forms(targets.current(), cast(Numerics, numerics), bits, terms, dtype):
-        function = MLP.function(form=form, bits=bits, terms=terms, dtype=dtype, activation=activation)
-        if function is None:
-            continue
-        y = run(function, rows, layers, block_rows(form, rows.shape[0], (rows.shape[1], hidden_codes.shape[1])))
-        if y is not None:
-            return y.view(*x.shape[:-1], outputs)
-    return shift_mlp_twin(x, *layers, bits, activation)
+class ShiftMlp(NamedTuple):
+    """The op's arguments."""
+
+    x: Tensor
+    hidden_codes: Tensor
+    hidden_offset: Tensor
+    hidden_bias: Tensor | None
+    codes: Tensor
+    offset: Tensor
+    bias: Tensor | None
+    bits: int
+    activation: Activation
+    numerics: Numerics
 
 
-def _mlp_cuda(
-    x: Tensor,
-    hidden_codes: Tensor,
-    hidden_offset: Tensor,
-    hidden_bias: Tensor | None,
-    codes: Tensor,
-    offset: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    activation: str,
-    numerics: str,
-) -> Tensor:
+def _check(given: ShiftMlp) -> None:
+    x, hidden_codes, hidden_offset, hidden_bias, codes, offset, bias, bits, _, _ = given
+    check_layer(x, hidden_codes, hidden_offset, hidden_bias, bits)
+    hidden = hidden_codes.shape[1]
+    if codes.ndim == 3 and codes.shape[2] != (hidden * bits + 7) // 8:
+        raise UserError(
+            f"the first layer has {hidden} outputs, but rows of {codes.shape[2]} bytes in the second one hold "
+            f"{codes.shape[2] * 8 // bits} codes of {bits} bits"
+        )
+    check_layer(x.new_empty(0, hidden), codes, offset, bias, bits)
+
+
+def _cpu(given: ShiftMlp) -> Tensor | None:
+    x, *layers, bits, activation, numerics = given
+    terms, outputs, _ = given.codes.shape
+    if x.dtype not in DTYPES or given.hidden_codes.shape[0] != terms:
+        return None
+    if not (x.numel() and given.hidden_codes.numel() and given.codes.numel()):
+        return None
+    rows, dtype = x.reshape(-1, x.shape[-1]).contiguous(), DTYPES[x.dtype]
+    widths = rows.shape[1], given.hidden_codes.shape[1]
+
+    def taken_through(function: Compiled, form: Form) -> Tensor | None:
+        return run(function, rows, layers, block_rows(form, len(rows), widths))
+
+    found = forms(targets.current(), numerics, bits, terms, dtype)
+    spec = {"bits": bits, "terms": terms, "dtype": dtype, "activation": activation}
+    y = first_outcome(MLP, found, taken_through, **spec)
+    return None if y is None else y.view(*x.shape[:-1], outputs)
+
+
+def _cuda(given: ShiftMlp) -> Tensor:
     """Two products, the first with the activation function in it.
 
     One kernel for both would have to keep all outputs of its tokens in registers, which 64 of them allow and 192 do
     not; and what lies between the products mostly stays in a GPU's second-level cache of tens of megabytes.
     """
-    check_mlp(x, hidden_codes, hidden_offset, hidden_bias, codes, offset, bias, bits, activation, numerics)
-    hidden = matshift_cuda(x, hidden_codes, hidden_offset, hidden_bias, bits, activation, numerics)
-    return matshift_cuda(hidden, codes, offset, bias, bits, "none", numerics)
-
-
-def _fake(
-    x: Tensor,
-    hidden_codes: Tensor,
-    hidden_offset: Tensor,
-    hidden_bias: Tensor | None,
-    codes: Tensor,
-    offset: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    activation: str,
-    numerics: str,
-) -> Tensor:
-    check_mlp(x, hidden_codes, hidden_offset, hidden_bias, codes, offset, bias, bits, activation, numerics)
-    return x.new_empty((*x.shape[:-1], codes.shape[1]))
+    x, *layers, bits, activation, numerics = given
+    hidden = matshift_op(x, *layers[:3], bits, activation, numerics)
+    return matshift_op(hidden, *layers[3:], bits, "none", numerics)
 
 
 _mlp_op = define_op(
-    "shift_mlp(Tensor x, Tensor hidden_codes, Tensor hidden_offset, Tensor? hidden_bias, Tensor codes, Tensor offset, "
-    "Tensor? bias, int bits, str activation, str numerics) -> Tensor",
-    cpu=_mlp_cpu,
-    cuda=_mlp_cuda,
+    "shift_mlp",
+    ShiftMlp,
     twin=shift_mlp_twin,
-    fake=_fake,
+    check=_check,
+    cpu=_cpu,
+    cuda=_cuda,
+    fake=lambda given: given.x.new_empty((*given.x.shape[:-1], given.codes.shape[1])),
     activations=1,
 )

@@ -7,16 +7,8 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor
 
-from shiftadd3d._errors import UserError
-
 Activation = Literal["none", "relu", "gelu"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
-
-
-def check_activation(name: str) -> None:
-    """Raise `UserError` unless `name` is one of `ACTIVATIONS`."""
-    if name not in ACTIVATIONS:
-        raise UserError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {name!r}")
 
 
 def apply(name: Activation, x: Tensor) -> Tensor:

@@ -25,9 +25,8 @@ def shift_conv_mlp_twin(
     width: int,
     bits: int = 4,
     activation: str = "gelu",
-    numerics: str = "exact",
 ) -> Tensor:
-    """What `shift_conv_mlp` computes, in plain torch; always exact, `numerics` being there for the op's signature."""
-    hidden = matshift_twin(x, hidden_codes, hidden_offset, hidden_bias, bits, "none", numerics)
+    """What `shift_conv_mlp` computes, in plain torch."""
+    hidden = matshift_twin(x, hidden_codes, hidden_offset, hidden_bias, bits)
     hidden = depthwise_conv_twin(hidden, weight, conv_bias, height, width, activation)
     return matshift_twin(hidden, codes, offset, bias, bits)

@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -49,6 +49,11 @@ torch's of a device); a bundle or a GPU that does not fit."""
 
 Compiled = Callable[..., None]
 """A compiled function: it takes contiguous torch tensors and numbers, and writes into some of them."""
+
+SpecValue = str | int | bool | float
+Function = TypeVar("Function")
+Spec = dict[str, SpecValue]
+"""What is compiled in, by the names of `build`'s arguments."""
 
 KERNELS: dict[str, Kernel] = {}
 """All kernels by name, those whose modules have been imported."""
@@ -85,7 +90,7 @@ class Kernel:
         variants: Callable[[Any], Iterable[Mapping[str, Any]]],
     ) -> None:
         self.name, self.build, self.trial, self.variants = name, build, trial, variants
-        self._functions: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
+        self._functions: dict[tuple[Any, ...], Any] = {}
         self.register()
 
     def register(self) -> None:
@@ -102,7 +107,7 @@ class Kernel:
         target = targets.current()
         return self._once((target.name, *spec.items()), lambda: _with_torch_threads(self.load(target, **spec)))
 
-    def _once(self, known: tuple[Any, ...], load: Callable[[], Callable[..., Any]]) -> Callable[..., Any] | None:
+    def _once(self, known: tuple[Any, ...], load: Callable[[], Function | None]) -> Function | None:
         try:
             return self._functions[known]
         except KeyError:

@@ -98,6 +98,10 @@ class Buffer:
         """A pointer to an element."""
         return _tirx().address_of(self[index])
 
+    def pointer(self, access: str, offset: Index) -> Expr:
+        """What intrinsics take of a GPU's memory, from so many elements on, to read (``"r"``) or write (``"w"``)."""
+        return self.data.access_ptr(access, ptr_type=self.dtype, offset=offset)
+
     def flat(self) -> Buffer:
         """The same memory as one row."""
         size = self.shape[0]
@@ -157,11 +161,15 @@ def argument(
         strides: where it need not be contiguous.
         align: bytes that its address is a multiple of; an element's unless said otherwise.
     """
-    handle = _tirx().arg(name, _tirx().handle())
     stored = "int16" if dtype == "bfloat16" else dtype
     align = align or {"uint8": 1, "int8": 1, "int16": 2, "int64": 8}.get(stored, 4)
-    data = _tirx().match_buffer(handle, shape, stored, strides=strides, align=align)
-    return Buffer(_named(name, data), shape, dtype)
+    return tensor(name, shape, stored, dtype, strides=strides, align=align)
+
+
+def tensor(name: str, shape: Sequence[Index], stored: str, dtype: str | None = None, **layout: Any) -> Buffer:
+    """The next argument, of elements as they are in memory, which `Buffer.dtype` calls `dtype`."""
+    handle = _tirx().arg(f"{name}_handle", _tirx().handle())
+    return Buffer(_named(name, _tirx().match_buffer(handle, shape, stored, **layout)), shape, dtype or stored)
 
 
 def _named(name: str, x: Any) -> Any:
@@ -181,17 +189,32 @@ def scalar(name: str, dtype: str = "int64") -> Expr:
     return _tirx().arg(name, getattr(_tirx(), dtype)())
 
 
+def scalars(*names: str) -> list[Expr]:
+    """The next arguments, int32."""
+    return [scalar(name, "int32") for name in names]
+
+
 # Statements.
 
 
-def alloc(*shape: Index, dtype: str = "float32", align: int = 64) -> Buffer:
+def alloc(*shape: Index, dtype: str = "float32", align: int = 64, scope: str = "global") -> Buffer:
     """Scratch memory; registers where it is small and indexed by constants."""
-    return Buffer(_tirx().alloc_buffer(shape, dtype, align=align), shape, dtype)
+    return Buffer(_tirx().alloc_buffer(shape, dtype, align=align, scope=scope), shape, dtype)
 
 
-def serial(count: Index) -> AbstractContextManager[Expr]:
-    """A loop over 0 to `count` - 1."""
-    return _tirx().serial(count)
+def serial(count: Index, unroll: int | None = None) -> AbstractContextManager[Expr]:
+    """A loop over 0 to `count` - 1; a GPU's compiler is told to write so many turns out."""
+    return _tirx().serial(count, unroll=unroll)
+
+
+def unroll(count: int) -> AbstractContextManager[Expr]:
+    """A loop that is written out."""
+    return _tirx().unroll(count)
+
+
+def bound(count: Index, place: str) -> AbstractContextManager[Expr]:
+    """A loop whose turns are a GPU's blocks or threads, such as those of ``"blockIdx.x"``."""
+    return _tirx().thread_binding(count, place)
 
 
 def parallel(count: Index) -> AbstractContextManager[Expr]:
@@ -227,6 +250,11 @@ def bind(x: Expr) -> Expr:
 def evaluate(x: Expr) -> None:
     """Emit an expression for what it does."""
     _tirx().evaluate(x)
+
+
+def emit(name: str, *arguments: Buffer | Number | str) -> None:
+    """Emit one of TVM's own intrinsics for what it does; of buffers it gets the memory."""
+    evaluate(getattr(_tirx(), name)(*(x.data.data if isinstance(x, Buffer) else x for x in arguments)))
 
 
 # Expressions.
@@ -327,6 +355,14 @@ def sqrt(x: Expr) -> Expr:
     return _tirx().sqrt(x)
 
 
+def erf(x: Expr) -> Expr:
+    return _tirx().erf(x)
+
+
+def floor(x: Expr) -> Expr:
+    return _tirx().floor(x)
+
+
 def nearbyint(x: Expr) -> Expr:
     """The nearest whole number, ties to even."""
     return _tirx().nearbyint(x)
@@ -335,6 +371,11 @@ def nearbyint(x: Expr) -> Expr:
 def intrinsic(dtype: str, name: str, *arguments: Expr) -> Expr:
     """What an instruction makes of its arguments; `name` is LLVM's, without its prefix."""
     return _tirx().call_llvm_pure_intrin(dtype, f"llvm.{name}", *arguments)
+
+
+def call(dtype: str, function: str, *arguments: Expr) -> Expr:
+    """What a function of the compiler's library makes of its arguments."""
+    return _tirx().call_extern(dtype, function, *arguments)
 
 
 def instruct(name: str, *arguments: Expr) -> None:

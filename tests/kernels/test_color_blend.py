@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from shiftadd3d import UserError
 from shiftadd3d.kernels.cpu.gnt.color_blend import KERNEL
+from shiftadd3d.kernels.ops.gnt import color_blend as ops_color_blend
 from shiftadd3d.kernels.pack.gnt.color_blend import color_blend_of_panels, panels
 from shiftadd3d.kernels.pack.panel import lanes_on
 from shiftadd3d.kernels.reference.gnt.color_blend import color_blend_twin, random_blend
@@ -20,7 +21,7 @@ SIZES = {"rays": 5, "samples": 7, "views": 4, "width": 16, "inputs": 11, "hidden
 def op(x, values, ray_diff, mask, weights, *rest) -> tuple[torch.Tensor, torch.Tensor]:
     """The op, given the arguments of its twin."""
     packed = panels(weights, *rest, lanes_on(torch.device("cpu")))
-    return torch.ops.shiftadd3d.color_blend(x, values, ray_diff, mask, packed, weights[0].shape[0])
+    return ops_color_blend.color_blend(x, values, ray_diff, mask, packed, weights[0].shape[0])
 
 
 def problem(seed: int = 0, **changes) -> list:
@@ -94,7 +95,7 @@ def test_compiled_models_see_through_it():
     packed = panels(weights, *rest, lanes_on(x.device))
 
     def model(x):
-        rgb, weights = torch.ops.shiftadd3d.color_blend(x * 2.0, values, ray_diff, mask, packed, 8)
+        rgb, weights = ops_color_blend.color_blend(x * 2.0, values, ray_diff, mask, packed, 8)
         return rgb.sum(-1) * weights.amax(-1)
 
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
@@ -108,7 +109,7 @@ def test_arguments_that_do_not_fit_are_refused():
         op(x, values, ray_diff, mask.float(), weights, *rest)
     packed = panels(weights, *rest, lanes_on(x.device))
     with pytest.raises(UserError, match="color_blend takes float32 panels"):
-        torch.ops.shiftadd3d.color_blend(x, values, ray_diff, mask, packed[:4], 8)
+        ops_color_blend.color_blend(x, values, ray_diff, mask, packed[:4], 8)
 
 
 @pytest.mark.parametrize("lanes", [1, 4, 8, 16])

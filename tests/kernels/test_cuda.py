@@ -208,11 +208,11 @@ def emulated_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_matshift_takes_any_leading_shape_and_no_bias(emulated_gpu: None):
     codes, offset, _ = power_of_two.encode(torch.randn(5, 33))
     x, codes = torch.randn(2, 0, 33), power_of_two.pack(codes, 4)
-    on_gpu = functools.partial(ops_matshift.matshift_cuda, bits=4, activation="relu", numerics="exact")
-    assert on_gpu(x, codes, offset, None).shape == (2, 0, 5)
+    given = ops_matshift.MatShift(x, codes, offset, None, 4, "relu", "exact")
+    assert ops_matshift._cuda(given) is None
     x = torch.randn(3, 2, 66)[..., ::2]
     torch.testing.assert_close(
-        on_gpu(x, codes, offset, None), kernels.matshift_twin(x, codes, offset, activation="relu")
+        ops_matshift._cuda(given._replace(x=x)), kernels.matshift_twin(x, codes, offset, activation="relu")
     )
 
 
@@ -223,21 +223,24 @@ def test_matadd_takes_strided_heads_masks_and_packed_codes(op: str, emulated_gpu
     q, k = (torch.randn(2, 130, 3, 11).transpose(1, 2) for _ in range(2))
     v, mask, kv = torch.randn(2, 3, 130, 7), torch.rand(2, 1, 130) > 0.3, torch.randn(2, 3, 11, 7)
     mask[0] = False  # queries that see no key
-    packed = reference_matadd.pack_signs(k)
+    packed, contrast = reference_matadd.pack_signs(k), torch.tensor([0.0, 1.0, 16.0])
     found, twin = {
         "kv": lambda: (
-            ops_matadd._kv_cuda(packed, v, mask, "01", 11),
+            ops_matadd._kv_cuda(ops_matadd.MatAddKV(packed, v, mask, "01", 11)),
             reference_matadd.matadd_kv_twin(packed, v, mask, "01", 11),
         ),
-        "q": lambda: (ops_matadd._q_cuda(q[0, 0], kv[0, 0]), reference_matadd.matadd_q_twin(q[0, 0], kv[0, 0])),
-        "matadd": lambda: (ops_matadd._matadd_cuda(q, k, v), reference_matadd.matadd_twin(q, k, v)),
+        "q": lambda: (
+            ops_matadd._q_cuda(ops_matadd.MatAddQ(q[0, 0], kv[0, 0])),
+            reference_matadd.matadd_q_twin(q[0, 0], kv[0, 0]),
+        ),
+        "matadd": lambda: (ops_matadd._cuda(ops_matadd.MatAdd(q, k, v)), reference_matadd.matadd_twin(q, k, v)),
         "attention": lambda: (
-            ops_matadd._matadd_cuda(q, k, v, mask, attention=True),
+            ops_matadd._cuda(ops_matadd.AddAttention(q, k, v, mask)),
             reference_matadd.add_attention_twin(q, k, v, mask),
         ),
         "contrast": lambda: (
-            ops_matadd._matadd_cuda(q, k, v, mask, contrast=torch.tensor([0.0, 1.0, 16.0]), attention=True),
-            reference_matadd.add_attention_twin(q, k, v, mask, contrast=torch.tensor([0.0, 1.0, 16.0])),
+            ops_matadd._cuda(ops_matadd.AddAttention(q, k, v, mask, contrast=contrast)),
+            reference_matadd.add_attention_twin(q, k, v, mask, contrast=contrast),
         ),
     }[op]()
     torch.testing.assert_close(found, twin, rtol=1e-5, atol=1e-4)
@@ -267,12 +270,12 @@ def test_a_mixture_takes_experts_of_other_widths_kinds_and_numbers(gated: bool, 
     x, logits = torch.randn(150, 2, 37).transpose(0, 1), torch.randn(2, 150, 3)
     logits[..., 1] = -1e9  # nobody goes there
     logits[0, 0] = torch.nan
-    found, assignment = ops_moe._moe_cuda(x, logits, layers, 2, 4, "relu", gated, "exact")
+    given = ops_moe.MoeMlp(x, logits, layers, 2, 4, "relu", gated, "exact")
+    found, assignment = ops_moe._cuda(given)
     twin, expected = kernels.moe_mlp_twin(x, logits, layers, 2, 4, "relu", gated)
     assert torch.equal(assignment, expected)
     torch.testing.assert_close(found, twin, rtol=1e-5, atol=1e-5, equal_nan=True)
-    nothing, _ = ops_moe._moe_cuda(x[:, :0], logits[:, :0], layers, 2, 4, "relu", gated, "exact")
-    assert nothing.shape == (2, 0, 9)
+    assert ops_moe._cuda(given._replace(x=x[:, :0], logits=logits[:, :0])) is None
 
 
 @needs_gcc
@@ -281,16 +284,17 @@ def test_points_are_looked_up_among_valid_and_among_all_pixels(emulated_gpu: Non
     for with_valid in (False, True):
         scene = reference_gather.random_scene(1, rays=13, samples=3, views=4, channels=1, with_valid=with_valid)
         scene[0][0, 0] = torch.nan
-        for found, twin in zip(ops_gather._cuda(*scene), reference_gather.point_samples_twin(*scene), strict=True):
+        for found, twin in zip(ops_gather._cuda(scene), reference_gather.point_samples_twin(*scene), strict=True):
             torch.testing.assert_close(found[1:], twin[1:], rtol=1e-3, atol=1e-3)
         assert not found[0, 0].any()
 
 
 @needs_gcc
 @pytest.mark.slow
-def test_a_perceptron_of_shifts_is_two_products(emulated_gpu: None):
+def test_a_perceptron_of_shifts_is_two_products(emulated_gpu: None, monkeypatch: pytest.MonkeyPatch):
     x, layers = torch.randn(3, 30, 33), random_layers("shift shift", {"shift shift": (33, 70, 9)})
-    found = ops_mlp._mlp_cuda(x, *layers, 4, "gelu", "exact")
+    monkeypatch.setattr(ops_mlp, "matshift_op", lambda *given: ops_matshift._cuda(ops_matshift.MatShift(*given)))
+    found = ops_mlp._cuda(ops_mlp.ShiftMlp(x, *layers, 4, "gelu", "exact"))
     torch.testing.assert_close(found, kernels.shift_mlp_twin(x, *layers, 4, "gelu"), rtol=1e-5, atol=1e-5)
 
 

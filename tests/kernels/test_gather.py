@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from shiftadd3d import UserError
 from shiftadd3d.kernels.cpu.gnt.gather import KERNEL
+from shiftadd3d.kernels.ops.gnt.gather import point_samples
 from shiftadd3d.kernels.reference.gnt.gather import point_samples_twin, random_scene
 from shiftadd3d.kernels.runtime import targets
 
-OPS = torch.ops.shiftadd3d
 ARGUMENTS = ("points", "origins", "projection", "centers", "images", "maps", "valid")
 
 
@@ -39,7 +39,7 @@ def looking_ahead(height: int = 5, width: int = 7, channels: int = 9) -> dict[st
 
 
 def look(scene: dict, points: list[list[float]]) -> tuple[torch.Tensor, ...]:
-    return OPS.point_samples(*{**scene, "points": torch.tensor([points])}.values())
+    return point_samples(*{**scene, "points": torch.tensor([points])}.values())
 
 
 @settings(max_examples=15, deadline=None)
@@ -53,7 +53,7 @@ def look(scene: dict, points: list[list[float]]) -> tuple[torch.Tensor, ...]:
 )
 def test_the_kernel_computes_what_the_twin_does(rays, samples, views, channels, with_valid, seed):
     scene = random_scene(seed, rays=rays, samples=samples, views=views, channels=channels, with_valid=with_valid)
-    assert_same(OPS.point_samples(*scene), point_samples_twin(*scene))
+    assert_same(point_samples(*scene), point_samples_twin(*scene))
 
 
 def test_a_pixel_shows_its_own_colour_and_one_between_two_pixels_their_mean():
@@ -84,7 +84,7 @@ def test_a_pixel_that_is_not_valid_hides_all_that_it_is_mixed_into():
 def test_a_point_that_is_not_finite_is_seen_by_no_view_and_harms_no_other(bad):
     scene = random_scene(3, rays=2, samples=9, views=4, channels=8, with_valid=True)
     scene[0][1, 4, 0] = bad
-    out, expected = OPS.point_samples(*scene), point_samples_twin(*scene)
+    out, expected = point_samples(*scene), point_samples_twin(*scene)
     assert not out[2][1, 4].any()
     assert bool(out[1][1, 4].isnan().any())
     for one, other in zip(out, expected, strict=True):
@@ -99,30 +99,30 @@ def test_maps_may_lie_in_memory_as_they_like():
     scene["images"] = scene["images"].transpose(1, 2).contiguous().transpose(1, 2)
     scene["points"] = scene["points"].transpose(0, 1).contiguous().transpose(0, 1)
     scene["centers"] = torch.cat([torch.zeros(1), scene["centers"].flatten()])[1:].view(2, 3)
-    assert_same(OPS.point_samples(*scene.values()), expected)
+    assert_same(point_samples(*scene.values()), expected)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
 def test_no_points_give_no_samples(shape):
     scene = random_scene(5, rays=1, samples=1, views=2, channels=8, with_valid=False)
-    values, ray_diff, mask = OPS.point_samples(torch.zeros(*shape, 3), torch.zeros(shape[0], 3), *scene[2:])
+    values, ray_diff, mask = point_samples(torch.zeros(*shape, 3), torch.zeros(shape[0], 3), *scene[2:])
     assert values.shape == (*shape, 2, 11) and ray_diff.shape == (*shape, 2, 4) and mask.shape == (*shape, 2)
 
 
 def test_threads_change_nothing(torch_threads):
     scene = random_scene(6, rays=50, samples=9, views=3, channels=8, with_valid=True)
-    assert_same(OPS.point_samples(*scene), point_samples_twin(*scene))
+    assert_same(point_samples(*scene), point_samples_twin(*scene))
 
 
 def test_compiled_models_see_through_it():
     scene = random_scene(7, rays=4, samples=3, views=2, channels=8, with_valid=True)
 
     def model(*scene):
-        values, ray_diff, mask = OPS.point_samples(*scene)
+        values, ray_diff, mask = point_samples(*scene)
         return (values.sum(-1) + ray_diff.sum(-1)) * mask
 
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(*scene), model(*scene))
-    torch.library.opcheck(OPS.point_samples.default, scene, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(point_samples, scene, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_the_twin_has_gradients_for_training():
@@ -144,7 +144,7 @@ def test_the_twin_has_gradients_for_training():
 def test_arguments_that_do_not_fit_are_refused(name, wrong, message):
     scene = dict(zip(ARGUMENTS, random_scene(9, rays=4, samples=3, views=2, channels=8, with_valid=True), strict=True))
     with pytest.raises(UserError, match=message):
-        OPS.point_samples(*{**scene, name: wrong}.values())
+        point_samples(*{**scene, name: wrong}.values())
 
 
 def test_other_processors_get_their_own_instructions():

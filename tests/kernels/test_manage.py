@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,3 +112,12 @@ def test_all_kernels_are_found_and_have_variants():
     found = {variant.kernel.name for variant in manage.all_variants()}
     assert found >= {"matshift", "view_attention"}
     assert found == set(KERNELS)
+
+
+def test_a_new_process_knows_the_kernels_of_all_rooms():
+    code = "from shiftadd3d.kernels import manage; print(*{v.kernel.name for v in manage.all_variants()})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    folder = Path(manage.__file__).parent / "cpu"
+    written = re.findall(r'^[A-Z_]+ = Kernel\(\s*"(\w+)"', "\n".join(f.read_text() for f in folder.rglob("*.py")), re.M)
+    assert set(done.stdout.split()) == set(written)
+    assert len(written) >= 13

@@ -386,18 +386,17 @@ def test_numerics_twin_runs_no_compiled_code(monkeypatch: pytest.MonkeyPatch):
 )
 def test_what_does_not_go_together_is_named(change: dict, complaint: str):
     arguments = dict(zip("qkv", problem(2, 3), strict=True)) | change
-    for op in (matadd, add_attention, matadd_twin, add_attention_twin):
+    for op in (matadd, add_attention):
         with pytest.raises(UserError, match=complaint):
             op(**arguments)
 
 
 def test_contrast_is_one_for_each_head():
     q, k, v = problem(2, 3)
-    for op in (add_attention, add_attention_twin):
-        with pytest.raises(
-            UserError, match=r"contrast must be \[H\], one for each head .*, not \[2\] for \[2, 3, 70, 32\]"
-        ):
-            op(q, k, v, contrast=torch.ones(2))
+    with pytest.raises(
+        UserError, match=r"contrast must be \[H\], one for each head .*, not \[2\] for \[2, 3, 70, 32\]"
+    ):
+        add_attention(q, k, v, contrast=torch.ones(2))
 
 
 # Other machines

@@ -206,7 +206,7 @@ def test_torch_compile_sees_through_for_any_number_of_tokens():
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"activation": "tanh"}, "expert 0: activation must be one of none, relu, gelu, not 'tanh'"),
+        ({"activation": "tanh"}, "activation must be one of none, relu, gelu, not 'tanh'"),
         ({"x": torch.zeros(3, 21)}, r"expert 0: a weight without an offset must be floating point \[outputs, 21\]"),
         ({"x": torch.zeros(3, 20, dtype=torch.int64)}, r"x must be floating point \[\*, inputs\]"),
         ({"logits": torch.zeros(4, 2)}, r"logits must be floating point \[3, 'E'\] beside x, not \[4, 2\]"),

@@ -9,26 +9,28 @@ from hypothesis import strategies as st
 
 from shiftadd3d import UserError
 from shiftadd3d.kernels.cpu.gnt.plane_sweep import KERNEL
+from shiftadd3d.kernels.ops.gnt import plane_sweep as ops_plane_sweep
 from shiftadd3d.kernels.pack.gnt.plane_sweep import panels, plane_sweep_of_panels
 from shiftadd3d.kernels.pack.panel import lanes_on
-from shiftadd3d.kernels.reference.gnt.plane_sweep import plane_sweep_twin, random_sweep
+from shiftadd3d.kernels.reference.gnt.gather import Scene
+from shiftadd3d.kernels.reference.gnt.plane_sweep import Network, plane_sweep_twin, random_sweep
 from shiftadd3d.kernels.runtime import targets
 
 SIZES = {"rays": 5, "samples": 11, "views": 3, "channels": 8, "hidden": 16, "with_valid": False}
 
 
-def packed(*arguments, lanes: int | None = None) -> tuple:
+def packed(scene: Scene, network: Network, lanes: int | None = None) -> tuple:
     """The arguments of the op, given those of its twin."""
-    network = panels(*arguments[7:], lanes_on(torch.device("cpu")) if lanes is None else lanes)
-    return *arguments[:7], network, arguments[7].shape[0]
+    packed = panels(network, lanes_on(torch.device("cpu")) if lanes is None else lanes)
+    return *scene, packed, network.hidden_weight.shape[0]
 
 
-def op(*arguments) -> tuple[torch.Tensor, ...]:
+def op(scene: Scene, network: Network) -> tuple[torch.Tensor, ...]:
     """The op, given the arguments of its twin."""
-    return torch.ops.shiftadd3d.plane_sweep(*packed(*arguments))
+    return ops_plane_sweep.plane_sweep(*packed(scene, network))
 
 
-def sweep(seed: int = 0, **changes) -> tuple:
+def sweep(seed: int = 0, **changes) -> tuple[Scene, Network]:
     return random_sweep(seed, **{**SIZES, **changes})
 
 
@@ -54,17 +56,17 @@ def test_weights_of_a_ray_sum_to_one_and_its_colour_is_a_mean_of_what_views_show
     weights = op(*sweep(rays=20, views=6))[1]
     assert bool((weights >= 0).all())
     torch.testing.assert_close(weights.sum(-1), torch.ones(20))
-    arguments = list(sweep(rays=20, views=6))
-    arguments[4] = torch.full_like(arguments[4], 0.25)  # every image is grey
-    assert float(op(*arguments)[0].max()) <= 0.25 + 1e-6
+    scene, network = sweep(rays=20, views=6)
+    grey = scene._replace(images=torch.full_like(scene.images, 0.25))
+    assert float(op(grey, network)[0].max()) <= 0.25 + 1e-6
 
 
 def test_points_that_fewer_than_two_views_see_count_only_where_there_are_no_others():
-    arguments = list(sweep(rays=8, samples=12, views=2))
+    arguments = sweep(rays=8, samples=12, views=2)
     _, weights, _ = op(*arguments)
     expected = plane_sweep_twin(*arguments)
     torch.testing.assert_close(weights, expected[1], rtol=1e-3, atol=1e-5)
-    arguments[0][3] = -10.0  # behind both cameras
+    arguments[0].points[3] = -10.0  # behind both cameras
     _, weights, seen = op(*arguments)
     assert not seen[3].any()
     torch.testing.assert_close(weights[3], torch.full((12,), 1 / 12))
@@ -72,7 +74,7 @@ def test_points_that_fewer_than_two_views_see_count_only_where_there_are_no_othe
 
 def test_a_ray_that_is_not_finite_harms_no_other():
     arguments = sweep(views=4)
-    arguments[0][2, 3] = float("nan")
+    arguments[0].points[2, 3] = float("nan")
     others = [0, 1, 3, 4]
     for out, expected in zip(op(*arguments), plane_sweep_twin(*arguments), strict=True):
         torch.testing.assert_close(out[others], expected[others], rtol=1e-3, atol=1e-3)
@@ -80,8 +82,9 @@ def test_a_ray_that_is_not_finite_harms_no_other():
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
 def test_no_points_give_no_outcome(shape):
-    arguments = sweep()
-    rgb, weights, seen = op(torch.zeros(*shape, 3), torch.zeros(shape[0], 3), *arguments[2:])
+    scene, network = sweep()
+    nothing = scene._replace(points=torch.zeros(*shape, 3), origins=torch.zeros(shape[0], 3))
+    rgb, weights, seen = op(nothing, network)
     assert rgb.shape == (shape[0], 3) and weights.shape == shape and seen.shape == shape
 
 
@@ -94,19 +97,18 @@ def test_compiled_models_see_through_it():
     arguments = packed(*sweep())
 
     def model(*arguments):
-        rgb, weights, seen = torch.ops.shiftadd3d.plane_sweep(*arguments)
+        rgb, weights, seen = ops_plane_sweep.plane_sweep(*arguments)
         return rgb.sum() + (weights * seen).sum()
 
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(*arguments), model(*arguments))
 
 
 def test_a_network_for_other_channels_is_refused():
-    arguments = list(sweep())
-    arguments[7] = torch.zeros(16, 37)
+    scene, network = sweep()
     with pytest.raises(UserError, match=r"must have 3 .* inputs"):
-        op(*arguments)
+        op(scene, network._replace(hidden_weight=torch.zeros(16, 37)))
     with pytest.raises(UserError, match="plane_sweep takes float32 panels"):
-        torch.ops.shiftadd3d.plane_sweep(*packed(*sweep())[:8], 40)
+        ops_plane_sweep.plane_sweep(*packed(*sweep())[:8], 40)
 
 
 @pytest.mark.parametrize("lanes", [1, 4, 8, 16])

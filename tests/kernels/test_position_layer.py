@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from shiftadd3d import UserError
 from shiftadd3d.kernels.cpu.gnt.position_layer import KERNEL
+from shiftadd3d.kernels.ops.gnt import position_layer as ops_position_layer
 from shiftadd3d.kernels.pack.gnt.position_layer import panels, position_layer_of_panels
 from shiftadd3d.kernels.pack.panel import lanes_on
 from shiftadd3d.kernels.reference.gnt.position_layer import (
@@ -25,7 +26,7 @@ SIZES = {"rays": 5, "samples": 7, "width": 16, "hidden": 16, "outputs": 16}
 def op(x, points, directions, weights, biases) -> torch.Tensor:
     """The op, given the arguments of its twin."""
     packed = panels(weights, biases, lanes_on(torch.device("cpu")))
-    return torch.ops.shiftadd3d.position_layer(x, points, directions, packed, weights[1].shape[0])
+    return ops_position_layer.position_layer(x, points, directions, packed, weights[1].shape[0])
 
 
 def problem(seed: int = 0, **changes) -> tuple:
@@ -97,7 +98,7 @@ def test_compiled_models_see_through_it():
     packed = panels(weights, biases, lanes_on(x.device))
 
     def model(x):
-        return torch.ops.shiftadd3d.position_layer(x * 2.0, points, directions, packed, 16).sum(-1)
+        return ops_position_layer.position_layer(x * 2.0, points, directions, packed, 16).sum(-1)
 
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
 

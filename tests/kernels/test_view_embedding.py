@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from shiftadd3d import UserError
 from shiftadd3d.kernels.cpu.gnt.view_embedding import KERNEL
+from shiftadd3d.kernels.ops.gnt import view_embedding as ops_view_embedding
 from shiftadd3d.kernels.pack.gnt.view_embedding import panels, view_embedding_of_panels
 from shiftadd3d.kernels.pack.panel import lanes_on
 from shiftadd3d.kernels.reference.gnt.view_embedding import random_views, view_embedding_twin, view_moments
@@ -20,7 +21,7 @@ SIZES = {"points": 17, "views": 4, "inputs": 11, "hidden": 16, "width": 16, "wit
 def op(values, mask, weights, biases) -> tuple[torch.Tensor, torch.Tensor]:
     """The op, given the arguments of its twin."""
     packed = panels(weights, biases, lanes_on(torch.device("cpu")))
-    return torch.ops.shiftadd3d.view_embedding(values, mask, packed, weights[1].shape[0])
+    return ops_view_embedding.view_embedding(values, mask, packed, weights[1].shape[0])
 
 
 def problem(seed: int = 0, **changes) -> tuple:
@@ -88,7 +89,7 @@ def test_compiled_models_see_through_it():
     packed = panels(weights, biases, lanes_on(values.device))
 
     def model(values):
-        embedding, query = torch.ops.shiftadd3d.view_embedding(values, mask, packed, 16)
+        embedding, query = ops_view_embedding.view_embedding(values, mask, packed, 16)
         return embedding.sum(-2) * query
 
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(values), model(values))
@@ -100,7 +101,7 @@ def test_arguments_that_do_not_fit_are_refused():
         op(values, mask.float(), weights, biases)
     packed = panels(weights, biases, lanes_on(values.device))
     with pytest.raises(UserError, match="view_embedding takes float32 panels"):
-        torch.ops.shiftadd3d.view_embedding(values[..., 1:], mask, packed, 16)
+        ops_view_embedding.view_embedding(values[..., 1:], mask, packed, 16)
 
 
 @pytest.mark.parametrize("lanes", [1, 4, 8, 16])

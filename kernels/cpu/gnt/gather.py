@@ -16,8 +16,8 @@ from torch import Tensor
 
 from shiftadd3d.kernels.cpu.blocks import Bilinear
 from shiftadd3d.kernels.cpu.isa import Isa
-from shiftadd3d.kernels.pack.gnt.gather import as_bytes
-from shiftadd3d.kernels.reference.gnt.gather import VALID, compare_with_twin
+from shiftadd3d.kernels.pack.gnt.gather import stored
+from shiftadd3d.kernels.reference.gnt.gather import VALID, Scene, compare_with_twin
 from shiftadd3d.kernels.runtime import memory
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
@@ -209,28 +209,13 @@ def _build(target: CpuTarget, *, with_valid: bool) -> T.PrimFunc:
     return function.get()
 
 
-def run(
-    function: Compiled,
-    points: Tensor,
-    origins: Tensor,
-    projection: Tensor,
-    centers: Tensor,
-    images: Tensor,
-    maps: Tensor,
-    valid: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rays, samples, views = points.shape[0], points.shape[1], images.shape[0]
-    values = memory.empty(rays, samples, views, 3 + maps.shape[-1], dtype=torch.float32)
+def run(function: Compiled, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
+    (rays, samples), views, channels = scene.points.shape[:2], scene.images.shape[0], scene.maps.shape[-1]
+    values = memory.empty(rays, samples, views, 3 + channels, dtype=torch.float32)
     ray_diff = memory.empty(rays, samples, views, 4, dtype=torch.float32)
     mask = torch.empty(rays, samples, views, dtype=torch.bool)
-    function(
-        points.reshape(-1, 3).contiguous(),
-        *(tensor.contiguous() for tensor in (origins, projection, centers, images, maps)),
-        as_bytes(valid),
-        values.view(-1, values.shape[-1]),
-        ray_diff.view(-1, 4),
-        mask.view(-1).view(torch.uint8),
-    )
+    rows = values.view(-1, 3 + channels), ray_diff.view(-1, 4), mask.view(-1).view(torch.uint8)
+    function(*stored(scene), *rows)
     return values, ray_diff, mask
 
 

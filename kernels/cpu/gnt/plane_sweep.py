@@ -17,8 +17,9 @@ from shiftadd3d.kernels.cpu.blocks import blend_colors, softmax_of_vectors
 from shiftadd3d.kernels.cpu.gnt.gather import Lookup, Views
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import ROW_PADDING, product
-from shiftadd3d.kernels.pack.gnt import gather as pack_gather
+from shiftadd3d.kernels.pack.gnt.gather import stored
 from shiftadd3d.kernels.pack.gnt.plane_sweep import panels
+from shiftadd3d.kernels.reference.gnt.gather import Scene
 from shiftadd3d.kernels.reference.gnt.plane_sweep import MASKED_LOGIT, plane_sweep_twin, random_sweep
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
@@ -160,29 +161,20 @@ class _Agreement:
                 evidence[group.at(row + 3 + column)] = apart.value
 
 
-def run(
-    function: Compiled, scene: tuple[Any, ...], valid: Tensor | None, panels: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    points = scene[0]
-    rays, samples = points.shape[:2]
+def run(function: Compiled, scene: Scene, panels: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    rays, samples = scene.points.shape[:2]
     rgb, weights = torch.empty(rays, 3), torch.empty(rays, samples)
     seen = torch.empty(rays, samples, dtype=torch.bool)
-    function(
-        points.reshape(-1, 3).contiguous(),
-        *(tensor.contiguous() for tensor in scene[1:]),
-        pack_gather.as_bytes(valid),
-        *panels,
-        rgb,
-        weights,
-        seen.view(torch.uint8),
-    )
+    function(*stored(scene), *panels, rgb, weights, seen.view(torch.uint8))
     return rgb, weights, seen
 
 
 def _trial(function: Compiled, *, channels: int, hidden: int, with_valid: bool) -> None:
-    arguments = random_sweep(0, rays=5, samples=13, views=3, channels=channels, hidden=hidden, with_valid=with_valid)
-    outcome = run(function, arguments[:6], arguments[6], panels(*arguments[7:], lanes=current().lanes))
-    for out, expected in zip(outcome, plane_sweep_twin(*arguments), strict=True):
+    scene, network = random_sweep(
+        0, rays=5, samples=13, views=3, channels=channels, hidden=hidden, with_valid=with_valid
+    )
+    outcome = run(function, scene, panels(network, current().lanes))
+    for out, expected in zip(outcome, plane_sweep_twin(scene, network), strict=True):
         torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
 
 

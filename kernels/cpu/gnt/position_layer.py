@@ -1,7 +1,7 @@
 """The position layer on CPUs.
 
 The embedding, 63 floats a point, lives for as long as a block of points is worked on; a ray's direction makes one bias
-for all of its samples.
+for all of its samples, before them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d.kernels.cpu.blocks import copy_row, sine_and_cosine
@@ -21,7 +20,6 @@ from shiftadd3d.kernels.reference.gnt.position_layer import (
     NUM_FREQUENCIES,
     position_layer_twin,
     random_samples,
-    sinusoidal_embedding,
 )
 from shiftadd3d.kernels.runtime import memory
 from shiftadd3d.kernels.runtime import tir as T
@@ -41,27 +39,32 @@ def _build(target: CpuTarget, *, width: int, hidden: int, outputs: int) -> T.Pri
     with T.function("position_layer") as function:
         N, R = T.sizes(2)
         x, points = T.argument("x", (N, width)), T.argument("points", (N, 3))  # rows are (ray, sample)
-        along = T.argument("along", (R, deep))  # what the direction adds, the bias included
+        directions = T.argument("directions", (R, 3))
         w_x, w_point = T.panel("w_x", width, deep), T.panel("w_point", EMBEDDING_DIM, deep)
+        w_direction, b_first = T.panel("w_direction", EMBEDDING_DIM, deep), T.panel("b_first", deep)
         w_second, b_second = T.panel("w_second", hidden, wide), T.panel("b_second", wide)
         S, out = T.scalar("S"), T.argument("out", (N, outputs))
 
+        # What a ray's direction adds for all of its samples, the bias included.
+        along = T.alloc(R + (_ROWS + ROW_PADDING), deep)
+        with T.parallel((R + (_ROWS - 1)) // _ROWS) as block:
+            first = T.bind(block * _ROWS)
+            rays = T.bind(T.min(T.int64(_ROWS), R - first))
+            embedded = _embedding(isa, directions, first, rays)
+            direction = EMBEDDING_DIM, lambda r, k: embedded[k, r], w_direction
+            product(isa, rays, deep, b_first, [direction], along.below(first))
+
         blocks = T.bind((N + _ROWS - 1) // _ROWS)
         with T.parallel((blocks + _BLOCKS_A_TASK - 1) // _BLOCKS_A_TASK) as task:
-            embedded = T.alloc(EMBEDDING_DIM, _ROWS + ROW_PADDING)
             activation, outcome = T.alloc(_ROWS + ROW_PADDING, deep), T.alloc(_ROWS + ROW_PADDING, wide)
             with T.serial(T.min(T.int64(_BLOCKS_A_TASK), blocks - task * _BLOCKS_A_TASK)) as block:
                 first = T.bind((task * _BLOCKS_A_TASK + block) * _ROWS)
                 rows = T.bind(T.min(T.int64(_ROWS), N - first))
+                embedded = _embedding(isa, points, first, rows)
 
                 def sample(r: Index) -> Expr:
                     return T.min(first + r, N - 1)
 
-                with T.serial(_ROWS) as r:
-                    for axis in range(3):
-                        embedded[axis, r] = points[sample(r), axis]
-                with T.serial((rows + isa.lanes - 1) // isa.lanes) as n:
-                    _embed(isa, embedded, n * isa.lanes)
                 terms = (
                     (width, lambda r, k: x[sample(r), k], w_x),
                     (EMBEDDING_DIM, lambda r, k: embedded[k, r], w_point),
@@ -71,6 +74,17 @@ def _build(target: CpuTarget, *, width: int, hidden: int, outputs: int) -> T.Pri
                 with T.serial(rows) as r:
                     copy_row(isa, outcome.part(r), out.part(first + r), outputs)
     return function.get()
+
+
+def _embedding(isa: Isa, places: Buffer, first: Expr, rows: Expr) -> Buffer:
+    """The embedding of so many rows of places [*, 3], from the first on: its components are rows."""
+    embedded = T.alloc(EMBEDDING_DIM, _ROWS + ROW_PADDING)
+    with T.serial(_ROWS) as r:
+        for axis in range(3):
+            embedded[axis, r] = places[T.min(first + r, places.shape[0] - 1), axis]
+    with T.serial((rows + isa.lanes - 1) // isa.lanes) as n:
+        _embed(isa, embedded, n * isa.lanes)
+    return embedded
 
 
 def _embed(isa: Isa, embedded: Buffer, start: Expr) -> None:
@@ -88,11 +102,8 @@ def run(function: Compiled, x: Tensor, points: Tensor, directions: Tensor, panel
     function(
         x.reshape(-1, width).contiguous(),
         points.reshape(-1, 3).contiguous(),
-        F.linear(sinusoidal_embedding(directions), panels.direction, panels.first_bias),
-        panels.x,
-        panels.point,
-        panels.second,
-        panels.second_bias,
+        directions.float().contiguous(),
+        *panels,
         x.shape[1],
         out.view(-1, outputs),
     )

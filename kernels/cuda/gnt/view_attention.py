@@ -5,24 +5,24 @@ to the pooled views, stays in shared memory; a thread computes 8 rows by 4 colum
 are those that the kernel for CPUs takes, products of weights that have been multiplied once.
 """
 
-# TVMScript's annotations are calls:
-# pyright: reportInvalidTypeForm=false
-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from shiftadd3d.kernels.cuda.driver import CudaFunction, CudaKernel
+from shiftadd3d.kernels.cuda.tile import ACROSS, DOWN, Tile, grid, local, relu, shared, shared_out
 from shiftadd3d.kernels.pack.gnt.view_attention import panels
 from shiftadd3d.kernels.reference.gnt.view_attention import compare_with_twin
+from shiftadd3d.kernels.runtime import tir as T
+from shiftadd3d.kernels.runtime.kernel import Spec
 from shiftadd3d.kernels.runtime.targets import CudaTarget
+from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
 _ROWS = 64  # (point, view) pairs of a block
-_DOWN, _ACROSS = 8, 4  # numbers of a thread in the large product
 
 # Widths up to which what a block keeps fits into the 48 KiB of shared memory that every GPU gives without being asked.
 _SHARED_FLOATS = (48 << 10) // 4
@@ -34,210 +34,143 @@ def fits(width: int, hidden: int) -> bool:
 
 
 def _threads(width: int, hidden: int) -> int:
-    return _ROWS // _DOWN * -(-(width + hidden) // _ACROSS)
+    return _ROWS // DOWN * -(-(width + hidden) // ACROSS)
 
 
-def build(target: CudaTarget, width: int, hidden: int) -> Any:
-    """The function of (query, views, ray_diff, mask, the eight weights and biases, views a point, out)."""
-    from tvm.script import tirx as T
+def build(target: CudaTarget, width: int, hidden: int) -> T.PrimFunc:
+    """The function of (points, their views, views a point, query, views, ray_diff, mask, the eight panels, out)."""
+    both, threads = width + hidden, _threads(width, hidden)
+    shapes = {
+        "w_row": (both, both),
+        "b_row": (both,),
+        "w_position": (5, hidden),
+        "w_query": (width, hidden),
+        "b_query": (hidden,),
+        "w_score": (hidden, width),
+        "w_out": (width, width),
+        "b_out": (width,),
+    }
+    with T.function("view_attention") as function:
+        P, R, V = T.scalars("P", "R", "V")
+        query, views = T.tensor("query", (P, width), "float32"), T.tensor("views", (R, width), "float32")
+        ray_diff, mask = T.tensor("ray_diff", (R, 4), "float32"), T.tensor("mask", (R,), "uint8")  # rows: (point, view)
+        w_row, b_row, w_position, w_query, b_query, w_score, w_out, b_out = (
+            T.tensor(name, shape, "float32") for name, shape in shapes.items()
+        )
+        out = T.tensor("out", (P, width), "float32")
+        points_of_block = T.truncdiv(T.int32(_ROWS), V)
+        with grid((P + (points_of_block - 1)) // points_of_block, threads=threads) as (block, thread):
+            xs = shared(_ROWS, width)  # views, then what is pooled of them
+            position, query_out, row_out = shared(_ROWS, hidden), shared(_ROWS, hidden), shared(_ROWS, both)
+            sums, total, largest, shares, pooled = (
+                Tile(thread, threads // (_ROWS // DOWN)),
+                *(local(1) for _ in range(4)),
+            )
+            first = T.bind(block * points_of_block)
+            points = T.bind(T.min(points_of_block, P - first))
+            rows, each = T.bind(points * V), partial(shared_out, thread, threads)
 
-    both = width + hidden
-    across = -(-both // _ACROSS)
-    threads = _threads(width, hidden)
+            def add(count: Index, start: Expr, product: Callable[[Expr], Expr]) -> Expr:
+                """A start and the sum of products."""
+                total[0] = start
+                with T.serial(count) as k:
+                    total[0] = total[0] + product(k)
+                return total[0]
 
-    def add(total: Any, a: Any, b: Any) -> None:
-        T.buffer_store(total, total[0] + a * b, [0])
+            with each(_ROWS * width) as at:
+                row, c = at // width, at % width
+                x = views[first * V + T.min(row, rows - 1), c]
+                xs[row, c] = T.select(row < rows, x, T.float32(0))
+            with each(_ROWS * hidden) as at:
+                row, h = at // hidden, at % hidden
+                pair, point = first * V + T.min(row, rows - 1), first + T.min(row, points - 1)
+                position[row, h] = relu(add(4, w_position[4, h], lambda j: ray_diff[pair, j] * w_position[j, h]))
+                query_out[row, h] = add(width, b_query[h], lambda k: query[point, k] * w_query[k, h])
+            sums.fill(lambda column: b_row[T.min(column, both - 1)])
+            _add_rows(sums, xs, w_row)
+            _add_rows(sums, position, w_row.below(width))
 
-    def add_to(sums: Any, place: list[Any], a: Any, b: Any) -> None:
-        T.buffer_store(sums, sums[(*place,)] + a * b, place)
+            def keep(row: Expr, column: Expr, x: Expr, _: Expr) -> None:
+                with T.when(column < both):
+                    row_out[row, column] = x
 
-    def relu(x: Any) -> Any:
-        return T.Select(x < T.float32(0), T.float32(0), x)  # NaN stays
+            sums.each(keep)
+            # The scores' hidden layer takes the place of the positions'.
+            with each(_ROWS * hidden) as at:
+                row, h = at // hidden, at % hidden
+                position[row, h] = relu(row_out[row, width + h] + query_out[T.truncdiv(row, V), h])
+            with T.serial((_ROWS * width + (threads - 1)) // threads) as turn:
+                at = T.bind(turn * threads + thread)
+                with T.when(at < points * width):
+                    row, c = at // width * V, at % width
+                    largest[0], shares[0], pooled[0] = T.float32(-3.0e38), T.float32(0), T.float32(0)
+                    with T.serial(V) as v:
+                        score = add(hidden, T.float32(0), lambda h: position[row + v, h] * w_score[h, c])
+                        seen = T.bind(mask[first * V + row + v] != T.number("uint8", 0))
+                        total[0] = T.select(seen, score, T.float32(-1e9))
+                        # What was summed relative to a smaller largest score shrinks by the difference.
+                        with T.when(total[0] > largest[0]):
+                            for summed in (shares, pooled):
+                                summed[0] = summed[0] * T.exp(largest[0] - total[0])
+                            largest[0] = total[0]
+                        total[0] = T.exp(total[0] - largest[0])
+                        shares[0] = shares[0] + total[0]
+                        pooled[0] = pooled[0] + total[0] * row_out[row + v, c]
+                    xs[at // width, c] = pooled[0] / shares[0]
+            with T.serial((_ROWS * width + (threads - 1)) // threads) as turn:
+                at = T.bind(turn * threads + thread)
+                with T.when(at < points * width):
+                    point, c = at // width, at % width
+                    out[first + point, c] = add(width, b_out[c], lambda k: xs[point, k] * w_out[k, c])
+    return function.get()
 
-    @T.prim_func(s_tir=True)
-    def view_attention(
-        query_handle: T.handle,
-        views_handle: T.handle,
-        ray_diff_handle: T.handle,
-        mask_handle: T.handle,
-        w_row: T.Buffer((both, both), "float32"),
-        b_row: T.Buffer((both,), "float32"),
-        w_position: T.Buffer((5, hidden), "float32"),
-        w_query: T.Buffer((width, hidden), "float32"),
-        b_query: T.Buffer((hidden,), "float32"),
-        w_score: T.Buffer((hidden, width), "float32"),
-        w_out: T.Buffer((width, width), "float32"),
-        b_out: T.Buffer((width,), "float32"),
-        V: T.int32,
-        out_handle: T.handle,
-    ) -> None:
-        T.func_attr({"tirx.noalias": True})
-        P = T.int32()
-        R = T.int32()
-        query = T.match_buffer(query_handle, (P, width), "float32")
-        views = T.match_buffer(views_handle, (R, width), "float32")  # rows are (point, view)
-        ray_diff = T.match_buffer(ray_diff_handle, (R, 4), "float32")
-        mask = T.match_buffer(mask_handle, (R,), "uint8")
-        out = T.match_buffer(out_handle, (P, width), "float32")
-        for block in T.thread_binding((P + (T.truncdiv(_ROWS, V) - 1)) // T.truncdiv(_ROWS, V), "blockIdx.x"):
-            for thread in T.thread_binding(threads, "threadIdx.x"):
-                xs = T.alloc_buffer((_ROWS, width), "float32", scope="shared")  # views, then what is pooled of them
-                position = T.alloc_buffer((_ROWS, hidden), "float32", scope="shared")
-                row_out = T.alloc_buffer((_ROWS, both), "float32", scope="shared")
-                query_out = T.alloc_buffer((_ROWS, hidden), "float32", scope="shared")
-                sums = T.alloc_buffer((_DOWN, _ACROSS), "float32", scope="local")
-                total = T.alloc_buffer((1,), "float32", scope="local")
-                largest = T.alloc_buffer((1,), "float32", scope="local")
-                shares = T.alloc_buffer((1,), "float32", scope="local")
-                pooled = T.alloc_buffer((1,), "float32", scope="local")
-                first: T.let[T.int32] = block * T.truncdiv(_ROWS, V)
-                points: T.let[T.int32] = T.min(T.truncdiv(_ROWS, V), P - first)
-                rows: T.let[T.int32] = points * V
-                for i in T.serial((_ROWS * width + (threads - 1)) // threads):
-                    x_at: T.let[T.int32] = i * threads + thread
-                    if x_at < _ROWS * width:
-                        xs[x_at // width, x_at % width] = T.Select(
-                            x_at // width < rows,
-                            views[first * V + T.min(x_at // width, rows - 1), x_at % width],
-                            T.float32(0),
-                        )
-                for i in T.serial((_ROWS * hidden + (threads - 1)) // threads):
-                    h_at: T.let[T.int32] = i * threads + thread
-                    if h_at < _ROWS * hidden:
-                        total[0] = w_position[4, h_at % hidden]
-                        for j in T.serial(4):
-                            add(
-                                total,
-                                ray_diff[first * V + T.min(h_at // hidden, rows - 1), j],
-                                w_position[j, h_at % hidden],
-                            )
-                        position[h_at // hidden, h_at % hidden] = relu(total[0])
-                        total[0] = b_query[h_at % hidden]
-                        for k in T.serial(width):
-                            add(
-                                total,
-                                query[first + T.min(h_at // hidden, points - 1), k],
-                                w_query[k, h_at % hidden],
-                            )
-                        query_out[h_at // hidden, h_at % hidden] = total[0]
-                for i in T.unroll(_DOWN):
-                    for j in T.unroll(_ACROSS):
-                        sums[i, j] = b_row[T.min(thread % across + j * across, both - 1)]
-                for k in T.serial(width):
-                    for i in T.unroll(_DOWN):
-                        for j in T.unroll(_ACROSS):
-                            add_to(
-                                sums,
-                                [i, j],
-                                xs[thread // across * _DOWN + i, k],
-                                w_row[k, T.min(thread % across + j * across, both - 1)],
-                            )
-                for k in T.serial(hidden):
-                    for i in T.unroll(_DOWN):
-                        for j in T.unroll(_ACROSS):
-                            add_to(
-                                sums,
-                                [i, j],
-                                position[thread // across * _DOWN + i, k],
-                                w_row[width + k, T.min(thread % across + j * across, both - 1)],
-                            )
-                for i in T.unroll(_DOWN):
-                    for j in T.unroll(_ACROSS):
-                        if thread % across + j * across < both:
-                            row_out[thread // across * _DOWN + i, thread % across + j * across] = sums[i, j]
-                # The scores' hidden layer takes the place of the positions'.
-                for i in T.serial((_ROWS * hidden + (threads - 1)) // threads):
-                    s_at: T.let[T.int32] = i * threads + thread
-                    if s_at < _ROWS * hidden:
-                        position[s_at // hidden, s_at % hidden] = relu(
-                            row_out[s_at // hidden, width + s_at % hidden]
-                            + query_out[T.truncdiv(s_at // hidden, V), s_at % hidden]
-                        )
-                for i in T.serial((_ROWS * width + (threads - 1)) // threads):
-                    c_at: T.let[T.int32] = i * threads + thread
-                    if c_at < points * width:
-                        largest[0] = T.float32(-3.0e38)
-                        shares[0] = T.float32(0)
-                        pooled[0] = T.float32(0)
-                        for v in T.serial(V):
-                            total[0] = T.float32(0)
-                            for h in T.serial(hidden):
-                                add(total, position[c_at // width * V + v, h], w_score[h, c_at % width])
-                            seen: T.let[T.bool] = mask[(first + c_at // width) * V + v] != T.uint8(0)
-                            total[0] = T.Select(seen, total[0], T.float32(-1e9))
-                            # What was summed relative to a smaller largest score shrinks by the difference.
-                            if total[0] > largest[0]:
-                                shares[0] = shares[0] * T.exp(largest[0] - total[0])
-                                pooled[0] = pooled[0] * T.exp(largest[0] - total[0])
-                                largest[0] = total[0]
-                            total[0] = T.exp(total[0] - largest[0])
-                            shares[0] = shares[0] + total[0]
-                            add(pooled, total[0], row_out[c_at // width * V + v, c_at % width])
-                        xs[c_at // width, c_at % width] = pooled[0] / shares[0]
-                for i in T.serial((_ROWS * width + (threads - 1)) // threads):
-                    o_at: T.let[T.int32] = i * threads + thread
-                    if o_at < points * width:
-                        total[0] = b_out[o_at % width]
-                        for k in T.serial(width):
-                            add(total, xs[o_at // width, k], w_out[k, o_at % width])
-                        out[first + o_at // width, o_at % width] = total[0]
 
-    return view_attention
+def _add_rows(sums: Tile, x: Buffer, weight: Buffer) -> None:
+    """Add rows [_ROWS, k] times the first rows of a weight, of which threads beyond the last column repeat that."""
+    last = weight.extent(1) - 1
+    with T.serial(x.extent(1)) as k:
+        sums.add_products(lambda row: x[row, k], lambda column: weight[k, T.min(column, last)])
 
 
 def run(
-    function: Callable[..., None],
-    query: Tensor,  # [P, C]
-    views: Tensor,  # [P * V, C]
-    ray_diff: Tensor,  # [P * V, 4]
-    mask: Tensor,  # [P * V] uint8
+    function: CudaFunction,
+    query: Tensor,  # [*, C]
+    views: Tensor,  # [*, V, C]
+    ray_diff: Tensor,  # [*, V, 4]
+    mask: Tensor,  # [*, V] bool
     panels: Sequence[Tensor],
-    count: int,
-    out: Tensor,  # [P, C]
-) -> None:
-    """Call a compiled function, on contiguous float32 tensors, which writes into `out`; `count` is V, at most 64."""
-    names = ("w_row", "b_row", "w_position", "w_query", "b_query", "w_score", "w_out", "b_out")
-    function(
-        -(-len(query) // (_ROWS // count)),
-        query=query,
-        views=views,
-        ray_diff=ray_diff,
-        mask=mask,
-        **dict(zip(names, panels, strict=True)),
-        V=count,
-        P=len(query),
-        R=len(views),
-        out=out,
-    )
-
-
-def _trial_cuda(function: CudaFunction, *, width: int, hidden: int) -> None:
-    def packed(*arguments: Any) -> Tensor:
-        return run_on_tensors(function, *arguments[:4], panels=panels(*arguments[4:], lanes=1))
-
-    compare_with_twin(packed, function.device, width, hidden)
-
-
-def run_on_tensors(
-    function: Any, query: Tensor, views: Tensor, ray_diff: Tensor, mask: Tensor, panels: Sequence[Tensor]
-) -> Tensor:
+) -> Tensor:  # [*, C]
+    """Call a compiled function; V is at most 64."""
     count, width = views.shape[-2:]
     out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
-    run(
-        function,
-        query.float().reshape(-1, width).contiguous(),
-        views.float().reshape(-1, width).contiguous(),
-        ray_diff.float().reshape(-1, 4).contiguous(),
-        mask.reshape(-1).contiguous().view(torch.uint8),
-        panels,
-        count,
-        out.view(-1, width),
+    points, rows = (x.float().reshape(-1, width).contiguous() for x in (query, views))
+    names = ("w_row", "b_row", "w_position", "w_query", "b_query", "w_score", "w_out", "b_out")
+    function(
+        -(-len(points) // (_ROWS // count)),
+        query=points,
+        views=rows,
+        ray_diff=ray_diff.float().reshape(-1, 4).contiguous(),
+        mask=mask.reshape(-1).contiguous().view(torch.uint8),
+        **dict(zip(names, panels, strict=True)),
+        V=count,
+        P=len(points),
+        R=len(rows),
+        out=out.view(-1, width),
     )
     return out.to(query.dtype)
 
 
-def _variants(target: CudaTarget) -> list[dict[str, int]]:
+def _trial(function: CudaFunction, *, width: int, hidden: int) -> None:
+    def packed(
+        query: Tensor, views: Tensor, ray_diff: Tensor, mask: Tensor, weights: list[Tensor], biases: list[Tensor]
+    ) -> Tensor:
+        return run(function, query, views, ray_diff, mask, panels(weights, biases, lanes=1))
+
+    compare_with_twin(packed, function.device, width, hidden)
+
+
+def _variants(target: CudaTarget) -> list[Spec]:
     return [{"width": width, "hidden": width // 8} for width in (32, 64)]
 
 
-CUDA_KERNEL = CudaKernel("view_attention", build, _trial_cuda, _variants)
+CUDA_KERNEL = CudaKernel("view_attention", build, _trial, _variants)

@@ -2,44 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.cpu.gnt.ray_block import KERNEL, run
 from shiftadd3d.kernels.ops.define import define_op, packed_function
 from shiftadd3d.kernels.pack.gnt.ray_block import check_panels, hidden_and_kernel, ray_block_of_panels
-from shiftadd3d.kernels.reference.gnt.ray_block import check
+from shiftadd3d.kernels.reference.gnt.ray_block import Attention
 
 
-def _cpu(
-    x: Tensor, panels: list[Tensor], num_heads: int, attention: str, eps: float, return_weights: bool
-) -> tuple[Tensor, Tensor]:
-    check(x, num_heads, attention)
+class RayBlock(NamedTuple):
+    """The op's arguments."""
+
+    x: Tensor
+    panels: list[Tensor]
+    num_heads: int
+    attention: Attention
+    eps: float
+    return_weights: bool
+
+
+def _check(given: RayBlock) -> None:
+    x, _, num_heads, *_ = given
+    if x.dim() != 3:
+        raise UserError(f"x must be [rays, samples, channels], not {list(x.shape)}")
+    if num_heads < 1 or x.shape[-1] % num_heads:
+        raise UserError(f"{num_heads} heads do not share {x.shape[-1]} channels evenly")
+
+
+def _cpu(given: RayBlock) -> tuple[Tensor, Tensor] | None:
+    x, panels, num_heads, attention, eps, return_weights = given
     width = x.shape[-1]
     lanes = check_panels(panels, width, num_heads)
-    function = None
-    if x.numel() and x.dtype in (torch.float32, torch.bfloat16):
-        hidden, kernel = hidden_and_kernel(panels, num_heads)
-        spec: dict[str, Any] = {"width": width, "heads": num_heads, "hidden": hidden, "attention": attention}
-        function = packed_function(KERNEL, lanes, **spec, kernel=kernel, return_weights=return_weights)
-    if function is None:
-        return ray_block_of_panels(x, panels, num_heads, attention, eps, return_weights)
-    return run(function, x, panels, eps, return_weights)
+    if not x.numel() or x.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    hidden, kernel = hidden_and_kernel(panels, num_heads)
+    spec = {"width": width, "heads": num_heads, "hidden": hidden, "attention": attention, "kernel": kernel}
+    function = packed_function(KERNEL, lanes, **spec, return_weights=return_weights)
+    return None if function is None else run(function, x, panels, eps, return_weights)
 
 
-def _fake(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape[:2] if others[-1] else (0,))
+def _fake(given: RayBlock) -> tuple[Tensor, Tensor]:
+    x = given.x
+    return torch.empty_like(x), x.new_empty(x.shape[:2] if given.return_weights else (0,))
 
 
 #: ``torch.ops.shiftadd3d.ray_block``; arguments and outcome as those of its twin, but for the weights, which are the
 #: panels of `shiftadd3d.kernels.pack.gnt.ray_block`. float32 and bfloat16 (computed in float32); any number of rays and
 #: samples.
-ray_block = define_op(
-    "ray_block(Tensor x, Tensor[] panels, int num_heads, str attention, float eps, bool return_weights) "
-    "-> (Tensor, Tensor)",
-    cpu=_cpu,
-    twin=ray_block_of_panels,
-    fake=_fake,
-)
+ray_block = define_op("ray_block", RayBlock, twin=ray_block_of_panels, check=_check, cpu=_cpu, fake=_fake)

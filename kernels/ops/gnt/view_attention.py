@@ -6,56 +6,88 @@ them, has NaN. Inference only.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.cpu.gnt.view_attention import KERNEL, run
 from shiftadd3d.kernels.cuda.driver import MAX_ELEMENTS
 from shiftadd3d.kernels.cuda.gnt import view_attention as cuda_view_attention
-from shiftadd3d.kernels.cuda.gnt.view_attention import CUDA_KERNEL, run_on_tensors
+from shiftadd3d.kernels.cuda.gnt.view_attention import CUDA_KERNEL
 from shiftadd3d.kernels.ops.define import define_op, packed_function
 from shiftadd3d.kernels.pack.gnt.view_attention import check_panels, hidden_of, view_attention_of_panels
-from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS, check
+from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS
 
 
-def _cpu(query: Tensor, views: Tensor, ray_diff: Tensor, mask: Tensor, panels: list[Tensor]) -> Tensor:
-    check(query, views, ray_diff, mask)
+class ViewAttention(NamedTuple):
+    """The op's arguments."""
+
+    query: Tensor
+    views: Tensor
+    ray_diff: Tensor
+    mask: Tensor
+    panels: list[Tensor]
+
+
+def _check(given: ViewAttention) -> None:
+    query, views, ray_diff, mask, _ = given
+    points, count = query.shape[:-1], views.shape[-2]
+    expected = {
+        "views": (views, (*points, count, query.shape[-1])),
+        "ray_diff": (ray_diff, (*points, count, 4)),
+        "mask": (mask, (*points, count)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise UserError(
+                f"{name} must be {list(shape)} beside queries {list(query.shape)}, not {list(tensor.shape)}"
+            )
+    if mask.dtype != torch.bool:
+        raise UserError(f"mask must be bool, not {mask.dtype}")
+    if count < 1:
+        raise UserError("view attention takes 1 view or more, not 0")
+
+
+def _cpu(given: ViewAttention) -> Tensor | None:
+    query, views, ray_diff, mask, panels = given
     width = query.shape[-1]
     lanes = check_panels(panels, width)
     if query.numel() == 0:
         return torch.empty_like(query)
-    function = None
-    if query.dtype in (torch.float32, torch.bfloat16) and views.shape[-2] <= MAX_VIEWS:
-        function = packed_function(KERNEL, lanes, width=width, hidden=hidden_of(panels, width))
-    if function is None:
-        return view_attention_of_panels(query, views, ray_diff, mask, panels)
-    return run(function, query, views, ray_diff, mask, panels)
+    if query.dtype not in (torch.float32, torch.bfloat16) or views.shape[-2] > MAX_VIEWS:
+        return None
+    function = packed_function(KERNEL, lanes, width=width, hidden=hidden_of(panels, width))
+    return None if function is None else run(function, query, views, ray_diff, mask, panels)
 
 
-def _cuda(query: Tensor, views: Tensor, ray_diff: Tensor, mask: Tensor, panels: list[Tensor]) -> Tensor:
-    check(query, views, ray_diff, mask)
+def _cuda(given: ViewAttention) -> Tensor | None:
+    query, views, ray_diff, mask, panels = given
     width = query.shape[-1]
-    lanes = check_panels(panels, width)
+    lanes, hidden = check_panels(panels, width), hidden_of(panels, width)
     if query.numel() == 0:
         return torch.empty_like(query)
-    function, hidden = None, hidden_of(panels, width)
     if not cuda_view_attention.fits(width, hidden) or views.numel() > MAX_ELEMENTS:
         CUDA_KERNEL.decline(f"views {list(views.shape)} are too large for it")
-    elif lanes == 1 and views.shape[-2] <= MAX_VIEWS and query.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        function = CUDA_KERNEL.function(device=query.device, width=width, hidden=hidden)
-    if function is None:
-        return view_attention_of_panels(query, views, ray_diff, mask, panels)
-    return run_on_tensors(function, query, views, ray_diff, mask, panels)
+        return None
+    known = query.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if lanes > 1 or views.shape[-2] > MAX_VIEWS or not known:
+        return None
+    function = CUDA_KERNEL.function(device=query.device, width=width, hidden=hidden)
+    return None if function is None else cuda_view_attention.run(function, query, views, ray_diff, mask, panels)
 
 
 #: ``torch.ops.shiftadd3d.view_attention``; arguments as those of the reference, but for its layers, which are the
 #: panels of `shiftadd3d.kernels.pack.gnt.view_attention`. Any width; float32 and bfloat16 (computed in float32); more
 #: than 32 views go through plain torch.
 view_attention = define_op(
-    "view_attention(Tensor query, Tensor views, Tensor ray_diff, Tensor mask, Tensor[] panels) -> Tensor",
+    "view_attention",
+    ViewAttention,
+    twin=view_attention_of_panels,
+    check=_check,
     cpu=_cpu,
     cuda=_cuda,
-    twin=view_attention_of_panels,
-    fake=lambda query, *_: torch.empty_like(query),
+    fake=lambda given: torch.empty_like(given.query),
     activations=3,
 )

@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.cpu.gnt.view_embedding import KERNEL, run
 from shiftadd3d.kernels.ops.define import define_op, packed_function
 from shiftadd3d.kernels.pack.gnt.view_embedding import check_panels, view_embedding_of_panels
-from shiftadd3d.kernels.reference.gnt.view_embedding import MAX_VIEWS, check
+from shiftadd3d.kernels.reference.gnt.view_embedding import MAX_VIEWS
 
 
-def _cpu(values: Tensor, mask: Tensor, panels: list[Tensor], width: int) -> tuple[Tensor, Tensor]:
-    check(values, mask)
+class ViewEmbedding(NamedTuple):
+    """The op's arguments."""
+
+    values: Tensor
+    mask: Tensor
+    panels: list[Tensor]
+    width: int
+
+
+def _check(given: ViewEmbedding) -> None:
+    values, mask, _, _ = given
+    if values.dim() < 2 or mask.shape != values.shape[:-1] or mask.dtype != torch.bool:
+        raise UserError(f"mask must be bool {list(values.shape[:-1])}, not {mask.dtype} {list(mask.shape)}")
+
+
+def _cpu(given: ViewEmbedding) -> tuple[Tensor, Tensor] | None:
+    values, mask, panels, width = given
     inputs = values.shape[-1]
     lanes = check_panels(panels, inputs, width)
-    function = None
-    if values.numel() and values.dtype == torch.float32 and values.shape[-2] <= MAX_VIEWS:
-        spec = {"inputs": inputs, "hidden": panels[2].shape[0], "width": width, "with_moments": panels[4].numel() > 0}
-        function = packed_function(KERNEL, lanes, **spec)
-    if function is None:
-        return view_embedding_of_panels(values, mask, panels, width)
-    return run(function, values, mask, panels, width)
+    if not values.numel() or values.dtype != torch.float32 or values.shape[-2] > MAX_VIEWS:
+        return None
+    spec = {"inputs": inputs, "hidden": panels[2].shape[0], "width": width, "with_moments": panels[4].numel() > 0}
+    function = packed_function(KERNEL, lanes, **spec)
+    return None if function is None else run(function, values, mask, panels, width)
 
 
-def _fake(values: Tensor, mask: Tensor, panels: list[Tensor], width: int) -> tuple[Tensor, Tensor]:
+def _fake(given: ViewEmbedding) -> tuple[Tensor, Tensor]:
+    values, width = given.values, given.width
     return values.new_empty(*values.shape[:-1], width), values.new_empty(*values.shape[:-2], width)
 
 
 #: ``torch.ops.shiftadd3d.view_embedding``; arguments and outcome as those of its twin, but for the weights, which are
 #: the panels of `shiftadd3d.kernels.pack.gnt.view_embedding`. float32, any number of views.
 view_embedding = define_op(
-    "view_embedding(Tensor values, Tensor mask, Tensor[] panels, int width) -> (Tensor, Tensor)",
-    cpu=_cpu,
-    twin=view_embedding_of_panels,
-    fake=_fake,
+    "view_embedding", ViewEmbedding, twin=view_embedding_of_panels, check=_check, cpu=_cpu, fake=_fake
 )

@@ -1,15 +1,18 @@
-"""Pixels that count, as the look-up reads them."""
+"""Points and views, as the look-up reads them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from shiftadd3d.kernels.reference.gnt.gather import Scene
 
-def as_bytes(valid: Tensor | None, device: torch.device | None = None) -> Tensor:
-    """The valid pixels as the functions take them; none, on `device`, where all are."""
-    return (
-        torch.empty(0, dtype=torch.uint8, device=device)
-        if valid is None
-        else valid.contiguous().view(-1).view(torch.uint8)
-    )
+
+def stored(scene: Scene) -> list[Tensor]:
+    """The tensors of a scene without gaps: points one by one, and valid pixels as bytes, none where all are."""
+    points, *views, valid = scene
+    if valid is None:
+        pixels = torch.empty(0, dtype=torch.uint8, device=points.device)
+    else:
+        pixels = valid.contiguous().view(-1).view(torch.uint8)
+    return [points.reshape(-1, 3).contiguous(), *(tensor.contiguous() for tensor in views), pixels]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.pack.panel import across, lanes_of, padded, row, stored
-from shiftadd3d.kernels.reference.gnt.plane_sweep import plane_sweep_twin
+from shiftadd3d.kernels.reference.gnt.gather import Scene
+from shiftadd3d.kernels.reference.gnt.plane_sweep import Network, plane_sweep_twin
 
 
 class Panels(NamedTuple):
@@ -32,23 +33,16 @@ class Panels(NamedTuple):
     scales: Tensor
 
 
-def panels(
-    hidden_weight: Tensor,
-    hidden_bias: Tensor,
-    score_weight: Tensor,
-    score_bias: Tensor,
-    angle_scale: Tensor,
-    agreement_scale: Tensor,
-    lanes: int,
-) -> Panels:
+def panels(network: Network, lanes: int) -> Panels:
     """What the kernel reads, of a network as `plane_sweep_twin` takes it."""
+    hidden_weight, hidden_bias, score_weight, score_bias, *scales = network
     hidden = hidden_weight.shape[0]
     packed = Panels(
         hidden=across(hidden_weight, lanes=lanes),
         hidden_bias=row(hidden_bias, lanes),
         score=F.pad(across(score_weight, lanes=lanes), (0, 0, 0, padded(hidden, lanes) - hidden)),
         score_bias=row(score_bias, lanes),
-        scales=torch.stack([angle_scale, agreement_scale]),
+        scales=torch.stack(scales),
     )
     return Panels(*map(stored, packed))
 
@@ -71,19 +65,9 @@ def check_panels(panels: Sequence[Tensor], channels: int, hidden: int) -> int:
     return lanes_of("plane_sweep", panels, sizes)
 
 
-def plane_sweep_of_panels(
-    points: Tensor,
-    origins: Tensor,
-    projection: Tensor,
-    centers: Tensor,
-    images: Tensor,
-    maps: Tensor,
-    valid: Tensor | None,
-    panels: Sequence[Tensor],
-    hidden: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The twin of the weights that panels hold: where no kernel serves."""
-    scene = (points, origins, projection, centers, images, maps, valid)
+def plane_sweep_of_panels(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The twin of the weights that panels hold, where no kernel serves: of a `Scene`'s tensors, panels, and D."""
+    *scene, panels, hidden = arguments
     of_hidden, hidden_bias, score, score_bias, scales = panels
-    network = (of_hidden[:, :hidden].mT, hidden_bias[:hidden], score[:hidden, :1].mT, score_bias[:1])
-    return plane_sweep_twin(*scene, *network, *scales.unbind())
+    layers = (of_hidden[:, :hidden].mT, hidden_bias[:hidden], score[:hidden, :1].mT, score_bias[:1])
+    return plane_sweep_twin(Scene(*scene), Network(*layers, *scales.unbind()))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d.kernels.pack.panel import across, lanes_of, padded, row, stored
@@ -19,7 +18,7 @@ class Panels(NamedTuple):
     Attributes:
         x: [C, D], of the features.
         point: [63, D], of the embedded position.
-        direction: [D, 63], of the embedded direction: outputs down, as torch takes them.
+        direction: [63, D], of the embedded direction.
         first_bias: [D].
         second: [D, E], its rows not padded.
         second_bias: [E].
@@ -36,12 +35,12 @@ class Panels(NamedTuple):
 def panels(weights: Sequence[Tensor], biases: Sequence[Tensor], lanes: int) -> Panels:
     """What the kernel reads, of weights and biases as `position_layer_twin` takes them."""
     first, second = weights
-    hidden, inputs = first.shape
+    inputs = first.shape[1]
     of_x, of_point, of_direction = first.split([inputs - 2 * EMBEDDING_DIM, EMBEDDING_DIM, EMBEDDING_DIM], dim=1)
     packed = Panels(
         x=across(of_x, lanes=lanes),
         point=across(of_point, lanes=lanes),
-        direction=F.pad(of_direction, (0, 0, 0, padded(hidden, lanes) - hidden)),
+        direction=across(of_direction, lanes=lanes),
         first_bias=row(biases[0], lanes),
         second=across(second, lanes=lanes),
         second_bias=row(biases[1], lanes),
@@ -55,7 +54,7 @@ def check_panels(panels: Sequence[Tensor], width: int, outputs: int) -> int:
 
     def sizes(lanes: int) -> list[tuple[int, ...]]:
         deep, wide = padded(hidden, lanes), padded(outputs, lanes)
-        first = (width, deep), (EMBEDDING_DIM, deep), (deep, EMBEDDING_DIM), (deep,)
+        first = (width, deep), (EMBEDDING_DIM, deep), (EMBEDDING_DIM, deep), (deep,)
         return [*first, (hidden, wide), (wide,)]
 
     return lanes_of("position_layer", panels, sizes)
@@ -67,6 +66,6 @@ def position_layer_of_panels(
     """The twin of the weights that panels hold: where no kernel serves."""
     of_x, of_point, of_direction, first_bias, second, second_bias = panels
     hidden = second.shape[0]
-    first = torch.cat([of_x[:, :hidden].mT, of_point[:, :hidden].mT, of_direction[:hidden]], dim=1)
+    first = torch.cat([of_x, of_point, of_direction])[:, :hidden].mT
     weights, biases = [first, second[:, :outputs].mT], [first_bias[:hidden], second_bias[:outputs]]
     return position_layer_twin(x, points, directions, weights, biases)

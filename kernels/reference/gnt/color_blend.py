@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.reference.gnt.plane_sweep import MASKED_LOGIT, view_agreement
 from shiftadd3d.kernels.reference.layers import Layer, linear
 
@@ -97,15 +96,3 @@ def random_blend(
         torch.tensor(1.5),
         torch.tensor(0.7),
     )
-
-
-def check(x: Tensor, values: Tensor, ray_diff: Tensor, mask: Tensor) -> None:
-    """Raise `UserError` unless the arguments fit together."""
-    if values.dim() != 4 or values.shape[-1] < 4:
-        raise UserError(f"values must be [R, S, V, 3 + C] with C at least 1, not {list(values.shape)}")
-    shape = values.shape[:3]
-    if x.shape[:-1] != shape[:2] or ray_diff.shape != (*shape, 4) or mask.shape != shape or mask.dtype != torch.bool:
-        raise UserError(
-            f"beside values {list(values.shape)}, x must be [R, S, C], ray_diff [R, S, V, 4] and mask bool [R, S, V], "
-            f"not {list(x.shape)}, {list(ray_diff.shape)} and {mask.dtype} {list(mask.shape)}"
-        )

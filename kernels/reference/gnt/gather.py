@@ -6,13 +6,11 @@ Source: Wang et al., "IBRNet" (CVPR 2021), section 3.2.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from shiftadd3d._errors import UserError
 
 #: An interpolated pixel is valid only if all that is mixed into it is: at a border a wrong colour would come in.
 VALID = 0.999
@@ -55,16 +53,38 @@ def ray_differences(points: Tensor, target_center: Tensor, source_centers: Tenso
     return torch.cat([difference, (to_target * to_source).sum(dim=-1, keepdim=True)], dim=-1)
 
 
+class Scene(NamedTuple):
+    """Points on rays, and the source views to look them up in.
+
+    Attributes:
+        points: [R, S, 3], world.
+        origins: [R, 3], where each ray starts.
+        projection: [V, 3, 4], world to homogeneous pixels.
+        centers: [V, 3], where the source cameras stand.
+        images: [V, H, W, 3].
+        maps: [V, h, w, C].
+        valid: [V, H, W] bool; None: all pixels.
+    """
+
+    points: Tensor
+    origins: Tensor
+    projection: Tensor
+    centers: Tensor
+    images: Tensor
+    maps: Tensor
+    valid: Tensor | None
+
+
 def point_samples_twin(
-    points: Tensor,  # [R, S, 3] world
-    origins: Tensor,  # [R, 3] where each ray starts
-    projection: Tensor,  # [V, 3, 4] world to homogeneous pixels
-    centers: Tensor,  # [V, 3] where the source cameras stand
-    images: Tensor,  # [V, H, W, 3]
-    maps: Tensor,  # [V, h, w, C]
-    valid: Tensor | None,  # [V, H, W] bool; None: all pixels
+    points: Tensor,
+    origins: Tensor,
+    projection: Tensor,
+    centers: Tensor,
+    images: Tensor,
+    maps: Tensor,
+    valid: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `point_samples` computes, in plain torch; differentiable.
+    """What `point_samples` computes, in plain torch; differentiable. Arguments are those of a `Scene`.
 
     Returns:
         values [R, S, V, 3 + C], the colour and the features each view shows at a point, zeros beyond its border; ray
@@ -88,7 +108,7 @@ def point_samples_twin(
     return values, ray_differences(points, origins, centers), mask.permute(1, 2, 0)
 
 
-def random_scene(seed: int, *, rays: int, samples: int, views: int, channels: int, with_valid: bool) -> tuple[Any, ...]:
+def random_scene(seed: int, *, rays: int, samples: int, views: int, channels: int, with_valid: bool) -> Scene:
     """Arguments of `point_samples` for a trial: cameras that look at a cloud of points, some of which they miss."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -103,41 +123,12 @@ def random_scene(seed: int, *, rays: int, samples: int, views: int, channels: in
     points = draw(rays, samples, 3) + torch.tensor([0.0, 0.0, 2.0])
     images, maps = draw(views, height, width, 3), draw(views, 10, 13, channels)
     valid = torch.rand(views, height, width, generator=generator) > 0.05 if with_valid else None
-    return points, 0.3 * draw(rays, 3), projection, pose[:, :3, 3].contiguous(), images, maps, valid
+    return Scene(points, 0.3 * draw(rays, 3), projection, pose[:, :3, 3].contiguous(), images, maps, valid)
 
 
-def compare_with_twin(run: Callable[..., Any], device: torch.device, with_valid: bool) -> None:
+def compare_with_twin(run: Callable[[Scene], tuple[Tensor, ...]], device: torch.device, with_valid: bool) -> None:
+    """Raise `AssertionError` unless `run`, given a scene on `device`, computes what the twin does."""
     scene = random_scene(0, rays=7, samples=5, views=3, channels=19, with_valid=with_valid)
-    found = run(*(None if tensor is None else tensor.to(device) for tensor in scene))
+    found = run(scene._replace(**{name: x.to(device) for name, x in scene._asdict().items() if x is not None}))
     for out, expected in zip(found, point_samples_twin(*scene), strict=True):
         torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-3)
-
-
-def check_scene(
-    points: Tensor,
-    origins: Tensor,
-    projection: Tensor,
-    centers: Tensor,
-    images: Tensor,
-    maps: Tensor,
-    valid: Tensor | None,
-) -> None:
-    """Raise `UserError` unless the arguments of `point_samples` fit together."""
-    rays, views = points.shape[0], images.shape[0]
-    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        "points": (points, (rays, points.shape[1], 3)),
-        "origins": (origins, (rays, 3)),
-        "projection": (projection, (views, 3, 4)),
-        "centers": (centers, (views, 3)),
-        "images": (images, (views, *images.shape[1:3], 3)),
-        "maps": (maps, (views, *maps.shape[1:])),
-    }
-    if valid is not None:
-        expected["valid"] = (valid, tuple(images.shape[:3]))
-        if valid.dtype != torch.bool:
-            raise UserError(f"valid must be bool, not {valid.dtype}")
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise UserError(f"{name} must be {list(shape)} beside the others, not {list(tensor.shape)}")
-    if maps.dim() != 4 or min(*images.shape[1:3], *maps.shape[1:3]) < 2:
-        raise UserError("images and maps must be [views, height, width, channels] of 2 x 2 pixels or more")

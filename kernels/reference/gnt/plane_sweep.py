@@ -5,12 +5,13 @@ Source: Collins, "A space-sweep approach to true multi-image matching" (CVPR 199
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shiftadd3d.kernels.reference.gnt import gather as reference_gather
+from shiftadd3d.kernels.reference.gnt.gather import Scene
 from shiftadd3d.kernels.reference.layers import Layer, linear, perceptron
 
 #: Logit of what must not be chosen: finite, so that a softmax over nothing but such ones is even instead of NaN.
@@ -63,32 +64,36 @@ def _evidence(deviation: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([before, own, after], dim=-1)
 
 
-def plane_sweep_twin(
-    points: Tensor,  # [R, P, 3] world
-    origins: Tensor,  # [R, 3] where each ray starts
-    projection: Tensor,  # [V, 3, 4] world to homogeneous pixels
-    centers: Tensor,  # [V, 3] where the source cameras stand
-    images: Tensor,  # [V, H, W, 3]
-    maps: Tensor,  # [V, h, w, C]; the first F channels are compared
-    valid: Tensor | None,  # [V, H, W] bool; None: all pixels
-    hidden_weight: Tensor,  # [D, 3 * (3 + F + 1)] of the scoring network
-    hidden_bias: Tensor,  # [D]
-    score_weight: Tensor,  # [1, D]
-    score_bias: Tensor,  # [1]
-    angle_scale: Tensor,  # scalar
-    agreement_scale: Tensor,  # scalar
-) -> tuple[Tensor, Tensor, Tensor]:
+class Network(NamedTuple):
+    """What scores points: two linear layers, and how much angles and agreement count.
+
+    Attributes:
+        hidden_weight: [D, 3 * (3 + F + 1)], for maps of whose channels the first F are compared.
+        hidden_bias: [D].
+        score_weight: [1, D].
+        score_bias: [1].
+        angle_scale, agreement_scale: scalars.
+    """
+
+    hidden_weight: Tensor
+    hidden_bias: Tensor
+    score_weight: Tensor
+    score_bias: Tensor
+    angle_scale: Tensor
+    agreement_scale: Tensor
+
+
+def plane_sweep_twin(scene: Scene, network: Network) -> tuple[Tensor, Tensor, Tensor]:
     """`plane_sweep` of points looked up in views, with linear layers of these weights.
 
     Returns:
         Colours of the rays [R, 3]; weights of their points [R, P], which sum to one; and whether any view sees a point,
         [R, P] bool.
     """
-    channels = channels_compared(hidden_weight)
-    values, ray_diff, mask = reference_gather.point_samples_twin(
-        points, origins, projection, centers, images, maps[..., :channels], valid
-    )
-    score = perceptron(linear(hidden_weight, hidden_bias), linear(score_weight, score_bias))
+    hidden, hidden_bias, last, last_bias, angle_scale, agreement_scale = network
+    compared = scene._replace(maps=scene.maps[..., : channels_compared(hidden)])
+    values, ray_diff, mask = reference_gather.point_samples_twin(*compared)
+    score = perceptron(linear(hidden, hidden_bias), linear(last, last_bias))
     return *plane_sweep(values, ray_diff[..., 3], mask, angle_scale, agreement_scale, score), mask.any(dim=-1)
 
 
@@ -96,13 +101,17 @@ def channels_compared(hidden_weight: Tensor) -> int:
     return hidden_weight.shape[1] // 3 - 4
 
 
-def random_sweep(seed: int, *, channels: int, hidden: int, **scene: Any) -> tuple[Any, ...]:
-    """Arguments of `plane_sweep` for a trial."""
+def random_sweep(
+    seed: int, *, rays: int, samples: int, views: int, channels: int, hidden: int, with_valid: bool
+) -> tuple[Scene, Network]:
+    """Arguments of `plane_sweep_twin` for a trial."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return 0.3 * torch.randn(*shape, generator=generator)
 
-    network = (draw(hidden, 3 * (4 + channels)), draw(hidden), draw(1, hidden), draw(1))
-    arguments = reference_gather.random_scene(seed, channels=channels + 3, **scene)
-    return *arguments, *network, torch.tensor(20.0), torch.tensor(2.0)
+    layers = (draw(hidden, 3 * (4 + channels)), draw(hidden), draw(1, hidden), draw(1))
+    scene = reference_gather.random_scene(
+        seed, rays=rays, samples=samples, views=views, channels=channels + 3, with_valid=with_valid
+    )
+    return scene, Network(*layers, torch.tensor(20.0), torch.tensor(2.0))

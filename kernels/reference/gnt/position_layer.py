@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.reference.layers import Layer, linear, perceptron
 
 #: Octaves of the sine-cosine embedding of positions and directions, and its width: the value itself, sines, cosines.
@@ -61,12 +60,3 @@ def random_samples(
     weights = [draw(hidden, inputs) / inputs**0.5, draw(outputs, hidden) / hidden**0.5]
     directions = F.normalize(draw(rays, 3), dim=-1)
     return draw(rays, samples, width), 3.0 * draw(rays, samples, 3), directions, weights, [draw(hidden), draw(outputs)]
-
-
-def check(x: Tensor, points: Tensor, directions: Tensor) -> None:
-    """Raise `UserError` unless the arguments fit together."""
-    if x.dim() != 3 or points.shape != (*x.shape[:2], 3) or directions.shape != (x.shape[0], 3):
-        raise UserError(
-            "x, points and directions must be [R, S, C], [R, S, 3] and [R, 3], not "
-            f"{list(x.shape)}, {list(points.shape)} and {list(directions.shape)}"
-        )

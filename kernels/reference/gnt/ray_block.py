@@ -14,16 +14,17 @@ Source: Varma T. et al., "Is Attention All That NeRF Needs?" (ICLR 2023), sectio
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.reference import linear_angular
 from shiftadd3d.kernels.reference.layers import Layer, linear
 
-ATTENTIONS = ("softmax", "pm1", "01")
+Attention = Literal["softmax", "pm1", "01"]
+ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
 
 #: What the weights and biases of `ray_block` belong to, in this order; the last three are left out where there is no
 #: perceptron. A bias that is not there is None.
@@ -37,7 +38,7 @@ def ray_attention(
     v: Layer,
     out: Layer,
     num_heads: int,
-    attention: str = "softmax",  # one of ATTENTIONS
+    attention: str = "softmax",
     conv: Tensor | None = None,  # [heads, kernel], an odd kernel; None: no convolution
     return_weights: bool = False,
     dropout: float = 0.0,
@@ -75,7 +76,7 @@ def ray_block_twin(
     biases: list[Tensor | None],  # of LAYERS
     conv: Tensor | None,  # [heads, kernel], an odd kernel; None: no convolution
     num_heads: int,
-    attention: str,  # one of ATTENTIONS
+    attention: str,
     eps: float,
     return_weights: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -139,13 +140,3 @@ def samples_of_certain_codes(x: Tensor, weights: list[Tensor], biases: list[Tens
         for weight, shift in zip(projections, shifts, strict=True)
     )
     return of_query.all(-1) & of_key.all(-1).all(-1, keepdim=True)
-
-
-def check(x: Tensor, num_heads: int, attention: str) -> None:
-    """Raise `UserError` unless the arguments fit together."""
-    if attention not in ATTENTIONS:
-        raise UserError(f"attention must be one of {', '.join(ATTENTIONS)}, not {attention!r}")
-    if x.dim() != 3:
-        raise UserError(f"x must be [rays, samples, channels], not {list(x.shape)}")
-    if num_heads < 1 or x.shape[-1] % num_heads:
-        raise UserError(f"{num_heads} heads do not share {x.shape[-1]} channels evenly")

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.reference.layers import Layer, linear, perceptron
 
 MAX_VIEWS = 32
@@ -111,22 +110,3 @@ def compare_with_twin(run: Callable[..., Tensor], device: torch.device, width: i
 def weight_sizes(width: int, hidden: int) -> tuple[tuple[int, int], ...]:
     square, up, down = (width, width), (width, hidden), (hidden, width)
     return (square, square, square, (hidden, 4), up, down, up, square)
-
-
-def check(query: Tensor, views: Tensor, ray_diff: Tensor, mask: Tensor) -> None:
-    """Raise `UserError` unless the arguments fit together."""
-    count = views.shape[-2]
-    expected = {
-        "views": (views, (*query.shape[:-1], count, query.shape[-1])),
-        "ray_diff": (ray_diff, (*query.shape[:-1], count, 4)),
-        "mask": (mask, (*query.shape[:-1], count)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise UserError(
-                f"{name} must be {list(shape)} beside queries {list(query.shape)}, not {list(tensor.shape)}"
-            )
-    if mask.dtype != torch.bool:
-        raise UserError(f"mask must be bool, not {mask.dtype}")
-    if count < 1:
-        raise UserError("view attention takes 1 view or more, not 0")

@@ -18,7 +18,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.reference.layers import Layer, linear, perceptron
 
 MAX_VIEWS = 32
@@ -74,9 +73,3 @@ def random_views(
     mask[0] = False
     weights = [draw(*size) / size[1] ** 0.5 for size in sizes]
     return draw(points, views, inputs), mask, weights, [draw(size[0]) for size in sizes]
-
-
-def check(values: Tensor, mask: Tensor) -> None:
-    """Raise `UserError` unless the arguments fit together."""
-    if values.dim() < 2 or mask.shape != values.shape[:-1] or mask.dtype != torch.bool:
-        raise UserError(f"mask must be bool {list(values.shape[:-1])}, not {mask.dtype} {list(mask.shape)}")

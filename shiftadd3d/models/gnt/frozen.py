@@ -25,6 +25,7 @@ from shiftadd3d.kernels.pack.gnt import ray_block as pack_ray_block
 from shiftadd3d.kernels.pack.gnt import view_attention as pack_view_attention
 from shiftadd3d.kernels.pack.gnt import view_embedding as pack_view_embedding
 from shiftadd3d.kernels.pack.panel import lanes_on
+from shiftadd3d.kernels.reference.gnt.plane_sweep import Network
 from shiftadd3d.models.gnt.color_head import ImageColorHead
 from shiftadd3d.models.gnt.projection import PointLookUp, PointSamples, SourceViews, scene_of
 from shiftadd3d.models.gnt.proposal import PlaneSweepProposal
@@ -168,8 +169,8 @@ class FrozenPlaneSweepProposal(FrozenModule, PlaneSweepProposal):
         (hidden, last), (hidden_bias, last_bias) = weights, _given(biases)
         self.hidden = hidden.shape[0]
         scales = self.log_angle_scale.exp(), self.log_agreement_scale.exp()
-        network = hidden, hidden_bias, last, last_bias, *scales
-        return pack_plane_sweep.panels(*network, lanes_on(hidden.device))._asdict()
+        network = Network(hidden, hidden_bias, last, last_bias, *scales)
+        return pack_plane_sweep.panels(network, lanes_on(hidden.device))._asdict()
 
     def sweep(self, points: Tensor, origins: Tensor, sources: SourceViews) -> tuple[Tensor, Tensor, Tensor]:
         feature_maps = sources.features[0]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.reference.gnt import gather as reference_gather
-from shiftadd3d.kernels.reference.gnt.gather import VALID, ray_differences
+from shiftadd3d.kernels.reference.gnt.gather import VALID, Scene, ray_differences
 
 __all__ = [
     "Cameras",
@@ -211,11 +211,9 @@ def empty_views(points: Tensor, sources: SourceViews) -> Tensor:
     return ((shown[:, 0] > VALID) & (depth > 0)).sum(dim=0)
 
 
-def scene_of(
-    points: Tensor, target_center: Tensor, sources: SourceViews, feature_maps: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The same arguments as plain tensors, as kernels take them (see `shiftadd3d.kernels.ops.gnt.gather`)."""
-    return (
+def scene_of(points: Tensor, target_center: Tensor, sources: SourceViews, feature_maps: Tensor) -> Scene:
+    """The same arguments as plain tensors, as kernels take them."""
+    return Scene(
         points,
         target_center,
         projection_matrices(sources.cameras),
