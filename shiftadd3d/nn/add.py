@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
@@ -26,7 +27,7 @@ from shiftadd3d.kernels.reference import linear_angular
 from shiftadd3d.kernels.runtime.numerics import uses_kernels
 from shiftadd3d.nn.attachments import has_hooks
 from shiftadd3d.nn.binarize import Codes, make_binarizer
-from shiftadd3d.nn.shift import joint_product
+from shiftadd3d.nn.shift import JointLayers, joint_layers
 from shiftadd3d.nn.tracing import one_node
 
 if TYPE_CHECKING:
@@ -220,6 +221,11 @@ class TokenConv2d(nn.Module):
         )
 
 
+def _repack_what_was_loaded(attention: nn.Module, _: object) -> None:
+    assert isinstance(attention, AddAttention)
+    attention.repack()
+
+
 def _join_heads(x: Tensor) -> Tensor:  # [B, H, N, E] -> [B, N, H * E]
     return x.transpose(1, 2).flatten(-2)
 
@@ -317,6 +323,7 @@ class AddAttention(nn.Module):
         else:
             self.dwconv = TokenConv(num_heads, dwconv) if dwconv else None
         self.log_contrast = None if contrast is None else nn.Parameter(torch.full((num_heads,), math.log(contrast)))
+        self.joint: JointLayers | None = None
 
     @classmethod
     def from_projections(
@@ -400,10 +407,23 @@ class AddAttention(nn.Module):
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, N, D] of x [B, N, C], and keys and values [B, H, M, D] of a context [B, M, context_dim]."""
         if x is context:
-            q, k, v = joint_product((self.q_fc, self.k_fc, self.v_fc), x)
+            q, k, v = self._products((self.q_fc, self.k_fc, self.v_fc), x)
         else:
-            q, (k, v) = self.q_fc(x), joint_product((self.k_fc, self.v_fc), context)
+            q, (k, v) = self.q_fc(x), self._products((self.k_fc, self.v_fc), context)
         return self.split_heads(q), self.split_heads(k), self.split_heads(v)
+
+    def _products(self, layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
+        joint = self.joint
+        if joint is not None and uses_kernels("matshift", x) and joint.stands_for(layers):
+            return joint(x, len(layers))
+        return tuple(layer(x) for layer in layers)
+
+    def repack(self) -> None:
+        """Put the codes of packed projections together. `freeze_` and loading do it; codes changed in place need it."""
+        was_packed = self.joint is not None
+        self.joint = joint_layers(self.q_fc, self.k_fc, self.v_fc) or joint_layers(self.k_fc, self.v_fc)
+        if self.joint is not None and not was_packed:
+            self.register_load_state_dict_post_hook(_repack_what_was_loaded)
 
     def add_convolution(self, out: Tensor, v: Tensor) -> Tensor:
         """The heads' outputs plus the convolution on the values, where there is one; [B, H, N, D] all."""

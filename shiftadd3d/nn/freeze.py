@@ -14,7 +14,7 @@ from torch import nn
 
 from shiftadd3d._errors import UserError
 from shiftadd3d._report import RichReport
-from shiftadd3d.nn.add import TokenConv2d
+from shiftadd3d.nn.add import AddAttention, TokenConv2d
 from shiftadd3d.nn.attachments import keep_attributes, overridden_methods, would_be_lost
 from shiftadd3d.nn.binarize import Binarizer
 from shiftadd3d.nn.frozen import FrozenModule, frozen_class
@@ -130,6 +130,9 @@ def freeze_(model: nn.Module, verbose: bool = True) -> FreezeReport:
     binarizers = [module for module in model.modules() if isinstance(module, Binarizer) and not module.frozen]
     for module in (*binarizers, *(module for module in model.modules() if isinstance(module, TokenConv2d))):
         module.frozen = True
+    for module in model.modules():
+        if isinstance(module, AddAttention):
+            module.repack()
     model.eval()
     layers = tuple(
         FrozenLayer(names[old], type(old).__name__, type(frozen).__name__, sizes_before[old], _stored_bytes(frozen))

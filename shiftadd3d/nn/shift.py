@@ -634,33 +634,51 @@ class PackedShiftLinear(PackedShiftLayer):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._format_repr()}"
 
 
-def _go_together(first: nn.Module, layer: nn.Module) -> bool:
-    """Whether two are packed layers of one format and input, and nobody watches or changes what the second one does."""
-    return (
-        isinstance(first, PackedShiftLinear)
-        and type(layer) is PackedShiftLinear
-        and (layer.in_features, layer.bits, layer.terms) == (first.in_features, first.bits, first.terms)
-        and (layer.bias is None) == (first.bias is None)
-        and not (layer._forward_hooks or layer._forward_pre_hooks or has_own_forward(layer))
-    )
+class JointLayers(nn.Module):
+    """Packed layers of one format that multiply the same x, as one product: a small one takes less time than a call.
 
+    Their codes stand one after the other in buffers of its own, which are not in the state dict. They go with the
+    module that has it to other devices and dtypes; whoever changes or loads the layers' codes makes it anew.
 
-def joint_product(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
-    """What each of some layers makes of the same x [*, in_features].
-
-    Packed shift layers of one format run as one product, of which the outcomes are slices: a small product takes less
-    time than a call.
+    Args:
+        layers: two or more, which stay where they are (see `joint_layers`).
     """
-    first = layers[0]
-    if uses_kernels("matshift", x) and all(_go_together(first, layer) for layer in layers):
-        packed = cast(Sequence[PackedShiftLinear], layers)
-        _check_width(packed[0], x)
-        codes = torch.cat([layer.codes for layer in packed], 1)
-        offset = torch.cat([layer.offset for layer in packed], 1)
-        bias = None if packed[0].bias is None else torch.cat([cast(Tensor, layer.bias) for layer in packed])
-        y = matshift(x, codes, offset, bias, packed[0].bits)
-        return torch.split_with_sizes(y, [layer.out_features for layer in packed], -1)
-    return tuple(layer(x) for layer in layers)
+
+    codes: Tensor
+    offset: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layers: Sequence[PackedShiftLinear]) -> None:
+        super().__init__()
+        self._layers = tuple(layers)
+        self.register_buffer("codes", torch.cat([layer.codes for layer in self._layers], 1), persistent=False)
+        self.register_buffer("offset", torch.cat([layer.offset for layer in self._layers], 1), persistent=False)
+        biases = [layer.bias for layer in self._layers if layer.bias is not None]
+        self.register_buffer("bias", torch.cat(biases) if biases else None, persistent=False)
+
+    def stands_for(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether these very layers are its last ones, and nobody watches or changes what one of them does."""
+        own = self._layers[-len(layers) :]
+        return len(own) == len(layers) and not any(
+            layer is not one or layer._forward_hooks or layer._forward_pre_hooks or has_own_forward(layer)
+            for layer, one in zip(layers, own, strict=True)
+        )
+
+    def forward(self, x: Tensor, count: int) -> tuple[Tensor, ...]:  # [*, in_features] -> [*, out_features] each
+        """What the last so many layers make of x."""
+        layers = self._layers[-count:]
+        _check_width(layers[0], x)
+        start = self.codes.shape[1] - sum(layer.out_features for layer in layers)
+        bias = None if self.bias is None else self.bias[start:]
+        y = matshift(x, self.codes[:, start:], self.offset[:, start:], bias, layers[0].bits)
+        return torch.split_with_sizes(y, [layer.out_features for layer in layers], -1)
+
+
+def joint_layers(*layers: nn.Module) -> JointLayers | None:
+    """The `JointLayers` of some layers, or None if they are no packed ones of one format and input."""
+    packed = [layer for layer in layers if type(layer) is PackedShiftLinear]
+    formats = {(layer.in_features, layer.bits, layer.terms, layer.bias is None) for layer in packed}
+    return JointLayers(packed) if len(packed) == len(layers) and len(formats) == 1 else None
 
 
 class PackedShiftConv2d(_Patches, PackedShiftLayer):

@@ -21,12 +21,14 @@ from timm.layers.mlp import SwiGLU
 from timm.models.pvt_v2 import Attention as SpatialReductionAttention
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
+from warm import WORK, OpsOnWeights, work_inside
 
 from shiftadd3d import UserError
 from shiftadd3d.kernels import numerics
 from shiftadd3d.nn import (
     MoELinear,
     MoEMlp,
+    PackedShiftLinear,
     ShiftLinear,
     TokenConv,
     TokenConv2d,
@@ -36,6 +38,7 @@ from shiftadd3d.nn import (
     recipe,
     reparameterize_,
 )
+from shiftadd3d.nn.shift import JointLayers
 
 
 @pytest.fixture(autouse=True)
@@ -445,6 +448,43 @@ def test_a_block_of_a_frozen_vit_is_five_ops():
         found = operations(frozen(vit), torch.randn(2, 3, 32, 32))
     # Queries, keys and values are one product, as the output is, and the perceptron another op.
     assert found == {"matshift": 2 * 2, "add_attention": 2, "depthwise_conv": 2, "shift_mlp": 2}
+
+
+@pytest.mark.parametrize(("make", "side"), [(vit, 32), (pvt, 64)])
+def test_a_warm_forward_pass_only_reads_its_weights(make, side: int):
+    model, x = frozen(make), torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        model(x)
+        packed = [module for module in model.modules() if isinstance(module, PackedShiftLinear | JointLayers)]
+        with OpsOnWeights(nn.ModuleList(packed)) as ops:
+            model(x)
+        inside = work_inside({"matshift", "add_attention", "shift_mlp"}, lambda: model(x))
+    assert {op for op in ops.on_weights if not op.startswith("shiftadd3d::")} <= {"aten::slice", "aten::alias"}
+    assert not ops.of_double
+    assert not WORK & {event.name for event in inside}
+
+
+@pytest.mark.parametrize("change", ["load", "move", "copy", "train", "hook", "replace"])
+def test_joint_projections_are_those_of_the_layers(change: str):
+    model, other = frozen(vit), frozen(vit)
+    attention, x = model.blocks[0].attn, torch.randn(2, 5, 48)
+    if change == "load":
+        model.load_state_dict(other.state_dict())
+    elif change == "move":
+        attention = attention.to(torch.bfloat16).float()
+    elif change == "copy":
+        attention = copy.deepcopy(attention)
+    elif change == "train":
+        attention.train().eval()
+    elif change == "hook":
+        attention.k_fc.register_forward_hook(lambda module, given, out: 2 * out)
+    elif change == "replace":
+        attention.v_fc = nn.Linear(48, 48)
+    with torch.no_grad():
+        found = attention.project(x, x)
+        alone = (attention.split_heads(layer(x)) for layer in (attention.q_fc, attention.k_fc, attention.v_fc))
+        for one, expected in zip(found, alone, strict=True):
+            torch.testing.assert_close(one, expected)
 
 
 def test_a_frozen_pvt_convolves_tokens():

@@ -10,9 +10,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from warm import WORK, OpsOnWeights, work_inside
 
 from shiftadd3d.kernels import numerics
 from shiftadd3d.kernels.runtime import targets
@@ -23,7 +21,15 @@ from shiftadd3d.models.gnt.transformer import FeedForward, RayTransformer, ViewA
 from shiftadd3d.nn import FrozenModule, MoE, PackedShiftLinear, freeze_, recipe, reparameterize_
 
 RAYS = 40
-ALL = {"point_samples", "plane_sweep", "view_embedding", "color_blend", "view_attention", "ray_block"}
+ALL = {
+    "point_samples",
+    "plane_sweep",
+    "view_embedding",
+    "color_blend",
+    "view_attention",
+    "ray_block",
+    "position_layer",
+}
 
 
 def render(model: GNTModel, sources, num_samples: int = 6) -> dict[str, torch.Tensor]:
@@ -263,25 +269,6 @@ def test_more_views_than_a_kernel_takes_go_through_torch(config, views, calls):
     assert "view_attention" not in calls and "ray_block" in calls
 
 
-class OpsOnWeights(TorchDispatchMode):
-    """Notes the operators that read weights, and those that make numbers of 64 bits."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-        self.on_weights: set[str] = set()
-        self.of_double: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if any(tensor.untyped_storage().data_ptr() in self.weights for tensor in tensors if tensor.numel()):
-            self.on_weights.add(func._schema.name)
-        if any(leaf.dtype == torch.float64 for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)):
-            self.of_double.add(func._schema.name)
-        return out
-
-
 @pytest.mark.parametrize("name", ["mult", "add+shift", "add+shift-attn+moe"])
 def test_a_warm_forward_pass_only_reads_its_weights(config, views, name, monkeypatch):
     # As gnt-tiny and shiftadd-gnt-tiny are, but for their feature network.
@@ -298,25 +285,12 @@ def test_a_warm_forward_pass_only_reads_its_weights(config, views, name, monkeyp
     assert {op for op in ops.on_weights if not op.startswith("shiftadd3d::")} <= products
     assert not ops.of_double
 
-    # What the ops do inside, which the mode does not see: they make room for what comes out, and copy no more than the
-    # places of the cameras.
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        render(model, sources)
-    inside = [event for event in profiler.events() if any(name in ALL for name in ancestors(event))]
+    # Inside the ops: they make room for what comes out, and copy no more than the places of the cameras.
+    inside = work_inside(ALL, lambda: render(model, sources))
     assert any(event.name == "aten::empty" for event in inside)
-    work = {"aten::cat", "aten::_to_copy", "aten::mm", "aten::matmul", "aten::constant_pad_nd", "aten::bmm"}
-    assert not work & {event.name for event in inside}
+    assert not WORK & {event.name for event in inside}
     copied = [event.input_shapes[0] for event in inside if event.name == "aten::copy_"]
     assert all(shape == [4, 3] for shape in copied)
-
-
-def ancestors(event) -> list[str]:
-    """The names of the ops that an event of the profiler happened in, without their namespace."""
-    names = []
-    while event.cpu_parent is not None:
-        event = event.cpu_parent
-        names.append(event.name.removeprefix("shiftadd3d::"))
-    return names
 
 
 @pytest.mark.parametrize("name", ["mult", "add+shift"])
