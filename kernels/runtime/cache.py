@@ -21,7 +21,6 @@ import os
 import platform
 import shutil
 import stat
-import sys
 import tempfile
 import time
 import warnings
@@ -29,6 +28,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from platformdirs import user_cache_dir
 
 ENVIRONMENT_VARIABLE = "SHIFTADD3D_CACHE"
 
@@ -38,7 +39,7 @@ _SECONDS_UNUSED = 90 * 24 * 3600
 
 def folder() -> Path:
     """The folder of compiled kernels, made if it was not there; only its owner may look into it."""
-    return _prepare(os.environ.get(ENVIRONMENT_VARIABLE) or _platform_folder())
+    return _prepare(os.environ.get(ENVIRONMENT_VARIABLE) or os.path.join(user_cache_dir("shiftadd3d"), "kernels"))
 
 
 def key(**facts: Any) -> str:
@@ -157,16 +158,6 @@ def _is_running(note: Path) -> bool:
     except OSError:
         return True
     return True
-
-
-def _platform_folder() -> str:
-    # Without pathlib, which takes longer than some kernels do: records are looked up with every call.
-    if sys.platform == "darwin":
-        base = os.path.expanduser("~/Library/Caches")
-    else:
-        named = os.environ.get("XDG_CACHE_HOME", "")
-        base = named if os.path.isabs(named) else os.path.expanduser("~/.cache")
-    return os.path.join(base, "shiftadd3d", "kernels")
 
 
 @lru_cache(maxsize=8)

@@ -5,6 +5,9 @@ by the routing that happened. Kernels' ops (`torch.ops.shiftadd3d`) are counted 
 what they are specified by.
 
 Work on weights alone (quantising or transposing them) does not count: it is done once, not for each input.
+
+`torch.utils.flop_counter.FlopCounterMode` does not serve here: it has one number for an operator, and no word for what
+its operands are made of, for elementwise work, or for whose weights were read.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 Whatever the source, a picture becomes 8-bit RGB as a viewer shows it, classes are numbered by the training pictures
 alone, and what cannot be read is left out, counted and listed. What happens to a picture at random depends on the seed,
 the epoch and the picture only: not on the number of workers or processes, nor on where a training was resumed.
+
+timm's folder readers are not used: they read no zip files, lose a class none of whose pictures they can read, and do
+not say what they leave out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""What a classifier's predictions are worth: accuracy, per class, calibration. Sums that processes can add up."""
+"""What a classifier's predictions are worth: accuracy, per class, calibration. Sums that processes can add up.
+
+All of it follows from one confusion matrix and three sums, so torchmetrics, which only nerfstudio brings, is not asked
+for: it would be a dependency of everyone's.
+"""
 
 from __future__ import annotations
 
