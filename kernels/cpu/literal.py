@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.reference import power_of_two
 from shiftadd3d.kernels.reference.literal import matshift_literal_twin
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr
 
@@ -102,7 +102,7 @@ def trial(function: Compiled, bits: int, terms: int) -> None:
     assert torch.equal(found, expected), f"it is off by {(found - expected).abs().max():.2g}"
 
 
-def variants(target: CpuTarget) -> Iterator[dict[str, Any]]:
+def variants(target: CpuTarget) -> Iterator[Spec]:
     """4 and 5 bits, one and two terms."""
     for bits in (4, 5):
         for terms in (1, 2):

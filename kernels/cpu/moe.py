@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ from shiftadd3d.kernels.reference.moe import (
 )
 from shiftadd3d.kernels.runtime import memory, targets
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
 from shiftadd3d.kernels.runtime.memory import DTYPES, Dtype
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
@@ -209,7 +208,7 @@ def trial(
     check_within(outcome[0], twin, bound)
 
 
-def variants(target: CpuTarget) -> Iterator[dict[str, Any]]:
+def variants(target: CpuTarget) -> Iterator[Spec]:
     """The paper's two experts, of one layer and of two: 4 bits, one term, both dtypes, all numerics."""
     for dtype, (depth, activation) in itertools.product(DTYPES.values(), ((1, "none"), (2, "relu"), (2, "gelu"))):
         for form in all_forms(target, 4, 1, dtype):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from shiftadd3d.kernels.pack.gnt.color_blend import panels
 from shiftadd3d.kernels.reference.gnt.color_blend import MAX_VIEWS, color_blend_twin, random_blend
 from shiftadd3d.kernels.reference.gnt.plane_sweep import MASKED_LOGIT
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr
 
@@ -171,14 +170,14 @@ def run(
     return rgb, weights
 
 
-def _trial(function: Compiled, **spec: Any) -> None:
-    arguments = random_blend(0, rays=5, samples=19, views=5, **spec)
+def _trial(function: Compiled, *, width: int, inputs: int, hidden: int) -> None:
+    arguments = random_blend(0, rays=5, samples=19, views=5, width=width, inputs=inputs, hidden=hidden)
     outcome = run(function, *arguments[:4], panels=panels(*arguments[4:], lanes=current().lanes))
     for out, twin in zip(outcome, color_blend_twin(*arguments), strict=True):
         torch.testing.assert_close(out, twin, rtol=1e-4, atol=1e-5)
 
 
-def _variants(target: CpuTarget) -> list[dict[str, Any]]:
+def _variants(target: CpuTarget) -> list[Spec]:
     return [{"width": width, "inputs": 35, "hidden": width // 2} for width in (32, 64)]
 
 

@@ -8,7 +8,6 @@ turns those of a point and its two neighbours into its score.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from shiftadd3d.kernels.pack.gnt.plane_sweep import panels
 from shiftadd3d.kernels.reference.gnt.gather import Scene
 from shiftadd3d.kernels.reference.gnt.plane_sweep import MASKED_LOGIT, plane_sweep_twin, random_sweep
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
@@ -178,7 +177,7 @@ def _trial(function: Compiled, *, channels: int, hidden: int, with_valid: bool) 
         torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
 
 
-def _variants(target: CpuTarget) -> list[dict[str, Any]]:
+def _variants(target: CpuTarget) -> list[Spec]:
     return [{"channels": 8, "hidden": 16, "with_valid": with_valid} for with_valid in (False, True)]
 
 

@@ -6,8 +6,6 @@ for all of its samples, before them.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -23,7 +21,7 @@ from shiftadd3d.kernels.reference.gnt.position_layer import (
 )
 from shiftadd3d.kernels.runtime import memory
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
@@ -110,14 +108,16 @@ def run(function: Compiled, x: Tensor, points: Tensor, directions: Tensor, panel
     return out
 
 
-def _trial(function: Compiled, **spec: Any) -> None:
-    x, points, directions, weights, biases = random_samples(0, rays=7, samples=9, **spec)
-    out = run(function, x, points, directions, panels(weights, biases, current().lanes), spec["outputs"])
+def _trial(function: Compiled, *, width: int, hidden: int, outputs: int) -> None:
+    x, points, directions, weights, biases = random_samples(
+        0, rays=7, samples=9, width=width, hidden=hidden, outputs=outputs
+    )
+    out = run(function, x, points, directions, panels(weights, biases, current().lanes), outputs)
     twin = position_layer_twin(x, points, directions, weights, biases)
     torch.testing.assert_close(out, twin, rtol=1e-4, atol=1e-4)
 
 
-def _variants(target: CpuTarget) -> list[dict[str, Any]]:
+def _variants(target: CpuTarget) -> list[Spec]:
     if not target.has_fma:
         return []
     return [{"width": width, "hidden": width, "outputs": width} for width in (32, 64)]

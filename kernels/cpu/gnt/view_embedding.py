@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from shiftadd3d.kernels.pack.gnt.view_embedding import panels
 from shiftadd3d.kernels.reference.gnt.view_embedding import LEAST_VARIANCE, random_views, view_embedding_twin
 from shiftadd3d.kernels.runtime import memory
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr
 
@@ -125,14 +124,15 @@ def run(
     return embedding, query
 
 
-def _trial(function: Compiled, **spec: Any) -> None:
-    values, mask, weights, biases = random_views(0, points=29, views=5, **spec)
-    outcome = run(function, values, mask, panels(weights, biases, current().lanes), spec["width"])
+def _trial(function: Compiled, *, inputs: int, hidden: int, width: int, with_moments: bool) -> None:
+    sizes = {"inputs": inputs, "hidden": hidden, "width": width}
+    values, mask, weights, biases = random_views(0, points=29, views=5, **sizes, with_moments=with_moments)
+    outcome = run(function, values, mask, panels(weights, biases, current().lanes), width)
     for out, twin in zip(outcome, view_embedding_twin(values, mask, weights, biases), strict=True):
         torch.testing.assert_close(out, twin, rtol=1e-4, atol=1e-4)
 
 
-def _variants(target: CpuTarget) -> list[dict[str, Any]]:
+def _variants(target: CpuTarget) -> list[Spec]:
     return [{"inputs": 35, "hidden": width, "width": width, "with_moments": True} for width in (32, 64)]
 
 

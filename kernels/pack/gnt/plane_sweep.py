@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,9 +65,19 @@ def check_panels(panels: Sequence[Tensor], channels: int, hidden: int) -> int:
     return lanes_of("plane_sweep", panels, sizes)
 
 
-def plane_sweep_of_panels(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The twin of the weights that panels hold, where no kernel serves: of a `Scene`'s tensors, panels, and D."""
-    *scene, panels, hidden = arguments
+def plane_sweep_of_panels(
+    points: Tensor,
+    origins: Tensor,
+    projection: Tensor,
+    centers: Tensor,
+    images: Tensor,
+    maps: Tensor,
+    valid: Tensor | None,
+    panels: Sequence[Tensor],
+    hidden: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The twin of the weights that panels hold: where no kernel serves."""
+    scene = Scene(points, origins, projection, centers, images, maps, valid)
     of_hidden, hidden_bias, score, score_bias, scales = panels
     layers = (of_hidden[:, :hidden].mT, hidden_bias[:hidden], score[:hidden, :1].mT, score_bias[:1])
-    return plane_sweep_twin(Scene(*scene), Network(*layers, *scales.unbind()))
+    return plane_sweep_twin(scene, Network(*layers, *scales.unbind()))
