@@ -13,12 +13,16 @@ from shiftadd3d._errors import UserError
 from shiftadd3d._on_import import load_with
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import torch
     from torch import nn
 
-__all__ = ["UserError", "__version__", "load"]
+    from shiftadd3d.kernels import Numerics
+    from shiftadd3d.nn.compiled import CompiledModel
+
+__all__ = ["UserError", "__version__", "compile", "load"]
 
 try:
     __version__ = version("shiftadd3d")
@@ -41,6 +45,24 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> nn.Module:
     from shiftadd3d.vision import checkpoint
 
     return checkpoint.load(path, device)
+
+
+def compile(
+    model: nn.Module, example: torch.Tensor | Sequence[torch.Tensor], numerics: Numerics | None = None
+) -> CompiledModel:
+    """A frozen model as one executable, compiled or found in the cache: see `shiftadd3d.nn.compiled.compile`.
+
+    Args:
+        model: as `freeze_` leaves it, in float32 on the CPU.
+        example: an input of the model, or all of them.
+        numerics: what to compute in, ``"exact"``, ``"fast"`` or ``"int8"``; None for the process's.
+
+    Raises:
+        UserError: the model is not frozen, or the example none that it takes.
+    """
+    from shiftadd3d.nn import compiled
+
+    return compiled.compile(model, example, numerics)
 
 
 # What extends timm takes effect where timm is in use, whether it was imported before or comes later.

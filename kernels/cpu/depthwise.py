@@ -30,7 +30,7 @@ from shiftadd3d.kernels.runtime.tir import Buffer, Expr
 _COLUMNS = 4  # outcomes side by side whose sums stay in registers, and that share what they read
 
 
-class _Tensors(NamedTuple):
+class Tensors(NamedTuple):
     """What a convolution reads and writes."""
 
     x: Buffer  # [B, tokens, C]
@@ -59,17 +59,17 @@ def build(target: CpuTarget, *, dtype: Dtype, kernel_size: int, activation: Acti
             weight[tap, channel] = given[channel, tap]
         with T.parallel(batches * height) as number:
             batch, i = T.bind(T.truncdiv(number, height)), T.bind(T.truncmod(number, height))
-            tensors = _Tensors(x, weight, bias, addend if added else None, y)
-            _Row(Isa(target), tensors, kernel_size, activation, batch, i, height, width).emit()
+            tensors = Tensors(x, weight, bias, addend if added else None, y)
+            Row(Isa(target), tensors, kernel_size, activation, batch, i, height, width).emit()
     return function.get()
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """The code of one task: one row of one image, and with the first one the tokens before the grid."""
 
     isa: Isa
-    tensors: _Tensors
+    tensors: Tensors
     kernel_size: int
     activation: Activation
     batch: Expr

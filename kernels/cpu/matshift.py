@@ -30,7 +30,7 @@ from shiftadd3d.kernels.runtime.memory import DTYPES, Dtype
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 
 # Of staged activations. Decoding weights for fewer rows costs more than reaching beyond a cache of 512 KiB.
-_BLOCK_BYTES = 768 << 10
+BLOCK_BYTES = 768 << 10
 
 
 def build(target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype, activation: Activation) -> T.PrimFunc:
@@ -102,6 +102,6 @@ def run(
 def division_of(form: Form, rows: int, inputs: int, outputs: int) -> tuple[int, int]:
     """Rows of a block, and shares of the outputs, for as many tasks as there are threads, or a multiple."""
     target = targets.current()
-    block = rows_of_block(target, form, rows, inputs, _BLOCK_BYTES)
+    block = rows_of_block(target, form, rows, inputs, BLOCK_BYTES)
     columns, blocks = tile_shape(target, form)[1], -(-rows // block)
     return block, min(-(-torch.get_num_threads() // blocks), -(-outputs // columns))

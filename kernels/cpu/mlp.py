@@ -6,7 +6,7 @@ Each task takes a block of tokens through both layers, so that what lies between
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Load, Store
 
 # Of a block of tokens with all its activations. Decoding the weights for fewer tokens costs more than reaching beyond
 # a second-level cache of 512 KiB to 2 MiB.
-_BLOCK_BYTES = 2 << 20
+BLOCK_BYTES = 2 << 20
 
 
 def emit_layers(
@@ -42,6 +42,7 @@ def emit_layers(
     load: Load,
     store: Store,
     flag: Buffer,
+    before_row: Callable[[Expr], None] | None = None,
 ) -> None:
     """Emit what takes a block of tokens through linear layers with an activation function between them.
 
@@ -49,7 +50,7 @@ def emit_layers(
         products: of each layer.
         block: rows to allocate memory for.
         rows: how many there are.
-        load, store, flag: see `ShiftProduct.stage` and `ShiftProduct.panels`.
+        load, store, flag, before_row: see `ShiftProduct.stage` and `ShiftProduct.panels`.
     """
     staged = None  # where the layer before has stored its outputs in the form that the next one takes
     for product, following, weights in zip(products, [*products[1:], None], layers, strict=True):
@@ -58,7 +59,7 @@ def emit_layers(
             product.finish_stage(scratch, rows, weights.inputs)
         else:
             scratch = _scratch(product, block, weights.inputs)
-            product.stage(scratch, rows, weights.inputs, load, flag)
+            product.stage(scratch, rows, weights.inputs, load, flag, before_row)
         apply, sink = partial(activate, product.isa, activation if following else "none"), store
         if isinstance(following, Float32Product):
             staged = _scratch(following, block, weights.outputs)
@@ -66,6 +67,7 @@ def emit_layers(
         elif following:
             # Activations have to be complete before these forms stage them.
             hidden = T.alloc(block, weights.outputs)
+            before_row = None
             load, sink = product.isa.reader(hidden, lambda row: row), product.isa.writer(hidden, lambda row: row)
         panels = T.bind((weights.outputs + (product.columns - 1)) // product.columns)
         product.panels(scratch, rows, weights, T.int64(0), panels, apply, sink)
@@ -151,4 +153,4 @@ def block_rows(form: Form, rows: int, widths: Sequence[int]) -> int:
     """Rows of a block, with activations of these widths between layers, the inputs first."""
     inputs, *hidden = widths
     floats = inputs + (1 if form == "float32" else 2) * max(hidden, default=0)
-    return rows_of_block(targets.current(), form, rows, floats, _BLOCK_BYTES)
+    return rows_of_block(targets.current(), form, rows, floats, BLOCK_BYTES)

@@ -16,6 +16,7 @@ class RandomLayer(NamedTuple):
     Attributes:
         weight: [outputs, inputs], what was encoded.
         codes, offset: packed.
+        decoded: [outputs, inputs], what they stand for.
         bias: [outputs].
         gain: the largest sum of magnitudes of an output's weights.
     """
@@ -23,6 +24,7 @@ class RandomLayer(NamedTuple):
     weight: Tensor
     codes: Tensor
     offset: Tensor
+    decoded: Tensor
     bias: Tensor
     gain: float
 
@@ -41,8 +43,9 @@ class Draw:
         weight = self.normal(outputs, inputs)
         weight = weight * torch.exp2(torch.arange(outputs).float() - 8)[:, None] if far_apart else weight / inputs**0.5
         codes, offset, _ = power_of_two.encode(weight, bits, terms)
-        gain = float(power_of_two.decode(codes, offset, bits).abs().sum(-1).max())
-        return RandomLayer(weight, power_of_two.pack(codes, bits), offset, self.normal(outputs), gain)
+        decoded = power_of_two.decode(codes, offset, bits)
+        gain = float(decoded.abs().sum(-1).max())
+        return RandomLayer(weight, power_of_two.pack(codes, bits), offset, decoded, self.normal(outputs), gain)
 
 
 def check_within(found: Tensor, expected: Tensor, bound: Tensor) -> None:

@@ -59,7 +59,7 @@ KERNELS: dict[str, Kernel] = {}
 """All kernels by name, those whose modules have been imported."""
 
 # Half of the time that compiling takes, for what LLVM does anyway.
-_SLOW_PASSES = ("tirx.CommonSubexprElim", "s_tir.CompactBufferAllocation", "s_tir.HoistIfThenElse")
+SLOW_PASSES = ("tirx.CommonSubexprElim", "s_tir.CompactBufferAllocation", "s_tir.HoistIfThenElse")
 
 # Compiling and loading happen under one lock, which a fork must not leave locked in the child.
 _lock = threading.RLock()
@@ -134,39 +134,27 @@ class Kernel:
         Raises:
             Exception: one of `FAILURES`; anything else is a bug.
         """
-        entry = self.entry(target, **spec)
-        library = cache.find(entry)
-        if library is not None:
-            return load_library(library)[self.name]
-        packed = bundle.find(**self.identity(target, **spec))
-        executable = None if packed else self.compile(target, **spec)
-        with cache.first_run(entry) as may_run:
-            if not may_run:
-                raise RuntimeError(
-                    f"its code crashed an earlier process; to try again, remove {entry}.trial from {cache.folder()}"
-                )
-            if executable is not None and not has_linker():
-                _say_once("no C compiler found to link kernels with: they are compiled anew in each process")
-                _install_launcher(executable)
-                function = executable[self.name]
-                self.trial(function, **spec)
-                return function
-            with cache.scratch_file(".so") as library:
-                if packed is not None:
-                    shutil.copyfile(packed.file, library)
-                elif executable is not None:
-                    link(executable.mod, library)
-                function = load_library(library)[self.name]
-                self.trial(function, **spec)
-                cache.store(entry, library, {"kernel": self.name, "target": target.name, "spec": spec} | _versions())
-            return function
+
+        def packed() -> Path | None:
+            found = bundle.find(**self.identity(target, **spec))
+            return None if found is None else found.file
+
+        library = obtain(
+            self.entry(target, **spec),
+            compile=lambda: self.compile(target, **spec),
+            link=lambda executable, library: link(executable.mod, library),
+            trial=lambda library: self.trial(library[self.name], **spec),
+            facts={"kernel": self.name, "target": target.name, "spec": spec},
+            packed=packed,
+        )
+        return library[self.name]
 
     def compile(self, target: CpuTarget, **spec: Any) -> Any:
         """TVM's `Executable` for any target, whether or not this machine could run it."""
         import tvm
 
         function = self.build(target, **spec).with_attr("global_symbol", self.name)
-        with tvm.transform.PassContext(disabled_pass=list(_SLOW_PASSES)):
+        with tvm.transform.PassContext(disabled_pass=list(SLOW_PASSES)):
             return tvm.compile(tvm.IRModule({self.name: function}), target=target.tvm_target())
 
     def assembly(self, target: CpuTarget, **spec: Any) -> str:
@@ -180,7 +168,7 @@ class Kernel:
             target=target.name,
             spec=sorted(spec.items()),
             sources=self.sources_digest(),
-            **_versions(),
+            **versions(),
         )
 
     def identity(self, target: Any, **spec: Any) -> dict[str, Any]:
@@ -203,7 +191,7 @@ class Kernel:
 
     def sources_digest(self) -> str:
         """A digest of all source text of this package that it is built from."""
-        return _sources_digest(sys.modules[self.build.__module__])
+        return sources_digest(sys.modules[self.build.__module__])
 
     def check(self, target: CpuTarget, **spec: Any) -> None:
         """Run the trial once more on this machine.
@@ -212,6 +200,55 @@ class Kernel:
             AssertionError: if the outcome is not the twin's.
         """
         self.trial(self.load(target, **spec), **spec)
+
+
+def obtain(
+    entry: str,
+    *,
+    compile: Callable[[], Any],
+    link: Callable[[Any, Path], None],
+    trial: Callable[[Any], None],
+    facts: dict[str, Any],
+    packed: Callable[[], Path | None] = lambda: None,
+) -> Any:
+    """The library of an entry of the cache, ready to be called: from there, or new, once it has passed its trial.
+
+    Args:
+        compile: makes TVM's `Executable`.
+        link: ``link(executable, file)`` puts that into a library.
+        trial: ``trial(library)`` runs the code, and raises `AssertionError` if it computes what it should not.
+        facts: recorded with it.
+        packed: finds the library itself, compiled elsewhere.
+
+    Raises:
+        Exception: one of `FAILURES`; anything else is a bug.
+    """
+    with _lock:
+        library = cache.find(entry)
+        if library is not None:
+            return load_library(library)
+        elsewhere = packed()
+        executable = None if elsewhere else compile()
+        with cache.first_run(entry) as may_run:
+            if not may_run:
+                raise RuntimeError(
+                    f"its code crashed an earlier process; to try again, remove {entry}.trial from {cache.folder()}"
+                )
+            if executable is not None and not has_linker():
+                _say_once("no C compiler found to link kernels with: they are compiled anew in each process")
+                install_launcher(executable)
+                loaded = executable.jit()
+                trial(loaded)
+                return loaded
+            with cache.scratch_file(".so") as library:
+                if elsewhere is not None:
+                    shutil.copyfile(elsewhere, library)
+                else:
+                    link(executable, library)
+                loaded = load_library(library)
+                trial(loaded)
+                cache.store(entry, library, facts | versions())
+            return loaded
 
 
 def has_linker() -> bool:
@@ -239,7 +276,7 @@ def runtime_library() -> Path | None:
 
 def packed_launcher() -> bundle.Packed:
     """What starts parallel work (see `threads`), to be put into a bundle."""
-    _install_launcher()
+    install_launcher()
     library = cache.find(_launcher_entry())
     if library is None:
         raise RuntimeError("it is not in the cache: a bundle takes a C compiler to make")
@@ -247,7 +284,7 @@ def packed_launcher() -> bundle.Packed:
 
 
 def _launcher_entry() -> str:
-    return cache.key(launcher=threads.LAUNCHER_LLVM, machine=platform.machine(), **_versions())
+    return cache.key(launcher=threads.LAUNCHER_LLVM, machine=platform.machine(), **versions())
 
 
 def _launcher_identity() -> dict[str, Any]:
@@ -267,7 +304,7 @@ def _load_runtime() -> None:
 _launcher_is_installed = False
 
 
-def _install_launcher(neighbour: Any = None) -> None:
+def install_launcher(neighbour: Any = None) -> None:
     """Compile and install what starts parallel work (see `threads`), once.
 
     Args:
@@ -285,19 +322,25 @@ def _install_launcher(neighbour: Any = None) -> None:
         import tvm
 
         with cache.scratch_file(".ll") as source, cache.scratch_file(".so") as built:
-            header = re.findall(r"^target .*$", neighbour.mod.inspect_source("ll"), re.MULTILINE) if neighbour else []
+            text = _machine_code(neighbour).inspect_source("ll") if neighbour else ""
+            header = re.findall(r"^target .*$", text, re.MULTILINE)
             source.write_text("\n".join([*header, threads.LAUNCHER_LLVM]))
             module = tvm.runtime.load_module(str(source))
             if neighbour is None:
                 link(module, built)
-                library = cache.store(entry, built, {"kernel": threads.LAUNCHER_NAME} | _versions())
+                library = cache.store(entry, built, {"kernel": threads.LAUNCHER_NAME} | versions())
     threads.install(module if library is None else tvm_ffi.load_module(str(library)))
     _launcher_is_installed = True
 
 
+def _machine_code(executable: Any) -> Any:
+    """LLVM's part of what TVM has compiled."""
+    return next(module for module in (executable.mod, *executable.mod.imports) if module.kind == "llvm")
+
+
 def load_library(library: Path) -> Any:
     """A compiled library, whose functions are items by name, ready to be called."""
-    _install_launcher()
+    install_launcher()
     return tvm_ffi.load_module(str(library))
 
 
@@ -310,13 +353,13 @@ def link(module: Any, library: Path) -> None:
         cc.create_shared(str(library), [str(code)])
 
 
-def _sources_digest(module: ModuleType) -> str:
-    """A digest of the text of a module, which may stand elsewhere, and of all modules of this package that it uses."""
+def sources_digest(*modules: ModuleType) -> str:
+    """A digest of the text of modules, which may stand elsewhere, and of all modules of this package that they use."""
     found: dict[str, ModuleType] = {}
-    waiting = [module, sys.modules[__name__]]
+    waiting = [*modules, sys.modules[__name__]]
     while waiting:
         one = waiting.pop()
-        if one.__name__ in found or not (one is module or one.__name__.startswith(PACKAGE)):
+        if one.__name__ in found or not (one in modules or one.__name__.startswith(PACKAGE)):
             continue
         found[one.__name__] = one
         for value in vars(one).values():
@@ -330,7 +373,7 @@ def _sources_digest(module: ModuleType) -> str:
 
 
 @lru_cache(maxsize=1)
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     def of(distribution: str) -> str:
         try:
             return version(distribution)

@@ -107,7 +107,20 @@ class Buffer:
         size = self.shape[0]
         for extent in self.shape[1:]:
             size = size * extent
-        return Buffer(_tirx().decl_buffer((size,), self.dtype, data=self.data.data), (size,), self.dtype)
+        return self.view(size)
+
+    def view(self, *shape: Index, strides: Sequence[Index] | None = None, start: Index = 0) -> Buffer:
+        """The same memory in another shape; all views come after all arguments.
+
+        Args:
+            strides: elements from an index to the next, of each axis; None for memory without gaps.
+            start: the element that it begins with.
+        """
+        stored = "int16" if self.dtype == "bfloat16" else self.dtype
+        data = _tirx().decl_buffer(
+            shape, stored, data=self.data.data, strides=strides, elem_offset=start, align=_alignment(stored)
+        )
+        return Buffer(data, shape, self.dtype)
 
 
 @lru_cache(maxsize=1)
@@ -162,7 +175,7 @@ def argument(
         align: bytes that its address is a multiple of; an element's unless said otherwise.
     """
     stored = "int16" if dtype == "bfloat16" else dtype
-    align = align or {"uint8": 1, "int8": 1, "int16": 2, "int64": 8}.get(stored, 4)
+    align = align or _alignment(stored)
     return tensor(name, shape, stored, dtype, strides=strides, align=align)
 
 
@@ -170,6 +183,11 @@ def tensor(name: str, shape: Sequence[Index], stored: str, dtype: str | None = N
     """The next argument, of elements as they are in memory, which `Buffer.dtype` calls `dtype`."""
     handle = _tirx().arg(f"{name}_handle", _tirx().handle())
     return Buffer(_named(name, _tirx().match_buffer(handle, shape, stored, **layout)), shape, dtype or stored)
+
+
+def _alignment(dtype: str) -> int:
+    """Bytes that the address of an element is a multiple of."""
+    return {"uint8": 1, "int8": 1, "int16": 2, "int64": 8}.get(dtype, 4)
 
 
 def _named(name: str, x: Any) -> Any:

@@ -18,6 +18,7 @@ et al., ViT (ICLR 2021), Touvron et al., DeiT (ICML 2021), and Wang et al., PVT 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +35,13 @@ from timm.models import (
     register_model,
 )
 from timm.models._pretrained import DefaultCfg
-from timm.models.vision_transformer import Attention, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.whole import tokens
+from shiftadd3d.kernels.whole.program import Value
 from shiftadd3d.nn import (
     AddAttention,
     FrozenConvMlp,
@@ -50,6 +53,7 @@ from shiftadd3d.nn import (
     register_mlp,
     reparameterize_,
 )
+from shiftadd3d.nn.compiled import Emission, Norm, grid_convolution, register_emitter, register_harmless_hook
 from shiftadd3d.nn.tracing import one_node
 
 
@@ -266,6 +270,84 @@ register_mlp(pvt_v2.MlpWithDepthwiseConv, token_wise=False)
 register_mlp(SwiGLU)
 register_frozen(Mlp, FrozenMlp)
 register_frozen(pvt_v2.MlpWithDepthwiseConv, FrozenConvMlp)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# As one executable
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _emit_vit(e: Emission, model: VisionTransformer, images: Value) -> Value:
+    grid = _check_patches(e, model, images)
+    added = torch.zeros(grid[0] * grid[1], model.embed_dim)
+    given = [token[0] for token in (model.cls_token, model.reg_token) if token is not None]
+    prefix = torch.cat([*given, added[:0]])
+    if model.pos_embed is not None:
+        of_prefix = 0 if model.no_embed_class else len(prefix)
+        prefix = prefix + model.pos_embed[0, :of_prefix] if of_prefix else prefix
+        added = model.pos_embed[0, of_prefix:].contiguous()
+    patch = model.patch_embed.patch_size
+    x = tokens.patches(e.program, images, e.weights(model.patch_embed.proj), patch, prefix.contiguous(), added)
+    for block in model.blocks:
+        x = e.emit(block, x, grid=grid)
+    if model.attn_pool is not None or model.global_pool not in ("token", "avg"):
+        raise e.refusal(model, f"with {model.global_pool or 'no'} pooling")
+    is_mean = model.global_pool == "avg"
+    first = model.num_prefix_tokens if is_mean and not model.pool_include_prefix else 0
+    x = tokens.pool(e.program, x, mean=is_mean, first=first, norm=e.norm(model.norm))
+    if type(model.head) is nn.Identity:
+        norm = e.norm(model.fc_norm)
+        x = x if norm is None else tokens.pool(e.program, x, mean=False, norm=norm)
+    else:
+        x = e.linear([model.head], x, e.norm(model.fc_norm))
+    return e.program.reshape(x, (x.shape[0], x.shape[2]))
+
+
+def _check_patches(e: Emission, model: VisionTransformer, images: Value) -> tuple[int, int]:
+    """The grid that the patches of images lie on."""
+    embed = model.patch_embed
+    if type(embed) is not PatchEmbed or type(embed.norm) is not nn.Identity or not embed.flatten:
+        raise e.refusal(embed, "which is not registered")
+    if type(model.norm_pre) is not nn.Identity or model.grad_checkpointing:
+        raise e.refusal(model, "with a norm before its blocks, or checkpoints")
+    size = (embed.proj.in_channels, *cast(tuple[int, int], embed.img_size))
+    if images.shape[1:] != size:
+        raise UserError(f"the model takes pictures [batch, {', '.join(map(str, size))}], not {list(images.shape)}")
+    return cast(tuple[int, int], embed.grid_size)
+
+
+def _emit_block(e: Emission, block: Block, x: Value, *, grid: tuple[int, int]) -> Value:
+    for scale in (block.ls1, block.ls2):
+        if type(scale) is not nn.Identity:
+            raise e.refusal(scale, "which is not registered")
+    x = e.emit(block.attn, x, norm=e.norm(block.norm1), residual=x, grid=grid)
+    return e.emit(block.mlp, x, norm=e.norm(block.norm2), residual=x)
+
+
+def _emit_attention(
+    e: Emission, layer: ViTAddAttention, x: Value, *, norm: Norm | None, residual: Value, grid: tuple[int, int]
+) -> Value:
+    for part in (layer.q_norm, layer.k_norm, layer.norm):
+        if type(part) is not nn.Identity:
+            raise e.refusal(part, "which is not registered")
+    if layer.gate is not None:
+        raise e.refusal(layer.gate, "which is not registered")
+    qkv = e.linear([layer.q_fc, layer.k_fc, layer.v_fc], x, norm)
+    out = grid_convolution(e, layer, qkv, e.attention(layer, qkv, None), grid)
+    return e.linear([layer.out_fc], out, None, residual)
+
+
+def _emit_mlp(e: Emission, mlp: Mlp, x: Value, *, norm: Norm | None, residual: Value) -> Value:
+    if type(mlp.norm) is not nn.Identity or type(mlp.fc1) is nn.Conv2d:
+        raise e.refusal(mlp, "with a norm in it, or convolutions")
+    return e.perceptron(mlp.fc1, mlp.act, mlp.fc2, x, norm, residual)
+
+
+register_emitter(Mlp, _emit_mlp)
+register_emitter(VisionTransformer, _emit_vit)
+register_emitter(Block, _emit_block)
+register_emitter(ViTAddAttention, _emit_attention)
+register_harmless_hook(_TellGrid)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from shiftadd3d.nn.binarize import (
     make_binarizer,
 )
 from shiftadd3d.nn.calibrate import CalibratedLayer, CalibrationReport, FittedRouter, calibrate_
+from shiftadd3d.nn.compiled import CompiledModel, register_emitter
 from shiftadd3d.nn.cost import (
     ENERGY_COSTS,
     Costs,
@@ -86,6 +87,7 @@ __all__ = [
     "BinarizerReport",
     "CalibratedLayer",
     "CalibrationReport",
+    "CompiledModel",
     "ContrastReport",
     "Costs",
     "FittedBinarizer",
@@ -139,6 +141,7 @@ __all__ = [
     "measure_latencies",
     "recipe",
     "register_attention",
+    "register_emitter",
     "register_frozen",
     "register_mlp",
     "reparameterize_",

@@ -55,7 +55,7 @@ class EmulatedCpu:
         self._functions: dict[str, dict[Any, Any]] = {}
         self._lock, self._running = threading.Lock(), 0
         self._load, self._link = kernel_module.load_library, kernel_module.link
-        kernel_module._install_launcher()  # which is not emulated
+        kernel_module.install_launcher()  # which is not emulated
 
     def become(self, target: CpuTarget, monkeypatch: pytest.MonkeyPatch) -> None:
         """Have this process take its CPU for the target's, until the patches are undone."""

@@ -96,9 +96,9 @@ def test_another_specialisation_source_or_target_is_another_entry(new_kernel: An
     kernel = new_kernel()
     avx2, generic = targets.find("avx2"), targets.find("generic")
     entries = {kernel.entry(avx2, factor=3), kernel.entry(avx2, factor=4), kernel.entry(generic, factor=3)}
-    monkeypatch.setattr(kernel_module, "_sources_digest", lambda module: "other")
+    monkeypatch.setattr(kernel_module, "sources_digest", lambda *modules: "other")
     entries.add(kernel.entry(avx2, factor=3))
-    monkeypatch.setattr(kernel_module, "_versions", lambda: {"tvm": "0.0"})
+    monkeypatch.setattr(kernel_module, "versions", lambda: {"tvm": "0.0"})
     entries.add(kernel.entry(avx2, factor=3))
     assert len(entries) == 5
 

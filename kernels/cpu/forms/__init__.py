@@ -22,7 +22,8 @@ Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.2.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -37,6 +38,8 @@ from shiftadd3d.kernels.runtime.numerics import COMPILED, Numerics
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 
 _MOST_ROWS = 384
+
+Size = TypeVar("Size", bound=Any)
 
 
 def forms(target: CpuTarget, numerics: Numerics, bits: int, terms: int, dtype: Dtype) -> tuple[Form, ...]:
@@ -87,16 +90,32 @@ def shift_product(target: CpuTarget, form: Form, bits: int, terms: int, dtype: D
 def rows_of_block(target: CpuTarget, form: Form, rows: int, floats: int, most_bytes: int) -> int:
     """Rows of a block, for as many blocks as there are threads, or a multiple.
 
-    A few rows more or less for each do no harm, but decoding all weights for a handful of rows would. By 384 rows,
-    decoding them costs next to nothing.
+    A few rows more or less for each do no harm, but decoding all weights for a handful of rows would.
 
     Args:
         floats: what a row takes up.
         most_bytes: what a block may take up.
     """
     tile, _ = tile_shape(target, form)
-    threads = torch.get_num_threads()
-    longest = max(tile, min(_MOST_ROWS, most_bytes // (4 * floats)) // tile * tile)
-    blocks = -(-rows // longest)
-    blocks = min(-(-blocks // threads) * threads, max(blocks, rows // (4 * tile)))
-    return -(-rows // blocks // tile) * tile
+    return even_blocks(rows, longest_block(target, form, floats, most_bytes), tile, torch.get_num_threads(), min, max)
+
+
+def longest_block(target: CpuTarget, form: Form, floats: int, most_bytes: int) -> int:
+    """Rows of a block at most. By 384 of them, decoding weights costs next to nothing."""
+    tile, _ = tile_shape(target, form)
+    return max(tile, min(_MOST_ROWS, most_bytes // (4 * floats)) // tile * tile)
+
+
+def even_blocks(
+    rows: Size, longest: int, tile: int, threads: Size, least: Callable[..., Size], most: Callable[..., Size]
+) -> Size:
+    """Rows of a block of at most `longest` rows, in numbers or in expressions, with what takes the smaller of two such
+    and the larger."""
+    blocks = _quotient(rows, longest)
+    blocks = least(_quotient(blocks, threads) * threads, most(blocks, rows // (4 * tile)))
+    return _quotient(_quotient(rows, blocks), tile) * tile
+
+
+def _quotient(x: Size, y: int | Size) -> Size:
+    """Rounded up."""
+    return (x + y - 1) // y

@@ -87,15 +87,26 @@ class ShiftProduct(Decoder):
     def release(self) -> None:
         """Emit what a task has to do last."""
 
-    def stage(self, scratch: Scratch, rows: Expr, inputs: Expr, load: Load, flag: Buffer) -> None:
+    def stage(
+        self,
+        scratch: Scratch,
+        rows: Expr,
+        inputs: Expr,
+        load: Load,
+        flag: Buffer,
+        before_row: Callable[[Expr], None] | None = None,
+    ) -> None:
         """Bring `rows` rows of `inputs` activations into `scratch.activations`.
 
         Args:
             load: ``load(row, start, count)``: `count` float32 activations of a row from input `start` on, a vector, or
                 a scalar if `count` is 1.
-            flag: [1] int32, set to 1 if the form cannot express an activation.
+            flag: its first number, an int32, is set to 1 if the form cannot express an activation.
+            before_row: ``before_row(row)`` emits what prepares a row that is loaded next.
         """
         with T.serial(rows) as row:
+            if before_row is not None:
+                before_row(row)
             self.stage_row(scratch, row, inputs, load, flag)
         self.fill_up(scratch, rows)
 

@@ -117,3 +117,20 @@ class OrdinaryProduct(Float32Product):
         with T.serial(-count % self.unroll) as rest:
             for j in self.vectors:
                 scratch.panel[count + rest, isa.at(j)] = isa.splat(0)
+
+
+class PanelProduct(Float32Product):
+    """A product with ordinary weights that lie in panels ready made, [panels, inputs, columns]."""
+
+    def __init__(self, target: CpuTarget) -> None:
+        super().__init__(target, "float32", bits=4, terms=1, dtype="float32")  # no codes are ever looked at
+
+    def decode(self, scratch: Scratch, weights: Weights, start: Expr, turn: Expr, count: Expr) -> None:
+        isa, first = self.isa, T.bind(turn * self.block)
+        panel = weights.codes.part(T.bind(T.truncdiv(start, T.int64(self.columns))))
+        with T.serial(count) as row:
+            for j in self.vectors:
+                scratch.panel[row, isa.at(j)] = panel[first + row, isa.at(j)]
+        with T.serial(-count % self.unroll) as rest:
+            for j in self.vectors:
+                scratch.panel[count + rest, isa.at(j)] = isa.splat(0)

@@ -1,0 +1,59 @@
+"""What programs of whole networks read: linear layers as codes or as panels, and those of one input as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shiftadd3d.kernels.pack.panel import filled, padded, stored
+
+
+class LinearWeights(NamedTuple):
+    """A linear layer as the functions of a program take it.
+
+    Attributes:
+        weight: codes [terms, outputs, bytes] of powers of two, or panels [panels, inputs, columns] of ordinary weights.
+        offset: of the codes [terms, outputs]; None of ordinary weights.
+        bias: [outputs] float32.
+        inputs: their number.
+        bits, terms: of the codes; 0 of ordinary weights.
+    """
+
+    weight: Tensor
+    offset: Tensor | None
+    bias: Tensor
+    inputs: int
+    bits: int
+    terms: int
+
+    @property
+    def outputs(self) -> int:
+        return self.bias.shape[0]
+
+
+def shifts(codes: Tensor, offset: Tensor, bias: Tensor | None, inputs: int, bits: int) -> LinearWeights:
+    """A layer of powers of two."""
+    bias = _bias(bias, codes.shape[1], codes)
+    return LinearWeights(codes.contiguous(), offset.contiguous(), bias, inputs, bits, codes.shape[0])
+
+
+def ordinary(weight: Tensor, bias: Tensor | None, columns: int) -> LinearWeights:
+    """A layer of ordinary weights [outputs, inputs], in panels of so many columns, zeros behind the last one."""
+    outputs, inputs = weight.shape
+    panels = filled(weight.mT, padded(outputs, columns)).unflatten(1, (-1, columns)).transpose(0, 1)
+    return LinearWeights(stored(panels), None, _bias(bias, outputs, weight), inputs, 0, 0)
+
+
+def side_by_side(layers: Sequence[LinearWeights]) -> LinearWeights:
+    """Layers of powers of two in one format that take the same inputs, as one with the outputs of all."""
+    first = layers[0]
+    weight = torch.cat([layer.weight for layer in layers], 1)
+    offset = torch.cat([layer.offset for layer in layers if layer.offset is not None], 1)
+    return first._replace(weight=weight, offset=offset, bias=torch.cat([layer.bias for layer in layers]))
+
+
+def _bias(bias: Tensor | None, outputs: int, like: Tensor) -> Tensor:
+    return torch.zeros(outputs, device=like.device) if bias is None else stored(bias)

@@ -1,0 +1,139 @@
+"""A network as a list of calls of functions, before anything is compiled.
+
+A `Program` knows shapes and weights, but no TVM: that it is compiled already can be told from its description alone.
+Weights are arguments of the compiled program, so that networks that differ in weights only share their code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from shiftadd3d.kernels.runtime.numerics import Numerics
+from shiftadd3d.kernels.runtime.targets import CpuTarget
+from shiftadd3d.kernels.runtime.tir import PrimFunc
+
+Dim = int | str
+"""A size; a name stands for one that is known only when the program runs, such as that of a batch."""
+
+Exactness = Numerics | Literal["safe"]
+"""What a program is compiled for: numerics, or ``"safe"``, in which products take every number that float32 holds."""
+
+
+def _as_it_is(target: CpuTarget, exactness: Exactness, spec: dict[str, Any]) -> dict[str, Any]:
+    return spec
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function in TIR that programs call, in as many specialisations as are asked for.
+
+    Attributes:
+        name: what it is called in the executable and in messages.
+        build: ``build(target, **spec)``: the function. Its arguments are tensors: those of the call, then `control`,
+            then the outcome.
+        trial: ``trial(function, **spec)`` runs it, compiled, on a small problem, and raises `AssertionError` where the
+            outcome is not what plain torch computes.
+        resolve: ``resolve(target, exactness, spec)``: what to compile in for a spec of a call.
+    """
+
+    name: str
+    build: Callable[..., PrimFunc]
+    trial: Callable[..., None]
+    resolve: Callable[[CpuTarget, Exactness, dict[str, Any]], dict[str, Any]] = _as_it_is
+
+
+class Value(NamedTuple):
+    """A tensor of a program: an input, a weight or an outcome."""
+
+    number: int
+    shape: tuple[Dim, ...]
+    dtype: str = "float32"
+
+
+class Call(NamedTuple):
+    """A call of a function; without one, the argument in another shape."""
+
+    function: Function | None
+    spec: tuple[tuple[str, Any], ...]
+    arguments: tuple[Value, ...]
+    out: Value
+
+
+class Program:
+    """What a network does with its inputs: first `input`, then `weight` and `call`, and `output` last.
+
+    Beside its inputs and weights it is given `control`, two int32: the first is set to 1 where a product could not
+    express an activation, so that the outcome means nothing; the second says how many threads there are.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: list[Value] = []
+        self.weights: list[Tensor] = []
+        self.weight_values: list[Value] = []
+        self.calls: list[Call] = []
+        self.outputs: list[Value] = []
+        self._count = 0
+        self._of_tensor: dict[int, Value] = {}
+
+    def _value(self, shape: Sequence[Dim], dtype: str) -> Value:
+        self._count += 1
+        return Value(self._count - 1, tuple(shape), dtype)
+
+    def input(self, *shape: Dim, dtype: str = "float32") -> Value:
+        """The next input."""
+        self.inputs.append(self._value(shape, dtype))
+        return self.inputs[-1]
+
+    def weight(self, tensor: Tensor) -> Value:
+        """A weight, given once however often it is asked for. It is kept as it is, and has to be contiguous."""
+        known = self._of_tensor.get(id(tensor))
+        if known is None:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            known = self._of_tensor[id(tensor)] = self._value(tensor.shape, dtype)
+            self.weights.append(tensor)
+            self.weight_values.append(known)
+        return known
+
+    def call(self, function: Function, arguments: Sequence[Value], shape: Sequence[Dim], **spec: Any) -> Value:
+        """What a function makes of some values, float32 of a shape; `spec` is for its `resolve`."""
+        out = self._value(shape, "float32")
+        self.calls.append(Call(function, tuple(sorted(spec.items())), tuple(arguments), out))
+        return out
+
+    def reshape(self, x: Value, shape: Sequence[Dim]) -> Value:
+        """The same numbers in another shape."""
+        out = self._value(shape, x.dtype)
+        self.calls.append(Call(None, (), (x,), out))
+        return out
+
+    def output(self, *values: Value) -> None:
+        """What the program gives back."""
+        self.outputs = list(values)
+
+    def resolved(self, target: CpuTarget, exactness: Exactness) -> list[tuple[Call, dict[str, Any]]]:
+        """All calls, with what is compiled into their functions."""
+        return [
+            (call, call.function.resolve(target, exactness, dict(call.spec)) if call.function else {})
+            for call in self.calls
+        ]
+
+    def description(self, target: CpuTarget, exactness: Exactness) -> Mapping[str, Any]:
+        """All that the compiled program depends on, but for the source text, in plain types."""
+        return {
+            "inputs": [tuple(value) for value in self.inputs],
+            "weights": [tuple(value) for value in self.weight_values],
+            "calls": [
+                (
+                    call.function.name if call.function else "reshape",
+                    sorted(spec.items()),
+                    [value.number for value in call.arguments],
+                    tuple(call.out),
+                )
+                for call, spec in self.resolved(target, exactness)
+            ],
+            "outputs": [value.number for value in self.outputs],
+        }

@@ -1,0 +1,373 @@
+"""`compile`: a frozen model as one executable, in place of some hundred calls from Python.
+
+Classes of modules tell by `register_emitter` what they are as calls of functions (see `shiftadd3d.kernels.whole`). A
+model with a module that nobody has registered is left to run as it does, and a line says which.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.pack.whole import LinearWeights, ordinary, shifts, side_by_side
+from shiftadd3d.kernels.reference.matadd import LOW
+from shiftadd3d.kernels.runtime import kernel, targets
+from shiftadd3d.kernels.runtime.numerics import Numerics, check_numerics, get_numerics, numerics
+from shiftadd3d.kernels.runtime.recording import is_exported
+from shiftadd3d.kernels.runtime.threads import follow_torch
+from shiftadd3d.kernels.whole import executable, products, tokens
+from shiftadd3d.kernels.whole.program import Dim, Exactness, Program, Value
+from shiftadd3d.nn.add import AddAttention, TokenConv2d
+from shiftadd3d.nn.attachments import has_own_forward, overridden_methods
+from shiftadd3d.nn.binarize import Binarizer, SignBinarizer
+from shiftadd3d.nn.mlp import FrozenMlp, activation_name
+from shiftadd3d.nn.moe import MoE
+from shiftadd3d.nn.shift import PackedShiftConv2d, PackedShiftLinear, ShiftLayer
+
+Norm = tuple[Tensor, Tensor, float]
+"""Weight, bias and epsilon of a layer norm."""
+
+
+class Unserved(Exception):
+    """A module is none that programs are made of."""
+
+
+class Emission:
+    """What emitters are given: the program that is being made, and what modules are in it.
+
+    Attributes:
+        program: see `Program`; its own functions lie in `shiftadd3d.kernels.whole`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.program = Program()
+        self._names = {module: name for name, module in model.named_modules()}
+
+    def emit(self, module: nn.Module, *values: Value, **options: Any) -> Value:
+        """What a module makes of some values.
+
+        Raises:
+            Unserved: nobody has registered its class, or something in it.
+        """
+        kind = next((kind for kind in type(module).__mro__ if kind in _emitters), None)
+        if kind is None or overridden_methods(module, kind):
+            raise self.refusal(module, "which is not registered")
+        return _emitters[kind](self, module, *values, **options)
+
+    def refusal(self, module: nn.Module, reason: str) -> Unserved:
+        """What to raise for a module that a program cannot have."""
+        return Unserved(f"{self._names.get(module) or 'the model'} is a {type(module).__name__}, {reason}")
+
+    # What emitters of several classes need.
+
+    def weights(self, layer: nn.Module) -> LinearWeights:
+        """Those of a linear layer, or of a convolution that is one over patches."""
+        if type(layer) in (PackedShiftLinear, PackedShiftConv2d):
+            layer = cast(PackedShiftLinear, layer)
+            return shifts(layer.codes, layer.offset, layer.bias, layer.in_features, layer.bits)
+        if type(layer) in (nn.Linear, nn.Conv2d):
+            layer = cast(nn.Linear, layer)
+            return ordinary(layer.weight.detach().flatten(1), layer.bias, 2 * targets.current().lanes)
+        raise self.refusal(layer, "which is not registered")
+
+    def norm(self, module: nn.Module) -> Norm | None:
+        """A layer norm, for the product behind it; None for nothing."""
+        if type(module) is nn.Identity:
+            return None
+        # timm's own is torch's, which it may run faster.
+        if not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1:
+            raise self.refusal(module, "which is not registered")
+        width = module.normalized_shape[0]
+        gain = torch.ones(width) if module.weight is None else module.weight.detach().float().contiguous()
+        shift = torch.zeros(width) if module.bias is None else module.bias.detach().float().contiguous()
+        return gain, shift, module.eps
+
+    def linear(self, layers: Sequence[nn.Module], x: Value, norm: Norm | None, residual: Value | None = None) -> Value:
+        """Linear layers of one input, their outcomes side by side."""
+        packed = [self.weights(layer) for layer in layers]
+        if len({(one.bits, one.terms) for one in packed}) > 1:
+            raise self.refusal(layers[0], "whose format is not that of the layers beside it")
+        if len(packed) > 1 and not packed[0].terms:
+            weight = torch.cat([cast(nn.Linear, layer).weight.detach() for layer in layers])
+            packed = [ordinary(weight, torch.cat([one.bias for one in packed]), 2 * targets.current().lanes)]
+        layer = packed[0] if len(packed) == 1 else side_by_side(packed)
+        return products.linear(self.program, x, layer, norm=norm, residual=residual)
+
+    def perceptron(
+        self,
+        first: nn.Module,
+        act: nn.Module,
+        second: nn.Module,
+        x: Value,
+        norm: Norm | None,
+        residual: Value | None = None,
+    ) -> Value:
+        """Two linear layers with an activation function between them."""
+        activation = activation_name(act)
+        if activation is None:
+            raise self.refusal(act, "which is not registered")
+        one, two = self.weights(first), self.weights(second)
+        if (one.bits, one.terms) == (two.bits, two.terms):
+            return products.perceptron(self.program, x, one, two, activation, norm=norm, residual=residual)
+        hidden = products.linear(self.program, x, one, norm=norm, activation=activation)
+        return products.linear(self.program, hidden, two, residual=residual)
+
+    def attention(self, module: AddAttention, q: Value, kv: Value | None) -> Value:
+        """What `AddAttention.attend` makes of projected queries, keys and values; see `tokens.attention`."""
+        codes = module.q_code if module.k_code is None else module.k_code
+        for binarizer in (module.q_code, codes):
+            if type(binarizer) is not SignBinarizer:
+                raise self.refusal(binarizer, "which is not registered")
+        if module.order == "quadratic":
+            raise self.refusal(module, "in quadratic order")
+        heads = module.num_heads
+        contrast = torch.ones(heads) if module.log_contrast is None else module.log_contrast.detach().float().exp()
+        features = _width(module.q_fc) // heads
+        columns = _width(module.v_fc) // heads
+        return tokens.attention(self.program, q, kv, contrast, features, columns, float(LOW[module.q_code.codes]))
+
+
+Emitter = Callable[..., Value]
+_emitters: dict[type[nn.Module], Emitter] = {}
+_harmless_hooks: set[type] = set()
+
+
+def register_emitter(module_class: type[nn.Module], emitter: Emitter) -> None:
+    """Tell what a class of modules is as calls of functions.
+
+    Args:
+        module_class: the class. Subclasses count that have no method of their own in place of one of its.
+        emitter: ``emitter(emission, module, *values, **options)`` adds the calls to ``emission.program`` and returns
+            their outcome; it raises ``emission.refusal(module, reason)`` for what it cannot do.
+    """
+    _emitters[module_class] = emitter
+
+
+def register_harmless_hook(kind: type) -> None:
+    """Hooks of a class change nothing about what a compiled model computes."""
+    _harmless_hooks.add(kind)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether someone sees or changes what goes into a module and comes out."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return has_own_forward(module) or not all(type(hook) in _harmless_hooks for hook in hooks)
+
+
+def _width(layer: nn.Module) -> int:
+    return cast(nn.Linear, layer).out_features
+
+
+def _emit_mlp(
+    e: Emission, mlp: FrozenMlp, x: Value, *, norm: Norm | None = None, residual: Value | None = None
+) -> Value:
+    return e.perceptron(mlp.fc1, mlp.act, mlp.fc2, x, norm, residual)
+
+
+register_emitter(FrozenMlp, _emit_mlp)
+
+
+def grid_convolution(e: Emission, module: AddAttention, values: Value, out: Value, grid: tuple[int, int]) -> Value:
+    """The convolution on the values, which lie last in `values`, added to what attention has made."""
+    conv = module.dwconv
+    if conv is None:
+        return out
+    if type(conv) is not TokenConv2d:
+        raise e.refusal(conv, "which is not registered")
+    if conv.channels < targets.current().lanes:
+        raise e.refusal(conv, "which has fewer channels than a vector")
+    return tokens.depthwise(e.program, values, conv.weight, None, grid, added=out)
+
+
+# Models
+
+
+class CompiledModel(nn.Module):
+    """A frozen model, compiled: a call is one call of its executable.
+
+    Inference only, with the weights as they were when it was compiled. Numerics are those it was compiled with. An
+    activation that an integer product cannot express has the executable of float32 products do the call again, which is
+    compiled when it is first needed.
+
+    Attributes:
+        model: the frozen model; where it could not be compiled, it does the work.
+        reason: why that is so, or None.
+        numerics: what it computes in.
+        overflows: how many calls had to be done again.
+    """
+
+    def __init__(self, model: nn.Module, program: Program | None, numerics: Numerics, reason: str | None) -> None:
+        super().__init__()
+        self.model, self.reason, self.overflows = model, reason, 0
+        self.numerics: Numerics = numerics
+        self._program = program
+        self._lock = threading.Lock()
+        self._executables: dict[Exactness, Any] = {}
+        self._weights: Any = None
+        self.training = False
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether there is an executable; else `reason` says why not."""
+        return self._program is not None
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """What the model makes of its inputs, in evaluation.
+
+        Raises:
+            UserError: for inputs of another rank, size, dtype or device than the one it was compiled for.
+        """
+        wants_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        if self._program is None or wants_gradients or is_exported():
+            with numerics(self.numerics):
+                return self.model(*inputs)
+        check_inputs(self._program, inputs)
+        ready = [x.detach().contiguous() for x in inputs]
+        with self._lock:
+            y, fits = self._run(self.numerics, ready)
+            if not fits:
+                self.overflows += 1
+                y, _ = self._run("safe", ready)
+        return y
+
+    def load(self, exactness: Exactness) -> Any:
+        """The executable's function and the tensor that it is controlled by."""
+        found = self._executables.get(exactness)
+        if found is None:
+            assert self._program is not None
+            if self._weights is None:
+                self._weights = executable.weights_of(self._program)
+            programs = executable.load({"main": self._program}, exactness)
+            found = self._executables[exactness] = programs["main"], executable.Control()
+        return found
+
+    def _run(self, exactness: Exactness, inputs: Sequence[Tensor]) -> tuple[Tensor, bool]:
+        main, control = self.load(exactness)
+        follow_torch()
+        control.reset(torch.get_num_threads())
+        outcome = main(*inputs, control.tensor, self._weights)
+        return torch.from_dlpack(outcome), not control.overflowed
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is compiled comes from the cache again.
+        return {**vars(self), "_lock": None, "_executables": {}, "_weights": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.Lock()
+
+    def train(self, mode: bool = True) -> CompiledModel:
+        if mode:
+            raise UserError("a compiled model is for inference; train the model that it was made of, before freeze_")
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CompiledModel:
+        raise UserError(
+            "a compiled model stays where it is; move or cast the model that it was made of, and compile that"
+        )
+
+    def extra_repr(self) -> str:
+        return f"numerics={self.numerics!r}" + ("" if self.reason is None else f", not compiled: {self.reason}")
+
+
+def check_inputs(program: Program, inputs: Sequence[Tensor]) -> None:
+    """Raise `UserError` unless a program takes inputs of these shapes, this dtype and device."""
+    if len(inputs) != len(program.inputs):
+        raise UserError(f"the compiled model takes {len(program.inputs)} inputs, not {len(inputs)}")
+    sizes: dict[Dim, int] = {}
+    for x, value in zip(inputs, program.inputs, strict=True):
+        expected = f"[{', '.join(map(str, value.shape))}] {value.dtype} on the CPU"
+        dtype = str(x.dtype).removeprefix("torch.")
+        fits = len(x.shape) == len(value.shape) and all(
+            size > 0 and size == (sizes.setdefault(dim, size) if isinstance(dim, str) else dim)
+            for size, dim in zip(x.shape, value.shape, strict=True)
+        )
+        if not fits or dtype != value.dtype or x.device.type != "cpu":
+            raise UserError(f"the compiled model takes {expected}, not {list(x.shape)} {dtype} on {x.device}")
+
+
+def compile(model: nn.Module, example: Tensor | Sequence[Tensor], numerics: Numerics | None = None) -> CompiledModel:
+    """Compile a frozen model into one executable, or find it in the cache.
+
+    What no emitter is registered for, and machines without TVM and a compiler, leave the model to run as it does; one
+    warning says why.
+
+    Args:
+        model: in float32 on the CPU, as `freeze_` leaves it. It is not changed.
+        example: an input of the model, or all of them. Pictures are compiled for their size, and for any batch.
+        numerics: what to compute in; None for the process's (`get_numerics`).
+
+    Raises:
+        UserError: for a model that is not frozen, not in evaluation, not on the CPU or not in float32; for an example
+            that it does not take; for numerics ``"twin"``, in which nothing is compiled.
+    """
+    exactness = check_numerics(get_numerics() if numerics is None else numerics)
+    if exactness == "twin":
+        raise UserError("numerics 'twin' are plain torch; expected exact, fast or int8 to compile for")
+    examples = [example] if isinstance(example, Tensor) else list(example)
+    check_model(model)
+    check_examples(examples)
+    reason: str | None = None
+    program: Program | None = None
+    try:
+        program = program_of(model, examples)
+    except Unserved as error:
+        reason = str(error)
+    compiled = CompiledModel(model, program, exactness, reason)
+    if program is not None:
+        check_inputs(program, examples)
+        try:
+            compiled.load(exactness)
+        except kernel.FAILURES as error:
+            reason = kernel.first_line(error)
+            compiled = CompiledModel(model, None, exactness, reason)
+    if reason is not None:
+        warnings.warn(f"not compiled, so it runs as before: {reason}", RuntimeWarning, stacklevel=2)
+    return compiled
+
+
+def program_of(model: nn.Module, examples: Sequence[Tensor]) -> Program:
+    """What a model does with inputs such as these, the first size of each being that of a batch.
+
+    Raises:
+        Unserved: something in it is not registered, or someone watches it.
+    """
+    emission = Emission(model)
+    watched = next(filter(_is_watched, model.modules()), None)
+    if watched is not None:
+        raise emission.refusal(watched, "which has hooks")
+    inputs = [emission.program.input("batch", *x.shape[1:]) for x in examples]
+    with torch.no_grad():
+        emission.program.output(emission.emit(model, *inputs))
+    return emission.program
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise `UserError` unless a model can be compiled where it is, as it is."""
+    for name, module in model.named_modules():
+        if isinstance(module, (ShiftLayer, MoE)) or (isinstance(module, Binarizer) and not module.frozen):
+            raise UserError(f"{name or 'the model'} is a {type(module).__name__}, not frozen; call freeze_ first")
+    if model.training:
+        raise UserError("the model is in training mode; expected one in evaluation: model.eval()")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type != "cpu":
+            raise UserError(f"the model is on {tensor.device}; models are compiled for CPUs: model.cpu()")
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise UserError(f"{name} is {tensor.dtype}; models are compiled in float32: model.float()")
+
+
+def check_examples(examples: Sequence[Tensor]) -> None:
+    """Raise `UserError` unless these may be inputs of a compiled model."""
+    for x in examples:
+        if not isinstance(x, Tensor):
+            raise UserError(f"an example is a tensor, or a list of such, not {type(x).__name__}")
+        if x.device.type != "cpu" or x.dtype != torch.float32:
+            raise UserError(f"the example is {x.dtype} on {x.device}; expected float32 on the CPU")
+        if x.dim() < 2 or 0 in x.shape:
+            raise UserError(f"the example is of shape {list(x.shape)}; expected a batch of at least one")

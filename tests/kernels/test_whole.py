@@ -1,0 +1,113 @@
+"""Functions of whole programs: each against plain torch; programs from the cache, or compiled, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shiftadd3d.kernels.pack.whole import ordinary
+from shiftadd3d.kernels.runtime import targets
+from shiftadd3d.kernels.whole import executable, products
+from shiftadd3d.kernels.whole.products import LINEAR, PERCEPTRON, linear
+from shiftadd3d.kernels.whole.program import Function, Program
+from shiftadd3d.kernels.whole.tokens import ATTENTION, DEPTHWISE, PATCHES, POOL
+
+tvm = pytest.importorskip("tvm")
+
+LAYER = {"bits": 4, "terms": 1, "eps": 1e-6, "activation": "gelu", "residual": True}
+BARE = {"eps": None, "activation": "none", "residual": False}
+CASES: list[tuple[Function, dict[str, Any]]] = [
+    (LINEAR, LAYER | {"inputs": 325}),
+    (LINEAR, LAYER | BARE | {"bits": 5, "inputs": 325}),
+    (LINEAR, LAYER | BARE | {"terms": 2, "inputs": 325}),
+    (LINEAR, LAYER | {"bits": 0, "terms": 0, "inputs": 325}),
+    (PERCEPTRON, LAYER | {"inputs": 192, "hidden": 768}),
+    (PERCEPTRON, LAYER | BARE | {"activation": "relu", "bits": 0, "terms": 0, "inputs": 192, "hidden": 768}),
+    (PATCHES, {"bits": 4, "terms": 1, "channels": 3, "patch": (4, 8), "inputs": 96}),
+    (PATCHES, {"bits": 0, "terms": 0, "channels": 3, "patch": (16, 16), "inputs": 768}),
+    (ATTENTION, {"features": 64, "columns": 64, "joint": True, "low": -1.0}),
+    (ATTENTION, {"features": 20, "columns": 12, "joint": False, "low": 0.0}),
+    (DEPTHWISE, {"kernel_size": 3, "grid": (5, 14), "activation": "none", "added": True, "last": True}),
+    (DEPTHWISE, {"kernel_size": 5, "grid": (3, 2), "activation": "gelu", "added": False, "last": False}),
+    (POOL, {"mean": False, "eps": 1e-6}),
+    (POOL, {"mean": True, "eps": None}),
+]
+
+
+@pytest.mark.parametrize("target", ["amx", "avx512_vnni", "avx2", pytest.param("generic", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("function", "spec"), CASES, ids=lambda part: getattr(part, "name", ""))
+def test_functions_compute_what_torch_does(function: Function, spec: dict[str, Any], target: str, on_target) -> None:
+    on_target(target)
+    here = targets.current()
+    resolved = {str(found): found for found in (function.resolve(here, e, dict(spec)) for e in ("int8", "safe"))}
+    for one in resolved.values():
+        built = function.build(here, **one).with_attr("global_symbol", "tried")
+        function.trial(tvm.compile(tvm.IRModule({"tried": built}), target=here.tvm_target())["tried"], **one)
+
+
+def small_program(weight: torch.Tensor) -> Program:
+    program = Program()
+    x = program.input("batch", 3, 24)
+    layer = ordinary(weight, None, 2 * targets.current().lanes)
+    program.output(linear(program, x, layer))
+    return program
+
+
+def run(program: Program, x: torch.Tensor) -> torch.Tensor:
+    control = executable.Control()
+    control.reset(1)
+    main = executable.load({"main": program}, "exact")["main"]
+    return torch.from_dlpack(main(x, control.tensor, executable.weights_of(program)))
+
+
+def test_programs_that_differ_in_weights_share_their_code(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weights = torch.randn(5, 3, 24), torch.randn(2, 7, 24)
+    first = run(small_program(weights[0]), x)
+    libraries = sorted(empty_cache.glob("*.so"))
+    monkeypatch.setattr(executable, "compile_programs", lambda *_: pytest.fail("compiled again"))
+    second = run(small_program(weights[1]), x[:2])
+    assert sorted(empty_cache.glob("*.so")) == libraries
+    torch.testing.assert_close(first, x @ weights[0].T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(second, x[:2] @ weights[1].T, rtol=1e-5, atol=1e-5)
+
+
+def test_several_programs_in_one_executable(empty_cache: Path) -> None:
+    program = small_program(torch.randn(7, 24))
+    both = executable.load({"one": program, "other": program}, "exact")
+    control, weights, x = executable.Control(), executable.weights_of(program), torch.randn(1, 3, 24)
+    control.reset(2)
+    one, other = (torch.from_dlpack(both[name](x, control.tensor, weights)) for name in ("one", "other"))
+    assert torch.equal(one, other)
+
+
+def test_a_function_that_fails_its_trial_is_not_kept(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    activate = products.activate
+    monkeypatch.setattr(products, "activate", lambda isa, name, x: activate(isa, name, x) + isa.splat(1.0))
+    with pytest.raises(AssertionError, match=r"^linear: it is off by"):
+        run(small_program(torch.randn(7, 24)), torch.randn(1, 3, 24))
+    assert not any("whole" in record.read_text() for record in empty_cache.glob("*.json"))
+
+
+def test_interrupted_compiling_leaves_nothing_half_written(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: Any, library: Path) -> None:
+        library.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    program = small_program(torch.randn(7, 24))
+    with monkeypatch.context() as patch:
+        patch.setattr(executable, "_link", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(program, torch.randn(1, 3, 24))
+    assert not [*empty_cache.glob("building*"), *empty_cache.glob("*.trial")]
+    run(program, torch.randn(1, 3, 24))
+
+
+@pytest.mark.filterwarnings("ignore:no C compiler")
+def test_without_a_linker_programs_live_in_the_process(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tvm.support.cc.get_cc", lambda: None)
+    weight, x = torch.randn(7, 24), torch.randn(2, 3, 24)
+    torch.testing.assert_close(run(small_program(weight), x), x @ weight.T, rtol=1e-5, atol=1e-5)
+    assert not list(empty_cache.glob("*.json"))

@@ -1,0 +1,284 @@
+"""Whole models as one executable: what they compute, and what is refused."""
+
+# Attributes of submodules, to which torch gives no types, and wrong arguments on purpose.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import shiftadd3d
+from bounds import assert_within, network_bound
+from shiftadd3d import UserError
+from shiftadd3d.kernels import numerics
+from shiftadd3d.kernels.whole import executable
+from shiftadd3d.nn import CompiledModel, Recipe, freeze_, recipe, register_emitter, reparameterize_
+
+pytest.importorskip("tvm")
+
+
+@pytest.fixture(autouse=True)
+def one_seed_two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def frozen_vit(given: Recipe | str = "add+shift", **options) -> nn.Module:
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5} | options
+    model = VisionTransformer(**options).eval()
+    reparameterize_(model, given, verbose=False)
+    spread_(model)
+    freeze_(model, verbose=False)
+    return model
+
+
+@torch.no_grad()
+def spread_(model: nn.Module) -> None:
+    """Let all weights count, and have queries and keys far from zero, so that rounding does not turn their signs."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 or "token" in name or "dwconv" in name:
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    for module in model.modules():
+        for name in ("q_fc", "k_fc"):
+            layer = getattr(module, name, None)
+            if layer is not None:
+                layer.bias.copy_(torch.randn(layer.bias.shape).sign() * 8)
+
+
+def compiled_quietly(model: nn.Module, x: Tensor, exactness: str | None = None) -> CompiledModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled = shiftadd3d.compile(model, x, exactness)
+    assert compiled.is_compiled
+    return compiled
+
+
+def exactly(model: nn.Module, x: Tensor) -> Tensor:
+    with numerics("twin"), torch.no_grad():
+        return copy.deepcopy(model).double()(x.double())
+
+
+VARIANTS = {
+    "deit": {},
+    "mean of patches, registers": {"global_pool": "avg", "reg_tokens": 2, "no_embed_class": True},
+    "no class token, no head": {"class_token": False, "global_pool": "avg", "num_classes": 0, "pos_embed": "none"},
+    "norm before pooling": {"global_pool": "avg", "fc_norm": False, "pool_include_prefix": True, "qkv_bias": True},
+}
+RECIPES = [
+    recipe("add"),
+    recipe("add+shift"),
+    recipe("add+shift-attn"),
+    recipe("add+shift", other_linear="shift", codes="01", contrast=1.0, dwconv2d=0),
+    recipe("add+shift", bits=5),
+    recipe("add+shift", terms=2),
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_variants_of_vit_compute_what_they_did(options: dict) -> None:
+    model, x = frozen_vit(**({"qkv_bias": True} | options)), torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        y = compiled_quietly(model, x, "exact")(x)
+    reference = exactly(model, x)
+    assert_within(y, reference, 4 * network_bound(model, float(reference.abs().max()) + 1))
+
+
+@pytest.mark.parametrize("given", RECIPES, ids=str)
+def test_recipes_compute_what_they_did(given: Recipe) -> None:
+    model, x = frozen_vit(given, qkv_bias=True), torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        y = compiled_quietly(model, x, "exact")(x)
+    reference = exactly(model, x)
+    assert_within(y, reference, 4 * network_bound(model, float(reference.abs().max()) + 1))
+
+
+@pytest.mark.parametrize("exactness", ["fast", "int8"])
+def test_rounding_is_no_more_than_that_of_the_frozen_model(exactness: str) -> None:
+    model, x = frozen_vit(qkv_bias=True), torch.randn(16, 3, 32, 32)
+    with torch.inference_mode(), numerics(exactness):
+        frozen, y = model(x), compiled_quietly(model, x, exactness)(x)
+    reference = exactly(model, x)
+    off, allowed = ((found.double() - reference).square().mean().sqrt() for found in (y, frozen))
+    assert off <= 1.5 * allowed + network_bound(model, float(reference.abs().max()))
+
+
+def test_one_executable_serves_all_batches_and_numbers_of_threads() -> None:
+    model, x = frozen_vit(qkv_bias=True), torch.randn(9, 3, 32, 32)
+    compiled = compiled_quietly(model, x[:1], "exact")
+    with torch.inference_mode():
+        whole = compiled(x)
+        parts = torch.cat([compiled(some) for some in x.split([1, 3, 5])])
+        torch.set_num_threads(1)
+        alone = compiled(x.flip(-1).flip(-1))
+    bound = network_bound(model, float(whole.abs().max()) + 1)
+    assert_within(parts, whole.double(), bound)
+    assert_within(alone, whole.double(), bound)
+
+
+def test_an_outcome_is_not_overwritten_by_the_next_call() -> None:
+    model, x = frozen_vit(), torch.randn(2, 3, 32, 32)
+    compiled = compiled_quietly(model, x)
+    with torch.inference_mode():
+        first = compiled(x)
+        kept = first.clone()
+        compiled(-x)
+    assert torch.equal(first, kept)
+
+
+def test_activations_that_a_form_cannot_express_are_done_again_and_counted() -> None:
+    model, x = frozen_vit(qkv_bias=True), torch.randn(2, 3, 32, 32)
+    model.blocks[1].mlp.fc1.bias[3] = 2.0**70
+    compiled = compiled_quietly(model, x, "fast")
+    with torch.inference_mode():
+        y = compiled(x)
+        with numerics("twin"):
+            expected = model(x)
+    assert compiled.overflows == 1
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+    assert compiled(x[:1]).isfinite().all()
+    assert compiled.overflows == 2
+
+
+def test_other_weights_are_another_models_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other, x = frozen_vit(qkv_bias=True), frozen_vit(qkv_bias=True), torch.randn(2, 3, 32, 32)
+    compiled_quietly(model, x, "exact")
+    monkeypatch.setattr(executable, "compile_programs", lambda *_: pytest.fail("compiled again"))
+    with torch.inference_mode():
+        y = compiled_quietly(other, x, "exact")(x)
+    reference = exactly(other, x)
+    assert_within(y, reference, 4 * network_bound(other, float(reference.abs().max()) + 1))
+
+
+def test_copies_and_pickles_compute_the_same() -> None:
+    model, x = frozen_vit(), torch.randn(2, 3, 32, 32)
+    compiled = compiled_quietly(model, x)
+    with torch.inference_mode():
+        y = compiled(x)
+        assert torch.equal(copy.deepcopy(compiled)(x), y)
+        assert torch.equal(pickle.loads(pickle.dumps(compiled))(x), y)
+
+
+def test_gradients_and_exports_go_through_the_model() -> None:
+    model, x = frozen_vit(), torch.randn(2, 3, 32, 32)
+    compiled = compiled_quietly(model, x, "exact")
+    asked = x.clone().requires_grad_()
+    compiled(asked).sum().backward()
+    assert asked.grad is not None and asked.grad.abs().sum() > 0
+    program = torch.export.export(compiled, (x,)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+# What cannot be
+
+
+def test_a_module_that_nobody_registered_is_named_and_runs_as_before() -> None:
+    model, x = frozen_vit(recipe("add+shift", binarizer="hash")), torch.randn(2, 3, 32, 32)
+    with pytest.warns(RuntimeWarning, match=r"runs as before: blocks\.0\.attn\.q_code is a HashBinarizer") as said:
+        compiled = shiftadd3d.compile(model, x)
+    assert len(said) == 1 and not compiled.is_compiled and "HashBinarizer" in str(compiled.reason)
+    with torch.inference_mode():
+        assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:not compiled")
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"init_values": 0.1}, "blocks.0.ls1"),
+        ({"qk_norm": True}, "blocks.0.attn.q_norm"),
+        ({"pre_norm": True}, "the model"),
+        ({"global_pool": "max"}, "the model"),
+        ({"dynamic_img_size": True}, "patch_embed"),
+    ],
+)
+def test_other_variants_run_as_before(options: dict, named: str) -> None:
+    model, x = frozen_vit(**options), torch.randn(1, 3, 32, 32)
+    compiled = shiftadd3d.compile(model, x)
+    assert str(compiled.reason).startswith(f"{named} is a ")
+    with torch.inference_mode():
+        assert torch.equal(compiled(x), model(x))
+
+
+def test_a_hook_is_not_passed_over() -> None:
+    model, x = frozen_vit(), torch.randn(1, 3, 32, 32)
+    model.blocks[0].mlp.fc1.register_forward_hook(lambda *_: None)
+    with pytest.warns(RuntimeWarning, match=r"blocks\.0\.mlp\.fc1 is a PackedShiftLinear, which has hooks"):
+        assert not shiftadd3d.compile(model, x).is_compiled
+
+
+def test_a_class_of_ones_own_can_be_registered() -> None:
+    class Twice(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    model, x = frozen_vit(qkv_bias=True), torch.randn(1, 3, 32, 32)
+    register_emitter(Twice, lambda e, module, x: e.emit(module.inner, x))
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled_quietly(Twice(model).eval(), x)(x), compiled_quietly(model, x)(x))
+
+
+def test_without_a_compiler_the_model_runs_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_) -> None:
+        raise ImportError("No module named 'tvm'")
+
+    model, x = frozen_vit(), torch.randn(1, 3, 32, 32)
+    monkeypatch.setattr(executable, "load", missing)
+    with pytest.warns(RuntimeWarning, match="not compiled, so it runs as before: No module named 'tvm'"):
+        compiled = shiftadd3d.compile(model, x)
+    with torch.inference_mode():
+        assert torch.equal(compiled(x), model(x))
+
+
+def test_models_that_are_not_ready_are_refused_in_one_line() -> None:
+    x = torch.randn(1, 3, 32, 32)
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=5).eval()
+    reparameterize_(model, "add+shift", verbose=False)
+    refused = [
+        (model, r"blocks\.0\.attn\.\w+ is a \w+, not frozen; call freeze_ first"),
+        (frozen_vit().train(), "in training mode"),
+        (frozen_vit().double(), "torch.float64; models are compiled in float32"),
+        (frozen_vit().to("meta"), "the model is on meta"),
+    ]
+    for one, line in refused:
+        with pytest.raises(UserError, match=line) as error:
+            shiftadd3d.compile(one, x)
+        assert "\n" not in str(error.value)
+
+
+def test_examples_and_inputs_that_do_not_fit_are_refused_in_one_line() -> None:
+    model, x = frozen_vit(), torch.randn(1, 3, 32, 32)
+    for wrong in (x[0, 0, 0], x[:0], x.double(), x.to("meta"), "a picture", x[:, :, :16], x[0]):
+        with pytest.raises(UserError) as error:
+            shiftadd3d.compile(model, wrong)
+        assert "\n" not in str(error.value)
+    compiled = compiled_quietly(model, x)
+    for wrong in (x[:0], x[0], x[..., :16], x.double(), x.to("meta")):
+        with pytest.raises(
+            UserError, match=r"the compiled model takes \[batch, 3, 32, 32\] float32 on the CPU, not \["
+        ):
+            compiled(wrong)
+    with pytest.raises(UserError, match="takes 1 inputs, not 2"):
+        compiled(x, x)
+    with pytest.raises(UserError, match="numerics 'twin' are plain torch"):
+        shiftadd3d.compile(model, x, "twin")
+    with pytest.raises(UserError, match="numerics must be one of"):
+        shiftadd3d.compile(model, x, "wrong")
+    for change in (compiled.train, compiled.double):
+        with pytest.raises(UserError, match="a compiled model"):
+            change()
