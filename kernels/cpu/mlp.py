@@ -26,7 +26,7 @@ from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
 from shiftadd3d.kernels.runtime.memory import DTYPES, Dtype
 from shiftadd3d.kernels.runtime.targets import CpuTarget
-from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Load, Store
+from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index, Load, Store
 
 # Of a block of tokens with all its activations. Decoding the weights for fewer tokens costs more than reaching beyond
 # a second-level cache of 512 KiB to 2 MiB.
@@ -37,7 +37,7 @@ def emit_layers(
     products: Sequence[ShiftProduct],
     layers: Sequence[Weights],
     activation: Activation,
-    block: Expr,
+    block: Index,
     rows: Expr,
     load: Load,
     store: Store,
@@ -74,8 +74,9 @@ def emit_layers(
         product.release()
 
 
-def _scratch(product: ShiftProduct, block: Expr, inputs: Expr) -> Scratch:
-    tiles = T.bind((block + (product.rows - 1)) // product.rows)
+def _scratch(product: ShiftProduct, block: Index, inputs: Expr) -> Scratch:
+    tiles = (block + (product.rows - 1)) // product.rows
+    tiles = tiles if isinstance(tiles, int) else T.bind(tiles)
     return product.scratch(tiles * product.rows, inputs)
 
 

@@ -8,13 +8,14 @@ made.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from shiftadd3d.kernels.cpu.decode import Weights
 from shiftadd3d.kernels.cpu.forms import Form, all_forms, error_bound, shift_product, tile_shape
+from shiftadd3d.kernels.cpu.forms.base import ShiftProduct
 from shiftadd3d.kernels.cpu.forms.float32 import OrdinaryProduct
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.mlp import emit_layers
@@ -33,7 +34,7 @@ from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
 from shiftadd3d.kernels.runtime.memory import DTYPES, Dtype
 from shiftadd3d.kernels.runtime.targets import CpuTarget
-from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
+from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index, Load, Store
 
 
 def build(
@@ -71,41 +72,35 @@ def build(
         assignment = T.argument("assignment", (tokens,), "int64")
         flag = T.argument("flag", (1,), "int32")
         block = T.scalar("block")
-        plan = _Plan(tokens, len(kinds), block)
+        plan = Plan(tokens, len(kinds), block, T.bind((tokens + block - 1) // block + len(kinds)))
         plan.route(logits, assignment)
-        with T.parallel(plan.tasks()) as task:
-            first, rows = plan.tokens_of(task)
 
-            def token(row: Index) -> Expr:
-                return T.cast(plan.order[first + row], "int64")
+        def store(token: Index, column: Index, value: Expr, count: int) -> None:
+            gate = gates[token]
+            value = value * (gate if count == 1 else T.broadcast(gate, count))
+            isa.write(y.part(token), column, value, count)
 
-            def store(row: Index, column: Index, value: Expr, count: int) -> None:
-                gate = gates[token(row)]
-                value = value * (gate if count == 1 else T.broadcast(gate, count))
-                isa.write(y.part(token(row)), column, value, count)
+        def products(number: int) -> list[ShiftProduct]:
+            if kinds[number] == "mult":
+                return [OrdinaryProduct(target) for _ in range(depth)]
+            return [shift_product(target, form, bits, terms, dtype) for _ in range(depth)]
 
-            for number, (kind, chain) in enumerate(zip(kinds, chains, strict=True)):
-                with T.when(plan.expert_of[task] == number):
-                    products = [
-                        OrdinaryProduct(target) if kind == "mult" else shift_product(target, form, bits, terms, dtype)
-                        for _ in chain
-                    ]
-                    emit_layers(products, chain, activation, block, rows, isa.reader(x, token), store, flag)
+        plan.emit(chains, products, activation, block, isa.reader(x, lambda token: token), store, flag)
     return function.get()
 
 
-class _Plan:
+class Plan:
     """Which tokens each task takes through which expert, as statements of a function.
 
     Args:
         tokens: their number.
         experts: their number.
         block: tokens that a task takes at most.
+        most: tasks to allocate memory for.
     """
 
-    def __init__(self, tokens: Expr, experts: int, block: Expr) -> None:
+    def __init__(self, tokens: Expr, experts: int, block: Expr, most: Expr) -> None:
         self._tokens, self._experts, self._block = tokens, range(experts), block
-        most = T.bind((tokens + block - 1) // block + experts)
         self.order = T.alloc(tokens, dtype="int32")  # tokens, sorted by expert
         self.expert_of = T.alloc(most, dtype="int32")  # of each task
         self._first = T.alloc(most, dtype="int64")  # place in `order` that each task begins at
@@ -113,6 +108,40 @@ class _Plan:
         self._next = T.alloc(experts, dtype="int64")
         self._best = T.alloc(1)
         self._count = T.alloc(1, dtype="int64")  # of tasks
+
+    def emit(
+        self,
+        chains: Sequence[Sequence[Weights]],
+        products: Callable[[int], Sequence[ShiftProduct]],
+        activation: Activation,
+        longest: Index,
+        load: Load,
+        store: Store,
+        flag: Buffer,
+    ) -> None:
+        """Take all tokens through their experts, once they are routed.
+
+        Args:
+            chains: layers of each expert.
+            products: ``products(expert)``: theirs.
+            longest: tokens to allocate memory for.
+            load, store: of the tokens' rows; flag: see `ShiftProduct.stage`.
+        """
+        with T.parallel(self.tasks()) as task:
+            first, rows = self.tokens_of(task)
+
+            def token(row: Index) -> Expr:
+                return T.cast(self.order[first + row], "int64")
+
+            def read(row: Index, column: Index, count: int) -> Expr:
+                return load(token(row), column, count)
+
+            def write(row: Index, column: Index, value: Expr, count: int) -> None:
+                store(token(row), column, value, count)
+
+            for number, chain in enumerate(chains):
+                with T.when(self.expert_of[task] == number):
+                    emit_layers(products(number), chain, activation, longest, rows, read, write, flag)
 
     def route(self, logits: Buffer, assignment: Buffer) -> None:
         """Emit the choice of the experts [tokens] by their logits [tokens, experts], and a counting sort by it."""

@@ -44,9 +44,9 @@ class Norm:
     eps: float
 
     @classmethod
-    def arguments(cls, width: Expr, eps: float) -> Norm:
+    def arguments(cls, width: Expr, eps: float, name: str = "") -> Norm:
         """The next two arguments of a function."""
-        return cls(T.argument("gain", (width,)), T.argument("shift", (width,)), eps)
+        return cls(T.argument(f"gain{name}", (width,)), T.argument(f"shift{name}", (width,)), eps)
 
     def emit(self, isa: Isa, load: Load, row: Expr, width: Expr, out: Buffer) -> None:
         """Write a row, normalised, to out [width].

@@ -227,7 +227,7 @@ def _build_perceptron(
                 at = top + row, T.at(column, count)
                 y[at] = value if added is None else value + added[at]
 
-            emit_layers(products, layers, activation, T.int64(longest), height, load, store, control, before_row)
+            emit_layers(products, layers, activation, longest, height, load, store, control, before_row)
     return function.get()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -154,17 +155,18 @@ def patches(
 _MOST_PARTS = 16  # that the tokens of a head are split into
 
 
-def _build_attention(target: CpuTarget, features: int, columns: int, joint: bool, low: float) -> T.PrimFunc:
-    """The function ``(q and k and v, or q, and k and v; contrast, control, y)``.
+def _build_attention(target: CpuTarget, features: int, columns: int, parts: int, low: float) -> T.PrimFunc:
+    """The function ``(q, k and v, contrast, control, y)``.
 
-    q, k and v lie side by side: in one tensor [B, N, H * (2 features + columns)] if `joint`; else q [B, N, H *
-    features] and k and v [B, M, H * (features + columns)]. contrast [H], y [B, N, H * columns].
+    q [B, N, H * features], k [B, M, H * features] and v [B, M, H * columns] lie side by side in one tensor, or the last
+    two do, or none, which are 1, 2 or 3 `parts`. contrast [H], y [B, N, H * columns].
     """
     of_queries, of_keys = (Tables(target, "float32", features, columns) for _ in range(2))
     with T.function("attention") as function:
-        batch, heads, queries, keys, of_q, of_kv = T.sizes(6)
+        batch, heads, queries, keys, of_q, of_k, of_v = T.sizes(7)
         q = T.argument("q", (batch, queries, of_q))
-        kv = q if joint else T.argument("kv", (batch, keys, of_kv))
+        k = q if parts == 1 else T.argument("k", (batch, keys, of_k))
+        v = k if parts < 3 else T.argument("v", (batch, keys, of_v))
         contrast = T.argument("contrast", (heads,))
         control = control_argument()
         y = T.argument("y", (batch, queries, heads * columns))
@@ -175,9 +177,10 @@ def _build_attention(target: CpuTarget, features: int, columns: int, joint: bool
             strides = (tokens * row, T.int64(width), row, T.int64(1))
             return x.view(batch, heads, tokens, width, strides=strides, start=start)
 
-        first = heads * features if joint else T.int64(0)
+        width = heads * features
         q_heads = by_heads(q, T.int64(0), features)
-        k_heads, v_heads = by_heads(kv, first, features), by_heads(kv, first + heads * features, columns)
+        k_heads = by_heads(k, width if parts == 1 else T.int64(0), features)
+        v_heads = by_heads(v, (width + width, width, T.int64(0))[parts - 1], columns)
         out = by_heads(y, T.int64(0), columns)
         pairs = held(batch * heads)
 
@@ -187,7 +190,7 @@ def _build_attention(target: CpuTarget, features: int, columns: int, joint: bool
             few = T.int64(0) + tokens < 2 * TOKENS
             return held(T.select(T.either(enough, few), T.int64(1), T.min(threads, T.int64(_MOST_PARTS))))
 
-        key_parts, query_parts = parts_of(kv.shape[1]), parts_of(queries)
+        key_parts, query_parts = parts_of(k.shape[1]), parts_of(queries)
         # Memory whose size the function computes is more than TVM can follow.
         whole = T.alloc(batch, heads, _MOST_PARTS, features + 1, columns + 1)
         state = Buffer(whole.data, (batch, heads, key_parts, *whole.shape[3:]), whole.dtype)
@@ -199,12 +202,12 @@ def _build_attention(target: CpuTarget, features: int, columns: int, joint: bool
     return function.get()
 
 
-def _try_attention(function: Compiled, features: int, columns: int, joint: bool, low: float) -> None:
-    draw, heads, keys = Draw(), 3, 70 if joint else 45
+def _try_attention(function: Compiled, features: int, columns: int, parts: int, low: float) -> None:
+    draw, heads, keys = Draw(), 3, 70 if parts == 1 else 45
     q, k = draw.normal(2, heads, 70, features), draw.normal(2, heads, keys, features)
     v, contrast = draw.normal(2, heads, keys, columns), draw.normal(heads).abs()
     rows = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
-    given = [torch.cat(rows, -1)] if joint else [rows[0], torch.cat(rows[1:], -1)]
+    given = [*rows[: parts - 1], torch.cat(rows[parts - 1 :], -1)]
     control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty(2, 70, heads * columns)
     function(*(x.contiguous() for x in given), contrast, control, y)
     codes = next(name for name, lowest in LOW.items() if lowest == low)
@@ -216,30 +219,23 @@ ATTENTION = Function("attention", _build_attention, _try_attention)
 
 
 def attention(
-    program: Program,
-    q: Value,
-    kv: Value | None,
-    contrast: Tensor,
-    features: int,
-    columns: int,
-    low: float,
+    program: Program, parts: Sequence[Value], contrast: Tensor, features: int, columns: int, low: float
 ) -> Value:
     """Add attention of the signs of queries and keys, [B, N, H * columns].
 
     Args:
-        q: queries [B, N, H * features], or with no `kv` all three side by side.
-        kv: keys and values side by side [B, M, H * (features + columns)].
+        parts: queries [B, N, H * features], keys [B, M, H * features] and values [B, M, H * columns]; those of one
+            tensor side by side are one.
         contrast: [H].
         low: what zeros of the codes count as.
     """
-    arguments = [q, *([kv] if kv else []), program.weight(contrast)]
     return program.call(
         ATTENTION,
-        arguments,
-        (*q.shape[:2], len(contrast) * columns),
+        [*parts, program.weight(contrast)],
+        (*parts[0].shape[:2], len(contrast) * columns),
         features=features,
         columns=columns,
-        joint=kv is None,
+        parts=len(parts),
         low=low,
     )
 

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels.whole import tokens
+from shiftadd3d.kernels.whole import grids, tokens
 from shiftadd3d.kernels.whole.program import Value
 from shiftadd3d.nn import (
     AddAttention,
@@ -299,7 +299,7 @@ def _emit_vit(e: Emission, model: VisionTransformer, images: Value) -> Value:
         norm = e.norm(model.fc_norm)
         x = x if norm is None else tokens.pool(e.program, x, mean=False, norm=norm)
     else:
-        x = e.linear([model.head], x, e.norm(model.fc_norm))
+        x = e.linear(model.head, x, e.norm(model.fc_norm))
     return e.program.reshape(x, (x.shape[0], x.shape[2]))
 
 
@@ -332,9 +332,11 @@ def _emit_attention(
             raise e.refusal(part, "which is not registered")
     if layer.gate is not None:
         raise e.refusal(layer.gate, "which is not registered")
-    qkv = e.linear([layer.q_fc, layer.k_fc, layer.v_fc], x, norm)
-    out = grid_convolution(e, layer, qkv, e.attention(layer, qkv, None), grid)
-    return e.linear([layer.out_fc], out, None, residual)
+    qkv = e.project([layer.q_fc, layer.k_fc, layer.v_fc], x, norm)
+    out = e.attention(layer, qkv)
+    if layer.dwconv is not None:
+        out = grid_convolution(e, layer.dwconv, qkv[-1], grid, out)
+    return e.linear(layer.out_fc, out, None, residual)
 
 
 def _emit_mlp(e: Emission, mlp: Mlp, x: Value, *, norm: Norm | None, residual: Value) -> Value:
@@ -343,7 +345,85 @@ def _emit_mlp(e: Emission, mlp: Mlp, x: Value, *, norm: Norm | None, residual: V
     return e.perceptron(mlp.fc1, mlp.act, mlp.fc2, x, norm, residual)
 
 
+def _emit_pvt(e: Emission, model: pvt_v2.PyramidVisionTransformerV2, images: Value) -> Value:
+    channels = model.patch_embed.proj.in_channels
+    if len(images.shape) != 4 or images.shape[1] != channels:
+        raise UserError(f"the model takes pictures [batch, {channels}, height, width], not {list(images.shape)}")
+    x, grid = _emit_overlapping(e, model.patch_embed, images, cast(tuple[int, int], images.shape[2:]), None, True)
+    norm = None  # that of the stage before, which the next one's first convolution does
+    for stage in model.stages:
+        if type(stage) is not pvt_v2.PyramidVisionTransformerStage or stage.grad_checkpointing:
+            raise e.refusal(stage, "which is not registered")
+        if stage.downsample is not None:
+            x, grid = _emit_overlapping(e, stage.downsample, x, grid, norm, False)
+        for block in stage.blocks:
+            x = e.emit(block, x, grid=grid)
+        norm = e.norm(stage.norm)
+    if model.global_pool != "avg":
+        raise e.refusal(model, "without pooling")
+    x = tokens.pool(e.program, x, mean=True, norm=norm)
+    x = x if type(model.head) is nn.Identity else e.linear(model.head, x)
+    return e.program.reshape(x, (x.shape[0], x.shape[2]))
+
+
+def _emit_overlapping(
+    e: Emission, embed: nn.Module, x: Value, grid: tuple[int, int], norm: Norm | None, of_pictures: bool
+) -> tuple[Value, tuple[int, int]]:
+    if type(embed) is not pvt_v2.OverlapPatchEmbed:
+        raise e.refusal(embed, "which is not registered")
+    return e.convolution(embed.proj, x, grid, of_pictures, norm, e.norm(embed.norm))
+
+
+def _emit_pvt_block(e: Emission, block: pvt_v2.Block, x: Value, *, grid: tuple[int, int]) -> Value:
+    x = e.emit(block.attn, x, norm=e.norm(block.norm1), residual=x, grid=grid)
+    return e.emit(block.mlp, x, norm=e.norm(block.norm2), residual=x, grid=grid)
+
+
+def _emit_spatial_reduction(
+    e: Emission,
+    layer: SpatialReductionAddAttention,
+    x: Value,
+    *,
+    norm: Norm | None,
+    residual: Value,
+    grid: tuple[int, int],
+) -> Value:
+    if layer.pool is not None or layer.act is not None:
+        raise e.refusal(layer, "with pooling")
+    if layer.sr is None or layer.norm is None:
+        qkv = e.project([layer.q_fc, layer.k_fc, layer.v_fc], x, norm)
+        out = e.attention(layer, qkv)
+        if layer.dwconv is not None:
+            out = grid_convolution(e, layer.dwconv, qkv[-1], grid, out)
+        return e.linear(layer.out_fc, out, None, residual)
+    reduced, coarse = e.convolution(layer.sr, x, grid, False, norm, e.norm(layer.norm))
+    kv = e.project([layer.k_fc, layer.v_fc], reduced)
+    out = e.attention(layer, [e.linear(layer.q_fc, x, norm), *kv])
+    if layer.dwconv is not None:
+        local = grid_convolution(e, layer.dwconv, kv[-1], coarse)
+        out = grids.spread(e.program, out, local, coarse, grid)
+    return e.linear(layer.out_fc, out, None, residual)
+
+
+def _emit_conv_mlp(
+    e: Emission,
+    mlp: pvt_v2.MlpWithDepthwiseConv,
+    x: Value,
+    *,
+    norm: Norm | None,
+    residual: Value,
+    grid: tuple[int, int],
+) -> Value:
+    if type(mlp.relu) is not nn.Identity:
+        raise e.refusal(mlp, "with a ReLU before its convolution")
+    return e.conv_perceptron(mlp.fc1, mlp.dwconv, mlp.act, mlp.fc2, x, norm, residual, grid)
+
+
 register_emitter(Mlp, _emit_mlp)
+register_emitter(pvt_v2.PyramidVisionTransformerV2, _emit_pvt)
+register_emitter(pvt_v2.Block, _emit_pvt_block)
+register_emitter(SpatialReductionAddAttention, _emit_spatial_reduction)
+register_emitter(pvt_v2.MlpWithDepthwiseConv, _emit_conv_mlp)
 register_emitter(VisionTransformer, _emit_vit)
 register_emitter(Block, _emit_block)
 register_emitter(ViTAddAttention, _emit_attention)

@@ -16,18 +16,21 @@ from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.pack.whole import LinearWeights, ordinary, shifts, side_by_side
+from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.matadd import LOW
 from shiftadd3d.kernels.runtime import kernel, targets
 from shiftadd3d.kernels.runtime.numerics import Numerics, check_numerics, get_numerics, numerics
 from shiftadd3d.kernels.runtime.recording import is_exported
 from shiftadd3d.kernels.runtime.threads import follow_torch
-from shiftadd3d.kernels.whole import executable, products, tokens
+from shiftadd3d.kernels.whole import executable, grids, mixtures, products, tokens
+from shiftadd3d.kernels.whole.grids import Window
 from shiftadd3d.kernels.whole.program import Dim, Exactness, Program, Value
+from shiftadd3d.nn import power_of_two
 from shiftadd3d.nn.add import AddAttention, TokenConv2d
 from shiftadd3d.nn.attachments import has_own_forward, overridden_methods
 from shiftadd3d.nn.binarize import Binarizer, SignBinarizer
-from shiftadd3d.nn.mlp import FrozenMlp, activation_name
-from shiftadd3d.nn.moe import MoE
+from shiftadd3d.nn.mlp import FrozenConvMlp, FrozenMlp, activation_name, is_depthwise
+from shiftadd3d.nn.moe import FrozenMoE, MoE
 from shiftadd3d.nn.shift import PackedShiftConv2d, PackedShiftLinear, ShiftLayer
 
 Norm = tuple[Tensor, Tensor, float]
@@ -88,16 +91,25 @@ class Emission:
         shift = torch.zeros(width) if module.bias is None else module.bias.detach().float().contiguous()
         return gain, shift, module.eps
 
-    def linear(self, layers: Sequence[nn.Module], x: Value, norm: Norm | None, residual: Value | None = None) -> Value:
-        """Linear layers of one input, their outcomes side by side."""
+    def linear(self, layer: nn.Module, x: Value, norm: Norm | None = None, residual: Value | None = None) -> Value:
+        """A linear layer, or a mixture in the place of one."""
+        if isinstance(layer, FrozenMoE):
+            return self.emit(layer, x, norm=norm, residual=residual)
+        return products.linear(self.program, x, self.weights(layer), norm=norm, residual=residual)
+
+    def project(self, layers: Sequence[nn.Module], x: Value, norm: Norm | None = None) -> list[Value]:
+        """Linear layers of one input: their outcomes, side by side in one tensor where one product can make them."""
+        if any(isinstance(layer, FrozenMoE) for layer in layers):
+            return [self.linear(layer, x, norm) for layer in layers]
         packed = [self.weights(layer) for layer in layers]
         if len({(one.bits, one.terms) for one in packed}) > 1:
-            raise self.refusal(layers[0], "whose format is not that of the layers beside it")
-        if len(packed) > 1 and not packed[0].terms:
+            return [self.linear(layer, x, norm) for layer in layers]
+        if packed[0].terms:
+            joint = side_by_side(packed)
+        else:
             weight = torch.cat([cast(nn.Linear, layer).weight.detach() for layer in layers])
-            packed = [ordinary(weight, torch.cat([one.bias for one in packed]), 2 * targets.current().lanes)]
-        layer = packed[0] if len(packed) == 1 else side_by_side(packed)
-        return products.linear(self.program, x, layer, norm=norm, residual=residual)
+            joint = ordinary(weight, torch.cat([one.bias for one in packed]), 2 * targets.current().lanes)
+        return [products.linear(self.program, x, joint, norm=norm)]
 
     def perceptron(
         self,
@@ -118,7 +130,61 @@ class Emission:
         hidden = products.linear(self.program, x, one, norm=norm, activation=activation)
         return products.linear(self.program, hidden, two, residual=residual)
 
-    def attention(self, module: AddAttention, q: Value, kv: Value | None) -> Value:
+    def conv_perceptron(
+        self,
+        first: nn.Module,
+        conv: nn.Module,
+        act: nn.Module,
+        second: nn.Module,
+        x: Value,
+        norm: Norm | None,
+        residual: Value,
+        grid: tuple[int, int],
+    ) -> Value:
+        """Two linear layers, a depthwise convolution and an activation function between them."""
+        activation = activation_name(act)
+        if activation is None:
+            raise self.refusal(act, "which is not registered")
+        if not (isinstance(conv, nn.Conv2d) and is_depthwise(conv) and conv.out_channels >= targets.current().lanes):
+            raise self.refusal(conv, "which is not registered, or has fewer channels than a vector")
+        hidden = self.linear(first, x, norm)
+        hidden = tokens.depthwise(self.program, hidden, conv.weight, conv.bias, grid, activation=activation)
+        return self.linear(second, hidden, None, residual)
+
+    def convolution(
+        self,
+        conv: nn.Module,
+        x: Value,
+        size: tuple[int, int],
+        of_pictures: bool,
+        before: Norm | None,
+        behind: Norm | None,
+    ) -> tuple[Value, tuple[int, int]]:
+        """A convolution of pictures or of a grid of tokens, between two norms: tokens, and their grid."""
+        plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and isinstance(conv.padding, tuple)
+        if not (plain or (type(conv) is PackedShiftConv2d and not of_pictures)):
+            raise self.refusal(conv, "which is not registered")
+        conv = cast(nn.Conv2d, conv)
+        sides = {conv.kernel_size, conv.stride, cast(tuple[int, int], conv.padding)}
+        window = Window(of_pictures, conv.in_channels, *size, conv.kernel_size[0], conv.stride[0], int(conv.padding[0]))
+        if any(side[0] != side[1] for side in sides) or conv.dilation != (1, 1) or conv.groups != 1:
+            raise self.refusal(conv, "which is not the same along both sides, dilated or in groups")
+        if min(window.grid) < 1:
+            raise UserError(f"pictures are too small: a {type(conv).__name__} finds nothing in {size[0]} x {size[1]}")
+        layer = self._convolution_weights(conv, window)
+        y = grids.convolution(self.program, x, layer, window, before=before, behind=behind)
+        return y, window.grid
+
+    def _convolution_weights(self, conv: nn.Module, window: Window) -> LinearWeights:
+        if isinstance(conv, PackedShiftConv2d):
+            codes, offset, bits = conv.weight_codes()
+            arranged = [window.arranged(some.unflatten(1, (-1, *conv.kernel_size))) for some in codes]
+            packed = power_of_two.pack(torch.stack(arranged), bits)
+            return shifts(packed, offset, conv.bias, window.inputs, bits)
+        conv = cast(nn.Conv2d, conv)
+        return ordinary(window.arranged(conv.weight.detach()), conv.bias, 2 * targets.current().lanes)
+
+    def attention(self, module: AddAttention, parts: Sequence[Value]) -> Value:
         """What `AddAttention.attend` makes of projected queries, keys and values; see `tokens.attention`."""
         codes = module.q_code if module.k_code is None else module.k_code
         for binarizer in (module.q_code, codes):
@@ -130,7 +196,7 @@ class Emission:
         contrast = torch.ones(heads) if module.log_contrast is None else module.log_contrast.detach().float().exp()
         features = _width(module.q_fc) // heads
         columns = _width(module.v_fc) // heads
-        return tokens.attention(self.program, q, kv, contrast, features, columns, float(LOW[module.q_code.codes]))
+        return tokens.attention(self.program, parts, contrast, features, columns, float(LOW[module.q_code.codes]))
 
 
 Emitter = Callable[..., Value]
@@ -173,16 +239,49 @@ def _emit_mlp(
 register_emitter(FrozenMlp, _emit_mlp)
 
 
-def grid_convolution(e: Emission, module: AddAttention, values: Value, out: Value, grid: tuple[int, int]) -> Value:
-    """The convolution on the values, which lie last in `values`, added to what attention has made."""
-    conv = module.dwconv
-    if conv is None:
-        return out
+def _emit_conv_mlp(
+    e: Emission, mlp: FrozenConvMlp, x: Value, *, norm: Norm | None, residual: Value, grid: tuple[int, int]
+) -> Value:
+    return e.conv_perceptron(mlp.fc1, mlp.dwconv, mlp.act, mlp.fc2, x, norm, residual, grid)
+
+
+register_emitter(FrozenConvMlp, _emit_conv_mlp)
+
+
+def _emit_mixture(
+    e: Emission, mixture: FrozenMoE, x: Value, *, norm: Norm | None = None, residual: Value | None = None
+) -> Value:
+    if mixture.keep_assignment:
+        raise e.refusal(mixture, "which keeps where tokens go")
+    chains: list[list[LinearWeights]] = []
+    between: set[Activation | None] = set()
+    for expert in mixture.experts:
+        layers = [expert.fc1, expert.fc2] if isinstance(expert, FrozenMlp) else [expert]
+        chains.append([e.weights(layer) for layer in layers])
+        between |= {activation_name(expert.act)} if isinstance(expert, FrozenMlp) else set()
+    activation = between.pop() if between else "none"
+    formats = {layer.bits for chain in chains for layer in chain if layer.terms}
+    mixed = any(len({layer.terms for layer in chain}) > 1 for chain in chains)
+    if between or activation is None or mixed or len(formats) > 1 or len({len(chain) for chain in chains}) > 1:
+        raise e.refusal(mixture, "whose experts are not alike")
+    weight, bias = mixture.router.weight.detach(), mixture.router.bias.detach()
+    router = ((weight / mixture.temperature).contiguous(), (bias / mixture.temperature).contiguous())
+    gated = mixture.gate == "probability"
+    return mixtures.mixture(e.program, x, router, chains, activation, gated=gated, norm=norm, residual=residual)
+
+
+register_emitter(FrozenMoE, _emit_mixture)
+
+
+def grid_convolution(
+    e: Emission, conv: nn.Module, values: Value, grid: tuple[int, int], added: Value | None = None
+) -> Value:
+    """A convolution on the values of an attention, which lie last in `values`, and a sum with something else."""
     if type(conv) is not TokenConv2d:
         raise e.refusal(conv, "which is not registered")
     if conv.channels < targets.current().lanes:
         raise e.refusal(conv, "which has fewer channels than a vector")
-    return tokens.depthwise(e.program, values, conv.weight, None, grid, added=out)
+    return tokens.depthwise(e.program, values, conv.weight, None, grid, added=added)
 
 
 # Models

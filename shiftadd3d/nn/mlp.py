@@ -147,18 +147,22 @@ def is_conv_mlp(module: nn.Module, mixtures: tuple[type[nn.Module], ...] = ()) -
             one linear layer.
     """
     conv = getattr(module, "dwconv", None)
-    if (
-        type(conv) is not nn.Conv2d
-        or conv.groups != conv.in_channels
-        or conv.in_channels != conv.out_channels
-        or conv.kernel_size[0] != conv.kernel_size[1]
-        or conv.kernel_size[0] % 2 == 0
-        or conv.padding != (conv.kernel_size[0] // 2,) * 2
-        or (conv.stride, conv.dilation, conv.padding_mode) != ((1, 1), (1, 1), "zeros")
-    ):
+    if not isinstance(conv, nn.Conv2d) or not is_depthwise(conv):
         return False
     return frozen_class(module) is FrozenConvMlp and _consists_of(
         module, "fc1", "dwconv", "act", "fc2", layers=(*_LAYERS, *mixtures)
+    )
+
+
+def is_depthwise(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is depthwise, and keeps the size of its images."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.groups == conv.in_channels == conv.out_channels
+        and conv.kernel_size[0] == conv.kernel_size[1]
+        and conv.kernel_size[0] % 2 == 1
+        and conv.padding == (conv.kernel_size[0] // 2,) * 2
+        and (conv.stride, conv.dilation, conv.padding_mode) == ((1, 1), (1, 1), "zeros")
     )
 
 

@@ -11,6 +11,8 @@ import torch
 from shiftadd3d.kernels.pack.whole import ordinary
 from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.kernels.whole import executable, products
+from shiftadd3d.kernels.whole.grids import CONVOLUTION, SPREAD, Window
+from shiftadd3d.kernels.whole.mixtures import MIXTURE
 from shiftadd3d.kernels.whole.products import LINEAR, PERCEPTRON, linear
 from shiftadd3d.kernels.whole.program import Function, Program
 from shiftadd3d.kernels.whole.tokens import ATTENTION, DEPTHWISE, PATCHES, POOL
@@ -19,6 +21,8 @@ tvm = pytest.importorskip("tvm")
 
 LAYER = {"bits": 4, "terms": 1, "eps": 1e-6, "activation": "gelu", "residual": True}
 BARE = {"eps": None, "activation": "none", "residual": False}
+SHIFT, DENSE = {"bits": 4, "terms": 1}, {"bits": 0, "terms": 0}
+MIXED = {"experts": (0, 1), "bits": 4, "residual": True}
 CASES: list[tuple[Function, dict[str, Any]]] = [
     (LINEAR, LAYER | {"inputs": 325}),
     (LINEAR, LAYER | BARE | {"bits": 5, "inputs": 325}),
@@ -28,10 +32,17 @@ CASES: list[tuple[Function, dict[str, Any]]] = [
     (PERCEPTRON, LAYER | BARE | {"activation": "relu", "bits": 0, "terms": 0, "inputs": 192, "hidden": 768}),
     (PATCHES, {"bits": 4, "terms": 1, "channels": 3, "patch": (4, 8), "inputs": 96}),
     (PATCHES, {"bits": 0, "terms": 0, "channels": 3, "patch": (16, 16), "inputs": 768}),
-    (ATTENTION, {"features": 64, "columns": 64, "joint": True, "low": -1.0}),
-    (ATTENTION, {"features": 20, "columns": 12, "joint": False, "low": 0.0}),
+    (ATTENTION, {"features": 64, "columns": 64, "parts": 1, "low": -1.0}),
+    (ATTENTION, {"features": 20, "columns": 12, "parts": 2, "low": 0.0}),
+    (ATTENTION, {"features": 16, "columns": 32, "parts": 3, "low": -1.0}),
     (DEPTHWISE, {"kernel_size": 3, "grid": (5, 14), "activation": "none", "added": True, "last": True}),
     (DEPTHWISE, {"kernel_size": 5, "grid": (3, 2), "activation": "gelu", "added": False, "last": False}),
+    (CONVOLUTION, DENSE | {"window": Window(True, 3, 19, 22, 7, 4, 3), "eps_before": None, "eps_behind": 1e-5}),
+    (CONVOLUTION, DENSE | {"window": Window(False, 24, 9, 6, 3, 2, 1), "eps_before": 1e-6, "eps_behind": None}),
+    (CONVOLUTION, SHIFT | {"window": Window(False, 20, 9, 6, 2, 2, 0), "eps_before": 1e-6, "eps_behind": 1e-5}),
+    (SPREAD, {}),
+    (MIXTURE, MIXED | {"depth": 2, "activation": "gelu", "gated": True, "eps": 1e-6, "widths": (192, 768)}),
+    (MIXTURE, MIXED | {"depth": 1, "activation": "none", "gated": False, "eps": None, "widths": (192,)}),
     (POOL, {"mean": False, "eps": 1e-6}),
     (POOL, {"mean": True, "eps": None}),
 ]

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from bounds import assert_within, network_bound
 from shiftadd3d import UserError
 from shiftadd3d.kernels import numerics
 from shiftadd3d.kernels.whole import executable
-from shiftadd3d.nn import CompiledModel, Recipe, freeze_, recipe, register_emitter, reparameterize_
+from shiftadd3d.nn import CompiledModel, MoE, Recipe, freeze_, recipe, register_emitter, reparameterize_
 
 pytest.importorskip("tvm")
 
@@ -43,6 +44,15 @@ def frozen_vit(given: Recipe | str = "add+shift", **options) -> nn.Module:
     return model
 
 
+def frozen_pvt(given: Recipe | str = "add+shift", **options) -> nn.Module:
+    options = {"embed_dims": (16, 32), "depths": (1, 1), "num_heads": (1, 2), "sr_ratios": (4, 1)} | options
+    model = PyramidVisionTransformerV2(mlp_ratios=(2, 2), num_classes=5, **options).eval()
+    reparameterize_(model, given, verbose=False)
+    spread_(model)
+    freeze_(model, verbose=False)
+    return model
+
+
 @torch.no_grad()
 def spread_(model: nn.Module) -> None:
     """Let all weights count, and have queries and keys far from zero, so that rounding does not turn their signs."""
@@ -53,7 +63,10 @@ def spread_(model: nn.Module) -> None:
         for name in ("q_fc", "k_fc"):
             layer = getattr(module, name, None)
             if layer is not None:
-                layer.bias.copy_(torch.randn(layer.bias.shape).sign() * 8)
+                for one in getattr(layer, "experts", [layer]):
+                    one.bias.copy_(torch.randn(one.bias.shape).sign() * 8)
+        if isinstance(module, MoE):
+            module.router.weight.mul_(10)
 
 
 def compiled_quietly(model: nn.Module, x: Tensor, exactness: str | None = None) -> CompiledModel:
@@ -82,6 +95,8 @@ RECIPES = [
     recipe("add+shift", other_linear="shift", codes="01", contrast=1.0, dwconv2d=0),
     recipe("add+shift", bits=5),
     recipe("add+shift", terms=2),
+    recipe("add+shift-attn+moe"),
+    recipe("moe", gate="probability", router_temperature=2.0),
 ]
 
 
@@ -94,11 +109,29 @@ def test_variants_of_vit_compute_what_they_did(options: dict) -> None:
     assert_within(y, reference, 4 * network_bound(model, float(reference.abs().max()) + 1))
 
 
-@pytest.mark.parametrize("given", RECIPES, ids=str)
+@pytest.mark.parametrize("given", RECIPES, ids=lambda given: f"{given.name}-{given.bits}-{given.terms}-{given.codes}")
 def test_recipes_compute_what_they_did(given: Recipe) -> None:
     model, x = frozen_vit(given, qkv_bias=True), torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         y = compiled_quietly(model, x, "exact")(x)
+    reference = exactly(model, x)
+    assert_within(y, reference, 4 * network_bound(model, float(reference.abs().max()) + 1))
+
+
+PVT_RECIPES = [
+    recipe("add"),
+    recipe("add+shift"),
+    recipe("add+shift", other_linear="shift", dwconv2d=0),
+    recipe("add+shift-attn+moe"),
+    recipe("moe"),
+]
+
+
+@pytest.mark.parametrize("given", PVT_RECIPES, ids=lambda given: f"{given.name}-{given.other_linear}")
+def test_pyramids_compute_what_they_did(given: Recipe) -> None:
+    model, x = frozen_pvt(given), torch.randn(3, 3, 64, 48)
+    with torch.inference_mode():
+        y = compiled_quietly(model, x[:1], "exact")(x)
     reference = exactly(model, x)
     assert_within(y, reference, 4 * network_bound(model, float(reference.abs().max()) + 1))
 
@@ -209,6 +242,27 @@ def test_other_variants_run_as_before(options: dict, named: str) -> None:
     assert str(compiled.reason).startswith(f"{named} is a ")
     with torch.inference_mode():
         assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:not compiled")
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"linear": True}, "stages.0.blocks.0.attn"), ({"embed_dims": (8, 16)}, "stages.0.blocks.0.attn.dwconv")],
+)
+def test_other_pyramids_run_as_before(options: dict, named: str) -> None:
+    model, x = frozen_pvt(**options), torch.randn(1, 3, 64, 64)
+    compiled = shiftadd3d.compile(model, x)
+    assert str(compiled.reason).startswith(f"{named} is a ")
+    with torch.inference_mode():
+        assert torch.equal(compiled(x), model(x))
+
+
+def test_mixtures_whose_routing_is_read_run_as_before() -> None:
+    model, x = frozen_vit("add+shift-attn+moe"), torch.randn(1, 3, 32, 32)
+    model.blocks[0].mlp.keep_assignment = True
+    with pytest.warns(RuntimeWarning, match=r"blocks\.0\.mlp is a FrozenMoE, which keeps where tokens go"):
+        shiftadd3d.compile(model, x)(x)
+    assert model.blocks[0].mlp.last_assignment.shape == (1, 17)
 
 
 def test_a_hook_is_not_passed_over() -> None:

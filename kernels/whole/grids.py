@@ -1,0 +1,317 @@
+"""Convolutions that reduce a grid of tokens, or make one of pictures, and the way back to a finer grid."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shiftadd3d.kernels.cpu.forms import Form, error_bound, longest_block
+from shiftadd3d.kernels.cpu.isa import Isa
+from shiftadd3d.kernels.cpu.matshift import BLOCK_BYTES
+from shiftadd3d.kernels.cpu.trials import Draw, check_within
+from shiftadd3d.kernels.pack.whole import LinearWeights
+from shiftadd3d.kernels.runtime import tir as T
+from shiftadd3d.kernels.runtime.kernel import Compiled
+from shiftadd3d.kernels.runtime.targets import CpuTarget
+from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
+from shiftadd3d.kernels.whole.parts import Norm, block_of, control_argument, held, rows_of, threads_of
+from shiftadd3d.kernels.whole.products import (
+    form_of,
+    norm_values,
+    product_of,
+    random_layer,
+    tensors_of,
+    weight_values,
+    weights_argument,
+)
+from shiftadd3d.kernels.whole.program import Exactness, Function, Program, Value
+
+
+class Window(NamedTuple):
+    """How a convolution looks at pictures [B, C, H, W], or at tokens [B, H * W, C].
+
+    Attributes:
+        pictures: whether they are that.
+        channels, height, width: of what it looks at.
+        kernel, stride, padding: as of `torch.nn.Conv2d`, the same along both sides.
+    """
+
+    pictures: bool
+    channels: int
+    height: int
+    width: int
+    kernel: int
+    stride: int
+    padding: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the outcome."""
+        height, width = (
+            (size + 2 * self.padding - self.kernel) // self.stride + 1 for size in (self.height, self.width)
+        )
+        return height, width
+
+    @property
+    def run(self) -> int:
+        """Numbers of a kernel side by side in memory. Of pictures, a row of it, with one more so that it is even."""
+        return self.kernel + self.kernel % 2 if self.pictures else self.kernel * self.channels
+
+    @property
+    def inputs(self) -> int:
+        """Of the linear layer that a convolution is."""
+        return (self.channels if self.pictures else 1) * self.kernel * self.run
+
+    def arranged(self, weight: Tensor) -> Tensor:
+        """A weight [outputs, channels, kernel, kernel] of any dtype as that layer's [outputs, inputs]."""
+        if self.pictures:
+            return F.pad(weight, (0, self.run - self.kernel)).flatten(1)
+        return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+class _Padded:
+    """What a convolution looks at with zeros around it, in memory of a function."""
+
+    def __init__(self, window: Window, batch: Expr) -> None:
+        self._window, self._batch = window, batch
+        self.height = window.height + 2 * window.padding
+        # Of pictures, room for the last run.
+        self.width = window.width + 2 * window.padding + (window.run - window.kernel if window.pictures else 0)
+        self._pixel = 1 if window.pictures else window.channels  # numbers of one
+        self._planes = window.channels if window.pictures else 1
+        self._line = self.width * self._pixel
+        self.memory = T.alloc(batch * (self._planes * self.height * self._line))
+
+    def fill(self, isa: Isa, x: Buffer, norm: Norm | None) -> None:
+        """Copy what there is, the channels of tokens normalised."""
+        window = self._window
+        before = window.padding * self._pixel
+        with T.parallel(self._batch * (self._planes * self.height)) as line:
+            start = held(line * self._line)
+            row = held(T.truncmod(line, T.int64(self.height)) - window.padding)
+            plane = held(T.truncdiv(line, T.int64(self.height)))  # of all pictures
+            with T.If(T.both(row >= 0, row < window.height)):
+                with T.Then():
+                    first = held((plane * window.height + row) * window.width)  # pixel
+                    self._clear(start, before)
+                    if norm is None:
+                        with T.serial(window.width * self._pixel) as i:
+                            self.memory[start + before + i] = x[first * self._pixel + i]
+                    else:
+                        self._normalise(isa, x, norm, first, held(start + before))
+                    end = before + window.width * self._pixel
+                    self._clear(start + end, self._line - end)
+                with T.Else():
+                    self._clear(start, self._line)
+
+    def _normalise(self, isa: Isa, x: Buffer, norm: Norm, first: Expr, start: Expr) -> None:
+        channels = self._window.channels
+        row = T.alloc(channels)
+        with T.serial(self._window.width) as token:
+            norm.emit(
+                isa, lambda r, c, count: x[T.at((first + r) * channels + c, count)], token, T.int64(channels), row
+            )
+            with T.serial(channels) as c:
+                self.memory[start + token * channels + c] = row[c]
+
+    def _clear(self, start: Expr, count: int) -> None:
+        with T.serial(count) as i:
+            self.memory[start + i] = T.float32(0)
+
+    def corner(self, image: Expr, i: Expr, j: Expr) -> Expr:
+        """Where the first number of a kernel lies whose outcome has a place."""
+        stride = self._window.stride
+        return image * (self._planes * self.height * self._line) + (i * self._line + j * self._pixel) * stride
+
+    def offset(self, run: Expr) -> Expr:
+        """Where one of the kernel's runs begins, counted from its corner."""
+        if self._planes == 1:
+            return run * self._line
+        kernel = T.int64(self._window.kernel)
+        return T.truncdiv(run, kernel) * (self.height * self._line) + T.truncmod(run, kernel) * self._line
+
+
+def _build_convolution(
+    target: CpuTarget,
+    form: Form,
+    bits: int,
+    terms: int,
+    window: Window,
+    eps_before: float | None,
+    eps_behind: float | None,
+    longest: int,
+) -> T.PrimFunc:
+    """The function ``(x, norm before, layer's weights, norm behind, control, y)``, y [B, tokens, outputs]."""
+    isa, product = Isa(target), product_of(target, form, bits, terms)
+    window = Window(*window)
+    height, width = window.grid
+    with T.function("convolution") as function:
+        batch, outputs = T.sizes(2)
+        channels, inputs = T.int64(window.channels), T.int64(window.inputs)
+        if window.pictures:
+            x = T.argument("x", (batch, channels, window.height, window.width))
+        else:
+            x = T.argument("x", (batch, window.height * window.width, channels))
+        before = None if eps_before is None else Norm.arguments(channels, eps_before)
+        weights = weights_argument(product, "", terms, inputs, outputs)
+        behind = None if eps_behind is None else Norm.arguments(outputs, eps_behind, "behind")
+        control = control_argument()
+        y = T.argument("y", (batch, height * width, outputs))
+        x, y = x.flat(), rows_of(y)
+        padded = _Padded(window, batch)
+        padded.fill(isa, x, before)
+        rows = held(batch * (height * width))
+        block = block_of(rows, longest, product.rows, threads_of(control))
+        with T.parallel((rows + block - 1) // block) as task:
+            top = held(task * block)
+            count = held(T.min(block, rows - top))
+            corner = T.alloc(1, dtype="int64")
+
+            def before_row(row: Expr) -> None:
+                number = T.bind(top + row)
+                image, place = T.truncdiv(number, T.int64(height * width)), T.truncmod(number, T.int64(height * width))
+                i, j = T.truncdiv(place, T.int64(width)), T.truncmod(place, T.int64(width))
+                corner[0] = padded.corner(image, i, j)
+
+            def load(row: Index, start: Index, lanes: int) -> Expr:
+                piece = math.gcd(window.run, lanes)
+                pieces = []
+                for k in range(0, lanes, piece):
+                    run = T.truncdiv(start + k, T.int64(window.run))
+                    inside = T.truncmod(start + k, T.int64(window.run))
+                    pieces.append(padded.memory[T.at(corner[0] + padded.offset(run) + inside, piece)])
+                return pieces[0] if len(pieces) == 1 else T.shuffle(pieces, range(lanes))
+
+            scratch = product.scratch(longest, inputs)
+            product.stage(scratch, count, inputs, load, control, before_row)
+            panels = T.bind((outputs + (product.columns - 1)) // product.columns)
+            store = isa.writer(y, lambda row: top + row)
+            product.panels(scratch, count, weights, T.int64(0), panels, lambda x: x, store)
+            product.release()
+            if behind is not None:
+                normal = T.alloc(outputs)
+                with T.serial(count) as row:
+                    behind.emit(isa, isa.reader(y, lambda row: top + row), row, outputs, normal)
+                    with T.serial(outputs) as c:
+                        y[top + row, c] = normal[c]
+    return function.get()
+
+
+def _resolve_convolution(target: CpuTarget, exactness: Exactness, spec: dict[str, Any]) -> dict[str, Any]:
+    form = form_of(target, exactness, spec["bits"], spec["terms"])
+    inputs = Window(*spec["window"]).inputs
+    return spec | {"form": form, "longest": longest_block(target, form, inputs, BLOCK_BYTES)}
+
+
+def _try_convolution(
+    function: Compiled,
+    form: Form,
+    bits: int,
+    terms: int,
+    window: Window,
+    eps_before: float | None,
+    eps_behind: float | None,
+    longest: int,
+) -> None:
+    draw, window = Draw(), Window(*window)
+    layer, matrix = random_layer(draw, window.inputs, 37, bits, terms)
+    x = draw.normal(2, window.channels, window.height, window.width)
+    given = x if window.pictures else x.flatten(2).mT.contiguous()
+    gains = [(draw.normal(size) + 1, draw.normal(size)) for size in (window.channels, 37)]
+    before, behind = (
+        [] if eps is None else list(pair) for eps, pair in zip((eps_before, eps_behind), gains, strict=True)
+    )
+    tokens = window.grid[0] * window.grid[1]
+    control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty(2, tokens, 37)
+    function(given, *before, *tensors_of(layer), *behind, control, y)
+    assert control[0] == 0, "it found an activation that it cannot express"
+    if eps_before is not None:
+        x = F.layer_norm(x.movedim(1, -1), (window.channels,), before[0], before[1], eps_before).movedim(-1, 1)
+    # What the layer makes of windows as they lie in memory: of those of pictures with a column more.
+    more = window.run - window.kernel if window.pictures else 0
+    high = F.pad(x, (window.padding, window.padding + more, window.padding, window.padding))
+    cut = high.unfold(2, window.kernel, window.stride).unfold(3, window.kernel + more, window.stride)
+    cut = cut.permute(0, 2, 3, 1, 4, 5) if window.pictures else cut.permute(0, 2, 3, 4, 5, 1)
+    patches = cut.flatten(3).flatten(1, 2)
+    expected = F.linear(patches, matrix, layer.bias)
+    size = patches.abs() @ matrix.abs().T
+    bound = error_bound(form, bits) * patches.abs().amax(-1, keepdim=True) * matrix.abs().sum(-1) + size * 1e-6 + 1e-5
+    if eps_behind is not None:
+        spread = expected.std(-1, keepdim=True, correction=0)
+        expected = F.layer_norm(expected, (37,), behind[0], behind[1], eps_behind)
+        bound = bound.amax(-1, keepdim=True) * 4 / spread * behind[0].abs() + 1e-5
+    check_within(y, expected, bound)
+
+
+CONVOLUTION = Function("convolution", _build_convolution, _try_convolution, _resolve_convolution)
+
+
+def convolution(
+    program: Program,
+    x: Value,
+    layer: LinearWeights,
+    window: Window,
+    *,
+    before: tuple[Tensor, Tensor, float] | None = None,
+    behind: tuple[Tensor, Tensor, float] | None = None,
+) -> Value:
+    """A convolution of pictures or tokens as tokens [B, h * w, outputs], row by row of ``window.grid``.
+
+    Args:
+        layer: of the weight as ``window.arranged`` has it.
+        before: weight, bias and epsilon of a layer norm of the tokens that it looks at.
+        behind: the same of its outcome.
+    """
+    values = weight_values(program, layer)
+    return program.call(
+        CONVOLUTION,
+        [x, *norm_values(program, before), *values, *norm_values(program, behind)],
+        (x.shape[0], window.grid[0] * window.grid[1], layer.outputs),
+        bits=layer.bits,
+        terms=layer.terms,
+        window=tuple(window),
+        eps_before=None if before is None else before[2],
+        eps_behind=None if behind is None else behind[2],
+    )
+
+
+# To a finer grid
+
+
+def _build_spread(target: CpuTarget) -> T.PrimFunc:
+    """The function ``(x, coarse, places, control, y)``: y[b, n] = x[b, n] + coarse[b, places[n]]."""
+    with T.function("spread") as function:
+        batch, tokens, few, channels = T.sizes(4)
+        x = T.argument("x", (batch, tokens, channels))
+        coarse = T.argument("coarse", (batch, few, channels))
+        places = T.argument("places", (tokens,), "int32")
+        control_argument()
+        y = T.argument("y", (batch, tokens, channels))
+        with T.parallel(batch * tokens) as number:
+            b, n = held(T.truncdiv(number, tokens)), held(T.truncmod(number, tokens))
+            place = held(T.cast(places[n], "int64"))
+            with T.serial(channels) as c:
+                y[b, n, c] = x[b, n, c] + coarse[b, place, c]
+    return function.get()
+
+
+def _try_spread(function: Compiled) -> None:
+    draw = Draw()
+    x, coarse, places = draw.normal(2, 20, 37), draw.normal(2, 6, 37), torch.arange(20, dtype=torch.int32) % 6
+    control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty_like(x)
+    function(x, coarse, places, control, y)
+    torch.testing.assert_close(y, x + coarse[:, places.long()])
+
+
+SPREAD = Function("spread", _build_spread, _try_spread)
+
+
+def spread(program: Program, x: Value, coarse: Value, grid: tuple[int, int], finer: tuple[int, int]) -> Value:
+    """Tokens x [B, N, C] of a grid, plus those of a coarser one, [B, M, C], that each of them lies in."""
+    numbers = torch.arange(grid[0] * grid[1], dtype=torch.float32).view(1, 1, *grid)
+    places = F.interpolate(numbers, finer).flatten().to(torch.int32)
+    return program.call(SPREAD, [x, coarse, program.weight(places)], x.shape)
