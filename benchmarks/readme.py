@@ -1,0 +1,153 @@
+"""The tables of README.md, made from the JSON files in docs/results/data.
+
+    python benchmarks/readme.py report    # fills in what stands between `<!-- table NAME -->` and `<!-- end -->`
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from classification import BITS, bits_of, by_cell, points, spread
+from energy import MODELS, saved
+from nerf import from_random_weights
+from reporting import DATA, REPOSITORY, markdown_table, run_command
+
+README = REPOSITORY / "README.md"
+CLASSIFIERS = {"deit": "small DeiT", "pvt": "small PVT v2"}
+SCENES = {
+    "still_life": "still life (in the package)",
+    "chair": "chair (Blender, RGBA)",
+    "fern": "fern (20 photos)",
+    "fox": "fox (50 photos of a phone)",
+    "chess_colmap": "chess (23 photos, far apart)",
+}
+
+
+def read(pattern: str) -> list[dict[str, Any]]:
+    """The results of some name, sorted by it."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(DATA.glob(pattern))]
+
+
+def quality_table() -> str:
+    """Rows: scenes; columns: PSNR of the test views without training on the scene, and after minutes of it."""
+    untrained = {
+        facts["scene"]: facts["psnr"] for facts in read("untrained-*.json") if facts["method"] == "shiftadd-gnt-tiny"
+    }
+    trained: dict[tuple[str, str], float] = {}
+    for facts in read("nerf-train-*.json"):
+        if facts["kind"] == "train":
+            started = not from_random_weights(facts["method"], facts.get("warm_start", "none"))
+            # Of two runs of one method, the one from the weights of the package.
+            if started or (facts["scene"], facts["method"]) not in trained:
+                trained[facts["scene"], facts["method"]] = facts["psnr"]
+    nearest = {facts["scene"]: facts["renderers"]["nearest"]["psnr"] for facts in read("nerf-trivial-*.json")}
+    rows = [
+        [
+            label,
+            *(
+                f"{value:.1f}" if value is not None else ""
+                for value in (
+                    nearest.get(scene),
+                    untrained.get(scene),
+                    *(trained.get((scene, method)) for method in ("shiftadd-gnt-tiny", "gnt-tiny", "nerfacto")),
+                )
+            ),
+        ]
+        for scene, label in SCENES.items()
+    ]
+    header = ["PSNR in dB", "nearest photo", "no training", "trained", "dense, trained", "nerfacto, trained"]
+    return markdown_table(header, rows)
+
+
+def speed_table() -> str:
+    """Rows: what runs; columns: its time, and how many times faster it is than plain torch and torch.compile."""
+    (nerf,) = read("nerf-speed.json")
+    seconds = {(row["method"], row["form"]): row["seconds"][0] for row in nerf["rows"]}
+    frame = seconds["shiftadd-gnt-tiny", "fast"]
+    others = [seconds["gnt-tiny", form] for form in ("torch", "compile")]
+    width, height = nerf["frame"]
+    rows = [
+        [
+            f"`shiftadd-gnt-tiny`, a frame of {width} x {height}",
+            f"{1000 * frame:,.0f}",
+            *(f"{other / frame:.1f}" for other in others),
+        ]
+    ]
+    (classifiers,) = read("classification-speed.json")
+    for row in classifiers["rows"]:
+        ours = row["ms"]["shiftadd, add+shift, int8"]
+        others = [row["ms"][f"timm, float32, {how}"] for how in ("eager", "torch.compile")]
+        rows.append(
+            [
+                f"{MODELS[row['model']]}, {row['batch']} picture{'s' * (row['batch'] > 1)}",
+                f"{ours:,.0f}",
+                *(f"{other / ours:.1f}" for other in others),
+            ]
+        )
+    return markdown_table(["one thread", "ms", "times faster than torch", "than torch.compile"], rows)
+
+
+def accuracy_table() -> str:
+    """Rows: small classifiers trained in the paper's stages; columns: what recipes lose against the dense ones."""
+    results = [facts for facts in read("classification-*-*.json") if facts["kind"] == "train"]
+    rows = []
+    for (data, model), recipes in by_cell([facts for facts in results if bits_of(facts) == BITS]).items():
+        dense = recipes["mult"]
+        rows.append(
+            [
+                f"{CLASSIFIERS[model]}, {data}",
+                f"{100 * statistics.mean(facts['top1'] for facts in dense):.1f}",
+                *(spread(points(recipes[name], dense), 1, sign=True) for name in ("add", "add+shift")),
+                f"{statistics.mean(facts['multiplications_removed'] for facts in recipes['add+shift']):.0%}",
+            ]
+        )
+    return markdown_table(
+        ["top-1, three seeds", "dense, %", "`add`, points", "`add+shift`, points", "multiplications gone"], rows
+    )
+
+
+def energy_table() -> str:
+    """Rows: models; columns: energy that `add+shift` saves by each account."""
+    rows = []
+    for facts in read("energy-*.json"):
+        if facts["model"] in MODELS:
+            row = next(row for row in facts["rows"] if row["recipe"] == "add+shift")
+            cells = [f"{saved(facts, row, account):.0%}" for account in ("arithmetic", "authors", "accelerator")]
+            rows.append([MODELS[facts["model"]], *cells])
+    header = ["energy saved by `add+shift`", "arithmetic alone", "the authors' account", "with all data movement"]
+    return markdown_table(header, rows)
+
+
+TABLES = {"quality": quality_table, "speed": speed_table, "accuracy": accuracy_table, "energy": energy_table}
+
+
+def fill_in(text: str) -> str:
+    """The README with its tables made anew.
+
+    Raises:
+        KeyError: there is a mark for a table that there is not.
+    """
+    return re.sub(
+        r"(<!-- table (\w+) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+@dataclass
+class Report:
+    """Make the tables of README.md anew."""
+
+    def __call__(self) -> None:
+        README.write_text(fill_in(README.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"wrote {README}")
+
+
+if __name__ == "__main__":
+    run_command({"report": Report}, __doc__)
