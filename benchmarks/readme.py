@@ -1,6 +1,6 @@
 """The tables of README.md, made from the JSON files in docs/results/data.
 
-    python benchmarks/readme.py report    # fills in what stands between `<!-- table NAME -->` and `<!-- end -->`
+python benchmarks/readme.py report    # fills in what stands between `<!-- table NAME -->` and `<!-- end -->`
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import re
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from classification import BITS, bits_of, by_cell, points, spread
