@@ -12,7 +12,7 @@ UV := $(BIN)/uv
 INSTALLED := $(VENV)/.installed# newer than the lock and pyproject.toml: nothing to install
 WORKERS ?= logical# processes that share the tests, at most four: as many as there are cores
 PYTEST_ARGS ?=
-GROUPS := --group nerf --group scenes --group poses --group vision --group bench --group dev
+GROUPS := --all-extras --group bench --group dev --group docs
 
 # uv does not read pip's settings: hand it the index that pip has been told of, where there is one.
 pip_index = $(BIN)/python -m pip config list 2>/dev/null | sed -n "s/^global.index-url='\(.*\)'$$/\1/p"
@@ -24,11 +24,11 @@ say_killed = [ $$code -le 128 ] || [ $$code -eq 130 ] || \
 	echo "error: signal $$((code - 128)) ended this; 9 is what the system sends when memory runs out" >&2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint format lock clean
+.PHONY: help setup test demo lint format lock release-check clean
 .DELETE_ON_ERROR:
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 setup: $(INSTALLED) ## make .venv and install exactly requirements.lock and this project
 
@@ -51,6 +51,9 @@ format: $(INSTALLED) ## let ruff sort imports and format
 lock: $(UV) ## regenerate requirements.lock from pyproject.toml, keeping what still fits (LOCK_ARGS=--upgrade: newest)
 	@$(export_index); $(UV) pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate \
 	    --custom-compile-command "make lock" $(GROUPS) $(LOCK_ARGS) pyproject.toml -o requirements.lock
+
+release-check: $(INSTALLED) ## build wheel and sdist, and try the wheel where nothing else is
+	bash .ci/release-check
 
 clean: ## remove .venv, build output and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -12,8 +12,8 @@ from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
 from shiftadd3d.configs import pretrained
-from shiftadd3d.configs.pretrained import SECOND_STAGE_AT, SHIFTADD_RECIPE
-from shiftadd3d.models.gnt.presets import BASE, BIG
+from shiftadd3d.configs.pretrained import SECOND_STAGE_AT
+from shiftadd3d.models.gnt.presets import BASE, BIG, SHIFTADD_RECIPE
 from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
 from shiftadd3d.nerf.error_hook import print_expected_errors_as_one_line, warn_of_shared_names
 from shiftadd3d.nerf.model import GNTNerfModelConfig

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from shiftadd3d.models.gnt.presets import TINY
+from shiftadd3d.models.gnt.presets import SHIFTADD_RECIPE, TINY
 from shiftadd3d.nerf.model import GNTNerfModelConfig
 from shiftadd3d.nerf.pretrained import PretrainedMethod
 
 if TYPE_CHECKING:
     from shiftadd3d.nerf.trainer import GNTTrainerConfig
 
-SHIFTADD_RECIPE = "add+shift-attn+moe"
 #: Dense networks have no second stage and take no notice.
 SECOND_STAGE_AT = 0.5
 

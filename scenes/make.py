@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from shiftadd3d._errors import UserError
+from shiftadd3d._extras import need
 
 from ._still_life import scene_dict
 
@@ -126,12 +127,9 @@ def camera_views(config: Config) -> list[View]:
 
 def load_mitsuba() -> Any:
     """The mitsuba module with its `scalar_rgb` variant set; `UserError` where it is not installed."""
-    try:
-        import mitsuba
-    except ImportError as error:
-        raise UserError(
-            "mitsuba is not installed: `make setup` installs it, or install the `scenes` dependency group"
-        ) from error
+    need("making scenes", "mitsuba", extra="scenes")
+    import mitsuba
+
     mitsuba.set_variant("scalar_rgb")
     mitsuba.set_log_level(mitsuba.LogLevel.Error)
     return mitsuba

@@ -22,6 +22,7 @@ from PIL import ExifTags, Image, ImageOps
 from rich.console import Console
 
 from shiftadd3d._errors import UserError
+from shiftadd3d._extras import need
 from shiftadd3d._heif import HEIF_REMEDY, HEIF_SUFFIXES, heif_is_readable
 from shiftadd3d._progress import progress
 
@@ -257,6 +258,7 @@ def prepare_video(video: Path, images: Path, max_side: int, frames: int | None, 
     Raises:
         UserError: it is no video, or one without a frame.
     """
+    need("reading a video", "imageio_ffmpeg", extra="poses")
     import imageio_ffmpeg
 
     unreadable = UserError(

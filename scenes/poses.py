@@ -5,7 +5,6 @@ Everything that took long is in COLMAP's database, so that an interrupted run go
 
 from __future__ import annotations
 
-import importlib.util
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from shiftadd3d._errors import UserError
+from shiftadd3d._extras import need
 from shiftadd3d._progress import progress
 from shiftadd3d.scenes.photo_options import LensModel
 from shiftadd3d.scenes.photos import Photo
@@ -92,10 +92,7 @@ def _take_sigterm_back() -> None:
 
 def need_pycolmap() -> None:
     """Raises: UserError: pycolmap is not installed."""
-    if importlib.util.find_spec("pycolmap") is None:
-        raise UserError(
-            "finding poses needs pycolmap, which is not installed: pip install 'pycolmap>=4' (or make setup)"
-        )
+    need("finding poses", "pycolmap", extra="poses")
 
 
 def find_poses(

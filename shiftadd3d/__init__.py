@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from shiftadd3d._errors import UserError
+from shiftadd3d._extras import need
 from shiftadd3d._on_import import load_with
 
 if TYPE_CHECKING:
@@ -40,8 +41,9 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> nn.Module:
         device: where to.
 
     Raises:
-        UserError: nothing there, damaged, or weights of another architecture.
+        UserError: nothing there, damaged, or weights of another architecture; or timm is not installed.
     """
+    need("a classifier", "timm", extra="vision")
     from shiftadd3d.vision import checkpoint
 
     return checkpoint.load(path, device)

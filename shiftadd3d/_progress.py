@@ -7,9 +7,12 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+if TYPE_CHECKING:  # the layers show progress, too, and work without rich
+    from rich.console import Console
+    from rich.progress import Progress
 
 _MEASURED_STEPS = 5  # from these the cost of the rest is estimated
 _EVERY = 60.0  # seconds between two lines where there is no terminal
@@ -143,6 +146,9 @@ def progress(
     if disable:
         yield Steps(description, total, unit, done, overhead)
         return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
     console = console or Console()
     steps = _Shown(description, total, unit, done, overhead)
     steps.console, steps.announce, steps.status = console, announce, status
@@ -174,6 +180,35 @@ def progress(
     finally:
         over.set()
         teller.join()
+
+
+class _NoBar:
+    """Takes what a bar is told, and shows nothing."""
+
+    def __enter__(self) -> _NoBar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def add_task(self, description: str, *, total: float | None = None) -> Any:
+        return None
+
+    def update(self, task: Any, **changes: Any) -> None:
+        pass
+
+    def advance(self, task: Any) -> None:
+        pass
+
+
+def passing_bar(show: bool) -> Any:
+    """A bar of rich for some seconds, which goes when it is done. If it is not to show, or rich is not installed, what
+    takes the same calls and shows nothing."""
+    if not show or find_spec("rich") is None:
+        return _NoBar()
+    from rich.progress import Progress
+
+    return Progress(transient=True)
 
 
 def _say(console: Console, text: str) -> None:

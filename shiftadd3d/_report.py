@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,15 @@ class RichReport:
     def as_dict(self) -> dict[str, Any]:
         """The report in plain types, for JSON."""
         return asdict(self)  # pyright: ignore[reportArgumentType]
+
+    def show(self) -> None:
+        """Print it: as a table, or as JSON where rich is not installed, which the layers do without."""
+        if find_spec("rich") is None:
+            print(json.dumps(self.as_dict(), indent=2, default=str))
+            return
+        from rich.console import Console
+
+        Console().print(self)
 
     def __str__(self) -> str:
         from rich.console import Console

@@ -9,7 +9,6 @@ Exit codes: 0 done, 1 failed, 2 wrong arguments.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import inspect
 import shlex
 import signal
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import tyro
 
 from shiftadd3d._errors import UserError
+from shiftadd3d._extras import need
 from shiftadd3d.configs.classification import PRESETS
 from shiftadd3d.scenes.photo_options import FromPhotosOptions
 from shiftadd3d.vision.settings import DataSettings, FinetuneSettings, read_settings
@@ -200,7 +200,7 @@ class Demo(Verb):
 class Movie(Verb):
     """Turn photos or a video into a camera flight, with a network that comes with the package.
 
-    Finds out where the photos were taken (which needs pycolmap: `pip install pycolmap`, or `make setup`), renders a
+    Finds out where the photos were taken (which needs the extra `poses`: `pip install 'shiftadd3d[poses]'`), renders a
     smooth path past the views without any training, and says where everything is. A scene that has cameras already is
     taken as it is. Ctrl-C loses nothing: the same command goes on.
     """
@@ -298,6 +298,7 @@ class Finetune(FinetuneSettings, _Origin, Verb):
 
     def run(self) -> None:
         """Run the stages that are left."""
+        _need_vision()
         from rich.console import Console
 
         from shiftadd3d.vision.finetune import finetune, run_folder
@@ -407,6 +408,7 @@ class Evaluate(DataSettings, Verb):
 
     def run(self) -> None:
         """Print the metrics as a table."""
+        _need_vision()
         from rich.console import Console
 
         from shiftadd3d._report import write_json
@@ -451,6 +453,7 @@ class Predict(Verb):
 
     def run(self) -> None:
         """Print the labels."""
+        _need_vision()
         from rich.console import Console
 
         from shiftadd3d._claim import claimed
@@ -494,6 +497,7 @@ class Export(DataSettings, Verb):
 
     def run(self) -> None:
         """Write the files."""
+        _need_vision()
         from rich.console import Console
 
         from shiftadd3d._claim import claimed
@@ -652,7 +656,7 @@ class Bench(Verb):
 class MakeFactory(Verb):
     """Make up scenes to train across: varied objects, textures, lights and cameras, with true depths.
 
-    Needs Mitsuba (`pip install mitsuba==3.9.1`, or `make setup`). A scene depends on the seed, its number and --size
+    Needs the extra `scenes` (`pip install 'shiftadd3d[scenes]'`). A scene depends on the seed, its number and --size
     alone. Scenes that are there stay, so that the same command goes on after Ctrl-C and a larger --count adds scenes.
     Each scene is a folder in nerfstudio's format; factory.json lists them, and pictures in contact-sheets show them.
     """
@@ -698,8 +702,8 @@ class ContactSheets(Verb):
 class FromPhotos(FromPhotosOptions, Verb):
     """Find out where photos, or frames of a video, were taken, and write a scene to train on.
 
-    Needs pycolmap (`pip install pycolmap`, or `make setup`), and neither COLMAP nor ffmpeg. The photos themselves stay
-    as they are. After Ctrl-C the same command goes on. Every nerfstudio method trains on the scene.
+    Needs the extra `poses` (`pip install 'shiftadd3d[poses]'`), and neither COLMAP nor ffmpeg. The photos themselves
+    stay as they are. After Ctrl-C the same command goes on. Every nerfstudio method trains on the scene.
     """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PHOTOS")] = field(kw_only=True)
@@ -784,6 +788,9 @@ class Profile(Verb):
         """Print the tables, write the files."""
         from shiftadd3d._claim import claimed
 
+        if self.html is not None:
+            need("--html", "matplotlib", extra="vision")
+
         with contextlib.ExitStack() as places:  # what cannot be written is said before anything is counted
             for option in ("html", "json"):
                 file: Path | None = getattr(self, option)
@@ -836,6 +843,7 @@ def _saved(place: Path, rays: int | None) -> Subject | None:
 
 def _saved_classifier(folder: Path) -> Subject:
     """A classifier in a folder, and the same with multiplications."""
+    _need_vision()
     from torch import nn
 
     from shiftadd3d.profile.subjects import Subject, picture_setting, random_picture
@@ -898,8 +906,11 @@ def _saved_run(config: Path, rays: int | None, name: str) -> Subject:
 def _need_nerfstudio() -> None:
     # It meets newer libraries than it was written for, and each of them says so.
     warnings.filterwarnings("ignore", module=r"nerfstudio|torch\.jit|torch\.functional|viser|websockets")
-    if importlib.util.find_spec("nerfstudio") is None:
-        raise UserError("this needs nerfstudio, which is not installed; `make setup` installs it (see the README)")
+    need("this", "nerfstudio", extra="nerf")
+
+
+def _need_vision() -> None:
+    need("this", "timm", "sklearn", "matplotlib", extra="vision")
 
 
 VERBS: dict[str, type[Verb]] = {

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -111,7 +112,7 @@ def test_the_lock_satisfies_pyproject(
             assert name not in locked, f"{name} is locked twice"
             locked[name] = next(iter(requirement.specifier)).version
     wanted = list(project["project"]["dependencies"])
-    for group in project["dependency-groups"].values():
+    for group in [*project["project"]["optional-dependencies"].values(), *project["dependency-groups"].values()]:
         wanted += group
     overridden = {
         canonicalize_name(override.name): override
@@ -147,13 +148,22 @@ def test_cv2_has_one_owner(lock: list[tuple[Requirement, list[str]]]):
 
 
 def test_the_make_commands_that_the_documents_name_exist(repository: Path):
-    targets = set(re.findall(r"^([a-z]+):", (repository / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (repository / "Makefile").read_text(), re.MULTILINE))
     assert {"setup", "test", "demo", "lint", "lock", "clean"} <= targets
     named: dict[str, set[str]] = {}
     for document in [*repository.glob("*.md"), *repository.glob("docs/**/*.md")]:
-        named[document.name] = set(re.findall(r"(?:^\s*(?:\$ )?|`)make ([a-z]+)", document.read_text(), re.MULTILINE))
+        named[document.name] = set(re.findall(r"(?:^\s*(?:\$ )?|`)make ([a-z-]+)", document.read_text(), re.MULTILINE))
         assert named[document.name] <= targets, document
     assert {"demo", "test"} <= named["README.md"]
+
+
+def test_pre_commit_runs_what_make_lint_runs(repository: Path):
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (repository / "Makefile").read_text(), re.MULTILINE)
+    assert recipe
+    commands = [line.strip().replace("$(BIN)", ".venv/bin") for line in recipe[1].splitlines()]
+    (local,) = yaml.safe_load((repository / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [hook["entry"] for hook in local["hooks"]] == commands
+    assert all(hook["language"] == "system" and not hook["pass_filenames"] for hook in local["hooks"])
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
@@ -279,7 +289,9 @@ def test_the_wheel_declares_commands_methods_and_licence(wheel: Path):
     for name, target in methods.items():
         assert target == f"shiftadd3d.configs.methods:{name.replace('-', '_')}"
     assert "License-Expression: Apache-2.0" in metadata
-    assert "Requires-Dist: nerfstudio" not in metadata, "its pin on timm would make pip refuse the project"
+    # nerfstudio's pin on timm makes pip refuse the two together.
+    assert 'Requires-Dist: nerfstudio==1.1.5; extra == "nerf"' in metadata
+    assert 'Requires-Dist: timm>=1.0.28; extra == "vision"' in metadata
 
 
 def test_the_wheel_works_away_from_the_source_tree(wheel: Path, tmp_path: Path):

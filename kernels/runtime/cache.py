@@ -29,8 +29,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from platformdirs import user_cache_dir
-
 ENVIRONMENT_VARIABLE = "SHIFTADD3D_CACHE"
 
 # Entries of old versions are not found any more; those that nothing has used for so long go when one is added.
@@ -39,7 +37,12 @@ _SECONDS_UNUSED = 90 * 24 * 3600
 
 def folder() -> Path:
     """The folder of compiled kernels, made if it was not there; only its owner may look into it."""
-    return _prepare(os.environ.get(ENVIRONMENT_VARIABLE) or os.path.join(user_cache_dir("shiftadd3d"), "kernels"))
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not named:
+        from platformdirs import user_cache_dir  # the layers do without it
+
+        named = os.path.join(user_cache_dir("shiftadd3d"), "kernels")
+    return _prepare(named)
 
 
 def key(**facts: Any) -> str:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
+from shiftadd3d._progress import passing_bar
 from shiftadd3d._report import RichReport
 from shiftadd3d.nn import power_of_two
 from shiftadd3d.nn.activations import (
@@ -201,9 +202,7 @@ def calibrate_(
         tuple(_untuned(new, calibration.routers)),
     )
     if verbose:
-        from rich.console import Console
-
-        Console().print(report)
+        report.show()
     return report
 
 
@@ -241,9 +240,7 @@ class _Calibration:
         self._rounded: set[Tensor] = set()
 
     def run(self, sequential: bool, verbose: bool) -> None:
-        from rich.progress import Progress
-
-        with Progress(transient=True, disable=not verbose) as progress:
+        with passing_bar(verbose) as progress:
             task = progress.add_task("looking at activations", total=None)
             with _float_weights(self.shifts.values()):  # attention follows what the float model attends to
                 if any(isinstance(attention.q_code, HashBinarizer) for attention in self.attentions):

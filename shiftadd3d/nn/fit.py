@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
+from shiftadd3d._progress import passing_bar
 from shiftadd3d._report import RichReport
 from shiftadd3d.nn.activations import Forward, as_batches, call_model, evaluating
 from shiftadd3d.nn.add import AddAttention, broadcastable_mask, flat_attention
@@ -148,9 +149,7 @@ def fit_binarizers_(
             return AddAttention.attend(layers[name], q, k, v, *args, **kwargs)
         return _softmax_attention(q, k, v, *args, **kwargs)
 
-    from rich.progress import Progress
-
-    with Progress(transient=True, disable=not verbose) as progress, evaluating(model):
+    with passing_bar(verbose) as progress, evaluating(model):
         task = progress.add_task("looking at queries and keys", total=len(batches) + len(layers))
         with _attending(layers, attend):
             for batch in batches:
@@ -165,9 +164,7 @@ def fit_binarizers_(
     reached = {layer.name for layer in fitted}
     report = BinarizerReport(tuple(fitted), tuple(name for name in layers if name not in reached))
     if verbose:
-        from rich.console import Console
-
-        Console().print(report)
+        report.show()
     return report
 
 
@@ -227,9 +224,7 @@ def fit_contrast_(
         products[name] = products.get(name, 0) + found
         return softmax, weights
 
-    from rich.progress import Progress
-
-    with Progress(transient=True, disable=not verbose) as progress, evaluating(model), _attending(layers, attend):
+    with passing_bar(verbose) as progress, evaluating(model), _attending(layers, attend):
         task = progress.add_task("looking at attention", total=len(batches))
         for batch in batches:
             call_model(model, batch, forward)
@@ -237,9 +232,7 @@ def fit_contrast_(
     fitted = tuple(_fit_contrast(name, layer, products[name]) for name, layer in layers.items() if name in products)
     report = ContrastReport(fitted, tuple(name for name in layers if name not in products))
     if verbose:
-        from rich.console import Console
-
-        Console().print(report)
+        report.show()
     return report
 
 

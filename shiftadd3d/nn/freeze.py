@@ -140,9 +140,7 @@ def freeze_(model: nn.Module, verbose: bool = True) -> FreezeReport:
     )
     report = FreezeReport(layers, len(binarizers), perceptrons, blocks, left, bytes_before, _stored_bytes(model))
     if verbose:
-        from rich.console import Console
-
-        Console().print(report)
+        report.show()
     return report
 
 

@@ -415,9 +415,7 @@ def reparameterize_(
             encoder.use_nested_tensor = False  # which are for the fast path alone
     report = ReparameterizationReport(recipe, tuple(surgery.layers), tuple(surgery.untouched))
     if verbose:
-        from rich.console import Console
-
-        Console().print(report)
+        report.show()
     return report
 
 

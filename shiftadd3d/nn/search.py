@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from shiftadd3d._errors import UserError
+from shiftadd3d._progress import passing_bar
 from shiftadd3d._report import RichReport
 from shiftadd3d.nn.activations import (
     Forward,
@@ -190,9 +191,7 @@ def sensitivity(
     unit = "s" if trials.costs is None else trials.costs.unit
     report = SensitivityReport(base, trials.float_cost, unit, tuple(trials.run(candidates, verbose)))
     if verbose:
-        from rich.console import Console
-
-        Console().print(report)
+        report.show()
     return report
 
 
@@ -314,10 +313,8 @@ class _Trials:
             self.float_cost = self._seconds(whole)[0]
 
     def run(self, candidates: Sequence[Rule], verbose: bool) -> Iterator[LayerSensitivity]:
-        from rich.progress import Progress
-
         planned = self._plan(candidates)
-        with Progress(transient=True, disable=not verbose) as progress:
+        with passing_bar(verbose) as progress:
             task = progress.add_task("looking at activations", total=len(planned))
             # What a mere rounding of one layer needs to know is the same for all formats.
             statistics = self._statistics([name for name, rules in planned if rules[0].primitive == "shift"])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
+from shiftadd3d._extras import need
 from shiftadd3d.models.gnt import Cameras, GNTConfig, GNTModel
 from shiftadd3d.models.gnt.presets import BASE, BIG, TINY, gnt_recipe, may_change
 from shiftadd3d.nn import reparameterize_
@@ -81,10 +82,11 @@ def subject(name: str, rays: int | None = None) -> Subject:
         rays: how many rays a batch of a GNT has; None for those of its training.
 
     Raises:
-        UserError: nothing is called so.
+        UserError: nothing is called so, or timm, which may know it, is not installed.
     """
     if name in GNT_MODELS:
         return _gnt(name, rays)
+    need(f"{name}, a name of timm's,", "timm", extra="vision")
     from shiftadd3d.models.vit import create_model, input_size
 
     size = input_size(name, others=tuple(GNT_MODELS))

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from shiftadd3d._errors import UserError
+from shiftadd3d._extras import need
 from shiftadd3d._heif import HEIF_REMEDY
 from shiftadd3d.vision.files import (
     Files,
@@ -575,10 +576,9 @@ def _is_hugging_face(path: Path) -> bool:
 
 
 def _open_hugging_face(path: Path) -> _Found:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"--data {path}: this folder needs the package datasets: pip install datasets") from None
+    need(f"--data {path}: this folder", "datasets", extra="vision")
+    import datasets
+
     try:
         parquet_files = _parquet_files(path)
         if parquet_files and not (path / "dataset_dict.json").is_file():

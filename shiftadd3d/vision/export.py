@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
+from shiftadd3d._extras import need
 from shiftadd3d.nn import FrozenMoE, MoE, Recipe, ShiftConv2d, ShiftLinear, calibrate_, freeze_
 from shiftadd3d.vision.checkpoint import (
     CONFIG_FILE,
@@ -106,8 +107,8 @@ def export_classifier(
     """
     if not formats:
         raise UserError("--formats: expected some of packed, onnx, program")
-    if "onnx" in formats and any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript")):
-        raise UserError("onnx needs two more packages: pip install onnx onnxscript; or leave it out of --formats")
+    if "onnx" in formats:
+        need("--formats onnx", "onnx", "onnxscript", extra="vision")
     model = load(checkpoint)
     config = model.classifier_config
     assert isinstance(config, ClassifierConfig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import itertools
 import json
 import re
@@ -305,9 +306,9 @@ def test_without_pycolmap_it_is_said_how_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
-    monkeypatch.setattr(poses_module.importlib.util, "find_spec", lambda name: None if name == "pycolmap" else object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pycolmap" else object())
     assert make(tmp_path, tmp_path / "out/a.mp4") == 1
-    assert "pip install 'pycolmap>=4'" in capsys.readouterr().err
+    assert "pip install 'shiftadd3d[poses]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from shiftadd3d.configs import pretrained
 from shiftadd3d.models.gnt import GNTModel
 from shiftadd3d.nerf.pretrained import open_scene
 from shiftadd3d.nerf.warm_start import load_dense_weights
-from shiftadd3d.nerf.weights import pretrained_file, pretrained_methods, read_weights
+from shiftadd3d.nerf.weights import load_network, pretrained_file, pretrained_methods, read_weights
 from shiftadd3d.nn import FrozenModule, PackedShiftLinear
 
 SIZE = (64, 48)
@@ -41,6 +41,20 @@ def test_weights_of_shifts_are_stored_as_codes():
     tensors, facts = read_weights(pretrained_file("shiftadd-gnt-tiny"))
     assert facts["packed"] == "true" and int(facts["steps"]) > 0
     assert any(tensor.dtype == torch.uint8 for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_network_loaded_without_nerfstudio_is_the_one_that_nerfstudio_gets(method, scene):
+    expected = open_scene(METHODS[method], scene).model.gnt
+    network = load_network(method)
+    assert [type(module) for module in network.modules()] == [type(module) for module in expected.modules()]
+    for name, value in expected.state_dict().items():
+        assert torch.equal(network.state_dict()[name], value), name
+
+
+def test_a_method_without_weights_is_refused_with_those_that_have_some():
+    with pytest.raises(UserError, match=r"no weights of gnt-big .*expected one of: gnt-tiny, shiftadd-gnt-tiny"):
+        load_network("gnt-big")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -390,7 +390,8 @@ def test_a_missing_mitsuba_is_told_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "mitsuba", None)
-    assert "mitsuba is not installed" in refusal(capsys, "make-factory", str(tmp_path / "f"), "--count", "1")
+    error = refusal(capsys, "make-factory", str(tmp_path / "f"), "--count", "1")
+    assert "needs mitsuba, which is not installed: pip install 'shiftadd3d[scenes]'" in error
     assert not (tmp_path / "f").exists()
 
 

@@ -351,7 +351,7 @@ def test_what_cannot_be_written_and_wrong_options_are_refused(tmp_path: Path):
 
 def test_without_pycolmap_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="needs pycolmap, which is not installed: pip install"):
+    with pytest.raises(UserError, match=r"needs pycolmap, which is not installed: pip install 'shiftadd3d\[poses\]'"):
         scene_from_photos(tmp_path, tmp_path / "scene")
 
 

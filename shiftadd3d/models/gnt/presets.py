@@ -29,6 +29,9 @@ BASE = GNTConfig(depth=4, color_head=True, canonical=True, proposal_samples=48)
 #: The paper's network: eight blocks, colours regressed.
 BIG = GNTConfig(depth=8)
 
+#: What the `shiftadd-` methods turn a GNT into.
+SHIFTADD_RECIPE = "add+shift-attn+moe"
+
 #: The feature network's convolutions; and layers with one or three outputs: next to no multiplications, and what they
 #: put out is a colour or a logit itself. A network may be without some of them.
 KEPT_IN_FLOAT = ("feature_net.*", "*.rgb_fc", "*_logit_fc", "proposal.score.2")
