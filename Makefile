@@ -24,7 +24,7 @@ say_killed = [ $$code -le 128 ] || [ $$code -eq 130 ] || \
 	echo "error: signal $$((code - 128)) ended this; 9 is what the system sends when memory runs out" >&2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint format lock release-check clean
+.PHONY: help setup test demo lint format lock docs release-check clean
 .DELETE_ON_ERROR:
 
 help: ## list these commands
@@ -52,11 +52,14 @@ lock: $(UV) ## regenerate requirements.lock from pyproject.toml, keeping what st
 	@$(export_index); $(UV) pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate \
 	    --custom-compile-command "make lock" $(GROUPS) $(LOCK_ARGS) pyproject.toml -o requirements.lock
 
+docs: $(INSTALLED) ## build the documentation site into site/, strictly: a broken link or reference fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 release-check: $(INSTALLED) ## build wheel and sdist, and try the wheel where nothing else is
 	bash .ci/release-check
 
 clean: ## remove .venv, build output and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(INSTALLED): requirements.lock pyproject.toml | $(UV)
 	@$(export_index); $(UV) pip sync --python $(BIN)/python --require-hashes requirements.lock

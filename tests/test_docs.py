@@ -16,7 +16,10 @@ from shiftadd3d.kernels.runtime import kernel
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["calibration", "classification", "compile", "kernels", "movie", "photos", "recipes"])
+@pytest.mark.parametrize(
+    "page",
+    ["calibration", "classification", "compile", "cost", "index", "kernels", "movie", "own-model", "photos", "recipes"],
+)
 def test_the_code_of_a_page_runs_from_top_to_bottom(
     page: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
