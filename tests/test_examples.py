@@ -25,6 +25,7 @@ EXAMPLES: dict[str, tuple[list[str], str, str | None]] = {
     "08_photos_to_video": (["SCENE", "flight.gif", "48", "2"], r"flight\.gif: [\d,]+ bytes", "nerfstudio"),
     "09_budgeted_search": ([], r"budget 30%: \d+ layers change.*\n.*counted afterwards: (2\d|30)%", None),
     "10_new_kernel": ([], r"kernel \(7, 1000\)", "tvm"),
+    "11_compile": ([], r"compiled: True, largest difference", "tvm"),
 }
 
 

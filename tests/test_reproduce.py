@@ -34,7 +34,7 @@ def page(repository: Path) -> str:
 def commands(page: str, verbs: set[str]) -> list[list[str]]:
     """The arguments of the page's commands of our own that have one of these verbs, in order."""
     found = []
-    for line in "".join(CODE.findall(page)).splitlines():
+    for line in "".join(CODE.findall(page)).replace("\\\n", "").splitlines():
         words = shlex.split(line, comments=True)
         ours = [index for index, word in enumerate(words) if word in ("shiftadd3d", "shiftadd3d.cli")]
         if ours and words[ours[0] + 1] in verbs:

@@ -64,7 +64,7 @@ def test_the_commands_for_nerf_run(
     page = (repository / "docs/reproduce.md").read_text(encoding="utf-8")
     code = re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     ran = set()
-    for line in "".join(code).splitlines():
+    for line in "".join(code).replace("\\\n", "").splitlines():
         words = shlex.split(line, comments=True)
         if words[0] == "ns-train":
             ns_train(tyro.cli(AnnotatedBaseConfigUnion, args=[words[1], *SMALL, *words[2:]]))
