@@ -39,7 +39,14 @@ from shiftadd3d.nn.activations import (
 from shiftadd3d.nn.add import AddAttention
 from shiftadd3d.nn.attachments import keep_attributes
 from shiftadd3d.nn.binarize import HashBinarizer
-from shiftadd3d.nn.fit import FittedBinarizer, FittedContrast, fit_binarizers_, fit_contrast_
+from shiftadd3d.nn.fit import (
+    FittedAttention,
+    FittedBinarizer,
+    FittedContrast,
+    fit_attention_,
+    fit_binarizers_,
+    fit_contrast_,
+)
 from shiftadd3d.nn.moe import MoE
 from shiftadd3d.nn.reparam import Recipe, ReparameterizationReport, reparameterize_
 from shiftadd3d.nn.shift import ShiftConv2d, ShiftLayer, ShiftLinear
@@ -101,6 +108,7 @@ class CalibrationReport(RichReport):
     layers: tuple[CalibratedLayer, ...]
     binarizers: tuple[FittedBinarizer, ...]
     contrasts: tuple[FittedContrast, ...]
+    attentions: tuple[FittedAttention, ...]
     routers: tuple[FittedRouter, ...]
     unreached: tuple[str, ...]
     """Shift layers that no batch came by: they are rounded to the nearest powers of two."""
@@ -129,6 +137,11 @@ class CalibrationReport(RichReport):
             for fitted in self.contrasts
         ]
         lines += [
+            f"outputs of {fitted.name}: {fitted.error_before:.0%} off the softmax's before, "
+            f"{fitted.error_after:.0%} now"
+            for fitted in self.attentions
+        ]
+        lines += [
             f"router of {router.name}: {router.mult_share:.0%} of the tokens to mult, which takes off "
             f"{router.caught_error:.0%} of the shift expert's squared error"
             for router in self.routers
@@ -146,6 +159,7 @@ def calibrate_(
     forward: Forward | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     sequential: bool = True,
+    attention_steps: int = 0,
     verbose: bool = True,
 ) -> CalibrationReport:
     """Do what `reparameterize_` does, and round the weights so that the layers' outputs change least on `batches`.
@@ -164,6 +178,8 @@ def calibrate_(
         filter_fn: as in `reparameterize_`.
         sequential: round a layer on what it sees after all layers before it have been rounded, which takes half a pass
             over the batches for each group of layers with one input. If not, one pass in all: faster, less accurate.
+        attention_steps: train each additive attention for so many steps to put out what its softmax did, before weights
+            are rounded (`fit_attention_`); 0 leaves that to fine-tuning.
         verbose: show progress, and print the report.
 
     Returns:
@@ -189,7 +205,15 @@ def calibrate_(
         )
     new = {name: module for name, module in model.named_modules() if module not in old}
     with evaluating(model):
-        calibration = calibrate_layers_(model, new, batches, forward=forward, sequential=sequential, verbose=verbose)
+        calibration = calibrate_layers_(
+            model,
+            new,
+            batches,
+            forward=forward,
+            sequential=sequential,
+            attention_steps=attention_steps,
+            verbose=verbose,
+        )
     if recipe.mode == "PS":
         _train_shift_and_sign(model, {name: module for name, module in new.items() if isinstance(module, ShiftLayer)})
     report = CalibrationReport(
@@ -197,9 +221,10 @@ def calibrate_(
         tuple(calibration.layers),
         calibration.binarizers,
         calibration.contrasts,
+        calibration.fitted_attentions,
         tuple(calibration.routers),
         tuple(calibration.unreached),
-        tuple(_untuned(new, calibration.routers)),
+        tuple(_untuned(new, calibration.routers, calibration.fitted_attentions)),
     )
     if verbose:
         report.show()
@@ -213,10 +238,11 @@ def calibrate_layers_(
     *,
     forward: Forward | None = None,
     sequential: bool = True,
+    attention_steps: int = 0,
     verbose: bool = False,
 ) -> _Calibration:
     """Round the shift layers among the modules `new` of `model` (by qualified name), and fit the routers among them."""
-    calibration = _Calibration(model, new, batches, forward)
+    calibration = _Calibration(model, new, batches, forward, attention_steps)
     calibration.run(sequential, verbose)
     return calibration
 
@@ -225,9 +251,14 @@ class _Calibration:
     """One run over the new layers of a model, in the order in which it calls them."""
 
     def __init__(
-        self, model: nn.Module, new: Mapping[str, nn.Module], batches: Sequence[Any], forward: Forward | None
+        self,
+        model: nn.Module,
+        new: Mapping[str, nn.Module],
+        batches: Sequence[Any],
+        forward: Forward | None,
+        attention_steps: int,
     ) -> None:
-        self.model, self.batches, self.forward = model, batches, forward
+        self.model, self.batches, self.forward, self.attention_steps = model, batches, forward, attention_steps
         self.shifts = {name: module for name, module in new.items() if isinstance(module, ShiftLayer)}
         _untie_(model, self.shifts.values())
         self.mixtures = {name: module for name, module in new.items() if isinstance(module, MoE)}
@@ -235,6 +266,7 @@ class _Calibration:
         self.layers: list[CalibratedLayer] = []
         self.binarizers: tuple[FittedBinarizer, ...] = ()
         self.contrasts: tuple[FittedContrast, ...] = ()
+        self.fitted_attentions: tuple[FittedAttention, ...] = ()
         self.routers: list[FittedRouter] = []
         self.unreached: list[str] = []
         self._rounded: set[Tensor] = set()
@@ -248,6 +280,11 @@ class _Calibration:
                     self.binarizers = fitted.layers
                 if any(attention.log_contrast is not None for attention in self.attentions):
                     self.contrasts = fit_contrast_(self.model, self.batches, forward=self.forward, verbose=False).layers
+                if self.attention_steps and self.attentions:
+                    fitted = fit_attention_(
+                        self.model, self.batches, steps=self.attention_steps, forward=self.forward, verbose=False
+                    )
+                    self.fitted_attentions = fitted.layers
             trace = trace_inputs(self.model, self.shifts, self.batches, self.forward)
             progress.update(task, description="rounding", total=sum(len(group) for group in trace.groups))
             reached = {name for group in trace.groups for name in group}
@@ -530,12 +567,14 @@ def _train_shift_and_sign(model: nn.Module, layers: Mapping[str, ShiftLayer]) ->
                     setattr(parent, attribute, twin)
 
 
-def _untuned(new: Mapping[str, nn.Module], routers: Sequence[FittedRouter]) -> list[str]:
-    fitted = {router.name for router in routers}
+def _untuned(
+    new: Mapping[str, nn.Module], routers: Sequence[FittedRouter], fitted_attentions: Sequence[FittedAttention]
+) -> list[str]:
+    fitted = {one.name for one in (*routers, *fitted_attentions)}
     attentions = [
         f"{name}: additive attention in the place of softmax"
         for name, module in new.items()
-        if isinstance(module, AddAttention)
+        if isinstance(module, AddAttention) and name not in fitted
     ]
     unfitted = [
         f"{name}: its router is untrained"

@@ -1,4 +1,5 @@
-"""Making additive attention follow the softmax that a model was trained with: its hash functions, and its contrast.
+"""Making additive attention follow the softmax that a model was trained with: its hash functions, its contrast, or all
+of its weights.
 
 Source: Liu et al., EcoFormer (NeurIPS 2022), section 4, for hash functions; their fit itself is `HashBinarizer.fit`.
 """
@@ -12,12 +13,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
 from shiftadd3d._progress import passing_bar
 from shiftadd3d._report import RichReport
-from shiftadd3d.nn.activations import Forward, as_batches, call_model, evaluating
+from shiftadd3d.nn.activations import Forward, as_batches, call_model, evaluating, trace_inputs
 from shiftadd3d.nn.add import AddAttention, broadcastable_mask, flat_attention
 from shiftadd3d.nn.binarize import HashBinarizer
 
@@ -83,6 +85,29 @@ class ContrastReport(RichReport):
             for one in self.layers
         ]
         return _fitted("contrast", ("contrast before", "after", "error before", "after"), rows, self.unreached)
+
+
+@dataclass(frozen=True)
+class FittedAttention:
+    """One attention layer: how far its outputs are from the softmax's, relative to how far these are from their mean
+    (root mean squares)."""
+
+    name: str
+    error_before: float
+    error_after: float
+
+
+@dataclass(frozen=True)
+class AttentionReport(RichReport):
+    """What `fit_attention_` did. Printing shows a table."""
+
+    layers: tuple[FittedAttention, ...]
+    unreached: tuple[str, ...]
+    """Layers that no batch came by: they are as they were."""
+
+    def __rich__(self) -> Group:
+        rows = [(one.name, f"{one.error_before:.1%}", f"{one.error_after:.1%}") for one in self.layers]
+        return _fitted("all weights", ("error before", "after"), rows, self.unreached)
 
 
 def _fitted(what: str, facts: Sequence[str], rows: Sequence[Sequence[str]], unreached: Sequence[str]) -> Group:
@@ -259,6 +284,127 @@ def _fit_contrast(name: str, layer: AddAttention, products: Tensor) -> FittedCon
         return float(contrast.log().mean().exp())
 
     return FittedContrast(name, mean(before), mean(after), error(torch.ones_like(before)), error(after / before))
+
+
+def fit_attention_(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    steps: int = 600,
+    rate: float = 2e-3,
+    forward: Forward | None = None,
+    verbose: bool = True,
+) -> AttentionReport:
+    """Train each additive attention in `model`, by itself, to put out what the softmax in whose place it is would.
+
+    Layers are taken in the order in which the model runs them, each with what it sees once all before it are fitted.
+    Its target is what softmax attention makes of that with the layer's weights as they were. All of its weights are
+    trained, through the signs as in training, and a step sees one batch. The model as a whole is run without
+    gradients, in evaluation mode, once for each layer. For a model fresh from `reparameterize_`, where nothing is
+    fine-tuned afterwards.
+
+    Args:
+        model: any module with `AddAttention` in it.
+        batches, forward: as for `fit_binarizers_`.
+        steps: of Adam, for each layer.
+        rate: learning rate of the first step; it falls to zero.
+        verbose: show progress, and print the report.
+
+    Returns:
+        The report. No layer's error is larger than before: weights that training made worse are left as they were.
+
+    Raises:
+        UserError: if there are no batches or no additive attention, the model cannot be called with the batches, its
+            attention sees what is not finite, or `steps` or `rate` is not positive.
+    """
+    if steps < 1 or not 0.0 < rate < float("inf"):
+        raise UserError(f"steps {steps}, rate {rate:g}: expected at least one step and a positive rate")
+    batches = as_batches(batches)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, AddAttention)}
+    if not layers:
+        raise UserError("the model has no additive attention to fit; reparameterize it with recipe 'add'")
+
+    from rich.progress import Progress
+
+    with Progress(transient=True, disable=not verbose) as progress, evaluating(model):
+        task = progress.add_task("looking at inputs", total=steps * len(layers))
+        order = [name for group in trace_inputs(model, layers, batches, forward).groups for name in group]
+        fitted = []
+        for name in order:
+            progress.update(task, description=f"fitting {name}")
+            calls = _calls(model, layers[name], batches, forward)
+            fitted.append(_fit_attention(name, layers[name], calls, steps, rate, lambda: progress.advance(task)))
+    report = AttentionReport(tuple(fitted), tuple(name for name in layers if name not in order))
+    if verbose:
+        from rich.console import Console
+
+        Console().print(report)
+    return report
+
+
+def _calls(
+    model: nn.Module, layer: AddAttention, batches: Sequence[Any], forward: Forward | None
+) -> list[tuple[tuple, dict]]:
+    """The arguments of all calls of a layer."""
+    calls: list[tuple[tuple, dict]] = []
+    handle = layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    try:
+        for batch in batches:
+            call_model(model, batch, forward)
+    finally:
+        handle.remove()
+    return calls
+
+
+def _fit_attention(
+    name: str,
+    layer: AddAttention,
+    calls: Sequence[tuple[tuple, dict]],
+    steps: int,
+    rate: float,
+    advance: Callable[[], None],
+) -> FittedAttention:
+    def outputs(index: int) -> Tensor:
+        args, kwargs = calls[index]
+        out = layer(*args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    convolution, layer.dwconv = layer.dwconv, None
+    try:
+        with _attending({name: layer}, lambda _, *args, **kwargs: _softmax_attention(*args, **kwargs)):
+            targets = [outputs(index) for index in range(len(calls))]
+    finally:
+        layer.dwconv = convolution
+    tokens = torch.cat([target.flatten(0, -2) for target in targets]).double()
+    scale = float((tokens - tokens.mean(0)).square().sum())
+
+    def error() -> float:
+        squares = sum(float((outputs(i) - target).double().square().sum()) for i, target in enumerate(targets))
+        return (squares / scale) ** 0.5 if scale > 0 else 0.0
+
+    parameters = [parameter for parameter in layer.parameters() if parameter.is_floating_point()]
+    before = [(parameter.requires_grad, parameter.grad, parameter.detach().clone()) for parameter in parameters]
+    error_before = error()
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+        parameter.grad = None
+    optimizer = torch.optim.Adam(parameters, lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with torch.enable_grad():
+        for _ in range(steps):
+            index = int(torch.randint(len(calls), ()))
+            optimizer.zero_grad()
+            F.mse_loss(outputs(index), targets[index]).backward()
+            optimizer.step()
+            schedule.step()
+            advance()
+    error_after = error()
+    for parameter, (requires_grad, grad, value) in zip(parameters, before, strict=True):
+        parameter.requires_grad_(requires_grad)
+        parameter.grad = grad
+        if not error_after < error_before:
+            parameter.copy_(value)
+    return FittedAttention(name, error_before, min(error_before, error_after))
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from shiftadd3d.nn import (
     register_attention,
     reparameterize_,
 )
-from shiftadd3d.nn.calibrate import round_with_compensation
+from shiftadd3d.nn.calibrate import CalibrationReport, round_with_compensation
 
 FORMATS = [(bits, terms) for bits in range(2, 7) for terms in (1, 2)]
 ALL_SHIFT = Recipe("all shift", attention_linear="shift", mlp="shift", other_linear="shift")
@@ -340,6 +340,22 @@ def test_contrast_is_fitted_to_what_the_float_model_attends_to() -> None:
     assert "contrast of blocks.0.attn: 16.0 before" in " ".join(str(report).split())
     report = calibrate_(Net(), batches(), recipe("add+shift", contrast=1), verbose=False)
     assert report.contrasts == ()
+
+
+def test_attention_is_trained_in_floats_before_weights_are_rounded() -> None:
+    def error(steps: int) -> tuple[float, CalibrationReport]:
+        torch.manual_seed(0)
+        model = Net().eval()
+        wanted = torch.cat([model(batch) for batch in batches()])
+        report = calibrate_(model, batches(), "add+shift", attention_steps=steps, verbose=False)
+        return float((torch.cat([model(batch) for batch in batches()]) - wanted).square().mean()), report
+
+    with torch.no_grad():
+        (before, _), (after, report) = error(0), error(100)
+    assert after < before
+    assert [fitted.name for fitted in report.attentions] == ["blocks.0.attn", "blocks.1.attn"]
+    assert all(fitted.error_after < fitted.error_before for fitted in report.attentions)
+    assert report.untuned == () and "outputs of blocks.0.attn" in " ".join(str(report).split())
 
 
 def test_rules_decide_layer_by_layer() -> None:

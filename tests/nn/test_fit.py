@@ -1,4 +1,4 @@
-"""`fit_binarizers_` and `fit_contrast_` on a small stack of attention layers."""
+"""`fit_binarizers_`, `fit_contrast_` and `fit_attention_` on a small stack of attention layers."""
 
 # Wrong arguments on purpose, and attributes of submodules, to which torch gives no types.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shiftadd3d import UserError
-from shiftadd3d.nn import AddAttention, HashBinarizer, fit_binarizers_, fit_contrast_
+from shiftadd3d.nn import AddAttention, HashBinarizer, fit_attention_, fit_binarizers_, fit_contrast_
 
 
 class Block(nn.Module):
@@ -227,3 +227,67 @@ def test_only_contrast_changes_and_what_cannot_be_fitted_is_refused(capsys: pyte
     assert "contrast of 1 attention layers fitted" in printed and "left as they are: idle.attn" in printed
     with pytest.raises(UserError, match="no contrast to fit"):
         fit_contrast_(stack(), [torch.randn(1, 4, 16)], verbose=False)
+
+
+def test_every_attention_learns_by_itself_what_its_softmax_put_out() -> None:
+    torch.manual_seed(0)
+    model, x = stack(binarizer="sign", dwconv=3), torch.randn(32, 12, 16)
+    reference = copy.deepcopy(model)
+    report = fit_attention_(model, list(x.split(8)), steps=60, verbose=False)
+    assert [layer.name for layer in report.layers] == ["0.attn", "1.attn"]
+    seen = x
+    for block, old, layer in zip(model, reference, report.layers, strict=True):
+        with torch.no_grad():
+            normed = block.norm(seen)
+            wanted = softmax_attention(old.attn, normed)
+            scale = (wanted - wanted.flatten(0, 1).mean(0)).norm()
+            before, after = ((attn(normed) - wanted).norm() / scale for attn in (old.attn, block.attn))
+            assert layer.error_before == pytest.approx(float(before), rel=1e-3)
+            assert layer.error_after == pytest.approx(float(after), rel=1e-3)
+            assert layer.error_after < 0.97 * layer.error_before
+            seen = block(seen)  # the second layer is fitted on what the first one puts out now
+
+
+def test_fitting_attention_leaves_all_else_as_it_was(capsys: pytest.CaptureFixture) -> None:
+    model = nn.ModuleDict({"used": Block("sign", contrast=4.0, dwconv=3), "idle": Block("sign")})
+    model["used"].attn.q_fc.weight.requires_grad_(False)
+    gradient = model["used"].attn.out_fc.weight.grad = torch.ones(16, 16)
+    before = copy.deepcopy(model.state_dict())
+    report = fit_attention_(model, [torch.randn(8, 9, 16)], steps=20, forward=lambda m, x: m["used"](x))
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if name.startswith("used.attn.")}
+    assert report.unreached == ("idle.attn",)
+    assert model.training and not any("attend" in vars(module) for module in model.modules())
+    assert not model["used"].attn.q_fc.weight.requires_grad and model["used"].attn.k_fc.weight.requires_grad
+    assert model["used"].attn.out_fc.weight.grad is gradient and torch.equal(gradient, torch.ones(16, 16))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "all weights of 1 attention layers fitted" in printed and "left as they are: idle.attn" in printed
+
+
+def test_attention_that_training_makes_worse_is_left_as_it_was() -> None:
+    model, x = stack(binarizer="sign"), torch.randn(8, 12, 16)
+    before = copy.deepcopy(model.state_dict())
+    report = fit_attention_(model, [x], steps=3, rate=1e3, verbose=False)
+    assert all(layer.error_after == layer.error_before for layer in report.layers)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_attention_of_one_key_has_nothing_to_learn() -> None:
+    report = fit_attention_(AddAttention(16, 2), [torch.zeros(3, 1, 16)], steps=2, verbose=False)
+    assert report.layers[0].error_after == 0
+
+
+def test_attention_that_cannot_be_fitted_is_refused_and_nothing_changes() -> None:
+    model = stack(binarizer="sign")
+    before = copy.deepcopy(model.state_dict())
+    for batches, options, message in (
+        ([], {}, "no batches"),
+        ([torch.full((1, 4, 16), math.nan)], {}, "0.attn are not all finite"),
+        ([torch.randn(1, 4, 16)], {"steps": 0}, "steps 0"),
+        ([torch.randn(1, 4, 16)], {"rate": -1.0}, "rate -1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fit_attention_(model, batches, verbose=False, **options)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(UserError, match="no additive attention"):
+        fit_attention_(nn.Linear(3, 3), [torch.randn(2, 3)], verbose=False)
