@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -199,8 +199,9 @@ class Train(_OnScene):
 
         def measure(minutes: float) -> None:
             pictures = OUTPUTS / "pictures" / f"{name}-{self.method}-{warm_start}-{minutes:g}.png"
-            quality = evaluate(pipeline, pictures)
-            pipeline.train()
+            with kept_weights(trainer):
+                quality = evaluate(pipeline, pictures)
+                pipeline.train()
             measured.append({"minutes": minutes, "psnr": quality["psnr"], "ssim": quality["ssim"]})
             print(f"after {minutes:g} min: PSNR {quality['psnr']:.2f}, SSIM {quality['ssim']:.3f}", flush=True)
 
@@ -221,7 +222,8 @@ class Train(_OnScene):
         pictures = PICTURES if embedded and self.out.resolve() == DATA else OUTPUTS / "pictures"
         method = self.method + "-random" * from_random_weights(self.method, warm_start)
         pictures = pictures / f"{name}-{method}.png"
-        quality = evaluate(pipeline, pictures)
+        with kept_weights(trainer):
+            quality = evaluate(pipeline, pictures)
         words = ["--method", self.method, "--minutes", f"{self.minutes:g}"]
         words += ["--warm-start", warm_start] if has_weights(self.method) else []
         words += ["--at", *(f"{minutes:g}" for minutes in self.at)] if self.at else []
@@ -442,6 +444,11 @@ def make_clocked_trainer(
 
 #: Whether nerfacto's learning rate falls over the run's minutes instead of its 200,000 steps.
 NERFACTO_SPANS_THE_RUN = False
+
+
+def kept_weights(trainer: Any) -> AbstractContextManager[None]:
+    """While this lasts, the network has the weights that the run would keep if it ended now."""
+    return trainer.kept_weights(trainer.steps) if hasattr(trainer, "kept_weights") else nullcontext()
 
 
 def use_test_split(pipeline: VanillaPipeline) -> None:

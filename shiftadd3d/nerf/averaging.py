@@ -1,12 +1,14 @@
-"""The moving average of a network's weights: what is evaluated and kept, while training goes on with the weights."""
+"""Which weights are evaluated and kept while training goes on with others: their moving average, or the best so far."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from shiftadd3d._errors import UserError
@@ -57,3 +59,48 @@ class WeightAverage:
         self._average.module.load_state_dict(self._network.state_dict())
         self._average.n_averaged.fill_(state["updates"])
         self._network.load_state_dict(state["weights"])
+
+    def weights(self) -> dict[str, Any]:
+        """The averaged weights, to be asked for outside of `in_place`."""
+        return self._average.module.state_dict()
+
+
+class BestWeights:
+    """The weights that did best so far, beside a network (early stopping that keeps what it stopped at; Prechelt 1998).
+
+    Args:
+        network: whose weights they are.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._weights: list[Tensor] | None = None
+        self.quality = -math.inf
+        """How well they did; minus infinity as long as there are none."""
+
+    def offer(self, quality: float) -> None:
+        """Take the network's weights if they do better than all before."""
+        if quality > self.quality:
+            self.quality = quality
+            self._weights = [parameter.detach().clone() for parameter in self._network.parameters()]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the network have the best weights for a while, if there are any."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def restore(self) -> None:
+        """Let the network go on from the best weights, if there are any."""
+        with torch.no_grad():
+            for own, best in zip(self._network.parameters(), self._weights or (), strict=self._weights is not None):
+                own.copy_(best)
+
+    def _exchange(self) -> None:
+        best = self._weights
+        if best is not None:
+            for index, own in enumerate(self._network.parameters()):
+                own.data, best[index] = best[index], own.data

@@ -36,6 +36,9 @@ from shiftadd3d.nerf.scene_views import all_photos, near_and_far, photos, say_wh
 from shiftadd3d.nerf.source_bank import DrawnSources, SourceBank, mend_fisheye_rays, opencv_cameras
 from shiftadd3d.nerf.target_pixels import TargetPixels
 
+#: Rays of each judged view. They are rendered without gradients: two such views cost about as much as a step.
+_JUDGED_RAYS = 1024
+
 
 @dataclass
 class GNTDataManagerConfig(VanillaDataManagerConfig):
@@ -53,6 +56,10 @@ class GNTDataManagerConfig(VanillaDataManagerConfig):
     """Number of source views that a target is rendered from."""
     spare_source_views: int = 0
     """In training, choose the source views at random among this many more than are needed, nearest first."""
+    judged_views: int = 0
+    """Training on one scene, keep so many training views, an eighth of them at most and evenly spread, from being
+    targets: how well they are rendered tells which weights to keep (--steps-per-judgement). They stay source views.
+    0: all are targets, and the last weights are kept."""
     near: float | None = None
     """Nearest depth to sample, in units of the scaled scene. If not set, found from the scene."""
     far: float | None = None
@@ -117,6 +124,8 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
         for name in ("num_source_views", "train_num_rays_per_batch", "eval_num_rays_per_batch"):
             if getattr(config, name) < 1:
                 raise UserError(f"{name.replace('_', '-')} {getattr(config, name)}: expected 1 or more")
+        if config.judged_views < 0:
+            raise UserError(f"judged-views {config.judged_views}: expected 0 or more")
         if not 0.0 < config.camera_res_scale_factor < float("inf"):
             raise UserError(f"camera-res-scale-factor {config.camera_res_scale_factor:g}: expected a positive number")
         self.drawn: DrawnSources | None = None
@@ -286,8 +295,38 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
         return ray_bundle.to(self.device), {key: value.to(self.device) for key, value in batch.items()}
 
     @cached_property
-    def _train_pixels(self) -> TargetPixels:
+    def judged(self) -> list[int]:
+        """Training views that are no targets; see `GNTDataManagerConfig.judged_views`."""
+        if not self.config.judged_views or self.train_mixture is not None:
+            return []
+        views = self._all_train_pixels.views
+        count = min(self.config.judged_views, max(1, len(views) // 8), len(views) - 1)
+        return [views[(2 * index + 1) * len(views) // (2 * count)] for index in range(count)]
+
+    def judged_batches(self) -> list[tuple[RayBundle, dict[str, Tensor]]]:
+        """The same rays of each judged view whenever it is called, from the sources that a held-out view would have."""
+        generator = torch.Generator().manual_seed(0)
+        batches = []
+        for view in self.judged:
+            pixels = self._all_train_pixels.draw_of(view, _JUDGED_RAYS, generator)
+            sources = self.source_bank.nearest(
+                self.source_bank.camera_to_world[view],
+                self.config.num_source_views,
+                exclude=view,
+                exclude_same_pose=True,
+            )
+            batches.append(self._batch(self.train_dataset.cameras, view, *pixels, sources))
+        return batches
+
+    @cached_property
+    def _all_train_pixels(self) -> TargetPixels:
         return TargetPixels(self.train_dataset, self.source_bank)
+
+    @cached_property
+    def _train_pixels(self) -> TargetPixels:
+        pixels, judged = self._all_train_pixels, set(self.judged)
+        pixels.views = [view for view in pixels.views if view not in judged]
+        return pixels
 
     @cached_property
     def _eval_pixels(self) -> TargetPixels:

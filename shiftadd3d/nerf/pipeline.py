@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from nerfstudio.models.base_model import Model
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from torch.cuda.amp.grad_scaler import GradScaler
@@ -75,6 +76,19 @@ class GNTPipeline(VanillaPipeline):
                 self.model.warm_start(config.warm_start)
                 take_from_first_process(self.model.gnt)  # routers are drawn at random
             self.model.near_far.copy_(torch.tensor(self.datamanager.near_far))
+
+    @torch.no_grad()
+    def judge(self) -> float:
+        """How well the judged views are rendered now: PSNR in dB of some of their pixels, the mean over views."""
+        self.eval()
+        try:
+            errors = [
+                F.mse_loss(self.model.get_outputs(rays)["rgb"], batch["image"])
+                for rays, batch in self.datamanager.judged_batches()
+            ]
+        finally:
+            self.train()
+        return float(-10.0 * torch.stack(errors).clamp(min=1e-10).log10().mean())
 
     def enter_second_stage(self) -> dict[Parameter, Parameter]:
         """See `GNTNerfModel.enter_second_stage`; other processes follow with the same weights."""

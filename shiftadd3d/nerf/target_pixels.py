@@ -49,13 +49,19 @@ class TargetPixels:
         if not self.queue:
             self.queue = [self.views[i] for i in torch.randperm(len(self.views)).tolist()]
         view = self.queue.pop()
+        return view, *self.draw_of(view, count)
+
+    def draw_of(
+        self, view: int, count: int, generator: torch.Generator | None = None
+    ) -> tuple[Int[Tensor, " count"], Int[Tensor, " count"], UInt8[Tensor, "count 3"]]:
+        """Rows, columns and colours of `count` pixels of a view (with replacement)."""
         image, usable = self.images[view], self.usable[view]
         height, width = image.shape[:2]
         if usable is None:
-            pixels = torch.randint(height * width, (count,))
+            pixels = torch.randint(height * width, (count,), generator=generator)
         else:
-            pixels = usable[torch.randint(len(usable), (count,))].long()
-        return view, pixels // width, pixels % width, image.view(-1, 3)[pixels]
+            pixels = usable[torch.randint(len(usable), (count,), generator=generator)].long()
+        return pixels // width, pixels % width, image.view(-1, 3)[pixels]
 
 
 def _flat_indices(mask: Bool[Tensor, "h w"]) -> Int[Tensor, " m"]:

@@ -29,7 +29,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from shiftadd3d._claim import release, try_claim
 from shiftadd3d._errors import UserError
 from shiftadd3d._progress import Steps, progress
-from shiftadd3d.nerf.averaging import WeightAverage
+from shiftadd3d.nerf.averaging import BestWeights, WeightAverage
 from shiftadd3d.nerf.checkpoint import RunScene, latest_checkpoint, read_checkpoint, scene_of, stage_of, step_of
 from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
 from shiftadd3d.nerf.distributed import check_processes, from_first_process, is_first_process, join_processes
@@ -53,6 +53,10 @@ class GNTTrainerConfig(TrainerConfig):
     average_weights: float = 0.0
     """Evaluate and keep a moving average of the weights, of which so large a share stays in each step (0.995, say): it
     is better than the weights themselves where steps are noisy. 0: no average."""
+
+    steps_per_judgement: int = 50
+    """Steps after which judged views (--pipeline.datamanager.judged-views) are rendered. Evaluated and kept are the
+    weights, or the averages, that did best: those training starts from, where it only makes things worse."""
 
     # No fields: they are about this process, not about the run.
     _trains = False
@@ -180,9 +184,13 @@ class GNTTrainer(Trainer):
     _saved_step: int | None = None
     _steps: Steps | None = None
     _average: WeightAverage | None = None
+    _best: BestWeights | None = None
+    _judged_after: int | None = None
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         # Whatever is wrong is found before minutes go into reading images.
+        if self.config.steps_per_judgement < 1:
+            raise UserError(f"--steps-per-judgement {self.config.steps_per_judgement}: expected at least 1")
         self._start_step = self._steps_done()
         self._steps_of_run = self.config.max_num_iterations
         pipeline = cast(GNTPipelineConfig, self.config.pipeline)
@@ -281,17 +289,55 @@ class GNTTrainer(Trainer):
                 f"{self.config.load_dir or self.config.load_checkpoint}: the optimizers' state is not this method's "
                 f"({reason}); expected a checkpoint of an earlier run of the same method"
             ) from None
-        self._restart_average()
-        if self._average is not None and self._training_state is not None:
-            self._average.go_on(self._training_state)
+        self._restart_keeping()
+        if self._training_state is not None:
+            self._go_on_keeping(self._training_state)
         self._training_state = None
 
-    def _restart_average(self) -> None:
-        decay = self.config.average_weights
-        self._average = WeightAverage(self.pipeline.model.gnt, decay) if decay else None
+    def _restart_keeping(self) -> None:
+        decay, gnt = self.config.average_weights, self.pipeline.model.gnt
+        self._average = WeightAverage(gnt, decay) if decay else None
+        self._best = BestWeights(gnt) if self.pipeline.datamanager.judged else None
+        self._judged_after = None
+
+    def _go_on_keeping(self, state: dict[str, Any]) -> None:
+        """Go on with what `_keeping_state` told; the network has the weights that were kept."""
+        gnt = self.pipeline.model.gnt
+        if "best" in state:
+            if self._best is not None:
+                self._best.offer(state["best"])
+            gnt.load_state_dict(
+                state["averaged"] if self._average is not None and "averaged" in state else state["weights"]
+            )
+        if self._average is not None:
+            self._average.go_on({"updates": 0, **state})
+
+    def _keeping_state(self) -> dict[str, Any]:
+        """What going on takes beside the weights that are kept."""
+        state = {} if self._average is None else self._average.training_state()
+        if self._best is not None:
+            state |= {"weights": self.pipeline.model.gnt.state_dict(), "best": self._best.quality}
+            if self._average is not None:
+                state["averaged"] = self._average.weights()
+        return state
 
     def _averaged(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if self._average is None else self._average.in_place()
+
+    def _judge(self, step: int) -> None:
+        """Keep the weights as they are before a step, if they do better than all before."""
+        if self._best is not None and self._judged_after != step:
+            with self._averaged():
+                self._best.offer(self.pipeline.judge())
+            self._judged_after = step
+
+    def _kept(self) -> AbstractContextManager[None]:
+        return self._averaged() if self._best is None else self._best.in_place()
+
+    def kept_weights(self, step: int) -> AbstractContextManager[None]:
+        """While this lasts, the network has the weights that would be kept if training ended before a step."""
+        self._judge(step)
+        return self._kept()
 
     def setup_optimizers(self) -> Optimizers:
         config = self.config
@@ -356,8 +402,14 @@ class GNTTrainer(Trainer):
 
     def train_iteration(self, step: int) -> Any:
         model = self.pipeline.model
+        if self._judged_after is None or step % self.config.steps_per_judgement == 0:
+            self._judge(step)
         if model.stage == 1 and self.share_done(step) >= model.config.second_stage_at:
+            self._judge(step)
+            if self._best is not None:
+                self._best.restore()
             self._enter_second_stage()
+            self._judge(step)
             CONSOLE.print(f"Second stage from step {step}: linear layers become what {model.config.recipe} says")
         result = super().train_iteration(step)
         if self._average is not None:
@@ -368,7 +420,7 @@ class GNTTrainer(Trainer):
         return result
 
     def eval_iteration(self, step: int) -> None:
-        with contextlib.nullcontext() if self._steps is None else self._steps.aside(), self._averaged():
+        with contextlib.nullcontext() if self._steps is None else self._steps.aside(), self._kept():
             super().eval_iteration(step)
 
     def _enter_second_stage(self) -> None:
@@ -384,7 +436,7 @@ class GNTTrainer(Trainer):
                 for copied, original in copies.items():
                     if original in optimizer.state:
                         optimizer.state[copied] = copy.deepcopy(optimizer.state[original])
-            self._restart_average()  # of layers that it does not know
+            self._restart_keeping()  # of layers that are not known yet
 
     @check_main_thread
     def save_checkpoint(self, step: int) -> None:
@@ -393,7 +445,7 @@ class GNTTrainer(Trainer):
         # Beside the folder, not in it: nerfstudio reads a step from every name in there.
         unfinished = self.base_dir / f"{path.name}.unfinished"
         pipeline = self.pipeline
-        with self._averaged():
+        with self.kept_weights(step + 1):
             weights = getattr(pipeline, "module", pipeline).state_dict()
             weights = {name: value.clone() if torch.is_tensor(value) else value for name, value in weights.items()}
         state = {
@@ -403,8 +455,8 @@ class GNTTrainer(Trainer):
             "schedulers": {name: scheduler.state_dict() for name, scheduler in self.optimizers.schedulers.items()},
             "scalers": self.grad_scaler.state_dict(),
         }
-        if self._average is not None:
-            state["training"] = self._average.training_state()
+        if keeping := self._keeping_state():
+            state["training"] = keeping
         try:
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
             with unfinished.open("wb") as file:

@@ -1,4 +1,4 @@
-"""The moving average of weights."""
+"""The moving average of weights, and the best weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from shiftadd3d import UserError
-from shiftadd3d.nerf.averaging import WeightAverage
+from shiftadd3d.nerf.averaging import BestWeights, WeightAverage
 
 
 def set_weight(layer: nn.Linear, value: float) -> None:
@@ -66,3 +66,37 @@ def test_an_interrupted_average_goes_on_as_one_that_was_not():
 def test_a_decay_that_cannot_be_is_refused(decay):
     with pytest.raises(UserError, match=r"--average-weights .*: expected 0 < average-weights < 1"):
         WeightAverage(nn.Linear(1, 1), decay)
+
+
+def test_the_best_weights_are_those_of_the_highest_quality():
+    layer = nn.Linear(1, 1, bias=False)
+    best = BestWeights(layer)
+    with best.in_place():  # there are none yet
+        pass
+    best.restore()
+    for value, quality in ((1.0, 20.0), (2.0, 21.0), (3.0, 19.0)):
+        set_weight(layer, value)
+        best.offer(quality)
+    for _ in range(2):  # as often as one likes
+        with best.in_place():
+            assert float(layer.weight.detach()) == 2.0
+        assert float(layer.weight.detach()) == 3.0
+    with pytest.raises(ValueError, match="inside"), best.in_place():
+        raise ValueError("inside")
+    assert float(layer.weight.detach()) == 3.0
+    best.restore()
+    set_weight(layer, float(layer.weight.detach()) + 1.0)  # changes no copy
+    with best.in_place():
+        assert float(layer.weight.detach()) == 2.0
+    assert best.quality == 21.0
+
+
+def test_a_quality_that_is_no_number_is_never_the_best():
+    layer = nn.Linear(1, 1, bias=False)
+    best = BestWeights(layer)
+    set_weight(layer, 1.0)
+    best.offer(5.0)
+    set_weight(layer, 2.0)
+    best.offer(float("nan"))
+    with best.in_place():
+        assert float(layer.weight.detach()) == 1.0

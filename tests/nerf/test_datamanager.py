@@ -73,6 +73,29 @@ def test_source_ids_are_the_nearest_views_without_the_target(write_scene, tmp_pa
         assert rays[10:20].metadata["source_ids"].shape == (10, 3)  # the model renders chunk by chunk
 
 
+def test_judged_views_are_no_targets_but_sources_still(write_scene, tmp_path):
+    data = manager(write_scene["nerfstudio"](tmp_path, count=20), judged_views=2)
+    assert data.judged == [5, 15]
+    batches = [data.next_train(step) for step in range(40)]
+    assert {int(batch["indices"][0, 0]) for _, batch in batches} == set(range(20)) - {5, 15}
+    assert {5, 15} < {source for rays, _ in batches for source in rays.metadata["source_ids"][0].tolist()}
+    first, second = data.judged_batches(), data.judged_batches()
+    for view, (rays, batch), (_, again) in zip(data.judged, first, second, strict=True):
+        assert (batch["indices"][:, 0] == view).all() and torch.equal(batch["indices"], again["indices"])
+        assert view not in rays.metadata["source_ids"][0].tolist()
+        image = np.asarray(Image.open(data.train_dataset.image_filenames[view]))
+        np.testing.assert_allclose(batch["image"] * 255, image[tuple(batch["indices"][:, 1:].T)], atol=1e-4)
+
+
+def test_no_more_than_an_eighth_of_the_views_is_judged(write_scene, tmp_path):
+    scene = write_scene["nerfstudio"](tmp_path, count=20)
+    assert len(manager(scene, judged_views=9).judged) == 2
+    assert manager(scene, judged_views=1).judged == [10]
+    assert manager(scene).judged == [] and manager(scene).judged_batches() == []
+    with pytest.raises(UserError, match="judged-views -1: expected 0 or more"):
+        manager(scene, judged_views=-1)
+
+
 def test_a_frame_that_is_listed_twice_is_no_source_of_itself(write_scene, tmp_path):
     scene = write_scene["nerfstudio"](tmp_path)
     meta = json.loads((scene / "transforms.json").read_text())

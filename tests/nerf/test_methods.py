@@ -33,6 +33,7 @@ from shiftadd3d.models.gnt import GNTModel
 from shiftadd3d.nerf.checkpoint import latest_checkpoint, read_checkpoint, scene_of, stage_of
 from shiftadd3d.nerf.datamanager import GNTDataManager
 from shiftadd3d.nerf.model import GNTNerfModel
+from shiftadd3d.nerf.pipeline import GNTPipeline
 from shiftadd3d.nerf.trainer import GNTTrainer
 from shiftadd3d.nn import MoE
 
@@ -333,6 +334,82 @@ def test_a_run_interrupted_in_its_first_stage_goes_on_in_it(tiny_scene, make_con
     assert stage_of(read_checkpoint(latest_checkpoint(folder / MODELS))["pipeline"]) == 2
     _, pipeline, _, _ = eval_setup(folder / "config.yml")
     assert primitives(pipeline.model) >= {"PackedShiftLinear", "FrozenMoE"}  # what is loaded to look at is frozen
+
+
+def judged_as(qualities: list[float], monkeypatch) -> list[torch.Tensor]:
+    """Let judgements come out so, one after the other; returns a weight as it is at each of them."""
+    weights = []
+
+    def judge(self) -> float:
+        weights.append(self.model.gnt.net_coarse.rgbfeat_fc[0].weight.detach().clone())
+        return qualities[len(weights) - 1]
+
+    monkeypatch.setattr(GNTPipeline, "judge", judge)
+    return weights
+
+
+def weight_in(folder: Path) -> torch.Tensor:
+    state = read_checkpoint(latest_checkpoint(folder / MODELS))["pipeline"]
+    return state["_model.gnt.net_coarse.rgbfeat_fc.0.weight"]
+
+
+def judged_config(make_config, *args, method: str = "gnt-tiny", **options):
+    config = make_config(*args, method, **options)
+    config.pipeline.datamanager.judged_views, config.steps_per_judgement = 1, 1
+    return config
+
+
+@pytest.mark.parametrize("best", [0, 2, 4])
+def test_what_renders_judged_views_best_is_kept(best, tiny_scene, make_config, ns_train, tmp_path, monkeypatch):
+    config = judged_config(make_config, tiny_scene, tmp_path)
+    seen = judged_as([20.0 + (index == best) for index in range(5)], monkeypatch)
+    folder = ns_train(config)
+    assert len(seen) == 5  # before the first step, after each, and none twice
+    assert not torch.equal(seen[0], seen[2]) and not torch.equal(seen[2], seen[4])
+    assert torch.equal(weight_in(folder), seen[best])
+
+
+def test_judged_views_are_rendered_as_held_out_ones_are(tiny_scene, make_config, tmp_path):
+    pipeline = pipeline_of(judged_config(make_config, tiny_scene, tmp_path))
+    quality = pipeline.judge()
+    assert pipeline.training and pipeline.model.training
+    (view,) = pipeline.datamanager.judged
+    pipeline.eval()
+    rgb = pipeline.model.get_outputs_for_camera(pipeline.datamanager.train_dataset.cameras[view : view + 1])["rgb"]
+    ((_, batch),) = pipeline.datamanager.judged_batches()
+    error = (rgb[tuple(batch["indices"][:, 1:].T)] - batch["image"]).square().mean()
+    assert quality == pytest.approx(-10 * math.log10(float(error)), abs=1e-3)
+
+
+def test_the_second_stage_begins_with_the_best_of_the_first(tiny_scene, make_config, ns_train, tmp_path, monkeypatch):
+    config = judged_config(make_config, tiny_scene, tmp_path, method="shiftadd-gnt-tiny")
+    # Of steps 0, 1, 2 (the first stage's end); of the second stage at once, and after each of its steps.
+    seen = judged_as([20.0, 25.0, 22.0, 10.0, 9.0, 8.0], monkeypatch)
+    folder = ns_train(config)
+    assert len(seen) == 6
+    assert torch.equal(seen[3], seen[1]) and not torch.equal(seen[2], seen[1])
+    assert torch.equal(weight_in(folder), seen[3])  # the best that is of the second stage
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_run_whose_best_is_kept_goes_on_from_its_last_weights(
+    decay, tiny_scene, make_config, ns_train, tmp_path, monkeypatch
+):
+    config = judged_config(make_config, tiny_scene, tmp_path / "first", steps=2)
+    config.average_weights = decay
+    seen = judged_as([20.0, 25.0, 22.0], monkeypatch)
+    folder = ns_train(config)
+    state = read_checkpoint(latest_checkpoint(folder / MODELS))
+    assert torch.equal(weight_in(folder), seen[1])
+    assert state["training"]["best"] == 25.0
+
+    going_on = judged_config(make_config, tiny_scene, tmp_path / "second", steps=3)
+    going_on.average_weights, going_on.load_dir = decay, folder / MODELS
+    again = judged_as([22.0, 24.0], monkeypatch)
+    folder = ns_train(going_on)
+    assert torch.equal(again[0], seen[2])  # what was judged last: the weights, or their average
+    assert not torch.equal(again[1], again[0])
+    assert torch.equal(weight_in(folder), seen[1])  # still the best
 
 
 @pytest.mark.usefixtures("ctrl_c_interrupts")
@@ -675,6 +752,8 @@ def break_config(config, kind: str) -> None:
         config.data = config.data / "nowhere"
     elif kind == "one sample":
         model.num_samples = 1
+    elif kind == "no judgement":
+        config.steps_per_judgement = 0
 
 
 BROKEN = {
@@ -686,6 +765,7 @@ BROKEN = {
     "no views": "num-source-views",
     "no scene": "nowhere",
     "one sample": "num_samples",
+    "no judgement": "steps-per-judgement 0",
 }
 
 
