@@ -179,21 +179,30 @@ class Train(_OnScene):
     """Rays a training step. If not set, the method's own number."""
     samples: tuple[int, int] | None = None
     """Depths of the proposal (0: none), and samples of a ray that transformers see. If not set, the method's own."""
+    judged_views: int = 0
+    """As --pipeline.datamanager.judged-views."""
+    spare_source_views: int = 0
+    """As --pipeline.datamanager.spare-source-views."""
+    average_weights: float = 0.0
+    """As --average-weights."""
 
     def __call__(self) -> None:
         commit = git_commit()  # now: it may move on while this runs
         self._use_threads()
         name, folder, embedded = find_scene_folder(self.scene)
-        config = self._config(self.method, folder)
+        config: Any = self._config(self.method, folder)
+        against = {key: getattr(self, key) for key in AGAINST_OVERFITTING if getattr(self, key)}
+        for key, value in against.items():
+            setattr(config if key == "average_weights" else config.pipeline.datamanager, key, value)
         if self.samples is not None:
             model: Any = config.pipeline.model
             model.gnt = dataclasses.replace(model.gnt, proposal_samples=self.samples[0])
             model.num_samples = self.samples[1]
         if self.rays is not None:
-            config.pipeline.datamanager.train_num_rays_per_batch = self.rays  # type: ignore[attr-defined]
+            config.pipeline.datamanager.train_num_rays_per_batch = self.rays
         warm_start = self.warm_start if has_weights(self.method) else "none"
         if has_weights(self.method):
-            config.pipeline.warm_start = Path(warm_start)  # type: ignore[attr-defined]
+            config.pipeline.warm_start = Path(warm_start)
         config.set_timestamp()
         measured: list[dict[str, Any]] = []
 
@@ -220,7 +229,7 @@ class Train(_OnScene):
 
         # The photos of other scenes are not ours to publish.
         pictures = PICTURES if embedded and self.out.resolve() == DATA else OUTPUTS / "pictures"
-        method = self.method + "-random" * from_random_weights(self.method, warm_start)
+        method = self.method + "-random" * from_random_weights(self.method, warm_start) + "-kept" * bool(against)
         pictures = pictures / f"{name}-{method}.png"
         with kept_weights(trainer):
             quality = evaluate(pipeline, pictures)
@@ -228,6 +237,8 @@ class Train(_OnScene):
         words += ["--warm-start", warm_start] if has_weights(self.method) else []
         words += ["--at", *(f"{minutes:g}" for minutes in self.at)] if self.at else []
         words += ["--rays", str(self.rays)] if self.rays is not None else []
+        for key, value in against.items():
+            words += [f"--{key.replace('_', '-')}", f"{value:g}"]
         if self.samples is not None:
             method += f"-{self.samples[0]}-{self.samples[1]}"
             words += ["--samples", *map(str, self.samples)]
@@ -238,6 +249,7 @@ class Train(_OnScene):
             "minutes": self.minutes,
             "warm_start": warm_start,
             "at": measured,
+            "against_overfitting": against,
             "seconds_trained": round(seconds, 1),
             "cpu_seconds": round(cpu_seconds, 1),
             "steps": trainer.steps,
@@ -874,6 +886,14 @@ def render_report(results: dict[str, list[dict[str, Any]]], template: str) -> st
 METHOD_ORDER = ("gnt-tiny", "shiftadd-gnt-tiny", "gnt", "shiftadd-gnt", "nerfacto")
 
 
+#: Settings of training that no preset has, and how a table names them.
+AGAINST_OVERFITTING = {
+    "judged_views": "{} judged views",
+    "spare_source_views": "{} spare source views",
+    "average_weights": "averaged ({:g})",
+}
+
+
 def has_weights(method: str) -> bool:
     """Whether weights for the method come with the package."""
     return method.endswith("-tiny")
@@ -887,7 +907,9 @@ def from_random_weights(method: str, warm_start: str) -> bool:
 def run_label(facts: dict[str, Any]) -> str:
     """The method, and what it started from where there is a choice. Older results say nothing of that: random."""
     random_weights = from_random_weights(facts["method"], facts.get("warm_start", "none"))
-    return f"`{facts['method']}`" + ", from random weights" * random_weights
+    against = facts.get("against_overfitting", {})
+    measures = "".join(f", {AGAINST_OVERFITTING[key].format(value)}" for key, value in against.items())
+    return f"`{facts['method']}`" + ", from random weights" * random_weights + measures
 
 
 def run_order(facts: dict[str, Any]) -> tuple[int, str]:
@@ -990,6 +1012,7 @@ def picture_list(trained: list[dict[str, Any]]) -> str:
     for facts in sorted(trained, key=run_order):
         scene, method = facts["scene"], facts["method"]
         file = f"{scene}-{method}" + "-random" * from_random_weights(method, facts.get("warm_start", ""))
+        file += "-kept" * bool(facts.get("against_overfitting"))
         blocks.append(f"{run_label(facts)}:\n\n![{scene} by {method}](pictures/{file}.png)")
     return "\n\n".join(blocks) or NOT_MEASURED
 
