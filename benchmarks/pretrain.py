@@ -44,6 +44,8 @@ WEIGHTS = REPOSITORY / "shiftadd3d" / "nerf" / "weights"
 RUN = OUTPUTS / "pretraining"
 BATCHES = 48
 """Steps that packed weights are calibrated on."""
+ATTENTION_STEPS = 600
+"""Steps of training for each additive attention, on what it sees in these."""
 
 Method = Literal["gnt-tiny", "shiftadd-gnt-tiny"]
 
@@ -102,6 +104,8 @@ class Pack:
     """Scenes to calibrate the shifts on."""
     run: Annotated[Path, tyro.conf.arg(metavar="DIR")] = RUN
     """Where `train` left its checkpoints."""
+    again: bool = False
+    """Pack the dense weights that are in the package now, instead of a checkpoint. They stay as they are."""
 
     def __call__(self) -> None:
         """Write both files."""
@@ -113,16 +117,19 @@ class Pack:
         from shiftadd3d.models.gnt.presets import may_change
         from shiftadd3d.nerf.checkpoint import latest_checkpoint, network_of, read_checkpoint
         from shiftadd3d.nerf.model import method_recipe
+        from shiftadd3d.nerf.weights import pretrained_file, read_weights
         from shiftadd3d.nn import calibrate_, freeze_
 
         seed_everything(0)
-        path = latest_checkpoint(checkpoint_folder(self.run))
-        state = read_checkpoint(path)
-        dense = network_of(state["pipeline"])
-        facts = {"steps": str(state["step"] + 1), "license": "Apache-2.0"}
-        WEIGHTS.mkdir(exist_ok=True)
-        halves = {name: value.to(torch.bfloat16).contiguous() for name, value in dense.items()}
-        save_file(halves, WEIGHTS / "gnt-tiny.safetensors", {**facts, "method": "gnt-tiny"})
+        if self.again:
+            dense, facts = read_weights(pretrained_file("gnt-tiny"))
+        else:
+            state = read_checkpoint(latest_checkpoint(checkpoint_folder(self.run)))
+            dense = network_of(state["pipeline"])
+            facts = {"steps": str(state["step"] + 1), "license": "Apache-2.0"}
+            WEIGHTS.mkdir(exist_ok=True)
+            halves = {name: value.to(torch.bfloat16).contiguous() for name, value in dense.items()}
+            save_file(halves, WEIGHTS / "gnt-tiny.safetensors", {**facts, "method": "gnt-tiny"})
 
         config: Any = shiftadd_gnt_tiny.config
         gnt = GNTModel(gnt_tiny.config.pipeline.model.gnt).eval()  # type: ignore[attr-defined]
@@ -130,7 +137,13 @@ class Pack:
         settings = config.pipeline.model
         chosen = method_recipe(settings, latencies=(1.0, 1.0))
         report = calibrate_(
-            gnt, calibration_batches(self.factory), chosen, forward=render_batch, filter_fn=may_change, verbose=False
+            gnt,
+            calibration_batches(self.factory, gnt),
+            chosen,
+            forward=render_batch,
+            filter_fn=may_change,
+            attention_steps=ATTENTION_STEPS,
+            verbose=False,
         )
         freeze_(gnt, verbose=False)
         # What is left of float weights are the feature network's convolutions.
@@ -138,16 +151,20 @@ class Pack:
             name: (value.to(torch.bfloat16) if name.startswith("feature_net.") else value).contiguous()
             for name, value in gnt.state_dict().items()
         }
-        facts |= {"method": "shiftadd-gnt-tiny", "packed": "true"}
+        facts = {**facts, "method": "shiftadd-gnt-tiny", "packed": "true"}
         save_file(packed, WEIGHTS / "shiftadd-gnt-tiny.safetensors", facts)
         for file in sorted(WEIGHTS.glob("*.safetensors")):
             print(f"{file.relative_to(REPOSITORY)}: {file.stat().st_size / 1e6:.2f} MB")
         print(f"{len(report.layers)} layers of shifts, calibrated on {BATCHES} steps")
 
 
-def calibration_batches(factory: Path) -> list[tuple[Any, ...]]:
-    """Steps of training across scenes: what `render_batch` needs of each."""
+def calibration_batches(factory: Path, gnt: GNTModel) -> list[tuple[Any, ...]]:
+    """Steps of training across scenes: what `render_batch` needs of each. The feature network stays as it is: its maps
+    are computed once."""
+    import torch
+
     from shiftadd3d.configs.methods import gnt_tiny
+    from shiftadd3d.models.gnt import Cameras
     from shiftadd3d.scenes import scene_path
 
     config: Any = gnt_tiny.config.pipeline.datamanager  # type: ignore[attr-defined]
@@ -156,19 +173,18 @@ def calibration_batches(factory: Path) -> list[tuple[Any, ...]]:
     batches = []
     for step in range(BATCHES):
         rays, _ = manager.next_train(step)
-        batches.append((manager.drawn, rays.origins, rays.directions * rays.metadata["directions_norm"]))
+        views, near, far = manager.drawn.views, manager.drawn.near, manager.drawn.far
+        with torch.no_grad():
+            cameras = Cameras(views.intrinsics, views.camera_to_world)
+            sources = gnt.encode(views.images, cameras, views.valid, views.empty)
+        batches.append((sources, rays.origins, rays.directions * rays.metadata["directions_norm"], near, far))
     return batches
 
 
 def render_batch(gnt: GNTModel, batch: tuple[Any, ...]) -> Any:
     """Render the rays of a step."""
-    from shiftadd3d.models.gnt import Cameras
-
-    drawn, origins, directions = batch
-    views = drawn.views
-    cameras = Cameras(views.intrinsics, views.camera_to_world)
-    sources = gnt.encode(views.images, cameras, views.valid, views.empty)
-    return gnt(sources, origins, directions, drawn.near, drawn.far, 8, inverse_depth=True)["rgb"]
+    sources, origins, directions, near, far = batch
+    return gnt(sources, origins, directions, near, far, 8, inverse_depth=True)["rgb"]
 
 
 @dataclass
