@@ -403,6 +403,8 @@ class Evaluate(DataSettings, Verb):
     numerics: Literal["exact", "fast", "int8", "twin"] | None = None
     """How exactly packed layers compute: as float32 does; with activations rounded to 16 bits, or to 8; or as plain
     torch, without kernels. If not set, what $SHIFTADD3D_NUMERICS says, or exact."""
+    compile: bool = True
+    """Make one executable of a packed classifier on a CPU, where that can be."""
     json: JsonFile = None
     """Write the same facts, and the confusion matrix, to this JSON file, too."""
 
@@ -424,6 +426,7 @@ class Evaluate(DataSettings, Verb):
             workers=self.workers,
             device=self.device,
             numerics=self.numerics,
+            compile=self.compile,
             console=Console(),
         )
         if self.json is not None:
@@ -448,6 +451,9 @@ class Predict(Verb):
     went to the shifting one, as NAME.routing.png. If --out is not set, into the folder predictions."""
     device: str | None = None
     """Where to compute: cpu, cuda, cuda:1. If not set, a GPU if there is one."""
+    compile: bool = True
+    """Make one executable of a packed classifier on a CPU, where that can be. It takes some seconds the first time.
+    With --show-routing it stays as it is."""
     json: JsonFile = None
     """Write labels, probabilities and routing to this JSON file, too."""
 
@@ -470,6 +476,7 @@ class Predict(Verb):
                 out=out,
                 show_routing=self.show_routing,
                 device=self.device,
+                compile=self.compile,
                 console=Console(),
             )
         if self.json is not None:

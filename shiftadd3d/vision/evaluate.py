@@ -15,7 +15,9 @@ from shiftadd3d._errors import UserError
 from shiftadd3d._progress import progress
 from shiftadd3d.kernels import Numerics, get_numerics
 from shiftadd3d.kernels import numerics as in_numerics
+from shiftadd3d.nn import CompiledModel
 from shiftadd3d.vision.checkpoint import ClassifierConfig, load
+from shiftadd3d.vision.compiled import compiled_where_it_can_be
 from shiftadd3d.vision.data import InputConfig, open_split
 from shiftadd3d.vision.distributed import choose_device
 from shiftadd3d.vision.engine import evaluate, explain_memory_errors
@@ -66,6 +68,7 @@ def evaluate_classifier(
     workers: int | None = None,
     device: str | None = None,
     numerics: Numerics | None = None,
+    compile: bool = True,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Measure a saved classifier on a split of some pictures; the arguments are those of `shiftadd3d evaluate`.
@@ -92,25 +95,28 @@ def evaluate_classifier(
             console.print(f"skipped {entry}", highlight=False, markup=False, soft_wrap=True)
         if len(skipped) > _LISTED:
             console.print(f"skipped {len(skipped) - _LISTED} more", highlight=False)
+    as_exactly = get_numerics() if numerics is None else numerics
+    if compile:
+        with in_numerics(as_exactly):
+            model = compiled_where_it_can_be(model, console)
     bar = progress("evaluating", len(pictures), unit="pictures", console=console, disable=console is None)
-    with bar as steps:
-        as_exactly = get_numerics() if numerics is None else numerics
-        with explain_memory_errors(chosen, batch_size, config.input.size), in_numerics(as_exactly):
-            metrics = evaluate(
-                model,
-                pictures,
-                config.input,
-                batch_size=batch_size,
-                workers=workers,
-                on_batch=steps.advance,
-            )
-            throughput = measure_throughput(model, config.input, batch_size)
+    with bar as steps, explain_memory_errors(chosen, batch_size, config.input.size), in_numerics(as_exactly):
+        metrics = evaluate(
+            model,
+            pictures,
+            config.input,
+            batch_size=batch_size,
+            workers=workers,
+            on_batch=steps.advance,
+        )
+        throughput = measure_throughput(model, config.input, batch_size)
     facts = {
         "checkpoint": str(checkpoint),
         "architecture": config.architecture,
         "recipe": None if config.recipe is None else config.recipe.name,
         "frozen": config.frozen,
         "numerics": as_exactly if config.frozen else None,
+        "compiled": isinstance(model, CompiledModel),
         "split": split,
         **metrics.as_dict(),
         "throughput": {"device": str(chosen), "threads": torch.get_num_threads(), **throughput},
@@ -118,6 +124,7 @@ def evaluate_classifier(
     }
     if console is not None:
         frozen = f", packed, {as_exactly} numerics" if config.frozen else ""
+        frozen += ", compiled" if isinstance(model, CompiledModel) else ""
         console.print(f"{config.architecture}, recipe {facts['recipe'] or 'mult'}{frozen}, {split}", highlight=False)
         console.print(metrics, highlight=False)
         console.print(

@@ -15,6 +15,7 @@ from torch import nn
 from shiftadd3d._errors import UserError
 from shiftadd3d.nn.routing import RoutingMap, keep_routing, routing_maps
 from shiftadd3d.vision.checkpoint import ClassifierConfig, load
+from shiftadd3d.vision.compiled import compiled_where_it_can_be
 from shiftadd3d.vision.data import Skipped, decode_picture, eval_transform, skipped_files, to_rgb
 from shiftadd3d.vision.distributed import choose_device
 from shiftadd3d.vision.files import describe_unread, find_files, usual_suffixes
@@ -91,6 +92,7 @@ def predict_pictures(
     out: Path | None = None,
     show_routing: bool = False,
     device: str | None = None,
+    compile: bool = True,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Classify picture files, folders of them, or a camera's frame; the arguments are those of `shiftadd3d predict`.
@@ -106,6 +108,8 @@ def predict_pictures(
     inputs, skipped = _find_pictures(pictures)
     outputs = [None] * len(inputs) if out is None else _name_outputs(inputs, out)
     model = load(checkpoint, choose_device(device))
+    if compile and not show_routing:
+        model = compiled_where_it_can_be(model, console)
     predictions: list[dict[str, Any]] = []
     for source, output in zip(inputs, outputs, strict=True):
         if isinstance(source, Path):

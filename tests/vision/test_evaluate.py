@@ -123,14 +123,17 @@ def test_packed_classifiers_compute_as_exactly_as_asked(
     freeze_(model, verbose=False)
     save_classifier(tmp_path / "packed", model.state_dict(), packed)
     losses = {}
-    for name in ("twin", "exact", "int8"):
+    for name, more in (("twin", []), ("exact", []), ("int8", []), ("exact", ["--no-compile"])):
         file = tmp_path / f"{name}.json"
-        arguments = ["--data", str(folder), "--numerics", name, "--json", str(file)]
+        arguments = ["--data", str(folder), "--numerics", name, "--json", str(file), *more]
         assert cli.main(["evaluate", str(tmp_path / "packed"), *arguments]) == 0
         facts = json.loads(file.read_text())
-        assert facts["numerics"] == name and f"packed, {name} numerics" in capsys.readouterr().out
-        losses[name] = facts["loss"]
+        compiled = name != "twin" and not more
+        said = f"packed, {name} numerics{', compiled' if compiled else ''}, val"
+        assert facts["numerics"] == name and facts["compiled"] is compiled and said in capsys.readouterr().out
+        losses[" ".join([name, *more])] = facts["loss"]
     assert losses["exact"] == pytest.approx(losses["twin"], rel=bound)
+    assert losses["exact --no-compile"] == pytest.approx(losses["twin"], rel=bound)
     assert losses["int8"] == pytest.approx(losses["twin"], rel=0.1)
     exact, rounded = (forms(targets.current(), numerics, 4, 1, "float32")[0] for numerics in ("exact", "int8"))
     assert (losses["int8"] != losses["exact"]) == (rounded != exact)  # not every CPU has integers for it

@@ -18,7 +18,7 @@ import shiftadd3d
 from bounds import assert_within, network_bound
 from shiftadd3d import UserError, cli
 from shiftadd3d.kernels import numerics
-from shiftadd3d.nn import MoEMlp, freeze_, recipe
+from shiftadd3d.nn import CompiledModel, MoEMlp, freeze_, recipe
 from shiftadd3d.nn.routing import RoutingMap, routing_maps
 from shiftadd3d.vision import predict as predict_module
 from shiftadd3d.vision.checkpoint import ClassifierConfig, create_classifier, save_classifier
@@ -89,6 +89,45 @@ def test_a_frozen_classifier_routes_as_the_one_it_came_from(routed: nn.Module, f
         assert_within(torch.tensor(prediction.probabilities), exact, bound)
         for one, other in zip(before.routing, prediction.routing, strict=True):
             assert one.layer == other.layer and np.array_equal(one.assignment, other.assignment)
+
+
+@pytest.mark.parametrize("more", [[], ["--no-compile"], ["--show-routing"]])
+def test_packed_classifiers_are_compiled_unless_told_otherwise(
+    more: list[str], routed: nn.Module, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("tvm")
+    monkeypatch.chdir(tmp_path)
+    config, bound = replace(routed.classifier_config, frozen=True), network_bound(routed)
+    image = folder / "val" / "green" / "001.png"
+    exact, _ = in_float64(routed, Image.open(image))
+    freeze_(routed, verbose=False)
+    save_classifier(tmp_path / "packed", routed.state_dict(), config)
+    ran: list[str] = []
+    monkeypatch.setattr(CompiledModel, "forward", _noted(CompiledModel.forward, ran))
+    assert cli.main(["predict", "packed", str(image), "--json", "labels.json", *more]) == 0
+    assert bool(ran) == (not more)
+    (prediction,) = json.loads(Path("labels.json").read_text())["predictions"]
+    assert_within(torch.tensor([one["probability"] for one in prediction["top"]]), exact, bound)
+
+
+def _noted(forward: Callable[..., torch.Tensor], ran: list[str]) -> Callable[..., torch.Tensor]:
+    def call(self: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        ran.append(type(self).__name__)
+        return forward(self, *inputs)
+
+    return call
+
+
+def test_what_keeps_a_classifier_from_being_compiled_is_said_in_one_line(
+    routed: nn.Module, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    other = replace(routed.classifier_config, recipe=recipe("add+shift", binarizer="hash"), frozen=True)
+    model = create_classifier(replace(other, frozen=False)).eval()
+    freeze_(model, verbose=False)
+    save_classifier(tmp_path / "packed", model.state_dict(), other)
+    assert cli.main(["predict", str(tmp_path / "packed"), str(folder / "val" / "red" / "000.png")]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "compiled" in line]
+    assert said == ["not compiled: blocks.0.attn.q_code is a HashBinarizer, which is not registered"]
 
 
 def in_float64(model: nn.Module, image: Image.Image) -> tuple[torch.Tensor, float]:
