@@ -23,7 +23,8 @@ class Bfloat16Product(ShiftProduct):
 
     def __init__(self, target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype) -> None:
         self.pieces = 1 if form == "bfloat16x1" else 3
-        self.passes = terms  # a sum of two powers is more than one bfloat16 can hold
+        # A sum of two powers is more than one bfloat16 can hold; in a layer of bfloat16 the twin rounds it to one.
+        self.passes = 1 if dtype == "bfloat16" else terms
         self.by_pairs = bits == 4 and terms == 1
         super().__init__(target, form, bits, terms, dtype, block=256)
 
@@ -72,8 +73,18 @@ class Bfloat16Product(ShiftProduct):
             return T.bind((exponent << splat(7)) | (self.negative(code) << splat(15)))
 
         for k in range(0, GROUP, 2):
-            pair = bits(codes[k]) | (bits(codes[k + 1]) << splat(16))
-            scratch.panel[group * (GROUP // 2) + k // 2, column] = pair
+            low, high = bits(codes[k]), bits(codes[k + 1])
+            place = group * (GROUP // 2) + k // 2
+            if add:
+                earlier = T.bind(scratch.panel[place, column])
+                low = self._sum(low << splat(16), earlier << splat(16)) >> splat(16)
+                high = self._sum(high << splat(16), earlier & splat(-65536)) >> splat(16)
+            scratch.panel[place, column] = (low & splat(0xFFFF)) | (high << splat(16))
+
+    def _sum(self, a: Expr, b: Expr) -> Expr:
+        """Bits of float32: the sum of two numbers, given as such bits, rounded to bfloat16."""
+        isa = self.isa
+        return isa.as_integer(isa.round_to_bfloat16(isa.as_float(a) + isa.as_float(b)))
 
     def stage_row(self, scratch: Scratch, row: Expr, inputs: Expr, load: Load, flag: Buffer) -> None:
         isa = self.isa
