@@ -40,6 +40,9 @@ _SINE = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
 _COSINE = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
 _HALF_PI = (1.57079637050628662109375, -4.37113900018624283e-8, -1.71512451000121e-15)
 
+# 2**x between -1/2 and 1/2, of the smallest relative error.
+_EXP2 = (0.009570101276, 0.05591785908, 0.2402474433, 0.6931217909, 0.9999992847)
+
 
 def activate(isa: Isa, name: Activation, x: Expr) -> Expr:
     """The activation of a vector. NaN stays NaN."""
@@ -83,6 +86,13 @@ def exp(isa: Isa, x: Expr) -> Expr:
     return T.select(given < isa.splat(-80.0), isa.splat(0.0), power)
 
 
+def exp2(isa: Isa, x: Expr) -> Expr:
+    """``2**x`` for x <= 0, to 3e-6 of itself; below -126, where float32's normal numbers end, at most ``2**-126``."""
+    x = isa.keep(x)
+    n = isa.keep(T.nearbyint(x))
+    return isa.times_power_of_two(_polynomial(isa, _EXP2, isa.keep(x - n)), n)
+
+
 def sine_and_cosine(isa: Isa, x: Expr) -> tuple[Expr, Expr]:
     r"""``sin x`` and ``cos x`` to 2e-7, for \|x\| up to a million; needs fused multiply-adds."""
     x = isa.keep(x)
@@ -109,14 +119,20 @@ def sine_and_cosine(isa: Isa, x: Expr) -> tuple[Expr, Expr]:
 
 
 def softmax_of_vectors(
-    isa: Isa, shares: Buffer, count: Index, score: Callable[[Expr], Expr], use: Callable[[Expr, Expr], None]
+    isa: Isa,
+    shares: Buffer,
+    count: Index,
+    score: Callable[[Expr], Expr],
+    use: Callable[[Expr, Expr], None],
+    power: Callable[[Isa, Expr], Expr] = exp,
 ) -> Expr:
     """Lane by lane, the softmax of `count` vectors, but for the division by its sum, which is returned.
 
     Args:
-        shares: [count * lanes]; holds ``e**(score - largest score)`` in the end.
+        shares: [count * lanes]; holds the powers of ``score - largest score`` in the end.
         score: ``score(i)``, a vector.
         use: ``use(i, share)``, for each of them.
+        power: `exp`, or `exp2` of scores that are in powers of two.
     """
     largest, total = isa.register(LOWEST), isa.register(0.0)
     with T.serial(count) as i:
@@ -125,7 +141,7 @@ def softmax_of_vectors(
         largest.value = isa.at_least(shares[at], largest.value)
     with T.serial(count) as i:
         at = isa.at(i * isa.lanes)
-        shares[at] = exp(isa, shares[at] - largest.value)
+        shares[at] = power(isa, shares[at] - largest.value)
         total.value = total.value + shares[at]
         use(i, shares[at])
     return total.value

@@ -121,6 +121,15 @@ class Isa:
     def floor(self, x: Expr) -> Expr:
         return self._float("floor", x)
 
+    def times_power_of_two(self, x: Expr, exponent: Expr) -> Expr:
+        """``x * 2**exponent`` for x near 1 and whole exponents below 127; below -126, no more than ``x * 2**-126``."""
+        if self.target.has_avx512 and self.lanes == 16:
+            all_lanes, current_rounding = T.number("int16", -1), T.int32(4)
+            name = "x86.avx512.mask.scalef.ps.512"
+            return T.bind(T.intrinsic(self.floats, name, x, exponent, self.splat(0.0), all_lanes, current_rounding))
+        exponent = self.to_integer(self.at_least(exponent, self.splat(-126.0)))
+        return self.as_float(self.as_integer(x) + (exponent << self.splat_int(23)))
+
     def total(self, x: Expr) -> Expr:
         """The sum of the lanes, a float."""
         return self.register(self._folded(x, lambda a, b: a + b))[0]
@@ -179,7 +188,8 @@ class Isa:
         """The signs of 8 lanes as the bits of an int32 (AVX)."""
         return T.intrinsic("int32", "x86.avx.movmsk.ps.256", T.reinterpret("float32x8", x))
 
-    def prefetch(self, address: Expr) -> None:
+    @staticmethod
+    def prefetch(address: Expr) -> None:
         """Ask for a line of memory that will be read soon."""
         T.instruct("prefetch", address, T.int32(0), T.int32(3), T.int32(1))
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from shiftadd3d.kernels.pack.shift import WholeWeights, whole_weights
 from shiftadd3d.kernels.reference import power_of_two
 
 
@@ -46,6 +47,13 @@ class Draw:
         decoded = power_of_two.decode(codes, offset, bits)
         gain = float(decoded.abs().sum(-1).max())
         return RandomLayer(weight, power_of_two.pack(codes, bits), offset, decoded, self.normal(outputs), gain)
+
+    def whole(self, inputs: int, outputs: int) -> WholeWeights:
+        """A layer of shifts, as panels hold it."""
+        layer = self.layer(inputs, outputs, 4, 1)
+        whole = whole_weights(layer.codes, layer.offset, 4, inputs)
+        assert whole is not None
+        return whole
 
 
 def check_within(found: Tensor, expected: Tensor, bound: Tensor) -> None:

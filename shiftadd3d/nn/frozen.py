@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.pack.shift import WholeWeights, whole_weights
 from shiftadd3d.kernels.runtime.numerics import uses_kernels
 from shiftadd3d.nn.attachments import has_hooks, overridden_methods
 from shiftadd3d.nn.shift import PackedShiftLinear
@@ -134,6 +135,18 @@ def weights_and_biases(layers: Mapping[str, nn.Module]) -> tuple[list[Tensor], l
             raise UserError(f"its {name} is a {type(layer).__name__}, which runs as it is written")
         biases.append(layer.bias)
     return weights, biases
+
+
+def whole_layers(layers: Iterable[nn.Module]) -> list[WholeWeights] | None:
+    """The weights of shift layers as integers; None if one of them has other weights (see `whole_weights`)."""
+    found = [
+        whole_weights(layer.codes, layer.offset, layer.bits, layer.in_features)
+        if type(layer) is PackedShiftLinear
+        else None
+        for layer in layers
+    ]
+    known = [layer for layer in found if layer is not None]
+    return known if len(known) == len(found) else None
 
 
 def two_layers(name: str, layers: nn.Module) -> dict[str, nn.Module]:

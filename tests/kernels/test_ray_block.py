@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shiftadd3d import UserError
-from shiftadd3d.kernels.cpu.gnt.ray_block import KERNEL
+from shiftadd3d import UserError, kernels
+from shiftadd3d import nn as sa
+from shiftadd3d.kernels.cpu.gnt.ray_block import KERNEL, ShiftProblem, random_shifts
 from shiftadd3d.kernels.pack.gnt.ray_block import panels, ray_block_of_panels
 from shiftadd3d.kernels.pack.panel import lanes_on
+from shiftadd3d.kernels.pack.shift import panel_form, panels_of_forms
 from shiftadd3d.kernels.reference.gnt.ray_block import (
     ATTENTIONS,
     random_block,
@@ -186,9 +188,10 @@ def test_panels_for_any_vectors_hold_the_weights(width, heads, hidden, kernel, l
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("place", [-2, -1])
+@pytest.mark.parametrize("place", [-3, -2])
 def test_a_single_wrong_number_fails_the_trial(attention, place):
     spec = {"width": 16, "heads": 2, "hidden": 8, "attention": attention, "kernel": 3, "return_weights": True}
+    spec["form"] = "float32"
     function = KERNEL.function(**spec)
     assert function is not None
     KERNEL.trial(function, **spec)
@@ -199,6 +202,67 @@ def test_a_single_wrong_number_fails_the_trial(attention, place):
 
     with pytest.raises(AssertionError, match="1 / "):
         KERNEL.trial(wrong, **spec)
+
+
+FORMS = [(name, panel_form(targets.current(), name)) for name in ("fast", "int8")]
+
+
+def with_shifts(problem: ShiftProblem, numerics: str, x: torch.Tensor | None = None) -> tuple:
+    packed = [*problem.panels, problem.norms, *panels_of_forms(problem.shifts).values()]
+    rest = problem.heads, problem.attention, problem.eps, True, numerics
+    return torch.ops.shiftadd3d.ray_block(problem.x if x is None else x, packed, *rest)
+
+
+def random_problem(seed: int, attention: str, **changes: int) -> ShiftProblem:
+    kernel = 0 if attention == "softmax" else 3
+    sizes = {"rays": 4, "samples": 9, "width": 32, "heads": 2, "hidden": 64, "kernel": kernel}
+    return random_shifts(seed, attention, **(sizes | changes))
+
+
+@pytest.mark.parametrize(("numerics", "form"), FORMS)
+@pytest.mark.parametrize(("width", "heads", "hidden"), [(32, 4, 0), (64, 4, 256)])
+@settings(max_examples=6, deadline=None)
+@given(st.integers(20, 60), st.integers(1, 40), st.sampled_from(ATTENTIONS), st.integers(0, 99))
+def test_shift_weights_meet_activations_that_are_rounded_as_stated(
+    numerics, form, width, heads, hidden, rays, samples, attention, seed
+):
+    sizes = {"width": width, "heads": heads, "hidden": hidden}
+    problem = random_problem(seed, attention, rays=rays, samples=samples, **sizes)
+    out, first = with_shifts(problem, numerics)
+    exact = with_shifts(problem, "exact")[0]
+    assert torch.equal(out, exact) == (form is None)
+    if form is not None:
+        problem.check(out, first, form)
+
+
+@pytest.mark.parametrize("numerics", ["fast", "int8"])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_a_form_cannot_express_is_computed_exactly(numerics, bad):
+    problem = random_problem(0, "pm1")
+    x = problem.x.clone()
+    x[2, 3, 5] = bad
+    for found, expected in zip(with_shifts(problem, numerics, x), with_shifts(problem, "exact", x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("numerics", ["fast", "int8"])
+@pytest.mark.parametrize("recipe", ["add+shift", "add+shift-attn", "add", None])
+@pytest.mark.parametrize("width", [32, 24])
+def test_frozen_blocks_give_their_kernel_what_it_takes(numerics, recipe, width):
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(RayTransformer(width, num_heads=4, dropout=0.0)).eval()
+    if recipe:
+        sa.reparameterize_(layer, recipe, verbose=False)
+    sa.freeze_(layer, verbose=False)
+    x = torch.randn(40, 9, width)
+    with torch.inference_mode():
+        exact = layer[0](x)[0]
+        with kernels.numerics(numerics):
+            out = layer[0](x)[0]
+    whole = all(isinstance(part, sa.PackedShiftLinear) for name, part in layer.named_modules() if "fc" in name[-3:])
+    rounds = whole and width == 32 and panel_form(targets.current(), numerics) is not None
+    assert torch.equal(out, exact) != rounds
+    assert (out - exact).norm() <= 0.1 * (exact - x).norm()
 
 
 def test_samples_whose_codes_rounding_decides_are_told():
@@ -221,5 +285,6 @@ def test_samples_whose_codes_rounding_decides_are_told():
 
 def test_other_processors_get_their_own_instructions():
     spec = {"width": 16, "heads": 2, "hidden": 8, "attention": "pm1", "kernel": 3, "return_weights": False}
+    spec["form"] = "float32"
     assert "zmm" in KERNEL.assembly(targets.find("avx512"), **spec)
     assert "ymm" not in KERNEL.assembly(targets.find("generic"), **spec)

@@ -7,10 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shiftadd3d import UserError
-from shiftadd3d.kernels.cpu.gnt.view_attention import KERNEL
+from shiftadd3d import UserError, kernels
+from shiftadd3d import nn as sa
+from shiftadd3d.kernels.cpu.forms.panels import error_bound
+from shiftadd3d.kernels.cpu.gnt.view_attention import KERNEL, ShiftProblem, random_shifts
 from shiftadd3d.kernels.pack.gnt.view_attention import panels, view_attention_of_panels
 from shiftadd3d.kernels.pack.panel import lanes_on
+from shiftadd3d.kernels.pack.shift import panel_form, panels_of_forms
 from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS, view_attention_twin
 from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.models.gnt.transformer import ViewAttention
@@ -204,8 +207,72 @@ def test_more_views_than_fit_go_through_plain_torch():
     torch.testing.assert_close(op(*arguments), view_attention_twin(*arguments), rtol=1e-4, atol=1e-5)
 
 
+FORMS = [(name, panel_form(targets.current(), name)) for name in ("fast", "int8")]
+
+
+def with_shifts(problem: ShiftProblem, numerics: str, *inputs: torch.Tensor) -> torch.Tensor:
+    packed = [*problem.panels, *panels_of_forms(problem.shifts).values()]
+    return torch.ops.shiftadd3d.view_attention(*(inputs or problem.inputs), packed, numerics)
+
+
+@pytest.mark.parametrize(("numerics", "form"), FORMS)
+@settings(max_examples=10, deadline=None)
+@given(
+    points=st.integers(4, 70), views=st.integers(1, MAX_VIEWS), width=st.sampled_from([32, 64]), seed=st.integers(0, 99)
+)
+def test_shift_weights_meet_activations_that_are_rounded_as_stated(numerics, form, points, views, width, seed):
+    problem = random_shifts(seed, points=points, views=views, width=width, hidden=width // 8)
+    out = with_shifts(problem, numerics)
+    if form is None:
+        assert torch.equal(out, with_shifts(problem, "exact"))
+        return
+    expected = problem.rounded(form)
+    bound = 4 * error_bound(form) * expected.abs().max() + 1e-4
+    assert (out - expected).abs().max() <= bound
+    # And these are the roundings that make the difference.
+    assert not torch.equal(out, with_shifts(problem, "exact"))
+
+
+@pytest.mark.parametrize("numerics", ["fast", "int8"])
+@pytest.mark.parametrize("bad", [1e25, float("inf"), float("nan")])
+def test_what_a_form_cannot_express_is_computed_exactly(numerics, bad):
+    problem = random_shifts(0, points=40, views=5, width=32, hidden=4)
+    query, views, ray_diff, mask = problem.inputs
+    views = views.clone()
+    views[30, 2, 7] = bad
+    inputs = query, views, ray_diff, mask
+    expected = with_shifts(problem, "exact", *inputs)
+    assert torch.equal(with_shifts(problem, numerics, *inputs).nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("numerics", ["fast", "int8"])
+def test_weights_without_integers_are_computed_exactly(numerics):
+    problem = random_shifts(0, points=20, views=5, width=32, hidden=4)
+    out = torch.ops.shiftadd3d.view_attention(*problem.inputs, list(problem.panels), numerics)
+    assert torch.equal(out, with_shifts(problem, "exact"))
+
+
+@pytest.mark.parametrize("numerics", ["fast", "int8"])
+@pytest.mark.parametrize(("width", "recipe"), [(32, "add+shift"), (24, "add+shift"), (32, None)])
+def test_frozen_attention_gives_its_kernel_what_it_takes(numerics, width, recipe):
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(ViewAttention(width, dropout=0.0)).eval()
+    if recipe:
+        sa.reparameterize_(layer, recipe, verbose=False)
+    sa.freeze_(layer, verbose=False)
+    query, views, ray_diff, mask, _, _ = problem(40, 5, width)
+    inputs = query[None], views[None], ray_diff[None], mask[None, ..., None]
+    with torch.inference_mode():
+        exact = layer[0](*inputs)
+        with kernels.numerics(numerics):
+            out = layer[0](*inputs)
+    rounds = recipe is not None and width % 32 == 0 and panel_form(targets.current(), numerics) is not None
+    assert torch.equal(out, exact) != rounds
+    torch.testing.assert_close(out, exact, rtol=0.0, atol=0.03 * exact.abs().max().item())
+
+
 @pytest.mark.parametrize("name", ["avx512", "generic"])
 def test_other_processors_get_their_own_instructions(name):
-    assembly = KERNEL.assembly(targets.find(name), width=16, hidden=2)
+    assembly = KERNEL.assembly(targets.find(name), width=16, hidden=2, form="float32")
     assert ("zmm" in assembly) == (name == "avx512")
     assert ("ymm" in assembly) or name == "generic"

@@ -4,27 +4,36 @@ With (Q, K, V) = W norm(x) + b, the norms' weights taken into the layers behind 
 
     x' = x + W_o (attention of (Q, K, V) + convolution of V along the ray) + b_o
     out = x' + W_2 relu(W_1 norm(x') + b_1) + b_2
+
+Shift weights in panels of integers have to stay powers of two: there a norm's weight multiplies its outcome.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from shiftadd3d.kernels.cpu.blocks import copy_row, layer_norm, softmax_of_row
+from shiftadd3d.kernels.cpu.forms import panels as forms
+from shiftadd3d.kernels.cpu.forms.panels import AnyForm, PanelProduct, Sink, panel_arguments, panel_product
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import ROW_PADDING, Term, product
-from shiftadd3d.kernels.pack.gnt.ray_block import Layout, layout_of, panels
+from shiftadd3d.kernels.cpu.trials import Draw, check_within
+from shiftadd3d.kernels.pack.gnt.ray_block import Layout, Panels, layout_of, panels, shift_layers, shift_sizes
+from shiftadd3d.kernels.pack.shift import PanelForm, WholeWeights, panel_forms, rounded, shift_panel
 from shiftadd3d.kernels.reference.gnt.ray_block import (
+    norm,
     random_block,
+    ray_block,
     ray_block_twin,
     samples_of_certain_codes,
 )
+from shiftadd3d.kernels.reference.layers import Layer, linear
 from shiftadd3d.kernels.reference.linear_angular import LEAST_ROW_SUM
 from shiftadd3d.kernels.runtime import memory
 from shiftadd3d.kernels.runtime import tir as T
@@ -191,34 +200,189 @@ class _Ray:
                 out[j] = out[j] + similarity[j] / (whole[0] * T.float32(self.heads))
 
 
+class _Layers(Protocol):
+    """The linear layers of a block, within a task."""
+
+    def project(self, rows: Expr, normed: Buffer, sink: Sink) -> None:
+        """Queries, keys and values."""
+        ...
+
+    def leave(self, rows: Expr, attended: Buffer, out: Buffer) -> None:
+        """The attention's output layer."""
+        ...
+
+    def add_perceptron(self, rows: Expr, normed: Buffer, out: Buffer) -> None:
+        """Add the perceptron."""
+        ...
+
+
+class _FloatLayers:
+    """In float32."""
+
+    def __init__(self, isa: Isa, sizes: _Sizes, weights: _Weights, rows: Expr) -> None:
+        self._isa, self._sizes, self._weights = isa, sizes, weights
+        self._activation = T.alloc(rows + ROW_PADDING, max(sizes.deep, 1))
+
+    def project(self, rows: Expr, normed: Buffer, sink: Sink) -> None:
+        weights, sizes = self._weights, self._sizes
+        term = (sizes.width, normed, weights.projections)
+        product(self._isa, rows, sizes.layout.end, weights.projection_bias, [term], sink)
+
+    def leave(self, rows: Expr, attended: Buffer, out: Buffer) -> None:
+        weights, sizes = self._weights, self._sizes
+        terms = [_head(attended, weights.out, sizes.layout, sizes.size, n) for n in range(sizes.heads)]
+        product(self._isa, rows, sizes.layout.keys, weights.out_bias, terms, out)
+
+    def add_perceptron(self, rows: Expr, normed: Buffer, out: Buffer) -> None:
+        isa, weights, sizes, wide = self._isa, self._weights, self._sizes, self._sizes.layout.keys
+        term = (sizes.width, normed, lambda k, c: weights.first[isa.at(k * sizes.deep + c)])
+        product(isa, rows, sizes.deep, weights.first_bias, [term], self._activation, isa.relu)
+        term = (sizes.hidden, self._activation, lambda k, c: weights.second[isa.at(k * wide + c)])
+        product(isa, rows, wide, lambda r, c: out[r, isa.at(c)] + weights.second_bias[isa.at(c)], [term], out)
+
+
+class _ShiftLayers:
+    """Of shift weights in panels of integers.
+
+    Args:
+        norms: [1 or 2, width], the weights of the norms.
+        panels: of projections and out, and of first and second where there is a perceptron.
+    """
+
+    def __init__(
+        self,
+        product: PanelProduct,
+        sizes: _Sizes,
+        weights: _Weights,
+        rows: Expr,
+        norms: Buffer,
+        *panels: Buffer,
+    ) -> None:
+        self.product, self._isa, self._weights, self._norms, self._panels = product, product.isa, weights, norms, panels
+        self._staged = product.staged(rows, sizes.width)
+        if sizes.hidden:
+            self._activation = T.alloc(rows + forms.ROW_PADDING, sizes.hidden)
+            self._staged_activation = product.staged(rows, sizes.hidden)
+
+    def project(self, rows: Expr, normed: Buffer, sink: Sink) -> None:
+        self._stage_normed(rows, normed, 0)
+        self.product.multiply(rows, self._staged, self._panels[0], self._weights.projection_bias, sink)
+
+    def leave(self, rows: Expr, attended: Buffer, out: Buffer) -> None:
+        isa, last = self._isa, rows - 1
+        self.product.stage(self._staged, rows, lambda r, c: attended[T.min(r, last), isa.at(c)])
+        self.product.multiply(rows, self._staged, self._panels[1], self._weights.out_bias, self._into(out))
+
+    def add_perceptron(self, rows: Expr, normed: Buffer, out: Buffer) -> None:
+        isa, last, weights, activation = self._isa, rows - 1, self._weights, self._activation
+
+        def activate(r: Expr, c: int, x: Expr) -> None:
+            activation[r, isa.at(c)] = isa.relu(x)
+
+        def before(r: Index, c: int) -> Expr:
+            return out[r, isa.at(c)] + weights.second_bias[isa.at(c)]
+
+        self._stage_normed(rows, normed, 1)
+        self.product.multiply(rows, self._staged, self._panels[2], weights.first_bias, activate)
+        self.product.stage(self._staged_activation, rows, lambda r, c: activation[T.min(r, last), isa.at(c)])
+        self.product.multiply(rows, self._staged_activation, self._panels[3], before, self._into(out))
+
+    def _stage_normed(self, rows: Expr, normed: Buffer, norm: int) -> None:
+        isa, last = self._isa, rows - 1
+
+        def scaled(r: Expr, c: int) -> Expr:
+            return normed[T.min(r, last), isa.at(c)] * self._norms[norm, isa.at(c)]
+
+        self.product.stage(self._staged, rows, scaled)
+
+    def _into(self, out: Buffer) -> Sink:
+        def store(r: Expr, c: int, x: Expr) -> None:
+            out[r, self._isa.at(c)] = x
+
+        return store
+
+
+class _Sizes(NamedTuple):
+    width: int
+    heads: int
+    size: int  # of a head
+    hidden: int
+    deep: int  # hidden units, in whole vectors
+    layout: Layout
+
+
+class _Weights(NamedTuple):
+    """The arguments that hold `shiftadd3d.kernels.pack.gnt.ray_block.Panels`."""
+
+    projections: Buffer
+    projection_bias: Buffer
+    out: Buffer
+    out_bias: Buffer
+    first: Buffer
+    first_bias: Buffer
+    second: Buffer
+    second_bias: Buffer
+    conv: Buffer
+
+
+def _weights(sizes: _Sizes, kernel: int) -> _Weights:
+    """The next arguments of a function."""
+    width, deep, layout, wide = sizes.width, sizes.deep, sizes.layout, sizes.layout.keys
+    return _Weights(
+        projections=T.panel("w_projections", width, layout.end),
+        projection_bias=T.panel("b_projections", layout.end),
+        out=T.panel("w_out", width, wide),
+        out_bias=T.panel("b_out", wide),
+        first=T.panel("w_first", width * deep),
+        first_bias=T.panel("b_first", deep),
+        second=T.panel("w_second", sizes.hidden * wide),
+        second_bias=T.panel("b_second", wide),
+        conv=T.panel("conv", sizes.heads * kernel),
+    )
+
+
 def _build(
-    target: CpuTarget, *, width: int, heads: int, hidden: int, attention: str, kernel: int, return_weights: bool
+    target: CpuTarget,
+    *,
+    width: int,
+    heads: int,
+    hidden: int,
+    attention: str,
+    kernel: int,
+    return_weights: bool,
+    form: AnyForm,
 ) -> T.PrimFunc:
     isa = Isa(target)
     layout = layout_of(isa.lanes, width, heads)
-    size, wide, deep = width // heads, layout.keys, isa.padded(hidden)
+    sizes = _Sizes(width, heads, width // heads, hidden, isa.padded(hidden), layout)
     softmax, low = attention == "softmax", -1.0 if attention == "pm1" else 0.0
-    scale = 1.0 / math.sqrt(size) if softmax else 1.0 / (math.pi * size)
+    scale = 1.0 / math.sqrt(sizes.size) if softmax else 1.0 / (math.pi * sizes.size)
 
     with T.function("ray_block") as function:
         N, F = T.sizes(2)
         x = T.argument("x", (N, width))  # rows are (ray, sample)
-        w_projections, b_projections = T.panel("w_projections", width, layout.end), T.panel("b_projections", layout.end)
-        w_out, b_out = T.panel("w_out", width, wide), T.panel("b_out", wide)
-        w_first, b_first = T.panel("w_first", width * deep), T.panel("b_first", deep)
-        w_second, b_second = T.panel("w_second", hidden * wide), T.panel("b_second", wide)
-        conv = T.panel("conv", heads * kernel)
+        weights = _weights(sizes, kernel)
+        shift_panels: list[Buffer] = []
+        if form != "float32":
+            shift_panels.append(T.panel("norms", 2 if hidden else 1, width))
+            shift_panels += panel_arguments(form, shift_sizes(width, hidden, layout))
         S, eps = T.scalar("S"), T.scalar("eps", "float32")
         out, first_out = T.argument("out", (N, width)), T.argument("first_out", (F, S))
+        flag = T.argument("flag", (1,), "int32")
 
         rays_of_block = T.bind(T.max(T.int64(_ROWS) // S, T.int64(1)))
         rows_of_block = T.bind(rays_of_block * S)
         with T.parallel((N + rows_of_block - 1) // rows_of_block) as block:
             begin = T.bind(block * rows_of_block)
             rows = T.bind(T.min(rows_of_block, N - begin))
-            normed, residual = (T.alloc(rows_of_block + ROW_PADDING, wide) for _ in range(2))
-            projected = T.alloc(rows_of_block + ROW_PADDING, layout.end)
-            attended = T.alloc(rows_of_block + ROW_PADDING, heads * layout.head)
+            room = rows_of_block + max(ROW_PADDING, forms.ROW_PADDING)
+            normed, residual = (T.alloc(room, layout.keys) for _ in range(2))
+            projected, attended = T.alloc(room, layout.end), T.alloc(room, heads * layout.head)
+            if form == "float32":
+                shifts, layers = None, _FloatLayers(isa, sizes, weights, rows_of_block)
+            else:
+                shifts = panel_product(target, form)
+                layers = _ShiftLayers(shifts, sizes, weights, rows_of_block, *shift_panels)
 
             def project(r: Index, c: int, sums: Expr) -> None:
                 if not softmax and c < layout.values:
@@ -226,26 +390,24 @@ def _build(
                 projected[r, isa.at(c)] = sums
 
             layer_norm(isa, rows, width, lambda r, c: x[begin + r, c], normed, eps)
-            product(isa, rows, layout.end, b_projections, [(width, normed, w_projections)], project)
+            layers.project(rows, normed, project)
             with T.serial(rows // S) as ray:
                 of_head = Isa(target, layout.lanes)
-                one = _Ray(isa, of_head, layout, heads, size, scale, projected, attended, ray * S, S)
+                one = _Ray(isa, of_head, layout, heads, sizes.size, scale, projected, attended, ray * S, S)
                 one.attend_softmax() if softmax else one.attend_linear()
-                one.convolve(conv, kernel)
+                one.convolve(weights.conv, kernel)
                 if return_weights:
                     one.first_weights(first_out.part(block * rays_of_block + ray), softmax=softmax)
-            product(isa, rows, wide, b_out, [_head(attended, w_out, layout, size, n) for n in range(heads)], residual)
+            layers.leave(rows, attended, residual)
             with T.serial(rows) as r, T.serial(width) as c:
                 residual[r, c] = residual[r, c] + x[begin + r, c]
             if hidden:
-                activation = T.alloc(rows_of_block + ROW_PADDING, deep)
                 layer_norm(isa, rows, width, lambda r, c: residual[r, c], normed, eps)
-                term = (width, normed, lambda k, c: w_first[isa.at(k * deep + c)])
-                product(isa, rows, deep, b_first, [term], activation, isa.relu)
-                term = (hidden, activation, lambda k, c: w_second[isa.at(k * wide + c)])
-                product(isa, rows, wide, lambda r, c: residual[r, isa.at(c)] + b_second[isa.at(c)], [term], residual)
+                layers.add_perceptron(rows, normed, residual)
             with T.serial(rows) as r:
                 copy_row(isa, residual.part(r), out.part(begin + r), width)
+            if shifts is not None:
+                shifts.finish(flag)
     return function.get()
 
 
@@ -256,23 +418,39 @@ def _head(attended: Buffer, weight: Buffer, layout: Layout, size: int, head: int
 
 def run(
     function: Compiled, x: Tensor, panels: Sequence[Tensor], eps: float, return_weights: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | None:
+    """Call a compiled function with the panels of its form; None if that cannot express an activation."""
     rays, samples, width = x.shape
     out = memory.empty(rays * samples, width, dtype=torch.float32)
-    first = torch.empty(rays if return_weights else 0, samples)
-    function(x.float().reshape(-1, width).contiguous(), *panels, samples, eps, out, first)
+    first, flag = torch.empty(rays if return_weights else 0, samples), torch.zeros(1, dtype=torch.int32)
+    function(x.float().reshape(-1, width).contiguous(), *panels, samples, eps, out, first, flag)
     first = first if return_weights else x.new_empty(0)
-    return out.view(x.shape).to(x.dtype), first.to(x.dtype)
+    return None if flag.item() else (out.view(x.shape).to(x.dtype), first.to(x.dtype))
 
 
 def _trial(
-    function: Compiled, *, width: int, heads: int, hidden: int, attention: str, kernel: int, return_weights: bool
+    function: Compiled,
+    *,
+    width: int,
+    heads: int,
+    hidden: int,
+    attention: str,
+    kernel: int,
+    return_weights: bool,
+    form: AnyForm,
 ) -> None:
-    x, weights, biases, conv, _ = random_block(
-        0, rays=13, samples=9, width=width, heads=heads, hidden=hidden, kernel=kernel
-    )
-    packed = panels(weights, biases, conv, heads, current().lanes)
-    out, first = run(function, x, packed, 1e-6, return_weights)
+    sizes = {"rays": 13, "samples": 9, "width": width, "heads": heads, "hidden": hidden, "kernel": kernel}
+    if form != "float32":
+        problem = random_shifts(0, attention, **sizes)
+        shifts = [problem.norms, *(shift_panel(layer, form) for layer in problem.shifts.values())]
+        outcome = run(function, problem.x, [*problem.panels, *shifts], problem.eps, return_weights)
+        assert outcome is not None, "it found an activation that it cannot express"
+        problem.check(*outcome, form)
+        return
+    x, weights, biases, conv, _ = random_block(0, **sizes)
+    outcome = run(function, x, panels(weights, biases, conv, heads, current().lanes), 1e-6, return_weights)
+    assert outcome is not None
+    out, first = outcome
     twin, twins_first = ray_block_twin(x, weights, biases, conv, heads, attention, 1e-6, return_weights)
     certain = torch.ones(x.shape[:2], dtype=torch.bool)
     if attention != "softmax":
@@ -283,19 +461,87 @@ def _trial(
         torch.testing.assert_close(first[certain[:, 0]], twins_first[certain[:, 0]], rtol=1e-3, atol=1e-4)
 
 
-def _variants(target: CpuTarget) -> list[dict[str, Any]]:
-    return [
-        {
-            "width": width,
-            "heads": 4,
-            "hidden": hidden,
-            "attention": attention,
-            "kernel": 0 if attention == "softmax" else 3,
-            "return_weights": False,
-        }
-        for width in (32, 64)
-        for attention, hidden in (("softmax", 4 * width), ("pm1", 0))
-    ]
+class ShiftProblem(NamedTuple):
+    """A block of shift weights.
+
+    Attributes:
+        x, weights, biases, conv, heads, attention, eps: as the twin takes them.
+        norms, shifts: what panels of integers hold, by name, and the norms' weights.
+    """
+
+    x: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    conv: Tensor | None
+    heads: int
+    attention: str
+    norms: Tensor
+    shifts: dict[str, WholeWeights]
+    eps: float = 1e-6
+
+    @property
+    def panels(self) -> Panels:
+        return panels(self.weights, self.biases, self.conv, self.heads, current().lanes)
+
+    def check(self, out: Tensor, first: Tensor, form: PanelForm) -> None:
+        """Raise `AssertionError` unless a form's outcome is that of the reference with layers that round as it does.
+
+        Where a number lies halfway between two that the form has, float32 rounds it either way, and what that moves
+        through zero gets the other code: such samples are left out.
+        """
+        x, conv = self.x.double(), None if self.conv is None else self.conv.double()
+        weights = [weight.double() for weight in self.weights]
+        biases = [x.new_zeros(()) if bias is None else bias.double() for bias in self.biases]
+
+        def shift(number: int, of_norm: int | None = None) -> Layer:
+            before = 0.0 if of_norm is None else biases[of_norm]
+            return lambda x: linear(weights[number])(rounded(x - before, form) + before) + biases[number]
+
+        layers = [norm(weights[0], biases[0], self.eps), *(shift(n, 0) for n in (1, 2, 3)), shift(4)]
+        if len(weights) > 5:
+            layers += [norm(weights[5], biases[5], self.eps), shift(6, 5), shift(7)]
+        expected, firsts = ray_block(x, layers, conv, self.heads, self.attention, True)
+        certain = torch.ones(x.shape[:2], dtype=torch.bool)
+        if self.attention != "softmax":
+            normed = layers[0](x) - biases[0]
+            slack = 2e-6 * normed.abs().amax(-1, keepdim=True)
+            apart = (rounded(normed + slack, form) - rounded(normed - slack, form)).abs()
+            of_query, of_key = (
+                layers[n](normed + biases[0]).abs() > (apart + slack) @ weights[n].abs().mT for n in (1, 2)
+            )
+            certain = of_query.all(-1) & of_key.all(-1).all(-1, keepdim=True)
+            assert certain.any(), "rounding decides a code in each ray"
+        allowed = forms.error_bound(form) * 4 * expected.abs().amax() + 1e-3
+        check_within(out[certain], expected[certain], allowed)
+        if len(first):
+            torch.testing.assert_close(first[certain[:, 0]], firsts[certain[:, 0]].float(), rtol=1e-2, atol=1e-3)
+
+
+def random_shifts(seed: int, attention: str, **sizes: int) -> ShiftProblem:
+    """For a trial; sizes as those of `random_block`."""
+    x, weights, biases, conv, heads = random_block(seed, **sizes)
+    draw = Draw()
+    whole = {n: draw.whole(*reversed(weights[n].shape)) for n in range(1, len(weights)) if weights[n].dim() > 1}
+    for number, layer in whole.items():
+        weights[number] = layer.integers * layer.unit[:, None]
+    found = shift_layers(weights[0::5], list(whole.values()), heads, current().lanes)
+    assert found is not None, "there are no such panels"
+    return ShiftProblem(x, weights, biases, conv, heads, attention, *found)
+
+
+def _variants(target: CpuTarget) -> Iterator[dict[str, Any]]:
+    for width in (32, 64):
+        for attention, hidden in (("softmax", 4 * width), ("pm1", 0), ("pm1", 4 * width)):
+            for form in ("float32", *panel_forms(target)):
+                yield {
+                    "width": width,
+                    "heads": 4,
+                    "hidden": hidden,
+                    "attention": attention,
+                    "kernel": 0 if attention == "softmax" else 3,
+                    "return_weights": False,
+                    "form": form,
+                }
 
 
 KERNEL = Kernel("ray_block", _build, _trial, _variants)

@@ -10,8 +10,17 @@ from torch import Tensor
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.cpu.gnt.ray_block import KERNEL, run
 from shiftadd3d.kernels.ops.define import define_op, packed_function
-from shiftadd3d.kernels.pack.gnt.ray_block import check_panels, hidden_and_kernel, ray_block_of_panels
+from shiftadd3d.kernels.pack.gnt.ray_block import (
+    Panels,
+    check_panels,
+    hidden_and_kernel,
+    layout_of,
+    ray_block_of_panels,
+    shift_sizes,
+)
+from shiftadd3d.kernels.pack.shift import forms_of
 from shiftadd3d.kernels.reference.gnt.ray_block import Attention
+from shiftadd3d.kernels.runtime.numerics import Numerics
 
 
 class RayBlock(NamedTuple):
@@ -23,6 +32,7 @@ class RayBlock(NamedTuple):
     attention: Attention
     eps: float
     return_weights: bool
+    numerics: Numerics = "exact"
 
 
 def _check(given: RayBlock) -> None:
@@ -34,15 +44,24 @@ def _check(given: RayBlock) -> None:
 
 
 def _cpu(given: RayBlock) -> tuple[Tensor, Tensor] | None:
-    x, panels, num_heads, attention, eps, return_weights = given
+    x, panels, num_heads, attention, eps, return_weights, numerics = given
     width = x.shape[-1]
     lanes = check_panels(panels, width, num_heads)
     if not x.numel() or x.dtype not in (torch.float32, torch.bfloat16):
         return None
     hidden, kernel = hidden_and_kernel(panels, num_heads)
     spec = {"width": width, "heads": num_heads, "hidden": hidden, "attention": attention, "kernel": kernel}
-    function = packed_function(KERNEL, lanes, **spec, return_weights=return_weights)
-    return None if function is None else run(function, x, panels, eps, return_weights)
+    ordinary, others = panels[: len(Panels._fields)], panels[len(Panels._fields) :]
+    sizes = shift_sizes(width, hidden, layout_of(lanes, width, num_heads))
+    for form, shifts in forms_of(numerics, others[1:], sizes):
+        function = packed_function(KERNEL, lanes, **spec, return_weights=return_weights, form=form)
+        if function is None:
+            continue
+        norms = others[:1] if shifts else []
+        outcome = run(function, x, [*ordinary, *norms, *shifts], eps, return_weights)
+        if outcome is not None:
+            return outcome
+    return None
 
 
 def _fake(given: RayBlock) -> tuple[Tensor, Tensor]:

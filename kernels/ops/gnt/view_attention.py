@@ -17,8 +17,16 @@ from shiftadd3d.kernels.cuda.driver import MAX_ELEMENTS
 from shiftadd3d.kernels.cuda.gnt import view_attention as cuda_view_attention
 from shiftadd3d.kernels.cuda.gnt.view_attention import CUDA_KERNEL
 from shiftadd3d.kernels.ops.define import define_op, packed_function
-from shiftadd3d.kernels.pack.gnt.view_attention import check_panels, hidden_of, view_attention_of_panels
+from shiftadd3d.kernels.pack.gnt.view_attention import (
+    Panels,
+    check_panels,
+    hidden_of,
+    shift_sizes,
+    view_attention_of_panels,
+)
+from shiftadd3d.kernels.pack.shift import forms_of
 from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS
+from shiftadd3d.kernels.runtime.numerics import Numerics
 
 
 class ViewAttention(NamedTuple):
@@ -29,10 +37,11 @@ class ViewAttention(NamedTuple):
     ray_diff: Tensor
     mask: Tensor
     panels: list[Tensor]
+    numerics: Numerics = "exact"
 
 
 def _check(given: ViewAttention) -> None:
-    query, views, ray_diff, mask, _ = given
+    query, views, ray_diff, mask, *_ = given
     points, count = query.shape[:-1], views.shape[-2]
     expected = {
         "views": (views, (*points, count, query.shape[-1])),
@@ -51,19 +60,27 @@ def _check(given: ViewAttention) -> None:
 
 
 def _cpu(given: ViewAttention) -> Tensor | None:
-    query, views, ray_diff, mask, panels = given
+    query, views, ray_diff, mask, panels, numerics = given
     width = query.shape[-1]
-    lanes = check_panels(panels, width)
+    lanes, hidden = check_panels(panels, width), hidden_of(panels, width)
     if query.numel() == 0:
         return torch.empty_like(query)
     if query.dtype not in (torch.float32, torch.bfloat16) or views.shape[-2] > MAX_VIEWS:
         return None
-    function = packed_function(KERNEL, lanes, width=width, hidden=hidden_of(panels, width))
-    return None if function is None else run(function, query, views, ray_diff, mask, panels)
+    ordinary, others = panels[: len(Panels._fields)], panels[len(Panels._fields) :]
+    for form, shifts in forms_of(numerics, others, shift_sizes(width, hidden, lanes)):
+        function = packed_function(KERNEL, lanes, width=width, hidden=hidden, form=form)
+        if function is None:
+            continue
+        out = run(function, query, views, ray_diff, mask, [*ordinary, *shifts])
+        if out is not None:
+            return out
+    return None
 
 
 def _cuda(given: ViewAttention) -> Tensor | None:
-    query, views, ray_diff, mask, panels = given
+    query, views, ray_diff, mask, panels, _ = given
+    panels = panels[: len(Panels._fields)]
     width = query.shape[-1]
     lanes, hidden = check_panels(panels, width), hidden_of(panels, width)
     if query.numel() == 0:

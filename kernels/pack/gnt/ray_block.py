@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.pack.panel import filled, lanes_of, padded, stored
+from shiftadd3d.kernels.pack.shift import WholeWeights, across
 from shiftadd3d.kernels.reference.gnt.ray_block import ray_block_twin
 
 
@@ -100,6 +101,34 @@ def panels(
     return Panels(*map(stored, (*packed, none if conv is None else conv.flatten())))
 
 
+def shift_layers(
+    norms: Sequence[Tensor], layers: Sequence[WholeWeights], heads: int, lanes: int
+) -> tuple[Tensor, dict[str, WholeWeights]] | None:
+    """What panels of integers hold, and the norms' weights [1 or 2, C], which have to stay apart.
+
+    Args:
+        norms: weights of the norm, and of the perceptron's norm where there is one.
+        layers: q, k, v, out, and the perceptron's first and second layers.
+
+    Returns:
+        Projections (see `Layout`), out, first and second; None where heads are not whole vectors of their own.
+    """
+    q, k, v, out, *perceptron = layers
+    width = q.integers.shape[1]
+    layout = layout_of(lanes, width, heads)
+    if layout.head * heads != width:
+        return None
+    named = {"projections": across(q, k, v, lanes=lanes), "out": across(out, lanes=lanes)}
+    named |= {name: across(layer, lanes=lanes) for name, layer in zip(("first", "second"), perceptron, strict=False)}
+    return stored(torch.stack([norm.detach() for norm in norms])), named
+
+
+def shift_sizes(width: int, hidden: int, layout: Layout) -> list[tuple[int, int]]:
+    """Inputs and outputs of the same; hidden units are whole vectors, or there are no such panels."""
+    attention = [(width, layout.end), (width, layout.keys)]
+    return attention + ([(width, hidden), (hidden, layout.keys)] if hidden else [])
+
+
 def hidden_and_kernel(panels: Sequence[Tensor], heads: int) -> tuple[int, int]:
     """The perceptron's hidden units and the convolution's length, 0 where there is none."""
     return panels[6].numel() // panels[7].numel(), panels[8].numel() // heads
@@ -115,17 +144,23 @@ def check_panels(panels: Sequence[Tensor], width: int, heads: int) -> int:
         attention = [(width, layout.end), (layout.end,), (width, wide), (wide,)]
         return [*attention, (width * deep,), (deep,), (hidden * wide,), (wide,), (heads * kernel,)]
 
-    return lanes_of("ray_block", panels, sizes)
+    return lanes_of("ray_block", panels[: len(Panels._fields)], sizes)
 
 
 def ray_block_of_panels(
-    x: Tensor, panels: Sequence[Tensor], num_heads: int, attention: str, eps: float, return_weights: bool
+    x: Tensor,
+    panels: Sequence[Tensor],
+    num_heads: int,
+    attention: str,
+    eps: float,
+    return_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """The twin of the weights that panels hold, with norms that do nothing but normalise: where no kernel serves."""
     width = x.shape[-1]
     layout = layout_of(check_panels(panels, width, num_heads), width, num_heads)
     hidden, kernel = hidden_and_kernel(panels, num_heads)
-    projections, projection_bias, out, out_bias, first, first_bias, second, second_bias, conv = panels
+    ordinary = panels[: len(Panels._fields)]
+    projections, projection_bias, out, out_bias, first, first_bias, second, second_bias, conv = ordinary
 
     def projected(part: Tensor) -> list[Tensor]:
         """Queries', keys' and values' columns [*, C] each."""

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d.kernels.pack.panel import across, lanes_of, padded, row, stored
+from shiftadd3d.kernels.pack.shift import WholeWeights
+from shiftadd3d.kernels.pack.shift import across as across_whole
 from shiftadd3d.kernels.reference.gnt.view_attention import blend_views
 
 
@@ -59,6 +61,20 @@ def panels(weights: Sequence[Tensor], biases: Sequence[Tensor], lanes: int) -> P
     return Panels(*map(stored, packed))
 
 
+def shift_layers(
+    key: WholeWeights, value: WholeWeights, score: WholeWeights, out: WholeWeights, lanes: int
+) -> dict[str, WholeWeights]:
+    """What panels of integers hold, of the layers W_k, W_v, A_1 and W_o: key, row and out."""
+    row = across_whole(value, score, lanes=lanes)
+    return {"key": across_whole(key, lanes=lanes), "row": row, "out": across_whole(out, lanes=lanes)}
+
+
+def shift_sizes(width: int, hidden: int, lanes: int) -> list[tuple[int, int]]:
+    """Inputs and outputs of the same."""
+    wide, narrow = padded(width, lanes), padded(hidden, lanes)
+    return [(width, wide), (width, wide + narrow), (width, wide)]
+
+
 def hidden_of(panels: Sequence[Tensor], width: int) -> int:
     """H, for so many channels."""
     return panels[0].shape[0] - width
@@ -73,7 +89,7 @@ def check_panels(panels: Sequence[Tensor], width: int) -> int:
         both = (width + hidden, wide + narrow), (wide + narrow,)
         return [*both, (5, narrow), (width, narrow), (narrow,), (hidden, wide), (width, wide), (wide,)]
 
-    return lanes_of("view_attention", panels, sizes)
+    return lanes_of("view_attention", panels[: len(Panels._fields)], sizes)
 
 
 def view_attention_of_panels(
@@ -82,7 +98,9 @@ def view_attention_of_panels(
     """`view_attention`, whose products of weights have been taken, in plain torch: where no kernel serves."""
     width = query.shape[-1]
     hidden = hidden_of(panels, width)
-    rows, row_bias, position, to_query, query_bias, score, out, out_bias = (panel.to(query.dtype) for panel in panels)
+    rows, row_bias, position, to_query, query_bias, score, out, out_bias = (
+        panel.to(query.dtype) for panel in panels[: len(Panels._fields)]
+    )
     place = F.relu(ray_diff @ position[:4, :hidden] + position[4, :hidden])
     seen = torch.cat([views, place], dim=-1) @ rows + row_bias
     values, activation = seen.split([out.shape[1], to_query.shape[1]], dim=-1)

@@ -14,6 +14,7 @@ Source: Varma T. et al., "Is Attention All That NeRF Needs?" (ICLR 2023), sectio
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -86,18 +87,32 @@ def ray_block_twin(
         [R, S, C], and how the first sample of each ray attends, the mean over the heads, [R, S] (empty unless
         `return_weights`).
     """
-    layers = [linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    normed = _layer_norm(x, weights[0], biases[0], eps)
+    layers: list[Layer] = [linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    for number in range(0, len(layers), 5):
+        layers[number] = norm(weights[number], biases[number], eps)
+    return ray_block(x, layers, conv, num_heads, attention, return_weights)
+
+
+def ray_block(
+    x: Tensor,  # [R, S, C]
+    layers: Sequence[Layer],  # of LAYERS
+    conv: Tensor | None,
+    num_heads: int,
+    attention: str,
+    return_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    """The block with any layers; see `ray_block_twin`."""
     q, k, v, out = layers[1:5]
-    attended, first = ray_attention(normed, q, k, v, out, num_heads, attention, conv, return_weights)
+    attended, first = ray_attention(layers[0](x), q, k, v, out, num_heads, attention, conv, return_weights)
     x = x + attended
-    if len(weights) > 5:
-        x = x + layers[7](F.relu(layers[6](_layer_norm(x, weights[5], biases[5], eps))))
+    if len(layers) > 5:
+        x = x + layers[7](F.relu(layers[6](layers[5](x))))
     return x, x.new_empty(0) if first is None else first
 
 
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
+def norm(weight: Tensor, bias: Tensor | None, eps: float) -> Layer:
+    """A layer norm in the dtype of its input."""
+    return lambda x: F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
 
 
 def random_block(

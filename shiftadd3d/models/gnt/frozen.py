@@ -25,6 +25,8 @@ from shiftadd3d.kernels.pack.gnt import ray_block as pack_ray_block
 from shiftadd3d.kernels.pack.gnt import view_attention as pack_view_attention
 from shiftadd3d.kernels.pack.gnt import view_embedding as pack_view_embedding
 from shiftadd3d.kernels.pack.panel import lanes_on
+from shiftadd3d.kernels.pack.shift import panels_of_forms
+from shiftadd3d.kernels.runtime.numerics import get_numerics
 from shiftadd3d.kernels.reference.gnt.plane_sweep import Network
 from shiftadd3d.models.gnt.color_head import ImageColorHead
 from shiftadd3d.models.gnt.projection import PointLookUp, PointSamples, SourceViews, scene_of
@@ -38,24 +40,29 @@ from shiftadd3d.models.gnt.transformer import (
     ViewAttention,
 )
 from shiftadd3d.nn import AddAttention, FrozenMlp, FrozenModule, SignBinarizer, TokenConv, register_frozen
-from shiftadd3d.nn.frozen import two_layers, weights_and_biases
+from shiftadd3d.nn.frozen import two_layers, weights_and_biases, whole_layers
 
 
 class FrozenViewAttention(FrozenModule, ViewAttention):
     """`ViewAttention` with the products of its weights taken."""
 
     def derive(self) -> Mapping[str, Tensor]:
-        layers = {"q_fc": self.q_fc, "k_fc": self.k_fc, "v_fc": self.v_fc}
+        layers: dict[str, nn.Module] = {"q_fc": self.q_fc, "k_fc": self.k_fc, "v_fc": self.v_fc}
         layers |= two_layers("pos_fc", self.pos_fc) | two_layers("attn_fc", self.attn_fc) | {"out_fc": self.out_fc}
         weights, biases = weights_and_biases(layers)
         if any(bias is not None for bias in biases[:3]):
             raise UserError("its queries, keys or values have a bias, and it runs as it is written")
-        return pack_view_attention.panels(weights, _given(biases[3:]), lanes_on(weights[0].device))._asdict()
+        lanes = lanes_on(weights[0].device)
+        panels = pack_view_attention.panels(weights, _given(biases[3:]), lanes)._asdict()
+        shifts = whole_layers(layers[name] for name in ("k_fc", "v_fc", "attn_fc.0", "out_fc"))
+        if shifts is not None:
+            panels |= panels_of_forms(pack_view_attention.shift_layers(*shifts, lanes=lanes))
+        return panels
 
     def forward(self, query: Tensor, views: Tensor, ray_diff: Tensor, mask: Tensor) -> Tensor:
         if not self.runs("view_attention", query, views):
             return super().forward(query, views, ray_diff, mask)
-        return view_attention(query, views, ray_diff, mask[..., 0], self.panels())
+        return view_attention(query, views, ray_diff, mask[..., 0], self.panels(), get_numerics())
 
 
 class FrozenRayTransformer(FrozenModule, RayTransformer):
@@ -77,13 +84,22 @@ class FrozenRayTransformer(FrozenModule, RayTransformer):
                 perceptron = weights_and_biases({"ff_norm": self.ff_norm, "ff.fc1": ff.fc1, "ff.fc2": ff.fc2})
                 weights, biases = weights + perceptron[0], biases + perceptron[1]
                 self.has_perceptron = True
-        return pack_ray_block.panels(weights, biases, conv, attn.num_heads, lanes_on(weights[0].device))._asdict()
+        if self.has_perceptron:
+            layers |= {"ff_norm": self.ff_norm, "ff.fc1": ff.fc1, "ff.fc2": ff.fc2}
+        lanes = lanes_on(weights[0].device)
+        panels = pack_ray_block.panels(weights, biases, conv, attn.num_heads, lanes)._asdict()
+        shifts = whole_layers(layer for name, layer in layers.items() if not name.endswith("norm"))
+        found = None if shifts is None else pack_ray_block.shift_layers(weights[0::5], shifts, attn.num_heads, lanes)
+        of_forms = {} if found is None else panels_of_forms(found[1])
+        if found is not None and of_forms:
+            panels |= {"norms": found[0], **of_forms}
+        return panels
 
     def forward(self, x: Tensor, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         if not self.runs("ray_block", x):
             return super().forward(x, return_weights)
         eps, heads = self.attn_norm.eps, self.attn.num_heads
-        x, first = ray_block(x, self.panels(), heads, self.attention, eps, return_weights)
+        x, first = ray_block(x, self.panels(), heads, self.attention, eps, return_weights, get_numerics())
         if not self.has_perceptron:
             x = x + self.ff(self.ff_norm(x))
         return x, first if return_weights else None

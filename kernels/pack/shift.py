@@ -1,0 +1,142 @@
+"""Panels of shift weights as integers: what products read whose weights are few enough to stay unpacked.
+
+A power of two counts in the smallest one of its output channel, its unit, and so is an integer of 7 bits with a sign:
+no weight is rounded. A panel holds the integers in words of 32 bits, as many inputs to a word as the form's
+instructions take, inputs down and outputs across, then what else a product needs of an output. Forms are told apart by
+their panels' heights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shiftadd3d.kernels.pack.panel import padded
+from shiftadd3d.kernels.reference import power_of_two
+from shiftadd3d.kernels.runtime.numerics import Numerics, check_numerics
+from shiftadd3d.kernels.runtime.targets import CpuTarget, current
+
+PanelForm = Literal["int16", "int8", "bfloat16"]
+
+MOST_BITS = 4
+"""Of a code: more levels are no bytes."""
+GRANULE = 32
+"""Inputs are a multiple of this."""
+
+PAIR: dict[PanelForm, int] = {"int16": 2, "int8": 4, "bfloat16": 2}
+"""Numbers in a word."""
+_HAS_START: dict[PanelForm, bool] = {"int16": True, "int8": True, "bfloat16": False}
+_DTYPES: dict[PanelForm, torch.dtype] = {"int16": torch.int16, "int8": torch.int8, "bfloat16": torch.bfloat16}
+
+UNSIGNED = 128
+"""What is added to activations of ``"int8"``, since one of an instruction's factors has no sign."""
+
+
+class WholeWeights(NamedTuple):
+    """The weights of a shift layer.
+
+    Attributes:
+        integers: [outputs, inputs], from -64 to 64.
+        unit: [outputs], the powers of two that they count in.
+    """
+
+    integers: Tensor
+    unit: Tensor
+
+
+def whole_weights(codes: Tensor, offset: Tensor, bits: int, inputs: int) -> WholeWeights | None:
+    """Those of codes, packed as `power_of_two.pack` does; None if they are sums of powers, or too many bits long."""
+    if bits > MOST_BITS or codes.shape[0] != 1:
+        return None
+    unit = power_of_two.exact_exp2(offset[0].int() - (power_of_two.num_exponents(bits) - 1))
+    decoded = power_of_two.decode(power_of_two.unpack(codes, bits, inputs), offset, bits)
+    return WholeWeights(decoded / unit[:, None], unit)
+
+
+def panel_forms(target: CpuTarget) -> tuple[PanelForm, ...]:
+    """The forms that there are on a CPU."""
+    if target.has_amx:
+        return ("bfloat16",)
+    return ("int16", "int8") if "avx2" in target.flags else ()
+
+
+def panel_form(target: CpuTarget, numerics: Numerics) -> PanelForm | None:
+    """The form that computes with such numerics; None where float32 does."""
+    found = panel_forms(target) if numerics in ("fast", "int8") else ()
+    return found[-1 if numerics == "int8" else 0] if found else None
+
+
+def rounded(x: Tensor, form: PanelForm) -> Tensor:
+    """Activations [*, inputs] as a form takes them, in the dtype of x."""
+    if form == "bfloat16":
+        return x.bfloat16().to(x)
+    most = 127 if form == "int8" else 32767
+    peak = x.abs().amax(-1, keepdim=True).clamp(min=2.0**-64)
+    return (x * (most / peak)).round() * (peak / most)
+
+
+def panel_shape(form: PanelForm, inputs: int, outputs: int) -> tuple[int, int]:
+    """Words of a panel; `outputs` are padded to whole vectors already."""
+    return inputs // PAIR[form] + 1 + _HAS_START[form], outputs
+
+
+def across(*weights: WholeWeights, lanes: int) -> WholeWeights:
+    """The weights of all outputs, those of each layer padded to whole vectors, with zeros."""
+    layers = [columns_at(layer, range(len(layer.unit)), padded(len(layer.unit), lanes)) for layer in weights]
+    return WholeWeights(*(torch.cat(parts) for parts in zip(*layers, strict=True)))
+
+
+def columns_at(layer: WholeWeights, places: Sequence[int], count: int) -> WholeWeights:
+    """The weights of `count` outputs, a layer's at these places and zeros elsewhere."""
+    integers, unit = layer.integers.new_zeros(count, layer.integers.shape[1]), layer.unit.new_ones(count)
+    index = torch.tensor(list(places), device=unit.device)
+    return WholeWeights(integers.index_copy(0, index, layer.integers), unit.index_copy(0, index, layer.unit))
+
+
+def shift_panel(layer: WholeWeights, form: PanelForm) -> Tensor:
+    """int32 `panel_shape`: the integers, for ``"int8"`` and ``"int16"`` what sums start with, and the units' bits."""
+    numbers = layer.integers.to(_DTYPES[form]).unflatten(1, (-1, PAIR[form]))  # [outputs, words, numbers of a word]
+    rows = [numbers.transpose(0, 1).contiguous().view(torch.int32)[..., 0]]
+    if _HAS_START[form]:
+        start = -UNSIGNED * layer.integers.sum(1) if form == "int8" else torch.zeros_like(layer.unit)
+        rows.append(start.to(torch.int32)[None])
+    rows.append(layer.unit.float().view(torch.int32)[None])
+    return torch.cat(rows).contiguous()
+
+
+def panels_of_forms(layers: Mapping[str, WholeWeights]) -> dict[str, Tensor]:
+    """Panels of layers in each form of this CPU, by names such as ``"int8_out"``; none where a form has no such."""
+    if any(layer.integers.is_cuda or layer.integers.shape[1] % GRANULE for layer in layers.values()):
+        return {}
+    return {
+        f"{form}_{name}": shift_panel(layer, form) for form in panel_forms(current()) for name, layer in layers.items()
+    }
+
+
+def find_panels(panels: Sequence[Tensor], form: PanelForm, sizes: Sequence[tuple[int, int]]) -> list[Tensor] | None:
+    """The panels of a form among those of all forms; None if they are not there.
+
+    Args:
+        sizes: inputs and outputs of each.
+    """
+    expected = [panel_shape(form, *size) for size in sizes]
+    count = len(expected)
+    for first in range(0, len(panels) - count + 1, count):
+        found = panels[first : first + count]
+        if [tuple(panel.shape) for panel in found] == expected and all(p.dtype == torch.int32 for p in found):
+            return list(found)
+    return None
+
+
+def forms_of(
+    numerics: str, panels: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
+) -> Iterator[tuple[PanelForm | Literal["float32"], list[Tensor]]]:
+    """The forms to try with such numerics, and their panels among those of all forms; the last one is float32."""
+    form = panel_form(current(), check_numerics(numerics))
+    found = None if form is None else find_panels(panels, form, sizes)
+    if form is not None and found is not None:
+        yield form, found
+    yield "float32", []
