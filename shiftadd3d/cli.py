@@ -640,7 +640,7 @@ class Bench(Verb):
     threads: str = "1"
     """Numbers of CPU threads to measure with, with commas between: 1,2."""
     groups: Annotated[tuple[str, ...], tyro.conf.arg(metavar="GROUP ...")] = ()
-    """What to measure: matshift, matadd, mlp, moe, view-attention, ray-block, gather. If not set, everything."""
+    """What to measure: matshift, matadd, mlp, moe, view-attention, ray-block, gather, gnt. If not set, everything."""
     json: JsonFile = None
     """Write everything measured to this JSON file, too."""
 

@@ -107,13 +107,11 @@ def shift_panel(layer: WholeWeights, form: PanelForm) -> Tensor:
     return torch.cat(rows).contiguous()
 
 
-def panels_of_forms(layers: Mapping[str, WholeWeights]) -> dict[str, Tensor]:
-    """Panels of layers in each form of this CPU, by names such as ``"int8_out"``; none where a form has no such."""
+def panels_of_forms(layers: Mapping[str, WholeWeights], forms: Sequence[PanelForm]) -> dict[str, Tensor]:
+    """Panels of layers in each form, by names such as ``"int8_out"``; none of layers that forms cannot take."""
     if any(layer.integers.is_cuda or layer.integers.shape[1] % GRANULE for layer in layers.values()):
         return {}
-    return {
-        f"{form}_{name}": shift_panel(layer, form) for form in panel_forms(current()) for name, layer in layers.items()
-    }
+    return {f"{form}_{name}": shift_panel(layer, form) for form in forms for name, layer in layers.items()}
 
 
 def find_panels(panels: Sequence[Tensor], form: PanelForm, sizes: Sequence[tuple[int, int]]) -> list[Tensor] | None:

@@ -133,6 +133,8 @@ def _measure_case(case: Case, device: str) -> list[dict[str, Any]]:
     for name, run in {**case.others, **case.ours}.items():
         facts = {"group": case.group, "case": case.name, "solution": name, "ours": name in case.ours}
         rows[name] = facts | {"operations": case.operations, "bytes": case.bytes}
+        if case.rays is not None:
+            rows[name]["rays"] = case.rays
         try:
             outcome = run()
             if case.reference is not None and name not in case.inexact:
@@ -192,6 +194,7 @@ GOALS = (
     ),
     Goal("fused view attention", "view-attention", "view attention", BASELINE, 10.0),
     Goal("fused view attention", "view-attention", "view attention", "torch.compile bfloat16", 3.0),
+    Goal("GNT, add+shift int8", "gnt", "GNT add+shift, int8", "GNT dense, exact", 2.0),
     Goal("MoE fast, more than 1024 tokens, against the dense MLP", "moe", "MoE fast", BASELINE, 1.0, "smallest", 1024),
 )
 """What the project set out to reach on a CPU with AMX; on others they show how far these are."""
@@ -304,8 +307,9 @@ def rate_table(facts: dict[str, Any], group: str, threads: int) -> Table:
         cells.append(f"{rate / peak['float32']:.0%}" if rate and peak else "-")
         cells.append(f"{row['bytes'] / median / peak['bytes']:.0%}" if peak else "-")
         cells.append(f"{row['error']:.1e}" if "error" in row else "-")
+        cells.append(f"{row['rays'] / median:.0f}" if "rays" in row else "-")
         rows.append([f"{row['case']}, {row['solution']}", *cells])
-    header = ["problem, solution", "us", "quartiles", "GFLOP/s", "of the peak", "of the copy rate", "error"]
+    header = ["problem, solution", "us", "quartiles", "GFLOP/s", "of the peak", "of the copy rate", "error", "rays/s"]
     return Table(f"{group}: times, {_threads(facts, threads)}", header, rows)
 
 

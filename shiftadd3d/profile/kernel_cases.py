@@ -29,7 +29,9 @@ from shiftadd3d.kernels.reference import power_of_two
 from shiftadd3d.kernels.reference.gnt import gather as reference_gather
 from shiftadd3d.kernels.reference.gnt import ray_block as reference_ray_block
 from shiftadd3d.kernels.reference.gnt import view_attention as reference_view_attention
-from shiftadd3d.nn import MoEMlp, freeze_
+from shiftadd3d.models.gnt.projection import PointSamples
+from shiftadd3d.models.gnt.transformer import GNT
+from shiftadd3d.nn import MoEMlp, freeze_, reparameterize_
 
 __all__ = ["BASELINE", "CASES", "Case", "cases"]
 
@@ -71,6 +73,9 @@ POINTS, VIEWS, WIDTH = 8192, 8, 64
 """Points on rays, source views and channels of GNT's view transformer."""
 RAYS, SAMPLES = 512, 64
 
+CHUNK, CHUNK_VIEWS = 500, 10
+"""Rays that a GNT renders at once, and their source views."""
+
 
 @dataclass
 class Case:
@@ -84,6 +89,7 @@ class Case:
         ours: solutions by this project's kernels, by name.
         others: solutions by torch and torchao, by name. A function may return None where only its side effects
             count.
+        rays: of a NeRF that are rendered, where that is what is solved.
         reference: the outcome in float64, where errors are wanted.
         inexact: names of solutions to another problem (other weights), which `reference` has nothing to say about.
     """
@@ -94,6 +100,7 @@ class Case:
     bytes: int
     ours: dict[str, Run]
     others: dict[str, Run]
+    rays: int | None = None
     reference: Tensor | None = None
     inexact: frozenset[str] = field(default_factory=frozenset)
 
@@ -364,6 +371,51 @@ def _ray_block_cases(device: str) -> Iterator[Case]:
         )
 
 
+def _gnt_cases(device: str) -> Iterator[Case]:
+    """A whole network, rays in and colours out: 4 blocks, dense and of shifts, frozen, with random weights."""
+    rays, views, features = CHUNK, CHUNK_VIEWS, 32
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator).to(device)
+
+    samples = PointSamples(
+        draw(rays, SAMPLES, views, 3 + features),
+        2.0 * draw(rays, SAMPLES, views, 4) - 1.0,
+        draw(rays, SAMPLES, views, 1) > 0.1,
+    )
+    points, directions = draw(rays, SAMPLES, 3), draw(rays, 3) - 0.5
+
+    def network(recipe: str) -> nn.Module:
+        torch.manual_seed(0)
+        holder = nn.Sequential(GNT(depth=4, width=WIDTH, feature_dim=features)).to(device).eval()
+        reparameterize_(holder, recipe, verbose=False)
+        freeze_(holder, verbose=False)
+        return holder[0]
+
+    def run(network: nn.Module, name: Numerics) -> Run:
+        def render() -> Tensor:
+            with numerics(name):
+                return network(samples, points, directions)[0]
+
+        return render
+
+    dense, shifts = network("mult"), network("add+shift")
+    yield Case(
+        group="gnt",
+        name=f"{rays} rays x {SAMPLES} x {views} x {WIDTH}",
+        operations=None,
+        bytes=4 * samples.values.numel(),
+        rays=rays,
+        ours={
+            "GNT dense, exact": run(dense, "exact"),
+            "GNT dense, fast": run(dense, "fast"),
+            **{f"GNT add+shift, {name}": run(shifts, name) for name in COMPILED},
+        },
+        others={BASELINE: run(dense, "twin")},
+    )
+
+
 def _gather_cases(device: str) -> Iterator[Case]:
     channels = 32
     scene = reference_gather.random_scene(
@@ -461,4 +513,5 @@ CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "view-attention": _view_attention_cases,
     "ray-block": _ray_block_cases,
     "gather": _gather_cases,
+    "gnt": _gnt_cases,
 }

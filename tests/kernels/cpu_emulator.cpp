@@ -77,6 +77,15 @@ EMULATED void emulated_avx512_mask_cvtps2dq_512(int32_t *result, const float *x,
   }
 }
 
+EMULATED void emulated_avx512_mask_scalef_ps_512(float *result, const float *x, const float *exponent,
+                                                 const float *masked, uint16_t mask, int32_t rounding) {
+  if (rounding != 4) fault("vscalefps: rounding %d is not that of MXCSR", rounding);
+  for (int i = 0; i < 16; i++) {
+    float power = std::fmin(std::fmax(std::floor(exponent[i]), -1000.0f), 1000.0f);
+    result[i] = mask >> i & 1 ? std::ldexp(x[i], int(power)) : masked[i];
+  }
+}
+
 EMULATED void emulated_avx512_packssdw_512(int16_t *result, const int32_t *a, const int32_t *b) {
   for (int i = 0; i < 32; i++) {
     int32_t x = (i & 4 ? b : a)[i / 8 * 4 + i % 4];  // in 128-bit parts: four of a, then four of b

@@ -30,8 +30,8 @@ from shiftadd3d.kernels.cpu.forms.panels import AnyForm, PanelProduct, panel_arg
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import ROW_PADDING, Scalars, product
 from shiftadd3d.kernels.cpu.trials import Draw, check_within
-from shiftadd3d.kernels.pack.gnt.view_attention import Panels, panels, shift_layers, shift_sizes
-from shiftadd3d.kernels.pack.shift import PanelForm, WholeWeights, panel_forms, rounded, shift_panel
+from shiftadd3d.kernels.pack.gnt.view_attention import Panels, panels, shift_forms, shift_layers, shift_sizes
+from shiftadd3d.kernels.pack.shift import PanelForm, WholeWeights, rounded, shift_panel
 from shiftadd3d.kernels.reference.gnt.view_attention import (
     MAX_VIEWS,
     compare_with_twin,
@@ -296,7 +296,7 @@ def run(
 
 def _variants(target: CpuTarget) -> Iterator[dict[str, Any]]:
     for width in (32, 64):
-        for form in ("float32", *panel_forms(target)):
+        for form in ("float32", *shift_forms(target)):
             yield {"width": width, "hidden": width // 8, "form": form}
 
 

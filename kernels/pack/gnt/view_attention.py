@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d.kernels.pack.panel import across, lanes_of, padded, row, stored
-from shiftadd3d.kernels.pack.shift import WholeWeights
+from shiftadd3d.kernels.pack.shift import PanelForm, WholeWeights, panel_forms
 from shiftadd3d.kernels.pack.shift import across as across_whole
 from shiftadd3d.kernels.reference.gnt.view_attention import blend_views
+from shiftadd3d.kernels.runtime.targets import CpuTarget
 
 
 class Panels(NamedTuple):
@@ -59,6 +60,11 @@ def panels(weights: Sequence[Tensor], biases: Sequence[Tensor], lanes: int) -> P
         out_bias=row(b_o, lanes),
     )
     return Panels(*map(stored, packed))
+
+
+def shift_forms(target: CpuTarget) -> tuple[PanelForm, ...]:
+    """The forms that are faster than float32, which needs half as many products: not those of AVX2's instructions."""
+    return panel_forms(target) if target.has_vnni else ()
 
 
 def shift_layers(

@@ -25,9 +25,10 @@ from shiftadd3d.kernels.pack.gnt import ray_block as pack_ray_block
 from shiftadd3d.kernels.pack.gnt import view_attention as pack_view_attention
 from shiftadd3d.kernels.pack.gnt import view_embedding as pack_view_embedding
 from shiftadd3d.kernels.pack.panel import lanes_on
-from shiftadd3d.kernels.pack.shift import panels_of_forms
-from shiftadd3d.kernels.runtime.numerics import get_numerics
+from shiftadd3d.kernels.pack.shift import panel_forms, panels_of_forms
 from shiftadd3d.kernels.reference.gnt.plane_sweep import Network
+from shiftadd3d.kernels.runtime.numerics import get_numerics
+from shiftadd3d.kernels.runtime.targets import current
 from shiftadd3d.models.gnt.color_head import ImageColorHead
 from shiftadd3d.models.gnt.projection import PointLookUp, PointSamples, SourceViews, scene_of
 from shiftadd3d.models.gnt.proposal import PlaneSweepProposal
@@ -56,7 +57,8 @@ class FrozenViewAttention(FrozenModule, ViewAttention):
         panels = pack_view_attention.panels(weights, _given(biases[3:]), lanes)._asdict()
         shifts = whole_layers(layers[name] for name in ("k_fc", "v_fc", "attn_fc.0", "out_fc"))
         if shifts is not None:
-            panels |= panels_of_forms(pack_view_attention.shift_layers(*shifts, lanes=lanes))
+            whole = pack_view_attention.shift_layers(*shifts, lanes=lanes)
+            panels |= panels_of_forms(whole, pack_view_attention.shift_forms(current()))
         return panels
 
     def forward(self, query: Tensor, views: Tensor, ray_diff: Tensor, mask: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ class FrozenRayTransformer(FrozenModule, RayTransformer):
         panels = pack_ray_block.panels(weights, biases, conv, attn.num_heads, lanes)._asdict()
         shifts = whole_layers(layer for name, layer in layers.items() if not name.endswith("norm"))
         found = None if shifts is None else pack_ray_block.shift_layers(weights[0::5], shifts, attn.num_heads, lanes)
-        of_forms = {} if found is None else panels_of_forms(found[1])
+        of_forms = {} if found is None else panels_of_forms(found[1], panel_forms(current()))
         if found is not None and of_forms:
             panels |= {"norms": found[0], **of_forms}
         return panels
