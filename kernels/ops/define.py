@@ -77,14 +77,15 @@ def define_op(
         The op, ``torch.ops.shiftadd3d.<name>.default``.
     """
     types = get_type_hints(arguments, include_extras=True)
-    names = {field: get_args(kind) for field, kind in types.items() if get_origin(kind) is Literal}
-    inputs = len(types) - ("numerics" in types)
+    names = [(i, field, get_args(kind)) for i, (field, kind) in enumerate(types.items()) if get_origin(kind) is Literal]
+    is_told_numerics = "numerics" in types
+    inputs = len(types) - is_told_numerics
 
     def checked(*args: Any, **kwargs: Any) -> Given:
         given = arguments(*args, **kwargs)
-        for field, known in names.items():
-            if (value := getattr(given, field)) not in known:
-                raise UserError(f"{field} must be one of {', '.join(known)}, not {value!r}")
+        for i, field, known in names:
+            if given[i] not in known:
+                raise UserError(f"{field} must be one of {', '.join(known)}, not {given[i]!r}")
         if check is not None:
             check(given)
         return given
@@ -100,7 +101,7 @@ def define_op(
             given = checked(*args, **kwargs)
             if check_values is not None:
                 check_values(given)
-            numerics = given[-1] if "numerics" in types else get_numerics()
+            numerics = given[-1] if is_told_numerics else get_numerics()
             outcome = None if numerics == "twin" else backend(given)
             return twin(*given[:inputs]) if outcome is None else outcome
 

@@ -415,7 +415,7 @@ class AddAttention(nn.Module):
     def _products(self, layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
         joint = self.joint
         if joint is not None and uses_kernels("matshift", x) and joint.stands_for(layers):
-            return joint(x, len(layers))
+            return joint.products(x, len(layers))
         return tuple(layer(x) for layer in layers)
 
     def repack(self) -> None:

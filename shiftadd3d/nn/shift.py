@@ -664,13 +664,15 @@ class JointLayers(nn.Module):
             for layer, one in zip(layers, own, strict=True)
         )
 
-    def forward(self, x: Tensor, count: int) -> tuple[Tensor, ...]:  # [*, in_features] -> [*, out_features] each
+    def products(self, x: Tensor, count: int) -> tuple[Tensor, ...]:  # [*, in_features] -> [*, out_features] each
         """What the last so many layers make of x."""
         layers = self._layers[-count:]
         _check_width(layers[0], x)
-        start = self.codes.shape[1] - sum(layer.out_features for layer in layers)
-        bias = None if self.bias is None else self.bias[start:]
-        y = matshift(x, self.codes[:, start:], self.offset[:, start:], bias, layers[0].bits)
+        codes, offset, bias = self.codes, self.offset, self.bias
+        if count < len(self._layers):
+            start = codes.shape[1] - sum(layer.out_features for layer in layers)
+            codes, offset, bias = codes[:, start:], offset[:, start:], None if bias is None else bias[start:]
+        y = matshift(x, codes, offset, bias, layers[0].bits)
         return torch.split_with_sizes(y, [layer.out_features for layer in layers], -1)
 
 
