@@ -87,10 +87,11 @@ def exp(isa: Isa, x: Expr) -> Expr:
 
 
 def exp2(isa: Isa, x: Expr) -> Expr:
-    """``2**x`` for x <= 0, to 3e-6 of itself; below -126, where float32's normal numbers end, at most ``2**-126``."""
+    """``2**x`` for x <= 0, to 3e-6 of itself; 0 below -115, for the reason that `exp` has. NaN stays."""
     x = isa.keep(x)
     n = isa.keep(T.nearbyint(x))
-    return isa.times_power_of_two(_polynomial(isa, _EXP2, isa.keep(x - n)), n)
+    power = isa.times_power_of_two(_polynomial(isa, _EXP2, isa.keep(x - n)), n)
+    return T.select(x < isa.splat(-115.0), isa.splat(0.0), power)
 
 
 def sine_and_cosine(isa: Isa, x: Expr) -> tuple[Expr, Expr]:
