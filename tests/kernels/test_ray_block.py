@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from shiftadd3d import UserError, kernels
 from shiftadd3d import nn as sa
-from shiftadd3d.kernels.cpu.gnt.ray_block import KERNEL, ShiftProblem, random_shifts
+from shiftadd3d.kernels.cpu.gnt.ray_block import KERNEL
+from shiftadd3d.kernels.cpu.gnt.shift_problems import ShiftRayBlock, random_ray_block
 from shiftadd3d.kernels.pack.gnt.ray_block import panels, ray_block_of_panels
 from shiftadd3d.kernels.pack.panel import lanes_on
 from shiftadd3d.kernels.pack.shift import panel_form, panel_forms, panels_of_forms
@@ -204,16 +205,16 @@ def test_a_single_wrong_number_fails_the_trial(attention, place):
         KERNEL.trial(wrong, **spec)
 
 
-def with_shifts(problem: ShiftProblem, numerics: str, x: torch.Tensor | None = None) -> tuple:
+def with_shifts(problem: ShiftRayBlock, numerics: str, x: torch.Tensor | None = None) -> tuple:
     packed = [*problem.panels, problem.norms, *panels_of_forms(problem.shifts, panel_forms(targets.current())).values()]
     rest = problem.heads, problem.attention, problem.eps, True, numerics
     return torch.ops.shiftadd3d.ray_block(problem.x if x is None else x, packed, *rest)
 
 
-def random_problem(seed: int, attention: str, **changes: int) -> ShiftProblem:
+def random_problem(seed: int, attention: str, **changes: int) -> ShiftRayBlock:
     kernel = 0 if attention == "softmax" else 3
     sizes = {"rays": 4, "samples": 9, "width": 32, "heads": 2, "hidden": 64, "kernel": kernel}
-    return random_shifts(seed, attention, **(sizes | changes))
+    return random_ray_block(seed, attention, **(sizes | changes))
 
 
 @pytest.mark.parametrize("numerics", ["fast", "int8"])

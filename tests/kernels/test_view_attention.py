@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from shiftadd3d import UserError, kernels
 from shiftadd3d import nn as sa
 from shiftadd3d.kernels.cpu.forms.panels import error_bound
-from shiftadd3d.kernels.cpu.gnt.view_attention import KERNEL, ShiftProblem, random_shifts
+from shiftadd3d.kernels.cpu.gnt.shift_problems import ShiftAttention, random_shift_attention
+from shiftadd3d.kernels.cpu.gnt.view_attention import KERNEL
 from shiftadd3d.kernels.pack.gnt.view_attention import panels, shift_forms, view_attention_of_panels
 from shiftadd3d.kernels.pack.panel import lanes_on
 from shiftadd3d.kernels.pack.shift import panel_form, panels_of_forms
@@ -213,7 +214,7 @@ def form_of(numerics: str) -> str | None:
     return form if form in shift_forms(targets.current()) else None
 
 
-def with_shifts(problem: ShiftProblem, numerics: str, *inputs: torch.Tensor) -> torch.Tensor:
+def with_shifts(problem: ShiftAttention, numerics: str, *inputs: torch.Tensor) -> torch.Tensor:
     packed = [*problem.panels, *panels_of_forms(problem.shifts, shift_forms(targets.current())).values()]
     return torch.ops.shiftadd3d.view_attention(*(inputs or problem.inputs), packed, numerics)
 
@@ -225,7 +226,7 @@ def with_shifts(problem: ShiftProblem, numerics: str, *inputs: torch.Tensor) -> 
 )
 def test_shift_weights_meet_activations_that_are_rounded_as_stated(numerics, points, views, width, seed):
     form = form_of(numerics)
-    problem = random_shifts(seed, points=points, views=views, width=width, hidden=width // 8)
+    problem = random_shift_attention(seed, points=points, views=views, width=width, hidden=width // 8)
     out = with_shifts(problem, numerics)
     if form is None:
         assert torch.equal(out, with_shifts(problem, "exact"))
@@ -240,7 +241,7 @@ def test_shift_weights_meet_activations_that_are_rounded_as_stated(numerics, poi
 @pytest.mark.parametrize("numerics", ["fast", "int8"])
 @pytest.mark.parametrize("bad", [1e25, float("inf"), float("nan")])
 def test_what_a_form_cannot_express_is_computed_exactly(numerics, bad):
-    problem = random_shifts(0, points=40, views=5, width=32, hidden=4)
+    problem = random_shift_attention(0, points=40, views=5, width=32, hidden=4)
     query, views, ray_diff, mask = problem.inputs
     views = views.clone()
     views[30, 2, 7] = bad
@@ -251,7 +252,7 @@ def test_what_a_form_cannot_express_is_computed_exactly(numerics, bad):
 
 @pytest.mark.parametrize("numerics", ["fast", "int8"])
 def test_weights_without_integers_are_computed_exactly(numerics):
-    problem = random_shifts(0, points=20, views=5, width=32, hidden=4)
+    problem = random_shift_attention(0, points=20, views=5, width=32, hidden=4)
     out = torch.ops.shiftadd3d.view_attention(*problem.inputs, list(problem.panels), numerics)
     assert torch.equal(out, with_shifts(problem, "exact"))
 

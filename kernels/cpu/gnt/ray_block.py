@@ -21,19 +21,16 @@ from torch import Tensor
 from shiftadd3d.kernels.cpu.blocks import copy_row, layer_norm, softmax_of_row
 from shiftadd3d.kernels.cpu.forms import panels as forms
 from shiftadd3d.kernels.cpu.forms.panels import AnyForm, PanelProduct, Sink, panel_arguments, panel_product
+from shiftadd3d.kernels.cpu.gnt.shift_problems import random_ray_block
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import ROW_PADDING, Term, product
-from shiftadd3d.kernels.cpu.trials import Draw, check_within
-from shiftadd3d.kernels.pack.gnt.ray_block import Layout, Panels, layout_of, panels, shift_layers, shift_sizes
-from shiftadd3d.kernels.pack.shift import PanelForm, WholeWeights, panel_forms, rounded, shift_panel
+from shiftadd3d.kernels.pack.gnt.ray_block import Layout, layout_of, panels, shift_sizes
+from shiftadd3d.kernels.pack.shift import panel_forms, shift_panel
 from shiftadd3d.kernels.reference.gnt.ray_block import (
-    norm,
     random_block,
-    ray_block,
     ray_block_twin,
     samples_of_certain_codes,
 )
-from shiftadd3d.kernels.reference.layers import Layer, linear
 from shiftadd3d.kernels.reference.linear_angular import LEAST_ROW_SUM
 from shiftadd3d.kernels.runtime import memory
 from shiftadd3d.kernels.runtime import tir as T
@@ -441,7 +438,7 @@ def _trial(
 ) -> None:
     sizes = {"rays": 13, "samples": 9, "width": width, "heads": heads, "hidden": hidden, "kernel": kernel}
     if form != "float32":
-        problem = random_shifts(0, attention, **sizes)
+        problem = random_ray_block(0, attention, **sizes)
         shifts = [problem.norms, *(shift_panel(layer, form) for layer in problem.shifts.values())]
         outcome = run(function, problem.x, [*problem.panels, *shifts], problem.eps, return_weights)
         assert outcome is not None, "it found an activation that it cannot express"
@@ -459,74 +456,6 @@ def _trial(
     torch.testing.assert_close(out[certain], twin[certain], rtol=1e-3, atol=1e-4)
     if return_weights:
         torch.testing.assert_close(first[certain[:, 0]], twins_first[certain[:, 0]], rtol=1e-3, atol=1e-4)
-
-
-class ShiftProblem(NamedTuple):
-    """A block of shift weights.
-
-    Attributes:
-        x, weights, biases, conv, heads, attention, eps: as the twin takes them.
-        norms, shifts: what panels of integers hold, by name, and the norms' weights.
-    """
-
-    x: Tensor
-    weights: list[Tensor]
-    biases: list[Tensor | None]
-    conv: Tensor | None
-    heads: int
-    attention: str
-    norms: Tensor
-    shifts: dict[str, WholeWeights]
-    eps: float = 1e-6
-
-    @property
-    def panels(self) -> Panels:
-        return panels(self.weights, self.biases, self.conv, self.heads, current().lanes)
-
-    def check(self, out: Tensor, first: Tensor, form: PanelForm) -> None:
-        """Raise `AssertionError` unless a form's outcome is that of the reference with layers that round as it does.
-
-        Where a number lies halfway between two that the form has, float32 rounds it either way, and what that moves
-        through zero gets the other code: such samples are left out.
-        """
-        x, conv = self.x.double(), None if self.conv is None else self.conv.double()
-        weights = [weight.double() for weight in self.weights]
-        biases = [x.new_zeros(()) if bias is None else bias.double() for bias in self.biases]
-
-        def shift(number: int, of_norm: int | None = None) -> Layer:
-            before = 0.0 if of_norm is None else biases[of_norm]
-            return lambda x: linear(weights[number])(rounded(x - before, form) + before) + biases[number]
-
-        layers = [norm(weights[0], biases[0], self.eps), *(shift(n, 0) for n in (1, 2, 3)), shift(4)]
-        if len(weights) > 5:
-            layers += [norm(weights[5], biases[5], self.eps), shift(6, 5), shift(7)]
-        expected, firsts = ray_block(x, layers, conv, self.heads, self.attention, True)
-        certain = torch.ones(x.shape[:2], dtype=torch.bool)
-        if self.attention != "softmax":
-            normed = layers[0](x) - biases[0]
-            slack = 2e-6 * normed.abs().amax(-1, keepdim=True)
-            apart = (rounded(normed + slack, form) - rounded(normed - slack, form)).abs()
-            of_query, of_key = (
-                layers[n](normed + biases[0]).abs() > (apart + slack) @ weights[n].abs().mT for n in (1, 2)
-            )
-            certain = of_query.all(-1) & of_key.all(-1).all(-1, keepdim=True)
-            assert certain.any(), "rounding decides a code in each ray"
-        allowed = forms.error_bound(form) * 4 * expected.abs().amax() + 1e-3
-        check_within(out[certain], expected[certain], allowed)
-        if len(first):
-            torch.testing.assert_close(first[certain[:, 0]], firsts[certain[:, 0]].float(), rtol=1e-2, atol=1e-3)
-
-
-def random_shifts(seed: int, attention: str, **sizes: int) -> ShiftProblem:
-    """For a trial; sizes as those of `random_block`."""
-    x, weights, biases, conv, heads = random_block(seed, **sizes)
-    draw = Draw()
-    whole = {n: draw.whole(*reversed(weights[n].shape)) for n in range(1, len(weights)) if weights[n].dim() > 1}
-    for number, layer in whole.items():
-        weights[number] = layer.integers * layer.unit[:, None]
-    found = shift_layers(weights[0::5], list(whole.values()), heads, current().lanes)
-    assert found is not None, "there are no such panels"
-    return ShiftProblem(x, weights, biases, conv, heads, attention, *found)
 
 
 def _variants(target: CpuTarget) -> Iterator[dict[str, Any]]:

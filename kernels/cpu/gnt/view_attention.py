@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,18 +27,16 @@ from torch import Tensor
 from shiftadd3d.kernels.cpu.blocks import copy_row, exp, exp2, softmax_of_vectors
 from shiftadd3d.kernels.cpu.forms import panels as forms
 from shiftadd3d.kernels.cpu.forms.panels import AnyForm, PanelProduct, panel_arguments, panel_product
+from shiftadd3d.kernels.cpu.gnt.shift_problems import random_shift_attention
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import ROW_PADDING, Scalars, product
-from shiftadd3d.kernels.cpu.trials import Draw, check_within
-from shiftadd3d.kernels.pack.gnt.view_attention import Panels, panels, shift_forms, shift_layers, shift_sizes
-from shiftadd3d.kernels.pack.shift import PanelForm, WholeWeights, rounded, shift_panel
+from shiftadd3d.kernels.cpu.trials import check_within
+from shiftadd3d.kernels.pack.gnt.view_attention import panels, shift_forms, shift_sizes
+from shiftadd3d.kernels.pack.shift import shift_panel
 from shiftadd3d.kernels.reference.gnt.view_attention import (
     MAX_VIEWS,
     compare_with_twin,
-    random_attention,
-    view_attention,
 )
-from shiftadd3d.kernels.reference.layers import linear, perceptron
 from shiftadd3d.kernels.runtime import memory
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
@@ -220,59 +218,11 @@ def _trial(function: Compiled, *, width: int, hidden: int, form: AnyForm) -> Non
     if form == "float32":
         compare_with_twin(packed, torch.device("cpu"), width, hidden)
         return
-    problem = random_shifts(0, points=37, views=5, width=width, hidden=hidden)
+    problem = random_shift_attention(0, points=37, views=5, width=width, hidden=hidden)
     out = run(function, *problem.inputs, [*problem.panels, *(shift_panel(x, form) for x in problem.shifts.values())])
     assert out is not None, "it found an activation that it cannot express"
     expected = problem.rounded(form)
     check_within(out, expected, forms.error_bound(form) * 4 * expected.abs().amax() + 1e-4)
-
-
-class ShiftProblem(NamedTuple):
-    """An attention with shift weights.
-
-    Attributes:
-        inputs: query, views, ray_diff and mask.
-        weights, biases: as the twin takes them.
-        shifts: what panels of integers hold, by name.
-    """
-
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor]
-    weights: list[Tensor]
-    biases: list[Tensor]
-    shifts: dict[str, WholeWeights]
-
-    @property
-    def panels(self) -> Panels:
-        return panels(self.weights, self.biases, current().lanes)
-
-    def rounded(self, form: PanelForm) -> Tensor:
-        """The reference with layers that round what they are given as a form does.
-
-        Where a number lies halfway between two that the form has, float32 rounds it either way.
-        """
-        w_q, w_k, w_v, w_p1, w_p2, w_a1, w_a2, w_o = self.weights
-        b_p1, b_p2, b_a1, b_a2, b_o = self.biases
-        return view_attention(
-            *self.inputs,
-            q=linear(w_q),
-            k=lambda x: rounded(rounded(x, form) @ w_k.mT, form),
-            v=linear(w_v),
-            position=perceptron(linear(w_p1, b_p1), linear(w_p2, b_p2)),
-            score=perceptron(linear(w_a1, b_a1), linear(w_a2, b_a2)),
-            out=lambda x: linear(w_o, b_o)(rounded(x, form)),
-        )
-
-
-def random_shifts(seed: int, *, points: int, views: int, width: int, hidden: int) -> ShiftProblem:
-    """For a trial."""
-    sizes = {"points": points, "views": views, "width": width, "hidden": hidden}
-    query, shown, ray_diff, mask, weights, biases = random_attention(seed, **sizes)
-    draw = Draw()
-    whole = [draw.whole(*size) for size in ((width, width), (width, width), (width, hidden), (width, width))]
-    for number, layer in zip((1, 2, 5, 7), whole, strict=True):
-        weights[number] = layer.integers * layer.unit[:, None]
-    inputs = query, shown, ray_diff, mask
-    return ShiftProblem(inputs, weights, biases, shift_layers(*whole, lanes=current().lanes))
 
 
 def run(
