@@ -325,6 +325,7 @@ class _Tokens:
 
 
 BINARIZERS: dict[str, type[Binarizer]] = {"sign": SignBinarizer, "random": RandomBinarizer, "hash": HashBinarizer}
+"""What makes codes of queries and keys, by the names that recipes have for it."""
 
 
 def make_binarizer(

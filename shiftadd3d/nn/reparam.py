@@ -270,6 +270,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("moe", attention="add", attention_linear="moe", mlp="moe"),
     )
 }
+"""The presets, by name: the rows of the paper's tables."""
 
 
 recipe = Recipe.parse
