@@ -157,6 +157,16 @@ def test_the_make_commands_that_the_documents_name_exist(repository: Path):
     assert {"demo", "test"} <= named["README.md"]
 
 
+def test_version_and_date_are_the_same_everywhere(repository: Path, project: dict[str, Any]):
+    version = project["project"]["version"]
+    citation = yaml.safe_load((repository / "CITATION.cff").read_text())
+    assert citation["version"] == version
+    dated = re.findall(
+        r"^## \[([\d.]+)\] - (\d{4}-\d{2}-\d{2})$", (repository / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+    assert dated[0] == (version, citation["date-released"])
+
+
 def test_pre_commit_runs_what_make_lint_runs(repository: Path):
     recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (repository / "Makefile").read_text(), re.MULTILINE)
     assert recipe
