@@ -778,9 +778,11 @@ class Profile(Verb):
     from."""
     rays: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Rays in a batch of a GNT. If not set, those of a training step, or some 800 of a run's first test view."""
-    latency: Annotated[tuple[Literal["eager", "frozen"], ...] | None, tyro.conf.arg(metavar="FORM ...")] = None
-    """Also time them here, as a whole and part by part: as they are (eager), as `freeze_` leaves them (frozen). If not
-    set, both with --html, and nothing without."""
+    latency: Annotated[tuple[Literal["eager", "frozen", "compiled"], ...] | None, tyro.conf.arg(metavar="FORM ...")] = (
+        None
+    )
+    """Also time them here, as a whole and part by part: as they are (eager), as `freeze_` leaves them (frozen), and
+    that as one executable (compiled), where it can be. If not set, the first two with --html, and nothing without."""
     quality: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE.json ...")] = ()
     """JSON files of evaluations (of `evaluate`, `eval-scenes` or ns-eval), to set quality against energy and latency;
     RECIPE=FILE.json or MODEL:RECIPE=FILE.json where a file does not say what it is of."""

@@ -1,19 +1,21 @@
 """How long models take on the machine at hand, as a whole and part by part, in several forms.
 
-A form is a way to run a model: as it was made, or as `freeze_` leaves it. The forms of all recipes take turns
-(`shiftadd3d.profile.timing`). The times of parts come from calls of their own, in which hooks read the clock.
+A form is a way to run a model: as it was made, as `freeze_` leaves it, or that as one executable. The forms of all
+recipes take turns (`shiftadd3d.profile.timing`). The times of parts come from calls of their own, in which hooks read
+the clock; an executable is a single part.
 """
 
 from __future__ import annotations
 
 import copy
 import statistics
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.nn import (
@@ -27,6 +29,7 @@ from shiftadd3d.nn import (
     freeze_,
 )
 from shiftadd3d.nn.activations import call_model
+from shiftadd3d.nn.compiled import compile as compile_model
 from shiftadd3d.profile.meter import PackageMeter
 from shiftadd3d.profile.parts import ROOT, part_of
 from shiftadd3d.profile.timing import Spread, clock, copy_rate, interleaved, product_rate
@@ -34,18 +37,32 @@ from shiftadd3d.profile.timing import Spread, clock, copy_rate, interleaved, pro
 _ROUNDS_OF_PARTS = 5
 
 
-def _eager(model: nn.Module) -> nn.Module:
-    return model
+def _eager(model: nn.Module, _batch: Any) -> nn.Module | None:
+    return None if _is_frozen(model) else model
 
 
-def _frozen(model: nn.Module) -> nn.Module:
+def _frozen(model: nn.Module, _batch: Any) -> nn.Module:
     frozen = copy.deepcopy(model)
     freeze_(frozen, verbose=False)
     return frozen
 
 
-FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {"eager": _eager, "frozen": _frozen}
-"""What a model becomes to be timed, by the name of the form; the model itself stays as it is."""
+def _compiled(model: nn.Module, batch: Any) -> nn.Module | None:
+    if not isinstance(batch, Tensor):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # that it runs as before: then there is nothing to time
+        compiled = compile_model(_frozen(model, batch), batch)
+    return compiled if compiled.is_compiled else None
+
+
+FORMS: dict[str, Callable[[nn.Module, Any], nn.Module | None]] = {
+    "eager": _eager,
+    "frozen": _frozen,
+    "compiled": _compiled,
+}
+"""By the name of a form: what is timed, of a model and its batch, the model itself staying as it is; or None, if the
+model has no such form."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +115,8 @@ def measure_latencies(
         seconds: roughly how long the whole models take turns.
 
     Returns:
-        For each model and form, the times of one input. A model that is frozen already has no eager form.
+        For each model and form, the times of one input. A frozen model has no eager form, and not all can be
+        compiled.
 
     Raises:
         UserError: no such form, or a model that cannot be brought into it.
@@ -106,10 +124,10 @@ def measure_latencies(
     if unknown := [form for form in forms if form not in FORMS]:
         raise UserError(f"there is no form {unknown[0]!r} of a model; expected some of {', '.join(FORMS)}")
     runs: dict[tuple[str, str], tuple[nn.Module, Any]] = {
-        (name, form): (FORMS[form](model), batch)
+        (name, form): (made, batch)
         for name, (model, batch) in models.items()
         for form in forms
-        if form != "eager" or not _is_frozen(model)
+        if (made := FORMS[form](model, batch)) is not None
     }
     calls = {f"{name} {form}": lambda run=run: call_model(*run) for (name, form), run in runs.items()}
     found: dict[str, dict[str, Latency]] = {}
