@@ -48,7 +48,10 @@ CASES: list[tuple[Function, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("target", ["amx", "avx512_vnni", "avx2", pytest.param("generic", marks=pytest.mark.slow)])
+OTHERS = ("avx512_vnni", "generic")
+
+
+@pytest.mark.parametrize("target", ["amx", "avx2", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 @pytest.mark.parametrize(("function", "spec"), CASES, ids=lambda part: getattr(part, "name", ""))
 def test_functions_compute_what_torch_does(function: Function, spec: dict[str, Any], target: str, on_target) -> None:
     on_target(target)
