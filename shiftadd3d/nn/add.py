@@ -422,6 +422,10 @@ class AddAttention(nn.Module):
         """Put the codes of packed projections together. `freeze_` and loading do it; codes changed in place need it."""
         was_packed = self.joint is not None
         self.joint = joint_layers(self.q_fc, self.k_fc, self.v_fc) or joint_layers(self.k_fc, self.v_fc)
+        if self.joint is not None:
+            self.joint.train(
+                self.training
+            )  # in training it would have whatever holds this attention do without kernels
         if self.joint is not None and not was_packed:
             self.register_load_state_dict_post_hook(_repack_what_was_loaded)
 

@@ -131,7 +131,7 @@ def freeze_(model: nn.Module, verbose: bool = True) -> FreezeReport:
     for module in (*binarizers, *(module for module in model.modules() if isinstance(module, TokenConv2d))):
         module.frozen = True
     for module in model.modules():
-        if isinstance(module, AddAttention):
+        if isinstance(module, AddAttention) and module.joint is None:
             module.repack()
     model.eval()
     layers = tuple(

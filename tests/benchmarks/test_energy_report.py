@@ -68,5 +68,5 @@ def test_the_model_that_is_priced_has_the_sizes_of_the_trained_one(energy: Modul
 
     file = repository / "docs" / "results" / "data" / "layers-still_life-gnt-tiny.json"
     quality = json.loads(file.read_text(encoding="utf-8"))
-    with pytest.raises(UserError, match="295707 parameters; 1 were trained"):
+    with pytest.raises(UserError, match=r"has \d+ parameters; 1 were trained"):
         energy.trained_sizes({**quality, "parameters": 1}, Recipe())

@@ -58,6 +58,7 @@ def test_a_ray_with_nothing_but_origin_and_direction_is_rendered(pipeline: GNTPi
         "rgb": (1, 3),
         "depth": (1, 1),
         "accumulation": (1, 1),
+        "routing": (1, 1),
     }
     assert all(value.isfinite().all() for value in outputs.values())
 

@@ -200,4 +200,4 @@ def test_a_missing_mitsuba_names_the_group_to_install(
 ):
     monkeypatch.setitem(sys.modules, "mitsuba", None)
     assert maker.main(["--out", str(tmp_path)]) == 1
-    assert "install the `scenes` dependency group" in capsys.readouterr().err
+    assert "pip install 'shiftadd3d[scenes]'" in capsys.readouterr().err
