@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -36,14 +36,9 @@ class WeightAverage:
         """Take the network's weights in, after a step of the optimizer."""
         self._average.update_parameters(self._network)
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> AbstractContextManager[None]:
         """Let the network have the averaged weights for a while."""
-        self._exchange()
-        try:
-            yield
-        finally:
-            self._exchange()
+        return _for_a_while(self._exchange)
 
     def _exchange(self) -> None:
         pairs = zip(self._network.parameters(), self._average.module.parameters(), strict=True)
@@ -65,6 +60,16 @@ class WeightAverage:
         return self._average.module.state_dict()
 
 
+@contextmanager
+def _for_a_while(exchange: Callable[[], None]) -> Iterator[None]:
+    """Exchange, and exchange back in the end, whatever happens meanwhile."""
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
+
+
 class BestWeights:
     """The weights that did best so far, beside a network (early stopping that keeps what it stopped at; Prechelt 1998).
 
@@ -84,14 +89,9 @@ class BestWeights:
             self.quality = quality
             self._weights = [parameter.detach().clone() for parameter in self._network.parameters()]
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> AbstractContextManager[None]:
         """Let the network have the best weights for a while, if there are any."""
-        self._exchange()
-        try:
-            yield
-        finally:
-            self._exchange()
+        return _for_a_while(self._exchange)
 
     def restore(self) -> None:
         """Let the network go on from the best weights, if there are any."""
