@@ -14,7 +14,10 @@ from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch.optim.lr_scheduler import LambdaLR
 
-from shiftadd3d._progress import Steps, progress
+from shiftadd3d._errors import UserError
+from shiftadd3d._progress import Steps, duration, progress
+from shiftadd3d.nerf.checkpoint import latest_checkpoint, read_checkpoint
+from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
 from shiftadd3d.nerf.demo import train
 from shiftadd3d.nerf.pipeline import GNTPipelineConfig
 from shiftadd3d.nerf.schedulers import WarmupCosineSchedulerConfig
@@ -24,16 +27,45 @@ from shiftadd3d.nerf.trainer import GNTTrainer, GNTTrainerConfig
 def train_for(seconds: float, config: GNTTrainerConfig) -> Path:
     """Train from the weights that come with the package; returns the run's config.yml.
 
+    A run of the same method, data and length that lies where this one would go on, and that was interrupted, goes on;
+    one that came to its end serves again.
+
     Args:
         seconds: how long.
         config: of the method and its data; the run's own afterwards.
     """
+    manager = cast(GNTDataManagerConfig, config.pipeline.datamanager)
+    settings = {
+        "seconds": seconds,
+        "data": str(cast(Path, manager.data).resolve()),
+        "scale": manager.camera_res_scale_factor,
+        "source_views": manager.num_source_views,
+    }
+    earlier = _earlier(config, settings)
+    if earlier is not None:
+        run, gone = earlier
+        if gone >= seconds:
+            CONSOLE.print(f"Trained already, in {run}; remove that folder to train anew", soft_wrap=True)
+            return run / "config.yml"
+        CONSOLE.print(f"Going on with {run}, after {duration(gone)} of {duration(seconds)}", soft_wrap=True)
+        config.timestamp, config.load_dir = run.name, run / config.relative_model_dir
     cast(GNTPipelineConfig, config.pipeline).warm_start = Path("pretrained")
     config.vis = "tensorboard"
     config.max_num_iterations = GNTTrainerConfig.max_num_iterations  # the clock stops it
     for name in ("batch", "image", "all_images"):  # time that training would lose
         setattr(config, f"steps_per_eval_{name}", config.max_num_iterations)
-    return train(config, functools.partial(_ClockedTrainer, seconds=seconds))
+    return train(config, functools.partial(_ClockedTrainer, settings=settings))
+
+
+def _earlier(config: GNTTrainerConfig, settings: dict[str, Any]) -> tuple[Path, float] | None:
+    """The newest run of such settings where this one would lie, and the seconds that it was trained for."""
+    for run in sorted(config.get_base_dir().parent.glob("*"), reverse=True):
+        with contextlib.suppress(UserError):  # a folder of something else, or a file that broke off
+            state = read_checkpoint(latest_checkpoint(run / config.relative_model_dir))
+            clock = state.get("training", {}).get("clock")
+            if clock is not None and clock["settings"] == settings and (run / "config.yml").is_file():
+                return run, clock["gone"]
+    return None
 
 
 class _ClockedTrainer(GNTTrainer):
@@ -41,12 +73,20 @@ class _ClockedTrainer(GNTTrainer):
 
     Args:
         config: of the run.
-        seconds: how long.
+        settings: `seconds`, how long; whatever else tells one such run from another. Checkpoints hold them.
     """
 
-    def __init__(self, config: GNTTrainerConfig, *args: Any, seconds: float, **kwargs: Any) -> None:
+    def __init__(self, config: GNTTrainerConfig, *args: Any, settings: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self._seconds, self._gone, self._began = seconds, 0.0, math.nan
+        self._settings, self._seconds = settings, float(settings["seconds"])
+        self._gone, self._began = 0.0, math.nan
+
+    def _keeping_state(self) -> dict[str, Any]:
+        return {**super()._keeping_state(), "clock": {"settings": self._settings, "gone": self._gone}}
+
+    def _go_on_keeping(self, state: dict[str, Any]) -> None:
+        super()._go_on_keeping(state)
+        self._gone = float(state["clock"]["gone"])
 
     def setup_optimizers(self) -> Optimizers:
         optimizers = super().setup_optimizers()
@@ -65,7 +105,8 @@ class _ClockedTrainer(GNTTrainer):
         return factor
 
     def train(self) -> None:
-        with progress("Training", max(1, round(self._seconds)), unit="seconds", console=CONSOLE) as self._clock:
+        total, gone = max(1, round(self._seconds)), min(round(self._gone), round(self._seconds))
+        with progress("Training", total, done=gone, unit="seconds", console=CONSOLE) as self._clock:
             super().train()
 
     def _show_progress(self) -> contextlib.AbstractContextManager[Steps]:
@@ -76,7 +117,7 @@ class _ClockedTrainer(GNTTrainer):
 
     def train_iteration(self, step: int) -> Any:
         if math.isnan(self._began):
-            self._began = time.monotonic()
+            self._began = time.monotonic() - self._gone
         result = super().train_iteration(step)
         self._gone = time.monotonic() - self._began
         self.stop_training = self._gone >= self._seconds

@@ -309,7 +309,7 @@ class GNTTrainer(Trainer):
             gnt.load_state_dict(
                 state["averaged"] if self._average is not None and "averaged" in state else state["weights"]
             )
-        if self._average is not None:
+        if self._average is not None and "weights" in state:
             self._average.go_on({"updates": 0, **state})
 
     def _keeping_state(self) -> dict[str, Any]:

@@ -369,3 +369,39 @@ def test_ctrl_c_while_training_keeps_a_checkpoint_and_says_where(
     assert list((tmp_path / "a-training").glob("**/step-*.ckpt"))
     text = capsys.readouterr().out
     assert "Nothing is lost: go on with ns-train" in text and f"The scene is in {tiny_scene}" in text
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_same_command_goes_on_with_a_training_that_was_interrupted_and_does_not_repeat_one_that_ended(
+    tiny_scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(timed_training, "time", SimpleNamespace(monotonic=itertools.count(0.0, 0.25).__next__))
+    real, steps = Trainer.train_iteration, []
+
+    def until_the_sixth(self: Trainer, step: int) -> Any:
+        if len(steps) == 5:
+            steps.append(step)
+            raise KeyboardInterrupt
+        steps.append(step)
+        return real(self, step)
+
+    monkeypatch.setattr(Trainer, "train_iteration", until_the_sixth)
+    command = (tiny_scene, tmp_path / "a.mp4", "--minutes", "0.05")
+    with pytest.raises(SystemExit):
+        make(*command)
+    capsys.readouterr()
+    (damaged := tmp_path / "a-training/shiftadd-gnt-tiny/zzz/nerfstudio_models").mkdir(parents=True)
+    (damaged / "step-000000009.ckpt").write_bytes(b"no checkpoint")
+
+    assert make(*command) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"Going on with \S+a-training/\S+, after 1 s of 3 s", text.replace("\n", ""))
+    assert len(steps) == 6 + 7, "twelve steps in all, one of them interrupted"
+    (run,) = (tmp_path / "a-training/shiftadd-gnt-tiny").glob("*/config.yml")
+    opened = load_run(run)
+    assert opened.step == steps[-1] + 1 and opened.pipeline.model.stage == 2
+
+    assert make(*command) == 0
+    assert "Trained already, in" in capsys.readouterr().out and len(steps) == 13
+    assert make(*command[:-1], "0.1") == 0
+    assert "Trained already" not in capsys.readouterr().out and len(steps) == 13 + 24, "another length is another run"
