@@ -12,6 +12,7 @@ Nothing but scenes that this project makes itself goes into the weights.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shlex
@@ -167,7 +168,7 @@ def calibration_batches(factory: Path, gnt: GNTModel) -> list[tuple[Any, ...]]:
     from shiftadd3d.models.gnt import Cameras
     from shiftadd3d.scenes import scene_path
 
-    config: Any = gnt_tiny.config.pipeline.datamanager  # type: ignore[attr-defined]
+    config: Any = copy.deepcopy(gnt_tiny.config.pipeline.datamanager)  # type: ignore[attr-defined]
     config.data, config.train_scenes, config.train_num_rays_per_batch = scene_path(), (factory,), 256
     manager = config.setup(device="cpu", test_mode="val")
     batches = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -52,3 +53,30 @@ def test_a_cell_without_a_result_is_empty(benchmark, repository: Path):
         "machine": results(repository)[0]["machine"],
     }
     assert "| s |  | 25.00 / 0.800 |  |" in benchmark.render_report([one], template)
+
+
+@pytest.mark.slow
+def test_the_weights_in_the_package_are_packed_again_and_stay_as_they_are(
+    benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from shiftadd3d.configs.methods import shiftadd_gnt_tiny
+    from shiftadd3d.nerf.weights import pretrained_file, read_weights
+    from shiftadd3d.scenes import scene_path
+
+    shipped = pretrained_file("gnt-tiny").read_bytes()
+    monkeypatch.setattr(benchmark, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(benchmark, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(benchmark, "BATCHES", 1)
+    monkeypatch.setattr(benchmark, "ATTENTION_STEPS", 1)
+    factory = shutil.copytree(scene_path(), tmp_path / "factory")
+    benchmark.Pack(factory=factory, again=True)()
+
+    (written,) = tmp_path.glob("*.safetensors")
+    packed, facts = read_weights(written)
+    before, before_facts = read_weights(pretrained_file("shiftadd-gnt-tiny"))
+    assert facts == before_facts
+    assert {name: value.shape for name, value in packed.items()} == {
+        name: value.shape for name, value in before.items()
+    }
+    assert pretrained_file("gnt-tiny").read_bytes() == shipped
+    assert shiftadd_gnt_tiny.config.pipeline.datamanager.train_scenes == ()  # type: ignore[attr-defined]
