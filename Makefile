@@ -24,7 +24,7 @@ say_killed = [ $$code -le 128 ] || [ $$code -eq 130 ] || \
 	echo "error: signal $$((code - 128)) ended this; 9 is what the system sends when memory runs out" >&2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint format lock docs release-check clean
+.PHONY: help setup test demo lint format lock docs peers release-check clean
 .DELETE_ON_ERROR:
 
 help: ## list these commands
@@ -51,9 +51,14 @@ format: $(INSTALLED) ## let ruff sort imports and format
 lock: $(UV) ## regenerate requirements.lock from pyproject.toml, keeping what still fits (LOCK_ARGS=--upgrade: newest)
 	@$(export_index); $(UV) pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate \
 	    --custom-compile-command "make lock" $(GROUPS) $(LOCK_ARGS) pyproject.toml -o requirements.lock
+	@$(export_index); $(UV) pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate \
+	    --custom-compile-command "make lock" --no-deps --group peers $(LOCK_ARGS) -o requirements-peers.lock
 
 docs: $(INSTALLED) ## build the documentation site into site/, strictly: a broken link or reference fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+peers: $(INSTALLED) ## install other engines into .venv, for benchmarks/peers.py
+	@$(export_index); $(UV) pip install --python $(BIN)/python --require-hashes --no-deps -r requirements-peers.lock
 
 release-check: $(INSTALLED) ## build wheel and sdist, and try the wheel where nothing else is
 	bash .ci/release-check

@@ -40,6 +40,7 @@ from reporting import (
 
 if TYPE_CHECKING:
     from shiftadd3d.models.gnt import GNTModel
+    from shiftadd3d.nerf.pipeline import GNTPipeline
 
 WEIGHTS = REPOSITORY / "shiftadd3d" / "nerf" / "weights"
 RUN = OUTPUTS / "pretraining"
@@ -49,6 +50,7 @@ ATTENTION_STEPS = 600
 """Steps of training for each additive attention, on what it sees in these."""
 
 Method = Literal["gnt-tiny", "shiftadd-gnt-tiny"]
+Weights = Literal["shipped", "random"]
 
 
 def checkpoint_folder(run: Path) -> Path:
@@ -188,6 +190,23 @@ def render_batch(gnt: GNTModel, batch: tuple[Any, ...]) -> Any:
     return gnt(sources, origins, directions, near, far, 8, inverse_depth=True)["rgb"]
 
 
+def untrained_pipeline(on: Trivial, folder: Path, method: Method, weights: Weights = "shipped") -> GNTPipeline:
+    """A method's pipeline on a scene, with weights that have not seen it."""
+    import torch
+
+    from shiftadd3d.nerf.pretrained import load_pretrained
+    from shiftadd3d.nerf.weights import pretrained_file
+
+    config: Any = on._config(method, folder)
+    config.pipeline.model.lpips, config.pipeline.warm_start = False, None
+    seed_everything(0)
+    pipeline = config.pipeline.setup(device="cpu", test_mode="test")
+    pipeline.model.near_far.copy_(torch.tensor(pipeline.datamanager.near_far))
+    if weights == "shipped":
+        load_pretrained(pipeline.model, pretrained_file(method))
+    return pipeline
+
+
 @dataclass
 class Evaluate:
     """How well the weights render a scene that they have not seen, without any training on it."""
@@ -196,27 +215,16 @@ class Evaluate:
     """The embedded scene, a folder, or a folder under $SHIFTADD3D_SCENES."""
     method: Method = "shiftadd-gnt-tiny"
     """Whose weights."""
-    weights: Literal["shipped", "random"] = "shipped"
+    weights: Weights = "shipped"
     """`random`: the network as it is initialised."""
     max_side: Annotated[int, tyro.conf.arg(metavar="PIXELS")] = 252
     """Longest side that pictures are shrunk to."""
 
     def __call__(self) -> None:
         """Render the test views, as `benchmarks/nerf.py` does after training."""
-        import torch
-
-        from shiftadd3d.nerf.pretrained import load_pretrained
-        from shiftadd3d.nerf.weights import pretrained_file
-
         name, folder, embedded = find_scene_folder(self.scene)
         on = Trivial(scene=self.scene, max_side=None if embedded else self.max_side)
-        config: Any = on._config("gnt-tiny" if self.method == "gnt-tiny" else "shiftadd-gnt-tiny", folder)
-        config.pipeline.model.lpips, config.pipeline.warm_start = False, None
-        seed_everything(0)
-        pipeline = config.pipeline.setup(device="cpu", test_mode="test")
-        pipeline.model.near_far.copy_(torch.tensor(pipeline.datamanager.near_far))
-        if self.weights == "shipped":
-            load_pretrained(pipeline.model, pretrained_file(self.method))
+        pipeline = untrained_pipeline(on, folder, self.method, self.weights)
         shown = PICTURES if self.weights == "shipped" else OUTPUTS  # the page has no pictures of random weights
         quality = evaluate(pipeline, shown / f"untrained-{name}-{self.method}.png")
         words = ["--scene", name, "--method", self.method, "--weights", self.weights]
@@ -244,7 +252,7 @@ class HeldOut:
     """Made by `shiftadd3d scenes make-factory`, with another seed than the training scenes."""
     method: Method = "shiftadd-gnt-tiny"
     """Whose weights."""
-    weights: Literal["shipped", "random"] = "shipped"
+    weights: Weights = "shipped"
     """`random`: the network as it is initialised."""
 
     def __call__(self) -> None:

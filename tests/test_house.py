@@ -21,6 +21,7 @@ from packaging.utils import canonicalize_name
 
 tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
+LOCKS = ("requirements.lock", "requirements-peers.lock")
 # What the lock is for: every supported Python on the systems that it has been tried or resolved on.
 ENVIRONMENTS = [
     {
@@ -47,8 +48,8 @@ def project(repository: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def lock(repository: Path) -> list[tuple[Requirement, list[str]]]:
-    """The lock's requirements, each with its hashes."""
-    text = (repository / "requirements.lock").read_text().replace("\\\n", " ")
+    """The requirements of both locks, each with its hashes."""
+    text = "".join((repository / name).read_text() for name in LOCKS).replace("\\\n", " ")
     lines = [line.split() for line in text.splitlines() if line and not line.startswith("#")]
     return [
         (
@@ -96,9 +97,10 @@ def test_every_locked_requirement_is_pinned_and_hashed_and_names_no_address(
         assert requirement.url is None
         assert hashes, requirement
         assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", digest) for digest in hashes), requirement
-    text = (repository / "requirements.lock").read_text()
-    assert "://" not in text
-    assert "index-url" not in text
+    for name in LOCKS:
+        text = (repository / name).read_text()
+        assert "://" not in text
+        assert "index-url" not in text
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda e: f"{e['python_version']}-{e['sys_platform']}")

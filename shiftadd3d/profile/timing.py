@@ -29,6 +29,8 @@ _LEAST_ROUNDS, _MOST_ROUNDS = 5, 25
 _SECONDS_OF_A_ROUND = 0.004
 # What takes longer has no use for caches that are warm.
 _SECONDS_OF_A_LONG_CALL = 0.1
+# Threads of OpenMP and of other engines' pools wait actively for some hundredths of a second after a call.
+_SECONDS_OF_A_REST = 0.1
 # More than the second-level cache of a graphics card holds: what the last call left there is gone.
 _BYTES_TO_FLUSH = 256 << 20
 
@@ -43,7 +45,11 @@ class Spread:
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], Any]], device: str = "cpu", seconds: float = 2.0, rounds: int | None = None
+    functions: Mapping[str, Callable[[], Any]],
+    device: str = "cpu",
+    seconds: float = 2.0,
+    rounds: int | None = None,
+    foreign: bool = False,
 ) -> dict[str, Spread]:
     """Time functions in turns.
 
@@ -53,13 +59,15 @@ def interleaved(
             cold caches.
         seconds: roughly how long to go on for; 5 rounds are gone through anyway, and 25 are enough.
         rounds: just so many instead, 2 or more.
+        foreign: some compute in threads of their own. Then the time on the wall counts, on a CPU, and a rest before
+            each turn lets the threads of the one before come to rest: they wait actively for a while.
 
     Raises:
         UserError: for other devices.
     """
     if device not in ("cpu", "cuda"):
         raise UserError(f"device must be cpu or cuda, not {device!r}")
-    sample = _cpu_sampler(functions) if device == "cpu" else _cuda_sampler()
+    sample = _cpu_sampler(functions, foreign) if device == "cpu" else _cuda_sampler()
     samples: dict[str, list[float]] = {name: [] for name in functions}
     began = time.perf_counter()
     for done in range(rounds or _MOST_ROUNDS):
@@ -75,8 +83,10 @@ def clock() -> Callable[[], float]:
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
-def _cpu_sampler(functions: Mapping[str, Callable[[], Any]]) -> Callable[[str, Callable[[], Any]], float]:
-    now = clock()
+def _cpu_sampler(
+    functions: Mapping[str, Callable[[], Any]], foreign: bool = False
+) -> Callable[[str, Callable[[], Any]], float]:
+    now = time.perf_counter if foreign else clock()
 
     def seconds(function: Callable[[], Any], calls: int) -> float:
         began = now()
@@ -88,6 +98,8 @@ def _cpu_sampler(functions: Mapping[str, Callable[[], Any]]) -> Callable[[str, C
     calls = {name: max(1, round(_SECONDS_OF_A_ROUND / max(first, 1e-7))) for name, first in once.items()}
 
     def sample(name: str, function: Callable[[], Any]) -> float:
+        if foreign:
+            time.sleep(_SECONDS_OF_A_REST)
         if once[name] < _SECONDS_OF_A_LONG_CALL:
             function()
         return seconds(function, calls[name])

@@ -1,0 +1,326 @@
+"""The table of docs/results/peers.md: frozen models as one executable, beside what else runs fast on a CPU.
+
+    make peers                      # OpenVINO and NNCF, into .venv
+    python benchmarks/peers.py run
+    python benchmarks/peers.py report
+
+The first installs what to compare with, the second writes a JSON file into docs/results/data/, and the last one makes
+docs/results/peers.md from it.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import logging
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reporting import (
+    DATA,
+    NOT_MEASURED,
+    command_block,
+    git_commit,
+    machine_facts,
+    machine_list,
+    markdown_table,
+    run_command,
+    write_page,
+    write_result,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FILE = "peers.json"
+EAGER = "torch, float32, eager"
+OPENVINO = "OpenVINO, "
+OURS = "shiftadd3d, "
+RECIPES = ("add", "add+shift", "add+shift-attn+moe")
+NUMERICS = ("exact", "fast", "int8")
+Solution = Callable[[], Any]
+SAME = (f"{OPENVINO}f32", "ONNX Runtime, float32")
+"""What computes the dense original in float32, and has to come to the same logits."""
+
+
+@dataclass
+class Run:
+    """Time models of random weights, all solutions in turns: timm's original in other engines, ours frozen."""
+
+    models: tuple[str, ...] = ("deit_tiny_patch16_224", "pvt_v2_b0")
+    """timm's names."""
+    batches: tuple[int, ...] = (1, 16)
+    """Pictures at once, of 224 px."""
+    threads: tuple[int, ...] = (1, 2)
+    """CPU threads to compute with."""
+    rounds: int = 11
+    """Rounds that all take turns in, 2 or more; the median counts."""
+    out: Path = DATA
+    """Folder for the JSON file."""
+
+    def __call__(self) -> None:
+        """Write the JSON file."""
+        from shiftadd3d._errors import UserError
+        from shiftadd3d.kernels.runtime import targets
+
+        missing = [name for name in ("openvino", "nncf", "onnxruntime") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UserError(f"{', '.join(missing)}: not installed; expected what `make peers` brings")
+        commit, rows = git_commit(), []
+        for model in self.models:
+            with tempfile.TemporaryDirectory() as folder:
+                dense = {batch: write_onnx(model, batch, Path(folder)) for batch in self.batches}
+                for threads in self.threads:
+                    for batch in self.batches:
+                        ms = measure(model, batch, threads, dense[batch], self.rounds)
+                        rows.append({"model": model, "batch": batch, "threads": threads, "ms": ms})
+        options = {"--models": self.models, "--batches": self.batches, "--threads": self.threads}
+        words = [word for name, values in options.items() for word in (name, *map(str, values))]
+        write_result(
+            self.out / FILE,
+            {
+                "rows": rows,
+                "rounds": self.rounds,
+                "instructions": targets.current().name,
+                "versions": versions(),
+                "machine": machine_facts(),
+                "commit": commit,
+                "command": shlex.join(["python", "benchmarks/peers.py", "run", *words, "--rounds", str(self.rounds)]),
+            },
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of what is compared."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "timm", "openvino", "nncf", "onnxruntime", "apache-tvm")}
+
+
+def images_of(batch: int) -> Tensor:
+    """[batch, 3, 224, 224]."""
+    import torch
+
+    return torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+
+
+def write_onnx(name: str, batch: int, folder: Path) -> Path:
+    """timm's original as an ONNX file, for one size of batch: engines do best with what they know."""
+    import timm
+    import torch
+
+    torch.manual_seed(0)
+    path = folder / f"{name}-{batch}.onnx"
+    model = timm.create_model(name, exportable=True).eval()
+    torch.onnx.export(model, (images_of(batch),), path, dynamo=True, external_data=False, verbose=False)
+    return path
+
+
+def measure(name: str, batch: int, threads: int, dense: Path, rounds: int) -> dict[str, float]:
+    """Milliseconds a call of each solution, in turns."""
+    import torch
+
+    from shiftadd3d.profile.timing import interleaved
+
+    torch.set_num_threads(threads)
+    images = images_of(batch)
+    with torch.inference_mode():
+        solutions: dict[str, Solution] = {}
+        for solution, run in [
+            *torch_solutions(name, images),
+            *openvino_solutions(dense, images, threads),
+            *onnxruntime_solutions(dense, images, threads),
+            *our_solutions(name, images),
+        ]:
+            outcome = run()
+            if solution in SAME:
+                check_same(solution, outcome, solutions[EAGER]())
+            solutions[solution] = run
+        found = interleaved(solutions, rounds=rounds, foreign=True)
+    ms = {solution: float(f"{1000 * times.median:.4g}") for solution, times in found.items()}
+    print(f"{name}, batch {batch}, {threads} threads: {ms}", flush=True)
+    del solutions, run
+    gc.collect()  # pools of threads end with their engines
+    return ms
+
+
+def check_same(solution: str, outcome: Any, logits: Tensor) -> None:
+    """Raise where an engine computes something else than torch."""
+    import numpy as np
+
+    found = np.asarray(outcome[0])
+    scale = float(logits.abs().max())
+    if found.shape != logits.shape or not np.allclose(found, logits.numpy(), atol=1e-3 * scale, rtol=0.0):
+        raise AssertionError(f"{solution} does not compute what torch does")
+
+
+def torch_solutions(name: str, images: Tensor) -> Iterator[tuple[str, Solution]]:
+    """timm's original as everyone runs it."""
+    import timm
+    import torch
+
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    yield EAGER, lambda: model(images)
+
+
+def openvino_solutions(dense: Path, images: Tensor, threads: int) -> Iterator[tuple[str, Solution]]:
+    """float32, bfloat16 where the CPU multiplies in it, and 8-bit integers by NNCF."""
+    import nncf
+    import openvino
+    from nncf import Dataset, ModelType, quantize
+
+    nncf.set_log_level(logging.ERROR)
+    core, array = openvino.Core(), images.numpy()
+    forms = ["f32"] + ["bf16"] * ("BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+    def compiled(model: Any, form: str) -> Solution:
+        settings = {
+            "INFERENCE_PRECISION_HINT": form,
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        request = core.compile_model(model, "CPU", settings).create_infer_request()
+        return lambda: request.infer({0: array})
+
+    for form in forms:
+        yield f"{OPENVINO}{form}", compiled(core.read_model(dense), form)
+    quantized = quantize(
+        core.read_model(dense),
+        Dataset([images_of(len(images)).numpy() for _ in range(4)]),
+        model_type=ModelType.TRANSFORMER,
+        subset_size=4,
+    )
+    for form in forms:
+        yield f"{OPENVINO}NNCF int8, {form}", compiled(quantized, form)
+
+
+def onnxruntime_solutions(dense: Path, images: Tensor, threads: int) -> Iterator[tuple[str, Solution]]:
+    """float32, and 8-bit integers whose scales are found on the way."""
+    import onnx
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    small = dense.with_name(f"{dense.stem}-int8.onnx")
+    if not small.exists():
+        model = onnx.load(dense)
+        del model.graph.value_info[
+            :
+        ]  # it infers shapes itself, and takes what torch wrote of weights for a contradiction
+        quantize_dynamic(model, small, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for form, path in (("float32", dense), ("dynamic int8", small)):
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        feed = {session.get_inputs()[0].name: images.numpy()}
+        yield f"ONNX Runtime, {form}", lambda session=session, feed=feed: session.run(None, feed)
+
+
+def our_solutions(name: str, images: Tensor) -> Iterator[tuple[str, Solution]]:
+    """Each recipe compiled, in each of the numerics; `add+shift` op by op as well."""
+    import timm
+    import torch
+
+    import shiftadd3d
+    from shiftadd3d.kernels import numerics
+    from shiftadd3d.nn import freeze_
+
+    for recipe in RECIPES:
+        torch.manual_seed(0)
+        model = timm.create_model(f"shiftadd_{name}", recipe=recipe).eval()
+        freeze_(model, verbose=False)
+        for form in NUMERICS:
+            compiled = shiftadd3d.compile(model, images[:1], numerics=form)
+            if compiled.reason is not None:
+                raise AssertionError(f"{name}, {recipe}: not compiled: {compiled.reason}")
+            yield f"{OURS}{recipe}, {form}", lambda compiled=compiled: compiled(images)
+            if recipe == "add+shift":
+                apart = numerics(form)(model)
+                yield f"{OURS}{recipe}, {form}, op by op", lambda apart=apart: apart(images)
+
+
+@dataclass
+class Report:
+    """Make docs/results/peers.md from the JSON file."""
+
+    def __call__(self) -> None:
+        """Write the page."""
+        write_page("peers", lambda template: render_report(read_results(DATA), template))
+
+
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """What `run` wrote, if it has."""
+    path = folder / FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def best_peer(ms: dict[str, float]) -> tuple[str, float]:
+    """The fastest that is not ours, and its milliseconds."""
+    return min(((name, time) for name, time in ms.items() if not name.startswith(OURS)), key=lambda pair: pair[1])
+
+
+def render_report(results: dict[str, Any] | None, template: str) -> str:
+    """The page: its template with the tables filled in."""
+    rows = [] if results is None else results["rows"]
+    filled = {
+        "SUMMARY": summary_table(rows),
+        "TABLES": "\n\n".join(full_table(row) for row in rows) or NOT_MEASURED,
+        "INSTRUCTIONS": NOT_MEASURED if results is None else f"`{results['instructions']}`",
+        "VERSIONS": NOT_MEASURED
+        if results is None
+        else ", ".join(f"{name} {number}" for name, number in results["versions"].items()),
+        "COMMANDS": "" if results is None else command_block("peers", [results]),
+        "MACHINES": "" if results is None else machine_list([results]),
+    }
+    for name, text in filled.items():
+        template = template.replace("{{" + name + "}}", text)
+    return template
+
+
+def summary_table(rows: list[dict[str, Any]]) -> str:
+    """`add+shift` compiled, and how many times faster than others it is."""
+    shown = []
+    for row in rows:
+        ms = row["ms"]
+        name, time = best_peer(ms)
+        int8, exact = ms[f"{OURS}add+shift, int8"], ms[f"{OURS}add+shift, exact"]
+        float32 = ms[f"{OPENVINO}f32"]
+        shown.append(
+            [
+                place_of(row),
+                f"{int8:,.1f}",
+                f"{ms[EAGER] / int8:.2f}",
+                f"{time / int8:.2f} ({name})",
+                f"{exact:,.1f}",
+                f"{float32 / exact:.2f}",
+            ]
+        )
+    header = ["model, batch, threads", "int8, ms", "torch / int8", "fastest peer / int8", "exact, ms"]
+    return markdown_table([*header, "OpenVINO f32 / exact"], shown)
+
+
+def place_of(row: dict[str, Any]) -> str:
+    """What a row is about."""
+    return f"{row['model']}, {row['batch']}, {row['threads']}"
+
+
+def full_table(row: dict[str, Any]) -> str:
+    """All solutions of a row, the slowest first."""
+    header = [place_of(row), "ms", "times faster than torch"]
+    pairs = sorted(row["ms"].items(), key=lambda pair: -pair[1])
+    return markdown_table(header, [[name, f"{ms:,.1f}", f"{row['ms'][EAGER] / ms:.2f}"] for name, ms in pairs])
+
+
+def main() -> None:
+    run_command({"run": Run, "report": Report}, __doc__)
+
+
+if __name__ == "__main__":
+    main()
