@@ -50,7 +50,10 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> nn.Module:
 
 
 def compile(
-    model: nn.Module, example: torch.Tensor | Sequence[torch.Tensor], numerics: Numerics | None = None
+    model: nn.Module,
+    example: torch.Tensor | Sequence[torch.Tensor],
+    numerics: Numerics | None = None,
+    background: bool = False,
 ) -> CompiledModel:
     """A frozen model as one executable, compiled or found in the cache: see `shiftadd3d.nn.compiled.compile`.
 
@@ -58,13 +61,14 @@ def compile(
         model: as `freeze_` leaves it, in float32 on the CPU.
         example: an input of the model, or all of them.
         numerics: what to compute in, ``"exact"``, ``"fast"`` or ``"int8"``; None for the process's.
+        background: return at once, and run the frozen model until another process has compiled it.
 
     Raises:
         UserError: the model is not frozen, or the example none that it takes.
     """
     from shiftadd3d.nn import compiled
 
-    return compiled.compile(model, example, numerics)
+    return compiled.compile(model, example, numerics, background)
 
 
 # What extends timm takes effect where timm is in use, whether it was imported before or comes later.

@@ -565,23 +565,48 @@ class ListKernels(Verb):
 
 @dataclass(frozen=True)
 class BuildKernels(Verb):
-    """Compile kernels now, so that nothing has to wait for it later; those for GPUs without a GPU, too."""
+    """Compile kernels now, so that nothing has to wait for it later; those for GPUs without a GPU, too.
+
+    With --model, compile packed classifiers instead, each as one executable, as predict and evaluate would.
+    """
 
     names: _KernelNames = ()
-    """Which kernels; all if none is named."""
+    """Which kernels; all if neither one is named nor a model."""
     target: str | None = None
     """What they are for: a GPU's generation, such as cuda-sm_90. By default, this CPU."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Also put them into this folder, with all they need but torch, this package and apache-tvm-ffi. Where
     SHIFTADD3D_BUNDLE names the folder, neither TVM nor a compiler has to be installed."""
+    model: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PACKED ...")] = ()
+    """Folders that export packed."""
+    numerics: tuple[Literal["exact", "fast", "int8"], ...] = ()
+    """What models compute in. If not set, what $SHIFTADD3D_NUMERICS says, or exact."""
     json: JsonFile = None
     """Write the same facts to this JSON file, too."""
 
     def run(self) -> None:
         """Compile what the cache does not hold."""
+        if self.model:
+            self._build_models()
+            return
+        if self.numerics:
+            raise UserError("--numerics goes with --model: kernels are compiled for all of them")
         from shiftadd3d.kernels import manage
 
         manage.build_kernels(self.names, self.json, self.target, self.out)
+
+    def _build_models(self) -> None:
+        if self.names or self.target or self.out:
+            raise UserError("--model goes with --numerics and --json only: models are compiled whole, for this CPU")
+        _need_vision()
+        from rich.console import Console
+
+        from shiftadd3d._report import write_json
+        from shiftadd3d.vision.compiled import build_ahead
+
+        rows = build_ahead(self.model, self.numerics, Console())
+        if self.json is not None:
+            write_json(self.json, {"models": rows})
 
 
 @dataclass(frozen=True)

@@ -38,21 +38,26 @@ def load(programs: Mapping[str, Program], exactness: Exactness) -> Executable:
         Exception: one of `kernel.FAILURES`; anything else is a bug.
     """
     target = targets.current()
-    entry = cache.key(
-        programs=sorted((name, str(program.description(target, exactness))) for name, program in programs.items()),
-        target=target.name,
-        sources=_sources_digest(programs),
-        passes=_SLOW_PASSES,
-        **kernel.versions(),
-    )
     return Executable(
         kernel.obtain(
-            entry,
+            entry(programs, exactness),
             compile=lambda: compile_programs(programs, target, exactness),
             link=_link,
             trial=lambda library: _try(library, _functions(programs, target, exactness)),
             facts={"kernel": "whole", "target": target.name, "spec": {"exactness": exactness}},
         )
+    )
+
+
+def entry(programs: Mapping[str, Program], exactness: Exactness) -> str:
+    """The key in the cache: everything that the machine code depends on."""
+    target = targets.current()
+    return cache.key(
+        programs=sorted((name, str(program.description(target, exactness))) for name, program in programs.items()),
+        target=target.name,
+        sources=_sources_digest(programs),
+        passes=_SLOW_PASSES,
+        **kernel.versions(),
     )
 
 

@@ -6,6 +6,7 @@ Weights are arguments of the compiled program, so that networks that differ in w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -113,6 +114,12 @@ class Program:
     def output(self, *values: Value) -> None:
         """What the program gives back."""
         self.outputs = list(values)
+
+    def without_weights(self) -> Program:
+        """The same without the tensors of its weights, whose shapes are all that compiling takes."""
+        bare = copy.copy(self)
+        bare.weights, bare._of_tensor = [], {}
+        return bare
 
     def resolved(self, target: CpuTarget, exactness: Exactness) -> list[tuple[Call, dict[str, Any]]]:
         """All calls, with what is compiled into their functions."""

@@ -23,6 +23,7 @@ from shiftadd3d.kernels.runtime.numerics import Numerics, check_numerics, get_nu
 from shiftadd3d.kernels.runtime.recording import is_exported
 from shiftadd3d.kernels.runtime.threads import follow_torch
 from shiftadd3d.kernels.whole import executable, grids, mixtures, products, tokens
+from shiftadd3d.kernels.whole.background import Compilation, is_cached
 from shiftadd3d.kernels.whole.grids import Window
 from shiftadd3d.kernels.whole.program import Dim, Exactness, Program, Value
 from shiftadd3d.nn import power_of_two
@@ -295,26 +296,41 @@ class CompiledModel(nn.Module):
     compiled when it is first needed.
 
     Attributes:
-        model: the frozen model; where it could not be compiled, it does the work.
-        reason: why that is so, or None.
+        model: the frozen model; where it could not be compiled, and while it is being compiled, it does the work.
+        reason: why it could not be compiled, or None.
         numerics: what it computes in.
         overflows: how many calls had to be done again.
     """
 
-    def __init__(self, model: nn.Module, program: Program | None, numerics: Numerics, reason: str | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        program: Program | None,
+        numerics: Numerics,
+        reason: str | None,
+        background: bool = False,
+    ) -> None:
         super().__init__()
         self.model, self.reason, self.overflows = model, reason, 0
         self.numerics: Numerics = numerics
-        self._program = program
+        self._program, self._background = program, background
         self._lock = threading.Lock()
         self._executables: dict[Exactness, Any] = {}
+        self._compilations: dict[Exactness, Compilation] = {}
         self._weights: Any = None
         self.training = False
 
     @property
     def is_compiled(self) -> bool:
-        """Whether there is an executable; else `reason` says why not."""
-        return self._program is not None
+        """Whether there is an executable. Else `reason` says why not; without one, it is being compiled."""
+        with self._lock:
+            return self._ready(self.numerics)
+
+    def wait(self) -> bool:
+        """Wait for what is being compiled in the background; tells whether there is an executable."""
+        for compilation in list(self._compilations.values()):
+            compilation.wait()
+        return self.is_compiled
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """What the model makes of its inputs, in evaluation.
@@ -323,39 +339,69 @@ class CompiledModel(nn.Module):
             UserError: for inputs of another rank, size, dtype or device than the one it was compiled for.
         """
         wants_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        if self._program is None or wants_gradients or is_exported():
-            with numerics(self.numerics):
-                return self.model(*inputs)
-        check_inputs(self._program, inputs)
-        ready = [x.detach().contiguous() for x in inputs]
-        with self._lock:
-            y, fits = self._run(self.numerics, ready)
-            if not fits:
-                self.overflows += 1
-                y, _ = self._run("safe", ready)
+        if self._program is not None and not wants_gradients and not is_exported():
+            check_inputs(self._program, inputs)
+            with self._lock:
+                y = self._run([x.detach().contiguous() for x in inputs])
+            if y is not None:
+                return y
+        with numerics(self.numerics):
+            return self.model(*inputs)
+
+    def _run(self, inputs: Sequence[Tensor]) -> Tensor | None:
+        """The executable's outcome; None where there is none yet."""
+        y: Tensor | None = None
+        exactness: Exactness
+        for exactness in (self.numerics, "safe"):
+            if not self._ready(exactness):
+                return None
+            main, control = self.load(exactness)
+            follow_torch()
+            control.reset(torch.get_num_threads())
+            y = torch.from_dlpack(main(*inputs, control.tensor, self._weights))
+            if not control.overflowed:
+                break
+            self.overflows += exactness == self.numerics
         return y
+
+    def _ready(self, exactness: Exactness) -> bool:
+        """Whether there is an executable, or compiling it is what the call waits for. Else it is seen to."""
+        if exactness in self._executables or not self._background or self._program is None:
+            return self._program is not None
+        try:
+            compilation = self._compilations.get(exactness)
+            if compilation is None:
+                programs = {"main": self._program}
+                if is_cached(programs, exactness):
+                    self.load(exactness)
+                    return True
+                self._compilations[exactness] = Compilation(programs, exactness)
+            elif (programs := compilation.poll()) is not None:
+                self._keep(exactness, programs)
+                del self._compilations[exactness]
+                return True
+        except kernel.FAILURES as error:
+            self._program, self.reason = None, kernel.first_line(error)
+            self._compilations.clear()
+            warnings.warn(_not_compiled(self.reason), RuntimeWarning, stacklevel=2)
+        return False
 
     def load(self, exactness: Exactness) -> Any:
         """The executable's function and the tensor that it is controlled by."""
-        found = self._executables.get(exactness)
-        if found is None:
+        if exactness not in self._executables:
             assert self._program is not None
-            if self._weights is None:
-                self._weights = executable.weights_of(self._program)
-            programs = executable.load({"main": self._program}, exactness)
-            found = self._executables[exactness] = programs["main"], executable.Control()
-        return found
+            self._keep(exactness, executable.load({"main": self._program}, exactness))
+        return self._executables[exactness]
 
-    def _run(self, exactness: Exactness, inputs: Sequence[Tensor]) -> tuple[Tensor, bool]:
-        main, control = self.load(exactness)
-        follow_torch()
-        control.reset(torch.get_num_threads())
-        outcome = main(*inputs, control.tensor, self._weights)
-        return torch.from_dlpack(outcome), not control.overflowed
+    def _keep(self, exactness: Exactness, programs: executable.Executable) -> None:
+        if self._weights is None:
+            assert self._program is not None
+            self._weights = executable.weights_of(self._program)
+        self._executables[exactness] = programs["main"], executable.Control()
 
     def __getstate__(self) -> dict[str, Any]:
         # What is compiled comes from the cache again.
-        return {**vars(self), "_lock": None, "_executables": {}, "_weights": None}
+        return {**vars(self), "_lock": None, "_executables": {}, "_compilations": {}, "_weights": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -391,7 +437,16 @@ def check_inputs(program: Program, inputs: Sequence[Tensor]) -> None:
             raise UserError(f"the compiled model takes {expected}, not {list(x.shape)} {dtype} on {x.device}")
 
 
-def compile(model: nn.Module, example: Tensor | Sequence[Tensor], numerics: Numerics | None = None) -> CompiledModel:
+def _not_compiled(reason: str) -> str:
+    return f"not compiled, so it runs as before: {reason}"
+
+
+def compile(
+    model: nn.Module,
+    example: Tensor | Sequence[Tensor],
+    numerics: Numerics | None = None,
+    background: bool = False,
+) -> CompiledModel:
     """Compile a frozen model into one executable, or find it in the cache.
 
     What no emitter is registered for, and machines without TVM and a compiler, leave the model to run as it does; one
@@ -401,6 +456,8 @@ def compile(model: nn.Module, example: Tensor | Sequence[Tensor], numerics: Nume
         model: in float32 on the CPU, as `freeze_` leaves it. It is not changed.
         example: an input of the model, or all of them. Pictures are compiled for their size, and for any batch.
         numerics: what to compute in; None for the process's (`get_numerics`).
+        background: return at once, and have another process compile what the cache does not have. Until it is done,
+            calls run the frozen model.
 
     Raises:
         UserError: for a model that is not frozen, not in evaluation, not on the CPU or not in float32; for an example
@@ -418,16 +475,19 @@ def compile(model: nn.Module, example: Tensor | Sequence[Tensor], numerics: Nume
         program = program_of(model, examples)
     except Unserved as error:
         reason = str(error)
-    compiled = CompiledModel(model, program, exactness, reason)
+    compiled = CompiledModel(model, program, exactness, reason, background)
     if program is not None:
         check_inputs(program, examples)
+        if background:
+            compiled._ready(exactness)
+            return compiled
         try:
             compiled.load(exactness)
         except kernel.FAILURES as error:
             reason = kernel.first_line(error)
             compiled = CompiledModel(model, None, exactness, reason)
     if reason is not None:
-        warnings.warn(f"not compiled, so it runs as before: {reason}", RuntimeWarning, stacklevel=2)
+        warnings.warn(_not_compiled(reason), RuntimeWarning, stacklevel=2)
     return compiled
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels import get_numerics
+from shiftadd3d.kernels import Numerics, get_numerics
 from shiftadd3d.nn.compiled import compile as compile_model
-from shiftadd3d.vision.checkpoint import ClassifierConfig
+from shiftadd3d.vision.checkpoint import ClassifierConfig, create_classifier, read_config
 
 
 def compiled_where_it_can_be(model: nn.Module, console: Console | None = None) -> nn.Module:
@@ -43,3 +47,43 @@ def compiled_where_it_can_be(model: nn.Module, console: Console | None = None) -
     if console is not None:
         console.print(f"not compiled: {reason}", highlight=False, markup=False, soft_wrap=True)
     return model
+
+
+def build_ahead(
+    folders: Sequence[Path], numerics: Sequence[Numerics], console: Console | None = None
+) -> list[dict[str, Any]]:
+    """Have the cache hold the executables of packed classifiers, so that whoever loads these need not wait.
+
+    Args:
+        folders: what `shiftadd3d export` packed. Their weights are not read: code does not depend on them.
+        numerics: those to compile for; empty for the process's.
+        console: where to print a line for each.
+
+    Returns:
+        For each folder and numerics how many seconds that took.
+
+    Raises:
+        UserError: if a folder has no packed classifier, or one that cannot be compiled.
+    """
+    configs = {folder: read_config(folder) for folder in folders}
+    for folder, config in configs.items():
+        if not config.frozen:
+            raise UserError(f"{folder}: not packed, so nothing of it is compiled; expected what `export` packed")
+    rows: list[dict[str, Any]] = []
+    for folder, config in configs.items():
+        model = create_classifier(config).eval()
+        example = torch.zeros(1, 3, config.input.size, config.input.size)
+        for exactness in numerics or [get_numerics()]:
+            start = time.perf_counter()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                compiled = compile_model(model, example, exactness)
+            if not compiled.is_compiled:
+                raise UserError(f"{folder} cannot be compiled: {compiled.reason}")
+            if exactness != "exact":
+                compiled.load("safe")  # for activations beyond what rounded ones can express
+            seconds = round(time.perf_counter() - start, 3)
+            rows.append({"model": str(folder), "numerics": exactness, "seconds": seconds})
+            if console is not None:
+                console.print(f"{folder}, {exactness}: {seconds:.1f} s", highlight=False, markup=False, soft_wrap=True)
+    return rows

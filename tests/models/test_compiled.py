@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ import shiftadd3d
 from bounds import assert_within, network_bound
 from shiftadd3d import UserError
 from shiftadd3d.kernels import numerics
-from shiftadd3d.kernels.whole import executable
+from shiftadd3d.kernels.whole import background, executable
 from shiftadd3d.nn import CompiledModel, MoE, Recipe, freeze_, recipe, register_emitter, reparameterize_
 
 pytest.importorskip("tvm")
@@ -297,6 +299,95 @@ def test_without_a_compiler_the_model_runs_as_before(monkeypatch: pytest.MonkeyP
         compiled = shiftadd3d.compile(model, x)
     with torch.inference_mode():
         assert torch.equal(compiled(x), model(x))
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SHIFTADD3D_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class OneLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(24, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def frozen_layer() -> nn.Module:
+    model = OneLayer().eval()
+    reparameterize_(model, recipe("add+shift", other_linear="shift"), verbose=False)
+    freeze_(model, verbose=False)
+    register_emitter(OneLayer, lambda e, module, x: e.linear(module.layer, x))
+    return model
+
+
+def test_in_the_background_the_frozen_model_runs_until_the_executable_is_there(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = frozen_layer(), torch.randn(2, 3, 24)
+    monkeypatch.setattr(executable, "compile_programs", lambda *_: pytest.fail("compiled in the foreground"))
+    compiled = shiftadd3d.compile(model, x, "exact", background=True)
+    with torch.inference_mode():
+        frozen = model(x)
+        assert not compiled.is_compiled and compiled.reason is None
+        assert torch.equal(compiled(x), frozen)
+        assert compiled.wait() and compiled.is_compiled
+        monkeypatch.setattr(OneLayer, "forward", lambda *_: pytest.fail("the frozen model ran"))
+        torch.testing.assert_close(compiled(x), frozen)
+        assert shiftadd3d.compile(model, x, "exact", background=True).is_compiled  # from the cache, at once
+        torch.testing.assert_close(copy.deepcopy(compiled)(x), frozen)
+
+
+def test_in_the_background_an_overflow_runs_the_frozen_model_until_there_is_another_executable() -> None:
+    model, x = frozen_layer(), torch.full((1, 1, 24), 2.0**70)
+    compiled = shiftadd3d.compile(model, x, "fast", background=True)
+    assert compiled.wait()
+    with torch.inference_mode():
+        frozen = compiled(x)
+        assert compiled.wait()
+        torch.testing.assert_close(compiled(x), frozen)
+        torch.testing.assert_close(frozen, model(x))
+    assert compiled.overflows == 2
+
+
+def test_what_fails_in_the_background_leaves_the_frozen_model(empty_cache: Path, monkeypatch) -> None:
+    model, x = frozen_layer(), torch.randn(1, 3, 24)
+    monkeypatch.setattr(background, "_SERVE", "import sys; sys.exit('no luck')")
+    compiled = shiftadd3d.compile(model, x, background=True)
+    with pytest.warns(RuntimeWarning, match="not compiled, so it runs as before: no luck"):
+        assert not compiled.wait()
+    with torch.inference_mode():
+        assert torch.equal(compiled(x), model(x))
+    assert compiled.reason == "no luck"
+
+
+HALF_LINKED = """
+import pickle, sys, time
+sys.path[:] = pickle.load(sys.stdin.buffer)
+from shiftadd3d.kernels.whole import background, executable
+
+def link(_, library):
+    library.write_bytes(b"half")
+    time.sleep(600)
+
+executable._link = link
+background.serve()
+"""
+
+
+def test_when_the_model_is_gone_nothing_half_compiled_is_left(empty_cache: Path, monkeypatch) -> None:
+    monkeypatch.setattr(background, "_SERVE", HALF_LINKED)
+    compiled = shiftadd3d.compile(frozen_layer(), torch.randn(1, 3, 24), background=True)
+    process = compiled._compilations["exact"]._process
+    while not any(file.stat().st_size == 4 for file in empty_cache.glob("building*.so")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    del compiled
+    assert process.wait() == 1
+    assert not [*empty_cache.glob("building*"), *empty_cache.glob("*.trial")]
 
 
 def test_models_that_are_not_ready_are_refused_in_one_line() -> None:

@@ -18,6 +18,7 @@ import shiftadd3d
 from bounds import assert_within, network_bound
 from shiftadd3d import UserError, cli
 from shiftadd3d.kernels import numerics
+from shiftadd3d.kernels.whole import executable
 from shiftadd3d.nn import CompiledModel, MoEMlp, freeze_, recipe
 from shiftadd3d.nn.routing import RoutingMap, routing_maps
 from shiftadd3d.vision import predict as predict_module
@@ -116,6 +117,28 @@ def _noted(forward: Callable[..., torch.Tensor], ran: list[str]) -> Callable[...
         return forward(self, *inputs)
 
     return call
+
+
+def test_what_is_built_ahead_need_not_be_compiled_any_more(
+    routed: nn.Module, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    pytest.importorskip("tvm")
+    monkeypatch.chdir(tmp_path)
+    config = replace(routed.classifier_config, frozen=True)
+    save_classifier(tmp_path / "trained", routed.state_dict(), routed.classifier_config)
+    freeze_(routed, verbose=False)
+    save_classifier(tmp_path / "packed", routed.state_dict(), config)
+    build = ["kernels", "build", "--json", "built.json", "--model"]
+    assert cli.main([*build, "packed"]) == 0
+    (row,) = json.loads(Path("built.json").read_text())["models"]
+    assert row["model"] == "packed" and row["numerics"] == "exact"
+    monkeypatch.setattr(executable, "compile_programs", lambda *_: pytest.fail("compiled again"))
+    assert cli.main(["predict", "packed", str(folder / "val" / "green" / "001.png")]) == 0
+    for wrong in (["trained"], ["nowhere"], ["packed", "--out", "bundle"], ["packed", "--target", "avx2"]):
+        assert cli.main([*build, *wrong]) == 1
+    assert cli.main(["kernels", "build", "--numerics", "int8"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 5 and errors[0].startswith("error: trained: not packed")
 
 
 def test_what_keeps_a_classifier_from_being_compiled_is_said_in_one_line(
