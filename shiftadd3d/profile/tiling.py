@@ -34,8 +34,9 @@ ORDERS = tuple(itertools.permutations("KCP"))
 # What a registers' tile or a spread over elements may be along a loop.
 _IN_REGISTERS = (1, 2, 4, 8, 16, 32, 64, 128)
 _OVER_ELEMENTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-# Pairs of tiles that are looked at together.
-_AT_ONCE = 100_000
+# Pairs of tiles that are looked at together, and tiles of each kind that are looked at first.
+_AT_ONCE = 20_000
+_PROMISING = 64
 # Energies that differ by less are the same.
 _SLACK = 1 + 1e-12
 
@@ -142,14 +143,20 @@ def _refetched(order: tuple[str, ...], operand: str, counts: dict[str, Any]) -> 
         counts: tiles along each loop.
     """
     (other,) = set("KCP") - set(operand)
-    inside = order[order.index(other) + 1 :]
     moving = np.zeros(np.broadcast(*counts.values()).shape, bool)
-    for loop in inside:
+    for loop in _inside(order, operand):
         moving = moving | (counts[loop] > 1)
     return np.where(moving, counts[other], 1)
 
 
+def _inside(order: tuple[str, ...], operand: str) -> frozenset[str]:
+    """Loops that lie inside of the one that an operand does not depend on."""
+    (other,) = set("KCP") - set(operand)
+    return frozenset(order[order.index(other) + 1 :])
+
+
 WEIGHTS, INPUTS, SUMS = "KC", "CP", "KP"
+_OPERANDS = {"weights": WEIGHTS, "inputs": INPUTS, "sums": SUMS}
 
 
 @lru_cache(maxsize=4096)
@@ -166,43 +173,75 @@ def search(loops: Loops, accelerator: Accelerator) -> Mapping:
     """Look at every mapping there is, and leave out only those that cannot beat the best so far.
 
     Between buffer and registers nothing costs less than if the buffer held the whole product, where an operand that
-    stays does so throughout. That bounds what is worth looking at, of both kinds of tiles.
+    stays does so throughout; nor is anything faster. That bounds what is worth looking at, of both kinds of tiles.
     """
     outer = _buffer_tiles(loops, accelerator)
+    outer = _at(outer, np.argsort(outer["energy"], kind="stable"))
     inner = _array_tiles(loops, accelerator)
     whole = {name: np.array(length) for name, length in zip(("k1", "c1", "p1"), loops[3:6], strict=True)}
     whole |= dict.fromkeys(("nK", "nC", "nP"), np.array(1))
-    bound = np.min([_inner_energy(loops, accelerator, whole, inner, order) for order in ORDERS], axis=0)
-    by_energy = np.argsort(outer["energy"], kind="stable")
-    best: tuple[float, float] = (math.inf, math.inf)
-    chosen: tuple[dict[str, int], dict[str, int], int] | None = None
-    start = 0
-    while start < len(by_energy):
-        worth = outer["energy"][by_energy[start]] + bound <= best[0] * _SLACK
-        inner, bound = {name: values[worth] for name, values in inner.items()}, bound[worth]
-        if not len(bound):
+    inner["energy"] = _inner_energies(loops, accelerator, whole, inner).min(0)
+    inner["cycles"] = _cycles(loops, whole, inner)
+    inner = _at(inner, np.argsort(inner["energy"], kind="stable"))
+    found = _Best(loops, accelerator, outer, inner)
+    # What the most promising pairs reach leaves little of all others to look at.
+    found.look_at(*(grid.ravel() for grid in np.indices((_PROMISING, _PROMISING))))
+    left, start = np.arange(len(inner["energy"])), 0
+    while start < len(outer["energy"]):
+        left = left[found.is_worth(np.array(start), left)]
+        if not len(left):
             break
-        some = by_energy[start : start + max(1, _AT_ONCE // len(bound))]
+        some = np.arange(start, min(len(outer["energy"]), start + max(1, _AT_ONCE // len(left))))
         start += len(some)
-        tiles = {name: outer[name][some, None] for name in ("k1", "c1", "p1", "nK", "nC", "nP")}
-        cycles = _cycles(loops, tiles, inner)
-        for number, array_order in enumerate(ORDERS):
-            inside = _inner_energy(loops, accelerator, tiles, inner, array_order)
-            energy = outer["energy"][some, None] + inside
-            least = float(energy.min())
-            if least > best[0] * _SLACK:
-                continue
-            ties = np.where(energy <= least * _SLACK, cycles, math.inf)
-            at = np.unravel_index(int(ties.argmin()), ties.shape)
-            if least * _SLACK < best[0] or ties[at] < best[1]:
-                best = least, float(ties[at])
-                chosen = (
-                    {name: int(values[some[at[0]]]) for name, values in outer.items() if name != "energy"},
-                    {name: int(values[at[1]]) for name, values in inner.items()},
-                    number,
-                )
-    assert chosen is not None
-    return _mapping(loops, accelerator, *chosen)
+        first, second = np.nonzero(found.is_worth(some[:, None], left))
+        found.look_at(some[first], left[second])
+    assert found.chosen is not None
+    return _mapping(loops, accelerator, *found.chosen)
+
+
+def _at(arrays: dict[str, np.ndarray], places: Any) -> dict[str, Any]:
+    return {name: values[places] for name, values in arrays.items()}
+
+
+@dataclass
+class _Best:
+    """The best mapping so far, of pairs of a buffer's tile and an array's, by their numbers."""
+
+    loops: Loops
+    accelerator: Accelerator
+    outer: dict[str, np.ndarray]
+    """Tiles of the buffer, and the energy outside of it."""
+    inner: dict[str, np.ndarray]
+    """Tiles of the array, and what energy and cycles they take at least."""
+    energy: float = math.inf
+    cycles: float = math.inf
+    chosen: tuple[dict[str, int], dict[str, int], int] | None = None
+    """Both tiles, and the number of the order of the array's."""
+
+    def is_worth(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Which pairs may take less than the best, or as much and be faster."""
+        least = self.outer["energy"][first] + self.inner["energy"][second]
+        may_tie = (least <= self.energy * _SLACK) & (self.inner["cycles"][second] < self.cycles)
+        return (least * _SLACK < self.energy) | may_tie
+
+    def look_at(self, first: np.ndarray, second: np.ndarray) -> None:
+        """Keep the best of these pairs, if it beats what there is; pairs beyond the last tiles do not count."""
+        inside = (first < len(self.outer["energy"])) & (second < len(self.inner["energy"]))
+        first, second = first[inside], second[inside]
+        if not len(first):
+            return
+        tiles, arrays = _at(self.outer, first), _at(self.inner, second)
+        energies = tiles["energy"] + _inner_energies(self.loops, self.accelerator, tiles, arrays)
+        least = float(energies.min())
+        if least > self.energy * _SLACK:
+            return
+        orders, ties = np.nonzero(energies <= least * _SLACK)
+        cycles = _cycles(self.loops, _at(tiles, ties), _at(arrays, ties))
+        fastest = int(cycles.argmin())
+        if least * _SLACK < self.energy or cycles[fastest] < self.cycles:
+            self.energy, self.cycles = least, float(cycles[fastest])
+            one, two = ({name: int(each[ties[fastest]]) for name, each in of.items()} for of in (tiles, arrays))
+            self.chosen = one, two, int(orders[fastest])
 
 
 def _mapping(
@@ -298,11 +337,12 @@ def _array_tiles(loops: Loops, accelerator: Accelerator) -> dict[str, np.ndarray
         + rk * rp * accumulator
         <= 8 * accelerator.register_file_bytes
     ]
-    # What fits while something larger along all loops fits as well fetches no less often.
+    # What fits while something larger along a loop fits as well fetches no less often.
+    fitting = set(registers)
     registers = [
-        one
-        for one in registers
-        if not any(other != one and all(b >= a for a, b in zip(one, other, strict=True)) for other in registers)
+        (rk, rc, rp)
+        for rk, rc, rp in registers
+        if fitting.isdisjoint({(2 * rk, rc, rp), (rk, 2 * rc, rp), (rk, rc, 2 * rp)})
     ]
     elements = accelerator.arrays[loops.primitive]
     spreads = [
@@ -312,10 +352,10 @@ def _array_tiles(loops: Loops, accelerator: Accelerator) -> dict[str, np.ndarray
     ]
     if not registers or not spreads:
         raise UserError(f"{accelerator.name}: registers of {accelerator.register_file_bytes} bytes hold no product")
-    pairs = np.array([(*r, *s) for r in registers for s in spreads])
-    tile: dict[str, np.ndarray] = dict(zip(("rk", "rc", "rp", "sk", "sc", "sp"), pairs.T, strict=True))
+    pairs = *np.repeat(registers, len(spreads), 0).T, *np.tile(spreads, (len(registers), 1)).T
+    tile: dict[str, np.ndarray] = dict(zip(("rk", "rc", "rp", "sk", "sc", "sp"), pairs, strict=True))
     # More than the loop is long, by more than rounding up, is another tile once more.
-    useful = np.ones(len(pairs), bool)
+    useful = np.ones(len(pairs[0]), bool)
     for loop, length in zip("kcp", lengths, strict=True):
         useful &= tile[f"r{loop}"] * tile[f"s{loop}"] < 2 * length
     tile = {name: values[useful] for name, values in tile.items()}
@@ -342,43 +382,49 @@ def _array_bits(
 ) -> dict[str, dict[str, Any]]:
     """Bits of one group between buffer and array, over the network, and in and out of registers."""
     counts = _array_counts(loops, tile, array)
+    levels: dict[str, dict[str, Any]] = {"buffer": {}, "noc": {}, "register": {}}
+    for operand, depends in _OPERANDS.items():
+        times = _refetched(order, depends, counts)
+        for level, bits in _operand_bits(loops, accelerator, tile, array, operand, times).items():
+            levels[level][operand] = bits
+    return levels
+
+
+def _operand_bits(
+    loops: Loops, accelerator: Accelerator, tile: Any, array: Any, operand: str, times: Any
+) -> dict[str, Any]:
+    """The same of one operand, all of which is fetched so many times for each tile of the buffer."""
     kh, kw = loops.kernel
-    whole = loops.outputs * loops.inputs * kh * kw
-    weights = whole * tile["nP"] * _refetched(order, WEIGHTS, counts)
-    if loops.kernel == (1, 1):
-        window = loops.rows * loops.columns
-    else:  # neighbouring tiles of positions look at the same inputs
-        strips = -(-loops.columns // array["p2"])
-        window = loops.rows * kh * (loops.columns * loops.stride[1] + strips * (kw - loops.stride[1]))
-    inputs = loops.inputs * window * tile["nK"] * _refetched(order, INPUTS, counts)
-    outcome = loops.outputs * loops.rows * loops.columns
-    visits = tile["nC"] * _refetched(order, SUMS, counts)
     accumulator = accelerator.accumulator_bits
-    sums = outcome * (loops.output_bits + 2 * (visits - 1) * accumulator)
-    weight_bits, input_bits = loops.weight_bits, loops.input_bits
-    delivered = {
-        "weights": weights * array["sp"] * weight_bits,
-        "inputs": inputs * array["sk"] * input_bits,
-        "sums": sums + outcome * visits * (array["sc"] - 1) * accumulator,
-    }
-    products = loops.products
-    return {
-        "buffer": {"weights": weights * weight_bits, "inputs": inputs * input_bits, "sums": sums},
-        "noc": delivered,
-        "register": {
-            "weights": delivered["weights"] + products * weight_bits,
-            "inputs": delivered["inputs"] + products * input_bits,
-            "sums": delivered["sums"] + 2 * products * accumulator,
-        },
-    }
+    if operand == "weights":
+        fetched = loops.outputs * loops.inputs * kh * kw * tile["nP"] * times * loops.weight_bits
+        delivered, used = fetched * array["sp"], loops.weight_bits
+    elif operand == "inputs":
+        if loops.kernel == (1, 1):
+            window = loops.rows * loops.columns
+        else:  # neighbouring tiles of positions look at the same inputs
+            strips = -(-loops.columns // array["p2"])
+            window = loops.rows * kh * (loops.columns * loops.stride[1] + strips * (kw - loops.stride[1]))
+        fetched = loops.inputs * window * tile["nK"] * times * loops.input_bits
+        delivered, used = fetched * array["sk"], loops.input_bits
+    else:
+        outcome, visits = loops.outputs * loops.rows * loops.columns, tile["nC"] * times
+        fetched = outcome * (loops.output_bits + 2 * (visits - 1) * accumulator)
+        delivered, used = fetched + outcome * visits * (array["sc"] - 1) * accumulator, 2 * accumulator
+    return {"buffer": fetched, "noc": delivered, "register": delivered + loops.products * used}
 
 
-def _inner_energy(loops: Loops, accelerator: Accelerator, tile: Any, array: Any, order: tuple[str, ...]) -> np.ndarray:
-    """Picojoules of one group between buffer and registers."""
-    prices = accelerator.energy_per_bit
-    levels = _array_bits(loops, accelerator, tile, array, order)
-    parts = [sum(moved.values()) * getattr(prices, level) for level, moved in levels.items()]
-    return np.asarray(sum(parts))
+def _inner_energies(loops: Loops, accelerator: Accelerator, tile: Any, array: Any) -> np.ndarray:
+    """Picojoules of one group between buffer and registers, in each of `ORDERS`."""
+    prices, counts = accelerator.energy_per_bit, _array_counts(loops, tile, array)
+    known: dict[tuple[str, frozenset[str]], Any] = {}
+    for order, (operand, depends) in itertools.product(ORDERS, _OPERANDS.items()):
+        case = operand, _inside(order, depends)
+        if case not in known:
+            moved = _operand_bits(loops, accelerator, tile, array, operand, _refetched(order, depends, counts))
+            known[case] = sum(bits * getattr(prices, level) for level, bits in moved.items())
+    each = [[known[operand, _inside(order, depends)] for operand, depends in _OPERANDS.items()] for order in ORDERS]
+    return np.stack([sum(parts) for parts in each])
 
 
 def _cycles(loops: Loops, tile: Any, array: Any) -> Any:

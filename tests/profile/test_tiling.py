@@ -126,7 +126,7 @@ def everything(loops: Loops, chip: Accelerator) -> float:
         tile = {"k1": k1, "c1": c1, "p1": p1}
         tile |= {f"n{loop}": -(-n // size) for loop, n, size in zip("KCP", lengths, (k1, c1, p1), strict=True)}
         outside = min(sum(tiling._dram_bits(loops, chip, tile, order).values()) for order in ORDERS)
-        inside = min(tiling._inner_energy(loops, chip, tile, array, order).min() for order in ORDERS)
+        inside = tiling._inner_energies(loops, chip, tile, array).min()
         least = min(least, float(outside * (prices.dram + prices.buffer) + inside))
     return least + tiling.arithmetic(loops, chip)
 
