@@ -485,17 +485,22 @@ class Predict(Verb):
 
 @dataclass(frozen=True)
 class Export(DataSettings, Verb):
-    """Write a classifier for use elsewhere: packed to 4 bits a weight, as ONNX, and as a torch.export program.
+    """Write a classifier for use elsewhere: packed, as ONNX, as a torch.export program, or as an executable.
 
-    Every file is read back, and its outputs are compared with the classifier's.
+    Every file is read back, and its outputs are compared with the classifier's. Packed weights take 4 bits each. An
+    executable (so) is native code for CPUs like this one. It runs without torch and without this package.
     """
 
     classifier: Checkpoint = field(kw_only=True)
     """A folder that finetune wrote, such as outputs/RUN/stage2-shift/best."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = field(kw_only=True)
-    """Folder for packed/ (which shiftadd3d.load restores), model.onnx and model.pt2."""
-    formats: tuple[Literal["packed", "onnx", "program"], ...] = ("packed", "onnx", "program")
-    """Which of them. ONNX files and programs hold the dense equivalent: the same outputs from ordinary layers."""
+    """Folder for packed/ (which shiftadd3d.load restores), model.onnx, model.pt2 and so/ (which predict runs)."""
+    formats: tuple[Literal["packed", "onnx", "program", "so"], ...] = ("packed", "onnx", "program")
+    """Which of them. ONNX files and programs hold the dense equivalent: the same outputs from ordinary layers. An
+    executable (so) can also be made of what has been packed already."""
+    numerics: Literal["exact", "fast", "int8"] | None = None
+    """What the executable computes in: as float32 does, or with activations rounded to 16 bits, or to 8. If not set,
+    what $SHIFTADD3D_NUMERICS says, or exact."""
     recipe: str | None = None
     """Turn a dense classifier into this recipe first, without training: weights are rounded so that outputs on some
     training pictures change least. Without --data these are those of the run that the classifier lies in."""
@@ -518,6 +523,7 @@ class Export(DataSettings, Verb):
                 formats=self.formats,
                 recipe_name=self.recipe,
                 data=_data_of_run(self, self.classifier),
+                numerics=self.numerics,
                 console=Console(),
             )
         if self.json is not None:

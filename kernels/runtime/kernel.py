@@ -274,6 +274,15 @@ def runtime_library() -> Path | None:
     return next(Path(package.submodule_search_locations[0]).glob("lib/libtvm_runtime.*"), None)
 
 
+def ffi_library() -> Path | None:
+    """What TVM's runtime and compiled code are called through."""
+    if tvm_ffi is None:
+        return None
+    import tvm_ffi.libinfo as libinfo
+
+    return Path(libinfo.find_libtvm_ffi())
+
+
 def packed_launcher() -> bundle.Packed:
     """What starts parallel work (see `threads`), to be put into a bundle."""
     install_launcher()
@@ -304,18 +313,19 @@ def _load_runtime() -> None:
 _launcher_is_installed = False
 
 
-def install_launcher(neighbour: Any = None) -> None:
+def install_launcher(neighbour: Any = None, library: Path | None = None) -> None:
     """Compile and install what starts parallel work (see `threads`), once.
 
     Args:
         neighbour: where there is no linker, a compiled kernel that it is to share the process with.
+        library: where it has been compiled already.
     """
     global _launcher_is_installed
     if _launcher_is_installed:
         return
     _load_runtime()
     entry = _launcher_entry()
-    library, module = cache.find(entry), None
+    library, module = library or cache.find(entry), None
     if library is None and (packed := bundle.find(**_launcher_identity())):
         library = packed.file
     if library is None:

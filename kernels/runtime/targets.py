@@ -163,9 +163,17 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(found[1].split()) if found else frozenset()
 
 
+def lacking(flags: frozenset[str]) -> list[str]:
+    """What keeps this CPU, under this kernel of Linux, from running code that uses these features of it."""
+    missing = sorted(flags - cpu_flags())
+    if not missing and "amx_tile" in flags and not _amx_permitted():
+        return ["the system's permission to use AMX"]
+    return missing
+
+
 def runs_here(target: CpuTarget) -> bool:
     """Whether this CPU, under this kernel of Linux, can run code for `target`."""
-    return target.flags <= cpu_flags() and (not target.has_amx or _amx_permitted())
+    return not lacking(target.flags)
 
 
 @lru_cache(maxsize=1)
@@ -188,7 +196,7 @@ def current() -> CpuTarget:
         raise UserError(f"{ENVIRONMENT_VARIABLE}: {name!r} is no CPU's target; a GPU's follows from the GPU")
     if not runs_here(target):
         able = ", ".join(other.name for other in TARGETS if runs_here(other))
-        missing = ", ".join(sorted(target.flags - cpu_flags())) or "the system's permission to use AMX"
+        missing = ", ".join(lacking(target.flags))
         raise UserError(f"{ENVIRONMENT_VARIABLE}: this CPU cannot run {name!r} (it lacks {missing}), only {able}")
     return target
 

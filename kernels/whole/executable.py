@@ -49,6 +49,11 @@ def load(programs: Mapping[str, Program], exactness: Exactness) -> Executable:
     )
 
 
+def open_library(library: Path) -> Executable:
+    """Programs in a library that has been compiled and tried; its code is run."""
+    return Executable(kernel.load_library(library))
+
+
 def entry(programs: Mapping[str, Program], exactness: Exactness) -> str:
     """The key in the cache: everything that the machine code depends on."""
     target = targets.current()

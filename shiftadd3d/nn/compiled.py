@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from shiftadd3d.kernels.runtime import kernel, targets
 from shiftadd3d.kernels.runtime.numerics import Numerics, check_numerics, get_numerics, numerics
 from shiftadd3d.kernels.runtime.recording import is_exported
 from shiftadd3d.kernels.runtime.threads import follow_torch
-from shiftadd3d.kernels.whole import executable, grids, mixtures, products, tokens
+from shiftadd3d.kernels.whole import deployment, executable, grids, mixtures, products, tokens
 from shiftadd3d.kernels.whole.background import Compilation, is_cached
 from shiftadd3d.kernels.whole.grids import Window
 from shiftadd3d.kernels.whole.program import Dim, Exactness, Program, Value
@@ -398,6 +399,11 @@ class CompiledModel(nn.Module):
             assert self._program is not None
             self._weights = executable.weights_of(self._program)
         self._executables[exactness] = programs["main"], executable.Control()
+
+    def deploy(self, folder: Path, about: Mapping[str, Any]) -> None:
+        """Write the executable and its weights as a folder that runs without torch: see `deployment.write`."""
+        assert self._program is not None
+        deployment.write(folder, self._program, self.numerics, about)
 
     def __getstate__(self) -> dict[str, Any]:
         # What is compiled comes from the cache again.

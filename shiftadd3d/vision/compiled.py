@@ -16,12 +16,14 @@ from shiftadd3d._errors import UserError
 from shiftadd3d.kernels import Numerics, get_numerics
 from shiftadd3d.nn.compiled import compile as compile_model
 from shiftadd3d.vision.checkpoint import ClassifierConfig, create_classifier, read_config
+from shiftadd3d.vision.deploy import DeployedClassifier
 
 
 def compiled_where_it_can_be(model: nn.Module, console: Console | None = None) -> nn.Module:
     """A classifier as one executable, in the numerics of the process; itself where that cannot be, and a line says why.
 
-    Nothing is said of classifiers that run no kernels: those that are not packed, on GPUs, or in numerics ``"twin"``.
+    Nothing is said of executables, nor of classifiers that run no kernels: those that are not packed, on GPUs, or in
+    numerics ``"twin"``.
 
     Args:
         model: what `load` made.
@@ -30,7 +32,8 @@ def compiled_where_it_can_be(model: nn.Module, console: Console | None = None) -
     config = model.classifier_config
     assert isinstance(config, ClassifierConfig)
     device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
-    if not config.frozen or device.type != "cpu" or get_numerics() == "twin":
+    is_one = isinstance(model, DeployedClassifier)
+    if is_one or not config.frozen or device.type != "cpu" or get_numerics() == "twin":
         return model
     size = config.input.size
     try:

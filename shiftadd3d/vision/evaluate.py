@@ -16,9 +16,10 @@ from shiftadd3d._progress import progress
 from shiftadd3d.kernels import Numerics, get_numerics
 from shiftadd3d.kernels import numerics as in_numerics
 from shiftadd3d.nn import CompiledModel
-from shiftadd3d.vision.checkpoint import ClassifierConfig, load
+from shiftadd3d.vision.checkpoint import ClassifierConfig
 from shiftadd3d.vision.compiled import compiled_where_it_can_be
 from shiftadd3d.vision.data import InputConfig, open_split
+from shiftadd3d.vision.deploy import DeployedClassifier, open_classifier
 from shiftadd3d.vision.distributed import choose_device
 from shiftadd3d.vision.engine import evaluate, explain_memory_errors
 from shiftadd3d.vision.settings import DataSettings, check_workers
@@ -81,9 +82,13 @@ def evaluate_classifier(
     """
     check_workers(workers)
     chosen = choose_device(device)
-    model = load(checkpoint, chosen)
+    model = open_classifier(checkpoint, chosen)
     config = model.classifier_config
     assert isinstance(config, ClassifierConfig)
+    if isinstance(model, DeployedClassifier):
+        if numerics not in (None, model.numerics):
+            raise UserError(f"--numerics {numerics}: {checkpoint} is an executable that computes in {model.numerics}")
+        numerics = model.numerics
     if numerics is not None and not config.frozen:
         raise UserError(
             f"--numerics {numerics}: {checkpoint} is not packed, so no kernel runs; expected what `shiftadd3d export` "
@@ -116,7 +121,7 @@ def evaluate_classifier(
         "recipe": None if config.recipe is None else config.recipe.name,
         "frozen": config.frozen,
         "numerics": as_exactly if config.frozen else None,
-        "compiled": isinstance(model, CompiledModel),
+        "compiled": isinstance(model, (CompiledModel, DeployedClassifier)),
         "split": split,
         **metrics.as_dict(),
         "throughput": {"device": str(chosen), "threads": torch.get_num_threads(), **throughput},
@@ -124,7 +129,7 @@ def evaluate_classifier(
     }
     if console is not None:
         frozen = f", packed, {as_exactly} numerics" if config.frozen else ""
-        frozen += ", compiled" if isinstance(model, CompiledModel) else ""
+        frozen += ", compiled" if facts["compiled"] else ""
         console.print(f"{config.architecture}, recipe {facts['recipe'] or 'mult'}{frozen}, {split}", highlight=False)
         console.print(metrics, highlight=False)
         console.print(

@@ -2,7 +2,8 @@
 
 - packed: `model.safetensors` with the packed codes and `config.json`, which `shiftadd3d.load` restores;
 - onnx: `model.onnx`, of the dense equivalent, for any runtime;
-- program: `model.pt2`, of the dense equivalent, which `torch.export.load` reads without this package.
+- program: `model.pt2`, of the dense equivalent, which `torch.export.load` reads without this package;
+- so: a folder with machine code for CPUs like this one, and the packed weights, which runs without torch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from rich.console import Console
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
 from shiftadd3d._extras import need
+from shiftadd3d.kernels import Numerics
+from shiftadd3d.kernels import numerics as in_numerics
 from shiftadd3d.nn import FrozenMoE, MoE, Recipe, ShiftConv2d, ShiftLinear, calibrate_, freeze_
 from shiftadd3d.vision.checkpoint import (
     CONFIG_FILE,
@@ -34,9 +37,10 @@ from shiftadd3d.vision.checkpoint import (
     write_json_atomically,
 )
 from shiftadd3d.vision.data import example_inputs, open_split
+from shiftadd3d.vision.deploy import deploy
 from shiftadd3d.vision.settings import DataSettings
 
-Format = Literal["packed", "onnx", "program"]
+Format = Literal["packed", "onnx", "program", "so"]
 # Differences in the logits beyond this say that an exported file computes something else.
 _TOLERANCE = 1e-3
 
@@ -87,6 +91,7 @@ def export_classifier(
     formats: Sequence[Format] = ("packed", "onnx", "program"),
     recipe_name: str | None = None,
     data: DataSettings | None = None,
+    numerics: Numerics | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Write a classifier in other forms; the arguments are those of `shiftadd3d export`.
@@ -97,6 +102,7 @@ def export_classifier(
         formats: which forms.
         recipe_name: turn a dense classifier into this without any training, by calibration on pictures.
         data: where those pictures are.
+        numerics: what the executable of format so computes in; None for the process's.
         console: shows what happens; None is silent.
 
     Returns:
@@ -106,14 +112,16 @@ def export_classifier(
         UserError: anything in the arguments that the user can mend.
     """
     if not formats:
-        raise UserError("--formats: expected some of packed, onnx, program")
+        raise UserError("--formats: expected some of packed, onnx, program, so")
+    if numerics is not None and "so" not in formats:
+        raise UserError(f"--numerics {numerics}: only the format so has them; expected --formats so")
     if "onnx" in formats:
         need("--formats onnx", "onnx", "onnxscript", extra="vision")
     model = load(checkpoint)
     config = model.classifier_config
     assert isinstance(config, ClassifierConfig)
-    if config.frozen:
-        raise UserError(f"{checkpoint}: exported already; expected a classifier that finetune saved")
+    if config.frozen and set(formats) != {"so"}:
+        raise UserError(f"{checkpoint}: exported already; expected a classifier that finetune saved, or --formats so")
     make_folder(out)  # before the minutes that all else may take
     if recipe_name is not None:
         config = _calibrate(model, config, recipe_name, data or DataSettings(), console)
@@ -155,8 +163,26 @@ def export_classifier(
             difference = _difference(load(out / "packed")(images), logits)
         note(out / "packed" / WEIGHTS_FILE, difference, "packed")
         facts["files"].append({"file": str(out / "packed" / CONFIG_FILE)})
+    if "so" in formats:
+        facts["files"].append(_write_executable(model, out / "so", numerics, images, console))
     write_json_atomically(out / "export.json", facts)
     return facts
+
+
+def _write_executable(
+    model: nn.Module, folder: Path, numerics: Numerics | None, images: Tensor, console: Console | None
+) -> dict[str, Any]:
+    """The executable of a classifier, which may be packed already: its folder, and how far it is from that."""
+    freeze_(model, verbose=False)
+    describe_in(model, replace(cast(ClassifierConfig, model.classifier_config), frozen=True))
+    deployed = deploy(model, folder, numerics)
+    with torch.no_grad(), in_numerics(deployed.numerics):
+        difference = _difference(deployed(images), model(images))
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    if console is not None:
+        console.print(f"{'so':<8} {size / 1e6:>7.2f} MB  {folder}", highlight=False, soft_wrap=True)
+        console.print("It holds native code, for CPUs with the instructions of this one. predict runs it.")
+    return {"file": str(folder), "bytes": size, "numerics": deployed.numerics, "largest_difference": difference}
 
 
 def _calibrate(
