@@ -19,7 +19,6 @@ from shiftadd3d.kernels.ops.depthwise import depthwise_op
 from shiftadd3d.kernels.ops.matshift import matshift_op
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.conv_mlp import shift_conv_mlp_twin
-from shiftadd3d.kernels.runtime.numerics import Numerics, get_numerics
 
 # What the hidden activations of the images worked on at a time take up: there are two copies of them, before and after
 # the convolution.
@@ -57,7 +56,7 @@ def shift_conv_mlp(
         UserError: if shapes, dtypes or names do not fit together.
     """
     layers = (hidden_codes, hidden_offset, hidden_bias, weight, conv_bias, codes, offset, bias)
-    return _conv_mlp_op(x, *layers, *grid, bits, activation, get_numerics())
+    return _conv_mlp_op(x, *layers, *grid, bits, activation)
 
 
 class ShiftConvMlp(NamedTuple):
@@ -76,15 +75,14 @@ class ShiftConvMlp(NamedTuple):
     width: Size
     bits: int
     activation: Activation
-    numerics: Numerics
 
 
 def _steps(given: ShiftConvMlp) -> Tensor:
     """The three steps as the ops that there are for them, which check their arguments."""
-    x, *first, weight, conv_bias, codes, offset, bias, height, width, bits, activation, numerics = given
-    hidden = matshift_op(x, *first, bits, "none", numerics)
+    x, *first, weight, conv_bias, codes, offset, bias, height, width, bits, activation = given
+    hidden = matshift_op(x, *first, bits, "none")
     hidden = depthwise_op(hidden, weight, conv_bias, height, width, activation)
-    return matshift_op(hidden, codes, offset, bias, bits, "none", numerics)
+    return matshift_op(hidden, codes, offset, bias, bits, "none")
 
 
 def _cpu(given: ShiftConvMlp) -> Tensor:

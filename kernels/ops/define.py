@@ -62,12 +62,12 @@ def define_op(
 
     Args:
         arguments: a named tuple, whose fields are the op's arguments: tensors, numbers, `Size`, and literals, which are
-            checked. `numerics`, if it is one, is the last, and nothing the twin takes; other ops ask for the setting.
+            checked.
         twin: what is computed, a function of all arguments one by one.
         check: raises `UserError` for arguments that do not fit together.
         check_values: the same, by what tensors hold: where they are more than shapes.
         cpu: what runs on CPU tensors: fresh tensors that share no memory with its arguments, or None where the twin has
-            to do.
+            to do. How exactly, it asks `get_numerics`, as the setting is no argument of any op.
         cuda: the same for CUDA tensors.
         fake: the shapes and dtypes of the outcome, for `torch.compile` and `torch.export`.
         backward, setup_context: gradients, as `torch.library.register_autograd` takes them.
@@ -78,8 +78,6 @@ def define_op(
     """
     types = get_type_hints(arguments, include_extras=True)
     names = [(i, field, get_args(kind)) for i, (field, kind) in enumerate(types.items()) if get_origin(kind) is Literal]
-    is_told_numerics = "numerics" in types
-    inputs = len(types) - is_told_numerics
 
     def checked(*args: Any, **kwargs: Any) -> Given:
         given = arguments(*args, **kwargs)
@@ -94,16 +92,15 @@ def define_op(
         given = checked(*args, **kwargs)
         if check_values is not None:
             check_values(given)
-        return twin(*given[:inputs])
+        return twin(*given)
 
     def compiled(backend: Callable[[Given], Outcome | None]) -> Callable[..., Outcome]:
         def run(*args: Any, **kwargs: Any) -> Outcome:
             given = checked(*args, **kwargs)
             if check_values is not None:
                 check_values(given)
-            numerics = given[-1] if is_told_numerics else get_numerics()
-            outcome = None if numerics == "twin" else backend(given)
-            return twin(*given[:inputs]) if outcome is None else outcome
+            outcome = None if get_numerics() == "twin" else backend(given)
+            return twin(*given) if outcome is None else outcome
 
         return run
 

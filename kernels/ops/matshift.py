@@ -28,7 +28,7 @@ from shiftadd3d.kernels.reference.matshift import decoded_weight, matshift_twin
 from shiftadd3d.kernels.runtime import memory, targets
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.memory import DTYPES
-from shiftadd3d.kernels.runtime.numerics import Numerics, get_numerics
+from shiftadd3d.kernels.runtime.numerics import get_numerics
 
 
 def matshift(
@@ -54,7 +54,7 @@ def matshift(
     Raises:
         UserError: if shapes, dtypes or names do not fit together.
     """
-    return matshift_op(x, codes, offset, bias, bits, activation, get_numerics())
+    return matshift_op(x, codes, offset, bias, bits, activation)
 
 
 class MatShift(NamedTuple):
@@ -66,7 +66,6 @@ class MatShift(NamedTuple):
     bias: Tensor | None
     bits: int
     activation: Activation
-    numerics: Numerics
 
 
 def check_layer(x: Tensor, codes: Tensor, offset: Tensor, bias: Tensor | None, bits: int) -> None:
@@ -96,7 +95,7 @@ def described(tensor: Tensor) -> str:
 
 
 def _cpu(given: MatShift) -> Tensor | None:
-    x, codes, offset, bias, bits, activation, numerics = given
+    x, codes, offset, bias, bits, activation = given
     if x.dtype not in DTYPES or not x.numel() or not codes.numel():
         return None
     (terms, outputs, _), dtype = codes.shape, DTYPES[x.dtype]
@@ -106,7 +105,7 @@ def _cpu(given: MatShift) -> Tensor | None:
     def product_in(function: Compiled, form: Form) -> Tensor | None:
         return run(function, *arguments, *division_of(form, rows.shape[0], rows.shape[1], outputs))
 
-    found = forms(targets.current(), numerics, bits, terms, dtype)
+    found = forms(targets.current(), get_numerics(), bits, terms, dtype)
     spec = {"bits": bits, "terms": terms, "dtype": dtype, "activation": activation}
     y = first_outcome(MATSHIFT, found, product_in, **spec)
     return None if y is None else y.view(*x.shape[:-1], outputs)
@@ -116,12 +115,12 @@ def _cuda(given: MatShift) -> Tensor | None:
     x, codes = given.x, given.codes
     if x.dtype not in product.DTYPES or not x.numel() or not codes.numel():
         return None
-    y = cuda_matshift.matshift(x.reshape(-1, x.shape[-1]), *given[1:])
+    y = cuda_matshift.matshift(x.reshape(-1, x.shape[-1]), *given[1:], get_numerics())
     return None if y is None else y.view(*x.shape[:-1], codes.shape[1])
 
 
 def _setup_context(ctx: Any, inputs: MatShift, output: Tensor) -> None:
-    x, codes, offset, bias, ctx.bits, ctx.activation, _ = inputs
+    x, codes, offset, bias, ctx.bits, ctx.activation = inputs
     ctx.save_for_backward(x, codes, offset, bias)
 
 
@@ -136,7 +135,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
             gradient = torch.ops.aten.gelu_backward(gradient, before)
     of_x = gradient @ weight if ctx.needs_input_grad[0] else None
     of_bias = gradient.flatten(0, -2).sum(0).to(bias.dtype) if bias is not None and ctx.needs_input_grad[3] else None
-    return of_x, None, None, of_bias, None, None, None
+    return of_x, None, None, of_bias, None, None
 
 
 matshift_op = define_op(

@@ -21,7 +21,7 @@ from shiftadd3d.kernels.reference.mlp import shift_mlp_twin
 from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.memory import DTYPES
-from shiftadd3d.kernels.runtime.numerics import Numerics, get_numerics
+from shiftadd3d.kernels.runtime.numerics import get_numerics
 
 
 def shift_mlp(
@@ -51,7 +51,7 @@ def shift_mlp(
         UserError: if shapes, dtypes or names do not fit together.
     """
     layers = (hidden_codes, hidden_offset, hidden_bias, codes, offset, bias)
-    return _mlp_op(x, *layers, bits, activation, get_numerics())
+    return _mlp_op(x, *layers, bits, activation)
 
 
 class ShiftMlp(NamedTuple):
@@ -66,11 +66,10 @@ class ShiftMlp(NamedTuple):
     bias: Tensor | None
     bits: int
     activation: Activation
-    numerics: Numerics
 
 
 def _check(given: ShiftMlp) -> None:
-    x, hidden_codes, hidden_offset, hidden_bias, codes, offset, bias, bits, _, _ = given
+    x, hidden_codes, hidden_offset, hidden_bias, codes, offset, bias, bits, _ = given
     check_layer(x, hidden_codes, hidden_offset, hidden_bias, bits)
     hidden = hidden_codes.shape[1]
     if codes.ndim == 3 and codes.shape[2] != (hidden * bits + 7) // 8:
@@ -82,7 +81,7 @@ def _check(given: ShiftMlp) -> None:
 
 
 def _cpu(given: ShiftMlp) -> Tensor | None:
-    x, *layers, bits, activation, numerics = given
+    x, *layers, bits, activation = given
     terms, outputs, _ = given.codes.shape
     if x.dtype not in DTYPES or given.hidden_codes.shape[0] != terms:
         return None
@@ -94,7 +93,7 @@ def _cpu(given: ShiftMlp) -> Tensor | None:
     def taken_through(function: Compiled, form: Form) -> Tensor | None:
         return run(function, rows, layers, block_rows(form, len(rows), widths))
 
-    found = forms(targets.current(), numerics, bits, terms, dtype)
+    found = forms(targets.current(), get_numerics(), bits, terms, dtype)
     spec = {"bits": bits, "terms": terms, "dtype": dtype, "activation": activation}
     y = first_outcome(MLP, found, taken_through, **spec)
     return None if y is None else y.view(*x.shape[:-1], outputs)
@@ -106,9 +105,9 @@ def _cuda(given: ShiftMlp) -> Tensor:
     One kernel for both would have to keep all outputs of its tokens in registers, which 64 of them allow and 192 do
     not; and what lies between the products mostly stays in a GPU's second-level cache of tens of megabytes.
     """
-    x, *layers, bits, activation, numerics = given
-    hidden = matshift_op(x, *layers[:3], bits, activation, numerics)
-    return matshift_op(hidden, *layers[3:], bits, "none", numerics)
+    x, *layers, bits, activation = given
+    hidden = matshift_op(x, *layers[:3], bits, activation)
+    return matshift_op(hidden, *layers[3:], bits, "none")
 
 
 _mlp_op = define_op(

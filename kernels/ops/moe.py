@@ -34,7 +34,7 @@ from shiftadd3d.kernels.reference.moe import (
 from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.memory import DTYPES
-from shiftadd3d.kernels.runtime.numerics import Numerics, get_numerics
+from shiftadd3d.kernels.runtime.numerics import get_numerics
 
 
 def moe_mlp(
@@ -67,7 +67,7 @@ def moe_mlp(
     Raises:
         UserError: if shapes, dtypes or names do not fit together.
     """
-    return _moe_op(x, logits, layers, depth, bits, activation, gated, get_numerics())
+    return _moe_op(x, logits, layers, depth, bits, activation, gated)
 
 
 class MoeMlp(NamedTuple):
@@ -80,7 +80,6 @@ class MoeMlp(NamedTuple):
     bits: int
     activation: Activation
     gated: bool
-    numerics: Numerics
 
 
 def _check(given: MoeMlp) -> None:
@@ -134,7 +133,7 @@ def _terms(given: MoeMlp) -> int | None:
 
 
 def _cpu(given: MoeMlp) -> tuple[Tensor, Tensor] | None:
-    x, logits, layers, depth, bits, activation, gated, numerics = given
+    x, logits, layers, depth, bits, activation, gated = given
     experts, terms = _experts(given), _terms(given)
     kinds = [{layer.offset is None for layer in expert} for expert in experts]
     if terms is None or x.dtype not in DTYPES or any(len(kind) > 1 for kind in kinds):
@@ -149,7 +148,7 @@ def _cpu(given: MoeMlp) -> tuple[Tensor, Tensor] | None:
 
     outcome = first_outcome(
         MOE,
-        forms(targets.current(), numerics, bits, terms, dtype),
+        forms(targets.current(), get_numerics(), bits, terms, dtype),
         mixture_of,
         experts=",".join("mult" if kind == {True} else "shift" for kind in kinds),
         depth=depth,
@@ -162,8 +161,8 @@ def _cpu(given: MoeMlp) -> tuple[Tensor, Tensor] | None:
 
 
 def _cuda(given: MoeMlp) -> tuple[Tensor, Tensor] | None:
-    x, logits, _, _, bits, activation, gated, numerics = given
-    terms = _terms(given)
+    x, logits, _, _, bits, activation, gated = given
+    terms, numerics = _terms(given), get_numerics()
     if terms is None or x.dtype not in product.DTYPES:
         return None
     assignment, gates = logits.argmax(-1), gates_of(logits.float()) if gated else None

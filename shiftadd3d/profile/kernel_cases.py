@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels import COMPILED, Numerics, numerics
+from shiftadd3d.kernels import COMPILED, Numerics, matshift, numerics, shift_mlp
 from shiftadd3d.kernels.ops import literal as ops_literal
 from shiftadd3d.kernels.ops import matadd as ops_matadd
 from shiftadd3d.kernels.ops.gnt import gather as ops_gather
@@ -117,6 +117,16 @@ def cases(group: str, device: str) -> Iterator[Case]:
     return CASES[group](device)
 
 
+def _in(name: Numerics, function: Callable[..., Any], *arguments: Any) -> Run:
+    """The function of these arguments, in such numerics."""
+
+    def run() -> Any:
+        with numerics(name):
+            return function(*arguments)
+
+    return run
+
+
 def _compiled(function: Callable[..., Any], *arguments: Any) -> Run:
     """`torch.compile`'s best for these very arguments."""
     on_cuda = any(isinstance(argument, Tensor) and argument.is_cuda for argument in arguments)
@@ -147,10 +157,10 @@ def _matshift_case(x: Tensor, trained: Tensor) -> Case:
     (rows, inputs), outputs, device = x.shape, trained.shape[0], x.device.type
     narrow = x.bfloat16()
 
-    def ours(x: Tensor, bits: int, terms: int, numerics: str) -> Run:
+    def ours(x: Tensor, bits: int, terms: int, name: Numerics) -> Run:
         codes, offset, _ = power_of_two.encode(trained, bits, terms)
         packed, offset = power_of_two.pack(codes, bits).to(x.device), offset.to(x.device)
-        return lambda: torch.ops.shiftadd3d.matshift(x, packed, offset, None, bits, "none", numerics)
+        return _in(name, matshift, x, packed, offset, None, bits)
 
     weight = power_of_two.quantize(trained, 4).to(device)
     narrow_weight = weight.bfloat16()
@@ -394,11 +404,7 @@ def _gnt_cases(device: str) -> Iterator[Case]:
         return holder[0]
 
     def run(network: nn.Module, name: Numerics) -> Run:
-        def render() -> Tensor:
-            with numerics(name):
-                return network(samples, points, directions)[0]
-
-        return render
+        return _in(name, lambda: network(samples, points, directions)[0])
 
     dense, shifts = network("mult"), network("add+shift")
     yield Case(
@@ -451,8 +457,8 @@ def _mlp_case(tokens: int, width: int, hidden: int, device: str) -> Case:
         layers += [power_of_two.pack(codes, 4).to(device), offset.to(device), bias]
     first, second = (power_of_two.quantize(weight).to(device) for weight in trained)
 
-    def ours(x: Tensor, numerics: str) -> Run:
-        return lambda: torch.ops.shiftadd3d.shift_mlp(x, *layers, 4, "gelu", numerics)
+    def ours(x: Tensor, name: Numerics) -> Run:
+        return _in(name, shift_mlp, x, *layers)
 
     def torchs(x: Tensor, first: Tensor, b: Tensor, second: Tensor, c: Tensor) -> Tensor:
         return F.linear(F.gelu(F.linear(x, first, b)), second, c)
@@ -485,13 +491,6 @@ def _moe_cases(device: str) -> Iterator[Case]:
         router.bias.zero_()
     freeze_(mixture, verbose=False)
 
-    def run(name: Numerics, x: Tensor) -> Run:
-        def mix() -> Tensor:
-            with numerics(name):
-                return mixture(x)
-
-        return mix
-
     for tokens in MOE_TOKENS:
         x = torch.randn(1, tokens, width, device=device)
         yield Case(
@@ -499,7 +498,7 @@ def _moe_cases(device: str) -> Iterator[Case]:
             name=f"{tokens} x {width}-{hidden}-{width}",
             operations=4 * tokens * width * hidden,
             bytes=8 * tokens * width,
-            ours={f"MoE {name}": run(name, x) for name in COMPILED},
+            ours={f"MoE {name}": _in(name, mixture, x) for name in COMPILED},
             others={BASELINE: lambda x=x: dense_mlp(x)},
         )
 

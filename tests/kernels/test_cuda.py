@@ -208,7 +208,7 @@ def emulated_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_matshift_takes_any_leading_shape_and_no_bias(emulated_gpu: None):
     codes, offset, _ = power_of_two.encode(torch.randn(5, 33))
     x, codes = torch.randn(2, 0, 33), power_of_two.pack(codes, 4)
-    given = ops_matshift.MatShift(x, codes, offset, None, 4, "relu", "exact")
+    given = ops_matshift.MatShift(x, codes, offset, None, 4, "relu")
     assert ops_matshift._cuda(given) is None
     x = torch.randn(3, 2, 66)[..., ::2]
     torch.testing.assert_close(
@@ -270,7 +270,7 @@ def test_a_mixture_takes_experts_of_other_widths_kinds_and_numbers(gated: bool, 
     x, logits = torch.randn(150, 2, 37).transpose(0, 1), torch.randn(2, 150, 3)
     logits[..., 1] = -1e9  # nobody goes there
     logits[0, 0] = torch.nan
-    given = ops_moe.MoeMlp(x, logits, layers, 2, 4, "relu", gated, "exact")
+    given = ops_moe.MoeMlp(x, logits, layers, 2, 4, "relu", gated)
     found, assignment = ops_moe._cuda(given)
     twin, expected = kernels.moe_mlp_twin(x, logits, layers, 2, 4, "relu", gated)
     assert torch.equal(assignment, expected)
@@ -294,7 +294,7 @@ def test_points_are_looked_up_among_valid_and_among_all_pixels(emulated_gpu: Non
 def test_a_perceptron_of_shifts_is_two_products(emulated_gpu: None, monkeypatch: pytest.MonkeyPatch):
     x, layers = torch.randn(3, 30, 33), random_layers("shift shift", {"shift shift": (33, 70, 9)})
     monkeypatch.setattr(ops_mlp, "matshift_op", lambda *given: ops_matshift._cuda(ops_matshift.MatShift(*given)))
-    found = ops_mlp._cuda(ops_mlp.ShiftMlp(x, *layers, 4, "gelu", "exact"))
+    found = ops_mlp._cuda(ops_mlp.ShiftMlp(x, *layers, 4, "gelu"))
     torch.testing.assert_close(found, kernels.shift_mlp_twin(x, *layers, 4, "gelu"), rtol=1e-5, atol=1e-5)
 
 

@@ -17,10 +17,13 @@ from typing import Any
 import pytest
 import torch
 
-from shiftadd3d.kernels import get_numerics, numerics, set_numerics
+from shiftadd3d.kernels import get_numerics, manage, matshift, numerics, set_numerics
+from shiftadd3d.kernels.ops.define import TWINS
+from shiftadd3d.kernels.reference import power_of_two
 from shiftadd3d.kernels.runtime import cache, targets
 from shiftadd3d.kernels.runtime import kernel as kernel_module
 from shiftadd3d.kernels.runtime.kernel import KERNELS, Kernel
+from shiftadd3d.kernels.runtime.numerics import NUMERICS
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 
 pytest.importorskip("tvm")
@@ -292,6 +295,31 @@ def test_blocks_of_numerics_in_two_threads_leave_what_was_before():
     set_numerics("twin")
     second.__exit__(None, None, None)
     assert get_numerics() == before
+
+
+def test_no_op_has_numerics_for_an_argument():
+    list(manage.all_variants())  # imports all ops
+    ops = [getattr(torch.ops.shiftadd3d, name).default for name in TWINS]
+    assert len(ops) > 10
+    assert not [op for op in ops if any(argument.name == "numerics" for argument in op._schema.arguments)]
+
+
+def test_an_exported_program_computes_in_the_numerics_that_it_is_run_in():
+    codes, offset, _ = power_of_two.encode(torch.randn(24, 48))
+    layer, x = Packed(power_of_two.pack(codes, 4), offset), torch.randn(5, 48)
+    program = torch.export.export(layer, (x,)).module()
+    for name in NUMERICS:
+        with numerics(name):
+            assert torch.equal(program(x), layer(x))
+
+
+class Packed(torch.nn.Module):
+    def __init__(self, codes: torch.Tensor, offset: torch.Tensor) -> None:
+        super().__init__()
+        self.codes, self.offset = codes, offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return matshift(x, self.codes, self.offset)
 
 
 @pytest.mark.twin_may_stand_in

@@ -188,7 +188,7 @@ def test_the_op_keeps_torchs_rules():
     x, logits, layers = problem(5)
     op = torch.ops.shiftadd3d.moe_mlp.default
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(op, (x, logits, layers, 2, 4, "gelu", True, "exact"), test_utils=checks)
+    torch.library.opcheck(op, (x, logits, layers, 2, 4, "gelu", True), test_utils=checks)
 
 
 def test_torch_compile_sees_through_for_any_number_of_tokens():

@@ -207,8 +207,9 @@ def test_a_single_wrong_number_fails_the_trial(attention, place):
 
 def with_shifts(problem: ShiftRayBlock, numerics: str, x: torch.Tensor | None = None) -> tuple:
     packed = [*problem.panels, problem.norms, *panels_of_forms(problem.shifts, panel_forms(targets.current())).values()]
-    rest = problem.heads, problem.attention, problem.eps, True, numerics
-    return torch.ops.shiftadd3d.ray_block(problem.x if x is None else x, packed, *rest)
+    rest = problem.heads, problem.attention, problem.eps, True
+    with kernels.numerics(numerics):
+        return torch.ops.shiftadd3d.ray_block(problem.x if x is None else x, packed, *rest)
 
 
 def random_problem(seed: int, attention: str, **changes: int) -> ShiftRayBlock:

@@ -216,7 +216,8 @@ def form_of(numerics: str) -> str | None:
 
 def with_shifts(problem: ShiftAttention, numerics: str, *inputs: torch.Tensor) -> torch.Tensor:
     packed = [*problem.panels, *panels_of_forms(problem.shifts, shift_forms(targets.current())).values()]
-    return torch.ops.shiftadd3d.view_attention(*(inputs or problem.inputs), packed, numerics)
+    with kernels.numerics(numerics):
+        return torch.ops.shiftadd3d.view_attention(*(inputs or problem.inputs), packed)
 
 
 @pytest.mark.parametrize("numerics", ["fast", "int8"])
@@ -253,7 +254,8 @@ def test_what_a_form_cannot_express_is_computed_exactly(numerics, bad):
 @pytest.mark.parametrize("numerics", ["fast", "int8"])
 def test_weights_without_integers_are_computed_exactly(numerics):
     problem = random_shift_attention(0, points=20, views=5, width=32, hidden=4)
-    out = torch.ops.shiftadd3d.view_attention(*problem.inputs, list(problem.panels), numerics)
+    with kernels.numerics(numerics):
+        out = torch.ops.shiftadd3d.view_attention(*problem.inputs, list(problem.panels))
     assert torch.equal(out, with_shifts(problem, "exact"))
 
 

@@ -20,7 +20,7 @@ from shiftadd3d.kernels.pack.gnt.ray_block import (
 )
 from shiftadd3d.kernels.pack.shift import forms_of
 from shiftadd3d.kernels.reference.gnt.ray_block import Attention
-from shiftadd3d.kernels.runtime.numerics import Numerics
+from shiftadd3d.kernels.runtime.numerics import get_numerics
 
 
 class RayBlock(NamedTuple):
@@ -32,7 +32,6 @@ class RayBlock(NamedTuple):
     attention: Attention
     eps: float
     return_weights: bool
-    numerics: Numerics = "exact"
 
 
 def _check(given: RayBlock) -> None:
@@ -44,7 +43,7 @@ def _check(given: RayBlock) -> None:
 
 
 def _cpu(given: RayBlock) -> tuple[Tensor, Tensor] | None:
-    x, panels, num_heads, attention, eps, return_weights, numerics = given
+    x, panels, num_heads, attention, eps, return_weights = given
     width = x.shape[-1]
     lanes = check_panels(panels, width, num_heads)
     if not x.numel() or x.dtype not in (torch.float32, torch.bfloat16):
@@ -53,7 +52,7 @@ def _cpu(given: RayBlock) -> tuple[Tensor, Tensor] | None:
     spec = {"width": width, "heads": num_heads, "hidden": hidden, "attention": attention, "kernel": kernel}
     ordinary, others = panels[: len(Panels._fields)], panels[len(Panels._fields) :]
     sizes = shift_sizes(width, hidden, layout_of(lanes, width, num_heads))
-    for form, shifts in forms_of(numerics, others[1:], sizes):
+    for form, shifts in forms_of(get_numerics(), others[1:], sizes):
         function = packed_function(KERNEL, lanes, **spec, return_weights=return_weights, form=form)
         if function is None:
             continue

@@ -26,7 +26,7 @@ from shiftadd3d.kernels.pack.gnt.view_attention import (
 )
 from shiftadd3d.kernels.pack.shift import forms_of
 from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS
-from shiftadd3d.kernels.runtime.numerics import Numerics
+from shiftadd3d.kernels.runtime.numerics import get_numerics
 
 
 class ViewAttention(NamedTuple):
@@ -37,11 +37,10 @@ class ViewAttention(NamedTuple):
     ray_diff: Tensor
     mask: Tensor
     panels: list[Tensor]
-    numerics: Numerics = "exact"
 
 
 def _check(given: ViewAttention) -> None:
-    query, views, ray_diff, mask, *_ = given
+    query, views, ray_diff, mask, _ = given
     points, count = query.shape[:-1], views.shape[-2]
     expected = {
         "views": (views, (*points, count, query.shape[-1])),
@@ -60,7 +59,7 @@ def _check(given: ViewAttention) -> None:
 
 
 def _cpu(given: ViewAttention) -> Tensor | None:
-    query, views, ray_diff, mask, panels, numerics = given
+    query, views, ray_diff, mask, panels = given
     width = query.shape[-1]
     lanes, hidden = check_panels(panels, width), hidden_of(panels, width)
     if query.numel() == 0:
@@ -68,7 +67,7 @@ def _cpu(given: ViewAttention) -> Tensor | None:
     if query.dtype not in (torch.float32, torch.bfloat16) or views.shape[-2] > MAX_VIEWS:
         return None
     ordinary, others = panels[: len(Panels._fields)], panels[len(Panels._fields) :]
-    for form, shifts in forms_of(numerics, others, shift_sizes(width, hidden, lanes)):
+    for form, shifts in forms_of(get_numerics(), others, shift_sizes(width, hidden, lanes)):
         function = packed_function(KERNEL, lanes, width=width, hidden=hidden, form=form)
         if function is None:
             continue
@@ -79,7 +78,7 @@ def _cpu(given: ViewAttention) -> Tensor | None:
 
 
 def _cuda(given: ViewAttention) -> Tensor | None:
-    query, views, ray_diff, mask, panels, _ = given
+    query, views, ray_diff, mask, panels = given
     panels = panels[: len(Panels._fields)]
     width = query.shape[-1]
     lanes, hidden = check_panels(panels, width), hidden_of(panels, width)

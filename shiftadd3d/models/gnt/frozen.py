@@ -27,7 +27,6 @@ from shiftadd3d.kernels.pack.gnt import view_embedding as pack_view_embedding
 from shiftadd3d.kernels.pack.panel import lanes_on
 from shiftadd3d.kernels.pack.shift import panel_forms, panels_of_forms
 from shiftadd3d.kernels.reference.gnt.plane_sweep import Network
-from shiftadd3d.kernels.runtime.numerics import get_numerics
 from shiftadd3d.kernels.runtime.targets import current
 from shiftadd3d.models.gnt.color_head import ImageColorHead
 from shiftadd3d.models.gnt.projection import PointLookUp, PointSamples, SourceViews, scene_of
@@ -64,7 +63,7 @@ class FrozenViewAttention(FrozenModule, ViewAttention):
     def forward(self, query: Tensor, views: Tensor, ray_diff: Tensor, mask: Tensor) -> Tensor:
         if not self.runs("view_attention", query, views):
             return super().forward(query, views, ray_diff, mask)
-        return view_attention(query, views, ray_diff, mask[..., 0], self.panels(), get_numerics())
+        return view_attention(query, views, ray_diff, mask[..., 0], self.panels())
 
 
 class FrozenRayTransformer(FrozenModule, RayTransformer):
@@ -101,7 +100,7 @@ class FrozenRayTransformer(FrozenModule, RayTransformer):
         if not self.runs("ray_block", x):
             return super().forward(x, return_weights)
         eps, heads = self.attn_norm.eps, self.attn.num_heads
-        x, first = ray_block(x, self.panels(), heads, self.attention, eps, return_weights, get_numerics())
+        x, first = ray_block(x, self.panels(), heads, self.attention, eps, return_weights)
         if not self.has_perceptron:
             x = x + self.ff(self.ff_norm(x))
         return x, first if return_weights else None
