@@ -68,7 +68,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
+        if any(training for _, training in modes):  # else layers may keep what they have made of their weights
+            model.eval()
         with torch.no_grad():
             yield
     finally:

@@ -16,11 +16,12 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shiftadd3d.kernels import numerics
@@ -172,6 +173,7 @@ def counting(model: nn.Module) -> Iterator[dict[str, ModuleWork]]:
     handles = [module.register_forward_pre_hook(enter) for module in names]
     handles += [module.register_forward_hook(leave, always_call=True) for module in names]
     fast_path = torch.backends.mha.get_fastpath_enabled()
+    _quantize_weights(model)
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole attention layer: it hides products
         with numerics("twin"), _Watch(model, current):
@@ -182,7 +184,13 @@ def counting(model: nn.Module) -> Iterator[dict[str, ModuleWork]]:
             handle.remove()
 
 
-aten = torch.ops.aten
+def _quantize_weights(model: nn.Module) -> None:
+    """Have shift layers make their weights, which they keep: before anybody watches the many operators that takes."""
+    if torch.is_grad_enabled():
+        return
+    for module in model.modules():
+        if isinstance(module, ShiftLayer) and module.mode == "Q" and not module.training:
+            module.quantized_weight()
 
 
 class _Watch(TorchDispatchMode):
@@ -199,48 +207,39 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        packet = getattr(func, "_overloadpacket", func)
-        name = packet.__name__
-        if getattr(func, "namespace", None) == OP_NAMESPACE:
+        rules = _rules_of(func)
+        if rules.is_kernel:
             return self._run_twin(func, args, kwargs)
-        products = _PRODUCTS.get(name)
-        arithmetic = _ELEMENTWISE.get(name)
-        if products is None and arithmetic is None:
+        if rules.has_parts:
             with self:  # inference mode shows operators before their parts
-                decomposed = func.decompose(*args, **kwargs)
-            if decomposed is not NotImplemented:
-                return decomposed
+                return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
-        tensors = _tensors((args, kwargs))
-        # `lift_fresh` brings in a tensor that Python numbers were made into.
-        is_constant = name == "lift_fresh" or all(self._is_constant(tensor) for tensor in tensors)
-        results = _tensors(out)
         module, work = self._current()
         in_shift = isinstance(module, ShiftLayer | PackedShiftLayer)  # however they compute their weights
-        if in_shift and products is None:
+        if in_shift and rules.products is None:
             return out
+        tensors, results = _tensors((*args, *kwargs.values())), _tensors(out)
+        # `lift_fresh` brings in a tensor that Python numbers were made into.
+        is_constant = rules.name == "lift_fresh" or all(self._is_constant(tensor) for tensor in tensors)
         for tensor in results:
             if is_constant:
                 self._make_constant(tensor)
-            elif func._schema.is_mutable:
+            elif rules.is_mutable:
                 self._constants.pop(_storage(tensor), None)
         if is_constant and not in_shift:
             return out
-        if products is not None:
-            for product in products(self._operands(name, args, module), args, kwargs, out):
+        if rules.products is not None:
+            for product in rules.products(self._operands(rules.name, args, module), args, kwargs, out):
                 work.products[product] = work.products.get(product, 0) + 1
-            if products is _attention:
+            if rules.products is _attention:
                 q, k = args[:2]
                 self._add(work, q, _SOFTMAX.times(q.shape[:-1].numel() * k.shape[-2]), (0, 0))
-            return out
-        if arithmetic is None and torch.Tag.pointwise in func.tags and name not in _FREE:
-            arithmetic = _special
-        if arithmetic is not None and results:
+        elif rules.arithmetic is not None and results:
             floats = [tensor for tensor in tensors if tensor.is_floating_point()] or tensors
             if floats:
                 read = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
                 written = sum(tensor.numel() * tensor.element_size() for tensor in results)
-                self._add(work, floats[0], arithmetic(args, kwargs, results[0]), (read, written))
+                self._add(work, floats[0], rules.arithmetic(args, kwargs, results[0]), (read, written))
         return out
 
     @staticmethod
@@ -254,7 +253,9 @@ class _Watch(TorchDispatchMode):
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         before = self._format
         if "bits" in given:
-            codes = [tensor for tensor in _tensors((args, kwargs)) if tensor.dtype in (torch.uint8, torch.int8)]
+            codes = [
+                tensor for tensor in _tensors((*args, *kwargs.values())) if tensor.dtype in (torch.uint8, torch.int8)
+            ]
             for tensor in codes:
                 self._make_constant(tensor)
             terms = max((tensor.shape[0] for tensor in codes), default=1)
@@ -290,6 +291,33 @@ class _Watch(TorchDispatchMode):
                 self._format[0].add(address)
 
 
+class _Rules(NamedTuple):
+    """What is known of an operator, whatever its arguments."""
+
+    name: str
+    is_kernel: bool
+    """Whether it is one of ours, whose twin says what it does."""
+    has_parts: bool
+    """Whether it is nothing but other operators, and not counted as a whole."""
+    is_mutable: bool
+    products: Callable[[_Operands, tuple, dict, Any], Iterator[Product]] | None
+    arithmetic: _Formula | None
+
+
+@cache
+def _rules_of(func: Any) -> _Rules:
+    packet = getattr(func, "_overloadpacket", func)
+    name = packet.__name__
+    products, arithmetic = _PRODUCTS.get(name), _ELEMENTWISE.get(name)
+    if not isinstance(func, OpOverload):
+        return _Rules(name, False, False, False, products, arithmetic)
+    implicit = torch._C.DispatchKey.CompositeImplicitAutograd
+    has_parts = products is None and arithmetic is None and func.has_kernel_for_dispatch_key(implicit)
+    if arithmetic is None and torch.Tag.pointwise in func.tags and name not in _FREE:
+        arithmetic = _special
+    return _Rules(name, func.namespace == OP_NAMESPACE, has_parts, func._schema.is_mutable, products, arithmetic)
+
+
 class _Operands(NamedTuple):
     left: Tensor
     right: Tensor
@@ -323,10 +351,13 @@ def _storage(tensor: Tensor) -> int:
         return 0
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+def _tensors(values: Any) -> list[Tensor]:
+    """Those among an operator's arguments or outcomes: operators know no containers but lists and tuples."""
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, tuple | list):
+        return [tensor for value in values for tensor in _tensors(value)]
+    return []
 
 
 def _format_of(tensor: Tensor) -> str:
@@ -339,15 +370,14 @@ def _bits_of(tensor: Tensor) -> int:
 
 def _holds_codes(operand: Tensor) -> bool:
     """Whether all values are -1, 0 or 1, and not all 0: a product with such a value adds, subtracts or does nothing."""
-
-    def only_codes(values: Tensor) -> bool:
-        magnitude = values.abs()
-        return bool(((magnitude == 0) | (magnitude == 1)).all())
-
     if operand.is_meta or not operand.numel():
         return False
-    flat = operand.reshape(-1)
-    return only_codes(flat[:64]) and only_codes(flat) and bool(flat.any())
+    row = operand[(0,) * (operand.dim() - 1)]  # tells most operands apart, whatever their size
+    return _are_signs(row) and _are_signs(operand) and bool(operand.any())
+
+
+def _are_signs(values: Tensor) -> bool:
+    return torch.equal(values.sgn(), values)
 
 
 # --------------------------------------------------------------------------------------------------------------------
