@@ -6,6 +6,7 @@ model with a module that nobody has registered is left to run as it does, and a 
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +52,7 @@ class Emission:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.program = Program()
+        self.program, self._model = Program(), model
         self._names = {module: name for name, module in model.named_modules()}
 
     def emit(self, module: nn.Module, *values: Value, **options: Any) -> Value:
@@ -63,7 +64,10 @@ class Emission:
         kind = next((kind for kind in type(module).__mro__ if kind in _emitters), None)
         if kind is None or overridden_methods(module, kind):
             raise self.refusal(module, "which is not registered")
-        return _emitters[kind](self, module, *values, **options)
+        emitter = _emitters[kind]
+        if module is self._model and _asks_for_more(emitter):
+            raise self.refusal(module, "which is compiled as part of a model only")
+        return emitter(self, module, *values, **options)
 
     def refusal(self, module: nn.Module, reason: str) -> Unserved:
         """What to raise for a module that a program cannot have."""
@@ -212,9 +216,16 @@ def register_emitter(module_class: type[nn.Module], emitter: Emitter) -> None:
     Args:
         module_class: the class. Subclasses count that have no method of their own in place of one of its.
         emitter: ``emitter(emission, module, *values, **options)`` adds the calls to ``emission.program`` and returns
-            their outcome; it raises ``emission.refusal(module, reason)`` for what it cannot do.
+            their outcome; it raises ``emission.refusal(module, reason)`` for what it cannot do. With keyword-only
+            options that have no default, the class is compiled within a model only.
     """
     _emitters[module_class] = emitter
+
+
+def _asks_for_more(emitter: Emitter) -> bool:
+    """Whether an emitter has to be told more than values, such as the grid that tokens lie on."""
+    parameters = inspect.signature(emitter).parameters.values()
+    return any(each.kind is each.KEYWORD_ONLY and each.default is each.empty for each in parameters)
 
 
 def register_harmless_hook(kind: type) -> None:

@@ -5,8 +5,8 @@ cheaper the model becomes. `search_recipe` then picks what becomes of each layer
 budget and the sum of the squared errors is the least (a knapsack with one choice from each layer's options).
 
 Errors add up in squares while they are small and independent of each other: the sum is an estimate that ranks recipes.
-Costs that are counted (energy) add up exactly; latencies are measured layer by layer, each in its frozen form on the
-device at hand.
+Costs that are counted (energy) add up exactly; latencies are measured layer by layer on the device at hand, each in its
+frozen form, or compiled with as little of the model around it as can be compiled.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import fnmatch
 import glob
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -37,6 +38,7 @@ from shiftadd3d.nn.activations import (
     trace_inputs,
 )
 from shiftadd3d.nn.calibrate import calibrate_layers_, round_layer_
+from shiftadd3d.nn.compiled import compile as compile_model
 from shiftadd3d.nn.cost import ENERGY_COSTS, Costs, count_inputs, operations_of
 from shiftadd3d.nn.counting import counting
 from shiftadd3d.nn.freeze import freeze_
@@ -56,6 +58,9 @@ _PLACES: dict[str, tuple[str, ...]] = {
     "moe": ("attention_linear", "mlp"),
     "add": ("attention",),
 }
+Latencies = Literal["latency", "compiled latency"]
+"""Costs that are measured: seconds of frozen layers, one by one, or of executables (`shiftadd3d.compile`)."""
+
 _RESOLUTION = 8000  # costs that are told apart between the cheapest recipe and the float model
 
 
@@ -150,7 +155,7 @@ def sensitivity(
     candidates: Sequence[Rule] = CANDIDATES,
     *,
     base: Recipe | None = None,
-    costs: Costs | Literal["latency"] = ENERGY_COSTS["float32"],
+    costs: Costs | Latencies = ENERGY_COSTS["float32"],
     forward: Forward | None = None,
     inputs: int | None = None,
     verbose: bool = True,
@@ -167,7 +172,10 @@ def sensitivity(
             attention modules are tried with each "shift" candidate for their linear layers as well.
         base: the recipe whose options hold, and whose excluded layers are left alone; it may change nothing itself.
         costs: what work costs: `OperationCosts`, or an account of `shiftadd3d.profile.energy.AccountCosts`, which moves
-            data as well; or "latency" for seconds, measured for each layer on the inputs of the first batch.
+            data as well; or "latency" for seconds, measured for each layer on the inputs of the first batch; or
+            "compiled latency" for those of the smallest part of the model around a layer that `shiftadd3d.compile`
+            compiles with the change and without. Where not even the whole model compiles, "latency" steps in, and a
+            warning says so.
         forward: called with (model, batch) to run the model instead.
         inputs: how many inputs all batches hold; None for the sum of the first dimensions of their first tensors.
 
@@ -184,8 +192,9 @@ def sensitivity(
         raise UserError("there are no candidates: give rules to try, such as Rule('*', 'shift')")
     if idle := [rule for rule in candidates if rule.primitive not in _PLACES]:
         raise UserError(f"a candidate must say one of {', '.join(_PLACES)}, not {idle[0].primitive}: {idle[0]}")
-    if costs != "latency" and not isinstance(costs, Costs):
-        raise UserError(f"costs must be 'latency' or have a unit and a price, not {costs!r}")
+    if costs not in get_args(Latencies) and not isinstance(costs, Costs):
+        known = ", ".join(map(repr, get_args(Latencies)))
+        raise UserError(f"costs must be one of {known}, or have a unit and a price, not {costs!r}")
     inputs = sum(count_inputs(batch) for batch in batches) if inputs is None else inputs
     trials = _Trials(model, batches, base, costs, forward, inputs)
     unit = "s" if trials.costs is None else trials.costs.unit
@@ -203,7 +212,7 @@ def search_recipe(
     absolute: bool = False,
     candidates: Sequence[Rule] = CANDIDATES,
     base: Recipe | None = None,
-    costs: Costs | Literal["latency"] = ENERGY_COSTS["float32"],
+    costs: Costs | Latencies = ENERGY_COSTS["float32"],
     forward: Forward | None = None,
     inputs: int | None = None,
     verbose: bool = True,
@@ -298,18 +307,24 @@ class _Trials:
         model: nn.Module,
         batches: list[Any],
         base: Recipe,
-        costs: Costs | Literal["latency"],
+        costs: Costs | Latencies,
         forward: Forward | None,
         inputs: int,
     ) -> None:
         self.model, self.batches, self.base, self.forward, self.inputs = model, batches, base, forward, inputs
         self.costs = None if isinstance(costs, str) else costs
-        self._calls: dict[str, list[tuple[tuple, dict]]] = {}
+        self._calls: dict[str, list[_Call]] = {}
+        # The model as it is, and what of it has been compiled: None for what cannot be.
+        self._before = copy.deepcopy(model) if costs == "compiled latency" else None
+        self._executables: dict[str, nn.Module | None] = {}
+        self._uncompiled: list[str] = []
         self.reference, self.float_cost = self._run()
         if not any(self.reference):
             raise UserError("the model's output holds no floats to compare: return them by forward=")
         if self.costs is None:
             whole = _Replay(model, [((batches[0],), {})], lambda model, batch: call_model(model, batch, forward))
+            if compiled := self._executable_before(""):
+                whole = _Replay(compiled, self._recorded_calls(""))
             self.float_cost = self._seconds(whole)[0]
 
     def run(self, candidates: Sequence[Rule], verbose: bool) -> Iterator[LayerSensitivity]:
@@ -326,6 +341,13 @@ class _Trials:
                 layer = LayerSensitivity(name, rules, _relative_error(outputs, self.reference), change)
                 progress.update(task, advance=1, description=f"{name}: {layer.label}")
                 yield layer
+        if self._uncompiled:
+            warnings.warn(
+                f"{len(self._uncompiled)} of {len(planned)} changes, such as that of {self._uncompiled[0]}, are in no "
+                "part of this model that can be compiled before and after: they are timed as frozen layers",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _plan(self, candidates: Sequence[Rule]) -> list[tuple[str, tuple[Rule, ...]]]:
         """All changes to try: a module's name, and the rules that change it."""
@@ -399,13 +421,41 @@ class _Trials:
 
     def _seconds_added(self, name: str, original: nn.Module) -> float:
         """How much longer one input takes with what now stands at `name`, once frozen, than with `original`."""
+        if self._before is not None:
+            for part in _around(name):
+                before = self._executable_before(part)
+                after = None if before is None else self._executable(self.model, part)
+                if before is not None and after is not None:
+                    calls = self._recorded_calls(part)
+                    without, having = self._seconds(_Replay(before, calls), _Replay(after, calls))
+                    return having - without
+            self._uncompiled.append(name)
         container = nn.ModuleDict({"changed": copy.deepcopy(self.model.get_submodule(name))})
         freeze_(container, verbose=False)
         calls = self._recorded_calls(name)
         before, after = self._seconds(_Replay(original, calls), _Replay(container["changed"], calls))
         return after - before
 
-    def _recorded_calls(self, name: str) -> list[tuple[tuple, dict]]:
+    def _executable_before(self, name: str) -> nn.Module | None:
+        """The part called `name` of the model as it is, compiled; None if that cannot be, or is not asked for."""
+        if self._before is not None and name not in self._executables:
+            self._executables[name] = self._executable(self._before, name)
+        return self._executables.get(name)
+
+    def _executable(self, model: nn.Module, name: str) -> nn.Module | None:
+        """The part called `name` of a model, frozen and compiled for what the first batch calls it with."""
+        calls = self._recorded_calls(name)
+        if not calls or any(kwargs or not all(isinstance(x, Tensor) for x in args) for args, kwargs in calls):
+            return None
+        container = nn.ModuleDict({"part": copy.deepcopy(model.get_submodule(name))}).eval()
+        freeze_(container, verbose=False)
+        with warnings.catch_warnings(), suppress(UserError):  # what is on another device, or takes no batches
+            warnings.simplefilter("ignore", RuntimeWarning)  # that it runs as before: then there is nothing to time
+            compiled = compile_model(container["part"], calls[0][0])
+            return compiled if compiled.is_compiled else None
+        return None
+
+    def _recorded_calls(self, name: str) -> list[_Call]:
         """Arguments with which the model calls the module at `name` for the first batch."""
         if name not in self._calls:
             calls = self._calls[name] = []
@@ -423,13 +473,25 @@ class _Trials:
         return tuple(second * len(self.batches) / self.inputs for second in seconds)
 
 
+_Call = tuple[tuple, dict]
+"""Arguments of a module, by position and by keyword."""
+
+
+def _around(name: str) -> Iterator[str]:
+    """The qualified names of a module and of all that it is in, up to the model itself."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
+
+
 class _Replay(nn.Module):
     """Calls a module again as it has been called before."""
 
     def __init__(
         self,
         module: nn.Module,
-        calls: list[tuple[tuple, dict]],
+        calls: list[_Call],
         call: Callable[..., Any] = lambda module, *args, **kwargs: module(*args, **kwargs),
     ) -> None:
         super().__init__()

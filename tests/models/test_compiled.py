@@ -227,6 +227,13 @@ def test_a_module_that_nobody_registered_is_named_and_runs_as_before() -> None:
         assert torch.equal(compiled(x), model(x))
 
 
+def test_a_part_that_has_to_be_told_more_than_values_runs_as_before() -> None:
+    block, x = frozen_vit().get_submodule("blocks.0"), torch.randn(1, 17, 48)
+    with pytest.warns(RuntimeWarning, match="the model is a Block, which is compiled as part of a model only"):
+        found = shiftadd3d.compile(block, x)
+    assert not found.is_compiled and torch.equal(found(x), block(x))
+
+
 @pytest.mark.filterwarnings("ignore:not compiled")
 @pytest.mark.parametrize(
     ("options", "named"),

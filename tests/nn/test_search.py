@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shiftadd3d import UserError
+from shiftadd3d.kernels import numerics
 from shiftadd3d.nn import (
     AddAttention,
     LayerSensitivity,
@@ -25,10 +26,12 @@ from shiftadd3d.nn import (
     calibrate_,
     count_operations,
     register_attention,
+    register_emitter,
     reparameterize_,
     search_recipe,
     sensitivity,
 )
+from shiftadd3d.nn import compiled as compiled_models
 
 SHIFTS = (Rule("*", "shift", 4, 1), Rule("*", "shift", 4, 2))
 
@@ -262,6 +265,26 @@ def test_latencies_are_those_of_the_frozen_layer_on_what_it_really_sees(batches,
     saved = {layer.name: layer.cost for layer in report.layers}
     assert saved["mlp.fc1"] == pytest.approx(-1e-3 * 16 * 32 / 4)
     assert report.best_recipe(0.7).cost <= 0.7 * 5.0 / 4
+
+
+def test_compiled_latencies_are_those_of_the_smallest_part_that_compiles(batches, monkeypatch) -> None:
+    pytest.importorskip("tvm")
+    monkeypatch.setattr(compiled_models, "_emitters", dict(compiled_models._emitters))
+    register_emitter(Mlp, lambda e, mlp, x: e.perceptron(mlp.fc1, mlp.act, mlp.fc2, x, None))
+    asked: dict[str, int] = {}
+
+    def measure(replays, example) -> tuple[float, ...]:
+        for replay in replays:
+            replay(example)  # the recorded calls fit
+        kinds = " ".join(type(replay.module).__name__ for replay in replays)
+        asked[kinds] = asked.get(kinds, 0) + 1
+        return (5.0,) if len(replays) == 1 else (2e-3, 1e-3)
+
+    monkeypatch.setattr("shiftadd3d.nn.search.measure_latencies", measure)
+    with numerics("exact"), pytest.warns(RuntimeWarning, match="^6 of 8 changes, such as .* timed as frozen layers$"):
+        report = sensitivity(Net(), batches, SHIFTS[:1], costs="compiled latency", verbose=False)
+    assert asked == {"Net": 1, "CompiledModel CompiledModel": 2, "Linear PackedShiftLinear": 6}
+    assert report.unit == "s" and [layer.cost for layer in report.layers] == pytest.approx([-1e-3 / 4] * 8)
 
 
 def test_latencies_can_be_measured_here(batches) -> None:
