@@ -2,11 +2,12 @@
 
     python benchmarks/energy.py measure --model pvt_v2_b0
     python benchmarks/energy.py pareto --results docs/results/data/layers-grocery_fruit-pvt_v2_b0.json
+    python benchmarks/energy.py counting
     python benchmarks/energy.py report
 
 The first counts and writes a JSON file into docs/results/data/; the second prices the recipes whose quality
-`benchmarks/layers.py` has measured, on the same sizes; the last makes docs/results/energy.md from these alone. Nothing
-is timed.
+`benchmarks/layers.py` has measured, on the same sizes; the third times counting and the search for tilings; the last
+makes docs/results/energy.md from these alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:  # these take seconds to import, and `report` needs none of th
     from shiftadd3d.nn import OperationReport, Recipe
     from shiftadd3d.nn.counting import Product
     from shiftadd3d.profile.accelerator import Accelerator
+    from shiftadd3d.profile.subjects import Subject
 
 CLAIM = 0.429
 """What the paper saves at most."""
@@ -251,7 +253,7 @@ def trained_sizes(quality: dict[str, Any], recipe: Recipe) -> tuple[nn.Module, A
 
         name, *words = quality["model"].split()
         classes = tuple(map(str, range(CLASSES[quality["data"]])))
-        args = parse_key_values("--model-args", words)
+        args = parse_key_values("--model-args", tuple(words))
         model = create_dense(ClassifierConfig(name, classes, InputConfig(quality["image_size"]), args))
         size = (3, quality["image_size"], quality["image_size"])
         batch, inputs, setting = random_picture(size), 1, picture_setting(size)
@@ -265,6 +267,88 @@ def trained_sizes(quality: dict[str, Any], recipe: Recipe) -> tuple[nn.Module, A
 RAYS_OF_PARETO = 64
 
 
+COUNTED = ("deit_tiny_patch16_224", "deit_small_patch16_224", "pvt_v2_b0", "gnt-tiny")
+COUNTED_RECIPES = ("mult", "add+shift", "add+shift-attn+moe")
+
+
+@dataclass
+class Counting:
+    """Time counting beside the forward pass that it watches, and the search for the best tilings of a whole model."""
+
+    models: tuple[str, ...] = COUNTED
+    """Names that `shiftadd3d profile` takes."""
+    recipes: tuple[str, ...] = COUNTED_RECIPES
+    """What becomes of their layers."""
+    rounds: int = 9
+    """How often forward passes and counts take turns."""
+    threads: int = 1
+    """CPU threads to compute with."""
+    out: Path = DATA
+    """Folder for the JSON file."""
+
+    def __call__(self) -> None:
+        commit = git_commit()
+        import torch
+
+        from shiftadd3d.profile.subjects import subject
+
+        torch.set_num_threads(self.threads)
+        rows = []
+        for name in self.models:
+            found = subject(name)
+            for recipe in self.recipes:
+                rows.append({"model": name, "recipe": recipe, **counting_times(found, recipe, self.rounds)})
+                print(rows[-1], flush=True)
+        facts = {
+            "rows": rows,
+            "rounds": self.rounds,
+            "threads": self.threads,
+            "machine": machine_facts(),
+            "commit": commit,
+            "command": "python benchmarks/energy.py counting",
+        }
+        write_result(self.out / "counting-cpu.json", facts)
+
+
+def counting_times(subject: Subject, recipe: str, rounds: int) -> dict[str, Any]:
+    """Seconds of a forward pass, of the first count and of later ones, and of the search for tilings that were never
+    looked for; with one thread those of the processor.
+    """
+    import torch
+
+    from shiftadd3d.nn import count_operations
+    from shiftadd3d.nn.activations import call_model
+    from shiftadd3d.profile.accelerator import load_accelerator
+    from shiftadd3d.profile.energy import energy
+    from shiftadd3d.profile.tiling import best_mapping
+    from shiftadd3d.profile.timing import clock, interleaved
+
+    now, model = clock(), subject.make(recipe)
+    batch = subject.batch(model)
+
+    def count() -> OperationReport:
+        return count_operations(model, batch, inputs=subject.inputs)
+
+    began = now()
+    operations = count()
+    first = now() - began
+    with torch.no_grad():
+        functions = {"forward": lambda: call_model(model, batch), "count": count}
+        functions["forward"]()
+        taken = interleaved(functions, rounds=rounds)
+    best_mapping.cache_clear()
+    began = now()
+    energy(operations, "accelerator", load_accelerator())
+    search = now() - began
+    return {
+        "forward": asdict(taken["forward"]),
+        "count": asdict(taken["count"]),
+        "first_count": first,
+        "search": search,
+        "searched": best_mapping.cache_info().misses,
+    }
+
+
 @dataclass
 class Report:
     """Make docs/results/energy.md and its picture from the JSON files."""
@@ -272,7 +356,7 @@ class Report:
     def __call__(self) -> None:
         if fronts := read_fronts(DATA):
             draw_fronts(fronts, PICTURES / "energy-pareto.png")
-        write_page("energy", lambda template: render_report(read_results(DATA), fronts, template))
+        write_page("energy", lambda template: render_report(read_results(DATA), fronts, read_counts(DATA), template))
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -284,6 +368,11 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 def read_fronts(folder: Path) -> list[dict[str, Any]]:
     """What `pareto` wrote into a folder, sorted by file name."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("pareto-*.json"))]
+
+
+def read_counts(folder: Path) -> list[dict[str, Any]]:
+    """What `counting` wrote into a folder, sorted by file name."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("counting-*.json"))]
 
 
 def front_of(facts: dict[str, Any], account: str) -> list[str]:
@@ -317,10 +406,12 @@ def draw_fronts(fronts: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from shiftadd3d.profile.charts import label_points
+
     shown = {"arithmetic": "(a) arithmetic", "accelerator": "(c) accelerator"}
     figure = Figure(figsize=(4.2 * max(1, len(fronts)), 6.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(shown), max(1, len(fronts)), squeeze=False)
+    axes, labels = figure.subplots(len(shown), max(1, len(fronts)), squeeze=False), []
     for (account, label), row in zip(shown.items(), axes, strict=True):
         for facts, axis in zip(fronts, row, strict=False):
             scale = 100 if facts["metric"] == "top-1" else 1
@@ -328,7 +419,6 @@ def draw_fronts(fronts: list[dict[str, Any]], path: Path) -> None:
             axis.plot(*zip(*(places[name] for name in front_of(facts, account)), strict=True), color="0.6", zorder=1)
             for name, place in places.items():
                 axis.plot(*place, "o", color="#c4501b" if name in front_of(facts, account) else "#1f6fb4")
-                axis.annotate(name, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
             axis.set(
                 title=f"{facts['model'].split()[0]} on {facts['data']}",
                 xlabel=f"{label}, uJ",
@@ -336,11 +426,27 @@ def draw_fronts(fronts: list[dict[str, Any]], path: Path) -> None:
             )
             axis.margins(0.2, 0.15)
             axis.grid(alpha=0.3)
+            labels.append((axis, [(*place, name) for name, place in places.items()]))
+    for axis, points in labels:
+        label_points(axis, points, 7)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     print(f"wrote {path}")
 
 
-def render_report(results: list[dict[str, Any]], fronts: list[dict[str, Any]], template: str) -> str:
+def counting_table(counts: list[dict[str, Any]]) -> str:
+    """How many forward passes a count takes, and how many seconds the search."""
+    rows = []
+    for row in (row for facts in counts for row in facts["rows"]):
+        forward = row["forward"]["median"]
+        passes = [f"{seconds / forward:.1f}" for seconds in (row["count"]["median"], row["first_count"])]
+        rows.append([row["model"], row["recipe"], *passes, str(row["searched"]), f"{row['search']:.1f}"])
+    header = ["model", "recipe", "forward passes a count takes", "the first one", "different products"]
+    return markdown_table([*header, "seconds to search for their tilings"], rows)
+
+
+def render_report(
+    results: list[dict[str, Any]], fronts: list[dict[str, Any]], counts: list[dict[str, Any]], template: str
+) -> str:
     """Fill a template's `{{name}}` fields in from the results.
 
     Raises:
@@ -354,8 +460,9 @@ def render_report(results: list[dict[str, Any]], fronts: list[dict[str, Any]], t
         "deciding": deciding(results),
         "settings": "\n".join(f"- {MODELS[facts['model']]}: {facts['setting']}." for facts in results),
         "fronts": front_tables(fronts),
-        "commands": command_block("energy", results + fronts),
-        "machines": machine_list(results + fronts),
+        "counting": counting_table(counts),
+        "commands": command_block("energy", results + fronts + counts),
+        "machines": machine_list(results + fronts + counts),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match.group(1)], template)
 
@@ -440,7 +547,7 @@ def deciding(results: list[dict[str, Any]], recipe: str = "add+shift") -> str:
 
 def main() -> None:
     """The command line."""
-    run_command({"measure": Measure, "pareto": Pareto, "report": Report}, __doc__)
+    run_command({"measure": Measure, "pareto": Pareto, "counting": Counting, "report": Report}, __doc__)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,10 @@ import json
 import os
 import re
 import shlex
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from reporting import (
     DATA,
@@ -98,7 +97,8 @@ class Subject:
 
 def measure(subject: Subject, on_row: Callable[[dict[str, Any]], None]) -> None:
     """Measure every recipe; `on_row` gets the facts so far after each."""
-    from shiftadd3d.nn import Recipe, Rule, calibrate_, reparameterize_, sensitivity
+    from shiftadd3d.nn import Recipe, Rule, sensitivity
+    from shiftadd3d.profile.timing import clock
 
     baseline = subject.operations(subject.model)
     facts: dict[str, Any] = {
@@ -112,7 +112,11 @@ def measure(subject: Subject, on_row: Callable[[dict[str, Any]], None]) -> None:
         "rows": [],
     }
     print(f"float: {facts['float']}", flush=True)
-    began = time.perf_counter()
+    for row in recipes(dwconv=subject.dwconv):
+        facts["rows"].append(measured_row(subject, row, baseline))
+        on_row(facts)
+    now = clock()
+    began = now()
     report = sensitivity(
         subject.model,
         subject.batches,
@@ -124,37 +128,54 @@ def measure(subject: Subject, on_row: Callable[[dict[str, Any]], None]) -> None:
     )
     searched = report.best_recipe(SEARCHED_BUDGET)
     facts["search"] = {
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(now() - began, 1),
         "estimated_error": round(searched.error, 5),
         "energy_share": round(searched.cost / report.float_cost, 4),
     }
-    for row in [*recipes(dwconv=subject.dwconv), replace(searched.recipe, name="searched")]:
-        row = replace(row, exclude=subject.exclude)
-        nearest = copy.deepcopy(subject.model)
-        reparameterize_(nearest, row, verbose=False)
-        calibrated = copy.deepcopy(subject.model)
-        began = time.perf_counter()
-        calibrate_(calibrated, subject.batches, row, forward=subject.forward, verbose=False)
-        seconds = time.perf_counter() - began
-        operations = subject.operations(calibrated)
-        untuned = {"nearest": nearest, "calibrated": calibrated}
-        facts["rows"].append(
-            {
-                "name": row.name,
-                "recipe": row.as_dict(),
-                "nearest": subject.score(nearest),
-                "calibrated": subject.score(calibrated),
-                "finetuned": subject.score(subject.finetune(calibrated, row)),
-                "multiplications_removed": round(operations.multiplications_removed(baseline), 4),
-                "energy_share": round(operations.cost() / baseline.cost(), 4),
-                "bytes": operations.bytes,
-                "calibration_seconds": round(seconds, 1),
-                "divergence": subject.divergence
-                and {name: round(subject.divergence(each), 6) for name, each in untuned.items()},
-            }
-        )
-        print({key: value for key, value in facts["rows"][-1].items() if key != "recipe"}, flush=True)
-        on_row(facts)
+    facts["rows"].append(measured_row(subject, replace(searched.recipe, name="searched"), baseline))
+    on_row(facts)
+
+
+def measured_row(subject: Subject, row: Recipe, baseline: OperationReport) -> dict[str, Any]:
+    """What one recipe makes of the model, nearest, calibrated and fine-tuned."""
+    from shiftadd3d.nn import calibrate_, reparameterize_
+    from shiftadd3d.profile.timing import clock
+
+    row = replace(row, exclude=subject.exclude)
+    nearest = copy.deepcopy(subject.model)
+    reparameterize_(nearest, row, verbose=False)
+    calibrated = copy.deepcopy(subject.model)
+    now = clock()
+    began = now()
+    calibrate_(calibrated, subject.batches, row, forward=subject.forward, verbose=False)
+    seconds = now() - began
+    operations = subject.operations(calibrated)
+    untuned = {"nearest": nearest, "calibrated": calibrated}
+    found = {
+        "name": row.name,
+        "recipe": row.as_dict(),
+        "nearest": subject.score(nearest),
+        "calibrated": subject.score(calibrated),
+        "finetuned": subject.score(subject.finetune(calibrated, row)),
+        "multiplications_removed": round(operations.multiplications_removed(baseline), 4),
+        "energy_share": round(operations.cost() / baseline.cost(), 4),
+        "bytes": operations.bytes,
+        "calibration_seconds": round(seconds, 1),
+        "divergence": subject.divergence
+        and {name: round(subject.divergence(each), 6) for name, each in untuned.items()},
+    }
+    print({key: value for key, value in found.items() if key != "recipe"}, flush=True)
+    return found
+
+
+def own_options(command: Any, options: tuple[str, ...]) -> list[str]:
+    """Those of a command's options that have not their default value, as words of its command line."""
+    words: list[str] = []
+    for option in options:
+        value = getattr(command, option)
+        if value != type(command).__dataclass_fields__[option].default:
+            words += [f"--{option.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
 
 
 def use_threads(threads: int) -> None:
@@ -253,10 +274,7 @@ class Classifier:
             dwconv=3,
         )
         words = ["python", "benchmarks/layers.py", "classifier", "--data", f"PATH/TO/{'/'.join(self.data.parts[-2:])}"]
-        for option in ("model", "model_args", "image_size", "val_fraction", "epochs", "finetune_epochs"):
-            value = getattr(self, option)
-            if value != type(self).__dataclass_fields__[option].default:
-                words += [f"--{option.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+        words += own_options(self, ("model", "model_args", "image_size", "val_fraction", "epochs", "finetune_epochs"))
         about = {
             "kind": "classifier",
             "metric": "top-1",
@@ -291,6 +309,8 @@ class Nerf:
     """Learning rate of the fine-tuning; a cosine ends at 1% of it."""
     calibration_views: int = 8
     """Training views that calibration sees rays of, as many of each as a training step."""
+    test_views: int | None = None
+    """Test views that scores are taken on, evenly spread; None for all."""
     threads: int = 1
     """CPU threads to compute with."""
     out: Path = DATA
@@ -302,13 +322,18 @@ class Nerf:
         import torch
         from nerf import evaluate, seed_everything
 
+        from shiftadd3d.models.gnt import GNTModel
         from shiftadd3d.models.gnt.presets import KEPT_IN_FLOAT
+        from shiftadd3d.nerf.pipeline import GNTPipelineConfig
         from shiftadd3d.nerf.runs import load_run
+        from shiftadd3d.nerf.warm_start import load_dense_weights
         from shiftadd3d.nn import collect_moe_losses
 
         run = load_run(self.run)
         pipeline = run.pipeline
         nerf = pipeline.model
+        nerf.gnt = GNTModel(nerf.config.gnt).eval()  # the run's own is frozen: there is no way back from that
+        load_dense_weights(nerf.gnt, run.checkpoint)
         seed_everything(0)
         layers = [name for name, _ in nerf.gnt.named_modules()]
         kept = tuple(pattern for pattern in KEPT_IN_FLOAT if fnmatch.filter(layers, pattern))
@@ -328,11 +353,12 @@ class Nerf:
             ]
 
         def score(gnt: nn.Module) -> float:
-            nerf.gnt = gnt
-            return evaluate(pipeline, OUTPUTS / "layers" / "last-nerf.png")["psnr"]
+            nerf.gnt = cast(GNTModel, copy.deepcopy(gnt))
+            nerf.freeze()  # as whatever loads a run to render with
+            return evaluate(pipeline, OUTPUTS / "layers" / "last-nerf.png", views=self.test_views)["psnr"]
 
         def finetune(gnt: nn.Module, recipe: Recipe) -> nn.Module:
-            nerf.gnt = copy.deepcopy(gnt)
+            tuned = nerf.gnt = cast(GNTModel, copy.deepcopy(gnt))
             seed_everything(0)
             optimizer = torch.optim.Adam(nerf.gnt.parameters(), lr=self.finetune_lr)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
@@ -347,10 +373,11 @@ class Nerf:
                 optimizer.step()
                 schedule.step()
             pipeline.eval()
-            return nerf.gnt
+            return tuned
 
+        dense, held_out = nerf.gnt, len(pipeline.datamanager.eval_dataset)
         subject = Subject(
-            model=nerf.gnt,
+            model=dense,
             batches=[rays() for _ in range(self.calibration_views)],
             forward=forward,
             exclude=kept,
@@ -360,20 +387,22 @@ class Nerf:
             inputs=pipeline.datamanager.get_train_rays_per_batch(),
             dwconv=3,
         )
-        scene = run.config.experiment_name
+        words = ["python", "benchmarks/layers.py", "nerf", "--run", "PATH/TO/gnt-tiny/config.yml"]
+        scene, start = run.config.experiment_name, cast(GNTPipelineConfig, run.config.pipeline).warm_start
         about = {
             "kind": "nerf",
             "metric": "PSNR",
             "data": scene,
             "model": run.config.method_name,
-            "parameters": sum(parameter.numel() for parameter in nerf.gnt.parameters()),
+            "parameters": sum(parameter.numel() for parameter in dense.parameters()),
             "image_size": None,
-            "views": {"train": len(pipeline.datamanager.train_dataset), "test": len(pipeline.datamanager.eval_dataset)},
+            "views": {"train": len(pipeline.datamanager.train_dataset), "test": self.test_views or held_out},
             "steps": run.step,
+            "start": start.name if start else "none",
             "finetune": f"{self.finetune_steps} steps",
             "machine": machine_facts(),
             "commit": commit,
-            "command": "python benchmarks/layers.py nerf --run PATH/TO/gnt-tiny/config.yml",
+            "command": shlex.join([*words, *own_options(self, ("finetune_steps", "calibration_views", "test_views"))]),
         }
         path = self.out / f"layers-{scene}-{run.config.method_name}.json"
         measure(subject, lambda facts: write_result(path, {**about, **facts}))
@@ -431,12 +460,16 @@ def subject_section(facts: dict[str, Any]) -> str:
     if facts["kind"] == "classifier":
         pictures = facts["pictures"]
         about = (
-            f"{facts['image_size']} px, {pictures['train']:,} pictures for training over {facts['epochs']} epochs, "
+            f"{facts['image_size']} px, {pictures['train']:,} pictures for training over {facts['epochs']} epochs from "
+            f"random weights, "
             f"{pictures['val']:,} held out"
         )
     else:
         views = facts["views"]
-        about = f"{facts['steps']:,} steps of training on {views['train']} views, {views['test']} test views"
+        start = "the weights that come with the package" if facts["start"] == "pretrained" else "random weights"
+        about = (
+            f"{facts['steps']:,} steps of training from {start} on {views['train']} views, {views['test']} test views"
+        )
     lines = [
         f"### `{facts['model']}` on {facts['data']}",
         f"{facts['parameters']:,} parameters; {about}. Calibrated on {facts['calibration_inputs']:,} "
@@ -487,7 +520,7 @@ def search_table(results: list[dict[str, Any]]) -> str:
                     *map(str, terms),
                     f"{facts['search']['estimated_error']:.1%}",
                     f"{facts['search']['energy_share']:.1%}",
-                    f"{facts['search']['seconds']:.0f}",
+                    "" if facts["search"]["seconds"] is None else f"{facts['search']['seconds']:.0f}",
                 ]
             )
     header = ["model", "layers with one term", "with two", "estimated output error", "promised energy", "seconds"]

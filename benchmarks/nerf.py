@@ -486,8 +486,12 @@ def save_loadable_config(config: TrainerConfig, steps: int) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def evaluate(pipeline: VanillaPipeline, pictures: Path, shown: int = 2) -> dict[str, Any]:
-    """Render every test view; also draw some of them, evenly spread: target, render and depth beside each other."""
+def evaluate(pipeline: VanillaPipeline, pictures: Path, shown: int = 2, views: int | None = None) -> dict[str, Any]:
+    """Render every test view; also draw some of them, evenly spread: target, render and depth beside each other.
+
+    Args:
+        views: look at so many of them only, evenly spread.
+    """
     import torch
     from nerfstudio.utils import colormaps
 
@@ -496,10 +500,17 @@ def evaluate(pipeline: VanillaPipeline, pictures: Path, shown: int = 2) -> dict[
     pipeline.eval()
     datamanager: Any = pipeline.datamanager
     count = len(datamanager.eval_dataset)
-    drawn = {round((index + 0.5) * count / min(shown, count) - 0.5) for index in range(min(shown, count))}
+
+    def spread(number: int) -> set[int]:
+        return {round((index + 0.5) * count / min(number, count) - 0.5) for index in range(min(number, count))}
+
+    chosen = spread(count if views is None else views)
+    drawn = spread(shown) & chosen or chosen
     psnrs, ssims, seconds, rows = [], [], [], []
     with torch.no_grad():
         for index, (camera, batch) in enumerate(datamanager.fixed_indices_eval_dataloader):
+            if index not in chosen:
+                continue
             began = time.perf_counter()
             outputs = pipeline.model.get_outputs_for_camera(camera=camera)
             seconds.append(time.perf_counter() - began)

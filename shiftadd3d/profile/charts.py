@@ -210,6 +210,8 @@ def pareto(facts: dict[str, Any]) -> Chart:
             _scatter(axis, points, unit)
             axis.set_xlabel(label)
             axis.set_ylabel(f"{name}" + (", dB" if name == "PSNR" else ""))
+        for axis, (_, _, points) in zip(figure.axes, panels, strict=True):
+            label_points(axis, [(point.x, point.y, point.label) for point in points], 9)
         drawings.append(_svg(figure, f"pareto {width}"))
     note = "Up and to the left is better. The line joins those that no other one beats in both."
     return Chart("Quality against what it takes", note, *drawings)
@@ -353,7 +355,6 @@ def _scatter(axis: Any, points: Sequence[_Point], unit: str) -> None:
         marker = _MARKERS[point.series % len(_MARKERS)]
         (drawn,) = axis.plot(point.x, point.y, marker, color=_SERIES[point.series % len(_SERIES)], markersize=7)
         drawn.set_gid(point.place)
-        axis.annotate(point.label, (point.x, point.y), xytext=(6, 5), textcoords="offset points", fontsize=9)
     axis.margins(x=0.25, y=0.18)
     axis.grid(color=_LINE, linewidth=0.8)
     axis.set_axisbelow(True)
@@ -361,6 +362,42 @@ def _scatter(axis: Any, points: Sequence[_Point], unit: str) -> None:
     axis.xaxis.set_major_locator(_few_ticks())
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
+
+
+# Where a label may stand beside its point: its offset in points, and what of it lies there.
+_BESIDE = tuple(
+    (dx, dy, across, along)
+    for near in (1, 3.4)
+    for dy, along in ((5 * near, "bottom"), (-5 * near, "top"))
+    for dx, across in ((6, "left"), (-6, "right"), (0, "center"))
+)
+
+
+def label_points(axis: Any, points: Sequence[tuple[float, float, str]], size: float) -> None:
+    """Write labels beside points (x, y, label): inside of the axes and over no other one or point, if there is room.
+
+    To be called when all else is drawn, as the layout decides about room. `size` is that of the letters in points.
+    """
+    from matplotlib.transforms import Bbox
+
+    axis.figure.draw_without_rendering()
+    centres = axis.transData.transform([(x, y) for x, y, _ in points]) if points else []
+    taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in centres]
+    for x, y, label in points:
+        found: list[tuple[int, Any, Any]] = []
+        for dx, dy, across, along in _BESIDE:
+            text = axis.annotate(
+                label, (x, y), (dx, dy), textcoords="offset points", fontsize=size, ha=across, va=along
+            )
+            box = text.get_window_extent()
+            inside = axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1 and axis.bbox.y0 <= box.y0
+            inside = inside and box.y1 <= axis.bbox.y1
+            found.append((box.count_overlaps(taken) + 2 * (not inside), text, box))
+        _, chosen, box = min(found, key=lambda each: each[0])
+        taken.append(box)
+        for _, text, _ in found:
+            if text is not chosen:
+                text.remove()
 
 
 def _svg(figure: Any, salt: str) -> str:

@@ -17,8 +17,22 @@ def energy(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
 def test_the_page_is_made_of_its_results(energy: ModuleType, repository: Path) -> None:
     results = repository / "docs" / "results"
     template = (results / "energy.template.md").read_text(encoding="utf-8")
-    page = energy.render_report(energy.read_results(results / "data"), energy.read_fronts(results / "data"), template)
+    read = (energy.read_results, energy.read_fronts, energy.read_counts)
+    page = energy.render_report(*(of(results / "data") for of in read), template)
     assert page == (results / "energy.md").read_text(encoding="utf-8")
+
+
+def test_counting_takes_less_than_three_forward_passes(energy: ModuleType, repository: Path) -> None:
+    measured = [row for facts in energy.read_counts(repository / "docs" / "results" / "data") for row in facts["rows"]]
+    assert measured and all(row["count"]["median"] < 3 * row["forward"]["median"] for row in measured)
+    assert all(row["search"] < 20 for row in measured)
+
+
+def test_fronts_of_three_models_have_six_recipes_at_least(energy: ModuleType, repository: Path) -> None:
+    fronts = energy.read_fronts(repository / "docs" / "results" / "data")
+    models = [facts["model"].split()[0] for facts in fronts]
+    assert models == ["deit_tiny_patch16_224", "pvt_v2_b0", "gnt-tiny"]
+    assert all(len(facts["rows"]) >= 6 for facts in fronts)
 
 
 def test_savings_and_the_verdict_follow_from_the_numbers(energy: ModuleType) -> None:

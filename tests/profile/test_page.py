@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -20,7 +21,7 @@ from torch import nn
 from shiftadd3d import UserError, cli
 from shiftadd3d.nn import MoEMlp, PackedShiftLinear
 from shiftadd3d.profile.accelerator import load_accelerator
-from shiftadd3d.profile.charts import pareto_front
+from shiftadd3d.profile.charts import label_points, pareto_front
 from shiftadd3d.profile.model_report import profile
 from shiftadd3d.profile.page import look_up, render_page
 from shiftadd3d.profile.quality import read_evaluation
@@ -190,6 +191,21 @@ def test_routing_is_shown_where_there_is_a_mixture(facts: dict[str, Any], page: 
 def test_the_front_has_what_no_other_beats_in_both() -> None:
     assert pareto_front([(3, 0.9), (1, 0.5), (2, 0.4), (2, 0.7), (4, 0.9), (1, 0.2)]) == [1, 3, 0]
     assert pareto_front([]) == []
+
+
+def test_labels_of_points_that_lie_close_stay_apart_and_inside() -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 3), layout="constrained")
+    axis = figure.subplots()
+    points = [(1.0, 1.0, "first recipe"), (1.01, 1.0, "second recipe"), (1.0, 1.01, "third"), (3.0, 3.0, "at the edge")]
+    axis.plot(*zip(*((x, y) for x, y, _ in points), strict=True), "o")
+    axis.margins(0.2, 0.3)
+    label_points(axis, points, 9)
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert [text.get_text() for text in axis.texts] == [label for _, _, label in points]
+    assert not any(box.overlaps(other) for box, other in itertools.combinations(boxes, 2))
+    assert all(axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1 and box.y1 <= axis.bbox.y1 for box in boxes)
 
 
 # --------------------------------------------------------------------------------------------------------------------
