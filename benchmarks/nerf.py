@@ -733,8 +733,12 @@ FORMS = {
     "compile": "plain torch, torch.compile",
     "exact": "kernels, exact",
     "fast": "kernels, fast",
+    "int8": "kernels, int8",
+    "executable-exact": "one executable, exact",
+    "executable-fast": "one executable, fast",
+    "executable-int8": "one executable, int8",
 }
-Form = Literal["torch", "compile", "exact", "fast"]
+Form = Literal["torch", "compile", "exact", "fast", "int8", "executable-exact", "executable-fast", "executable-int8"]
 
 
 @dataclass
@@ -814,10 +818,15 @@ class Speed:
 
 
 def frame_renderer(method: str, form: Form, width: int, height: int) -> Callable[[], Any]:
-    """A function that renders a frame with the layers that the end of training leaves, frozen."""
+    """A function that renders a frame with the layers that the end of training leaves, frozen.
+
+    Raises:
+        RuntimeError: it shall be an executable, and cannot be.
+    """
     import torch
     from nerfstudio.configs.method_configs import all_methods
 
+    import shiftadd3d
     from shiftadd3d.kernels import numerics
     from shiftadd3d.nn import freeze_
 
@@ -827,14 +836,22 @@ def frame_renderer(method: str, form: Form, width: int, height: int) -> Callable
     if model.stage == 1:
         model.enter_second_stage()
     model.eval()
-    freeze_(model.gnt, verbose=False)
+    exactness = "twin" if form in ("torch", "compile") else form.removeprefix("executable-")
+    model.config.compile = form.startswith("executable-")
     if form == "compile":
+        freeze_(model.gnt, verbose=False)
         model.gnt.compile()
         model.gnt.encode = torch.compile(model.gnt.encode)
+    else:
+        model.freeze()
+    if model.config.compile:
+        reason = shiftadd3d.compile(model.gnt, numerics=exactness).reason
+        if reason is not None:
+            raise RuntimeError(f"{method} is not compiled: {reason}")
 
     def render() -> Any:
         model.eval()  # forgets the features of the frame before
-        with torch.no_grad(), numerics("twin" if form in ("torch", "compile") else form):
+        with torch.no_grad(), numerics(exactness):
             return model.get_outputs_for_camera(cameras[0:1])
 
     return render
@@ -1029,14 +1046,23 @@ def picture_list(trained: list[dict[str, Any]]) -> str:
 
 
 def speed_table(results: list[dict[str, Any]]) -> str:
-    """Rows: methods in each form; columns: seconds, and how many times faster than the preset in plain torch."""
+    """Rows: methods in each form; columns: seconds, and how many times faster than the preset in plain torch.
+
+    Where there are executables, also how many times faster they are than the same kernels one by one.
+    """
     tables = []
     for facts in results:
         rows = []
+        known = {(row["method"], row["form"]): row["seconds"][0] for row in facts["rows"]}
+        has_executables = any(form.startswith("executable-") for _, form in known)
         for row in facts["rows"]:
             seconds, lower, upper = row["seconds"]
             dense = {r["form"]: r["seconds"][0] for r in facts["rows"] if r["method"] == row["preset"]}
             ratios = [f"{dense[form] / seconds:.2f}" if form in dense else "" for form in ("torch", "compile")]
+            if has_executables:
+                name, form = row["form"].rpartition("-")[::2]
+                one_by_one = known.get((row["method"], form)) if name else None
+                ratios.append("" if one_by_one is None else f"{one_by_one / seconds:.2f}")
             rows.append(
                 [f"`{row['method']}`, {FORMS[row['form']]}", f"{seconds:.2f} ({lower:.2f} to {upper:.2f})", *ratios]
             )
@@ -1047,6 +1073,7 @@ def speed_table(results: list[dict[str, Any]]) -> str:
             "seconds a frame",
             "times faster than plain torch",
             "than torch.compile",
+            *(["than kernels one by one"] if has_executables else []),
         ]
         tables.append(markdown_table(header, rows))
     return "\n\n".join(tables) or NOT_MEASURED

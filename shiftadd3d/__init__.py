@@ -7,7 +7,7 @@ them.
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shiftadd3d._errors import UserError
 from shiftadd3d._extras import need
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from shiftadd3d.kernels import Numerics
-    from shiftadd3d.nn.compiled import CompiledModel
 
 __all__ = ["UserError", "__version__", "compile", "load"]
 
@@ -51,15 +50,15 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> nn.Module:
 
 def compile(
     model: nn.Module,
-    example: torch.Tensor | Sequence[torch.Tensor],
+    example: torch.Tensor | Sequence[torch.Tensor] | None = None,
     numerics: Numerics | None = None,
     background: bool = False,
-) -> CompiledModel:
+) -> Any:
     """A frozen model as one executable, compiled or found in the cache: see `shiftadd3d.nn.compiled.compile`.
 
     Args:
         model: as `freeze_` leaves it, in float32 on the CPU.
-        example: an input of the model, or all of them.
+        example: an input of the model, or all of them; a GNT takes none.
         numerics: what to compute in, ``"exact"``, ``"fast"`` or ``"int8"``; None for the process's.
         background: return at once, and run the frozen model until another process has compiled it.
 

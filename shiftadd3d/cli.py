@@ -111,6 +111,8 @@ class Render(Verb):
     outputs: tuple[str, ...] = ("rgb",)
     """What to show, side by side: rgb, depth, accumulation and, of a run with mixtures of experts, routing: how many of
     a pixel's samples went to the multiplying expert (red) and to the shifting one (blue)."""
+    compile: bool = True
+    """Make one executable of the network on a CPU, where that can be."""
 
     def run(self) -> None:
         """Load the run, render, write."""
@@ -127,6 +129,7 @@ class Render(Verb):
             fps=self.fps,
             scale=self.scale,
             outputs=self.outputs,
+            compile=self.compile,
         )
 
 
@@ -226,6 +229,8 @@ class Movie(Verb):
     """What to show, side by side."""
     preview: bool = False
     """Write the first frame, small, as NAME.preview.png as soon as there are poses."""
+    compile: bool = True
+    """Make one executable of the network on a CPU, where that can be."""
     json: JsonFile = None
     """Write where everything is, and how long each step took, to this JSON file, too."""
 

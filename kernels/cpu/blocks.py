@@ -207,11 +207,22 @@ def layer_norm(
 
 def copy_row(isa: Isa, source: Buffer, out: Buffer, count: int) -> None:
     """`count` floats, by vectors as far as they go."""
-    end = count // isa.lanes * isa.lanes
-    for start in range(0, end, isa.lanes):
-        out[isa.at(start)] = source[isa.at(start)]
+    end = 0
+    for vectors in (isa, Isa(isa.target, 4)):
+        while end + vectors.lanes <= count:
+            out[vectors.at(end)] = source[vectors.at(end)]
+            end += vectors.lanes
     with T.serial(count - end) as c:
         out[end + c] = source[end + c]
+
+
+def add_row(isa: Isa, source: Buffer, out: Buffer, count: int) -> None:
+    """Add `count` floats to others, by vectors as far as they go."""
+    end = count // isa.lanes * isa.lanes
+    for start in range(0, end, isa.lanes):
+        out[isa.at(start)] = out[isa.at(start)] + source[isa.at(start)]
+    with T.serial(count - end) as c:
+        out[end + c] = out[end + c] + source[end + c]
 
 
 class Bilinear:

@@ -148,7 +148,7 @@ class Plan:
         for expert in self._experts:
             self._next[expert] = T.int64(0)
         with T.serial(self._tokens) as token:
-            self._choose(logits.part(token), assignment, token)
+            choose(logits.part(token), len(self._experts), assignment, self._best, token)
             chosen = assignment[token]
             self._next[chosen] = self._next[chosen] + 1
         self._begin[0] = T.int64(0)
@@ -160,16 +160,6 @@ class Plan:
             self.order[self._next[expert]] = T.cast(token, "int32")
             self._next[expert] = self._next[expert] + 1
         self._share_out()
-
-    def _choose(self, logits: Buffer, assignment: Buffer, token: Expr) -> None:
-        """The expert of the largest logit; as in torch, NaN counts as the largest of all, the first of equals wins."""
-        assignment[token] = T.int64(0)
-        self._best[0] = logits[0]
-        for expert in self._experts[1:]:
-            rival, best = T.bind(logits[expert]), self._best[0]
-            with T.when(T.either(rival > best, T.both(_is_nan(rival), T.negate(_is_nan(best))))):
-                assignment[token] = T.int64(expert)
-                self._best[0] = rival
 
     def _share_out(self) -> None:
         """Experts take turns in the list of tasks, so that threads with equal parts of it have equally much to do."""
@@ -197,6 +187,22 @@ class Plan:
         first = T.bind(self._first[task])
         end = T.bind(self._begin[T.cast(self.expert_of[task], "int64") + 1])
         return first, T.bind(T.min(self._block, end - first))
+
+
+def choose(logits: Buffer, experts: int, chosen: Buffer, best: Buffer, at: Index = 0) -> None:
+    """Emit the choice of the largest logit: as in torch, NaN counts as the largest of all, the first of equals wins.
+
+    Args:
+        chosen: int64, where the expert's number goes, to the place `at`.
+        best: [1], scratch memory.
+    """
+    chosen[at] = T.int64(0)
+    best[0] = logits[0]
+    for expert in range(1, experts):
+        rival = T.bind(logits[expert])
+        with T.when(T.either(rival > best[0], T.both(_is_nan(rival), T.negate(_is_nan(best[0]))))):
+            chosen[at] = T.int64(expert)
+            best[0] = rival
 
 
 def _is_nan(x: Expr) -> Expr:

@@ -150,11 +150,13 @@ def _emit(builder: Any, name: str, program: Program, functions: Sequence[Any]) -
                 known[value.number] = builder.emit(relax.TupleGetItem(weights, i))
             for call, function in zip(program.calls, functions, strict=True):
                 arguments = [known[value.number] for value in call.arguments]
+                types = [type_of(out) for out in call.outs]
                 if function is None:
-                    outcome = relax.op.reshape(arguments[0], type_of(call.out).shape)
+                    outcome = builder.emit(relax.op.reshape(arguments[0], types[0].shape))
                 else:
-                    outcome = relax.call_tir(function, [*arguments, control], type_of(call.out))
-                known[call.out.number] = builder.emit(outcome)
+                    outcome = builder.emit(relax.call_tir(function, [*arguments, control], types))
+                for i, out in enumerate(call.outs):
+                    known[out.number] = outcome if len(types) == 1 else builder.emit(relax.TupleGetItem(outcome, i))
             outcomes = [known[value.number] for value in program.outputs]
             outcome = builder.emit_output(outcomes[0] if len(outcomes) == 1 else relax.Tuple(outcomes))
         builder.emit_func_output(outcome)

@@ -76,8 +76,8 @@ def _build(
         with T.parallel(count) as token:
             if norm is not None:
                 norm.emit(isa, isa.reader(x, lambda row: row), token, inputs, normal.part(token))
-            _route(isa, normal.part(token), inputs, router, router_bias, logits.part(token))
-            gates[token] = _gate(logits.part(token), len(experts)) if gated else T.float32(1)
+            route(isa, normal.part(token), inputs, router, router_bias, logits.part(token))
+            gates[token] = gate_of(logits.part(token), len(experts)) if gated else T.float32(1)
         rows = held(count)
         share = held(T.truncdiv(rows + (len(experts) - 1), T.int64(len(experts))))
         tile, _ = tile_shape(target, form)
@@ -99,7 +99,8 @@ def _build(
     return function.get()
 
 
-def _route(isa: Isa, row: Buffer, width: Expr, weight: Buffer, bias: Buffer, logits: Buffer) -> None:
+def route(isa: Isa, row: Buffer, width: Expr, weight: Buffer, bias: Buffer, logits: Buffer) -> None:
+    """Emit a router's logits [experts] of a row, with its weight [experts, width] and bias."""
     lanes = isa.lanes
     whole = T.bind(T.truncdiv(width, T.int64(lanes)))
     for expert in range(logits.extent(0)):
@@ -113,7 +114,7 @@ def _route(isa: Isa, row: Buffer, width: Expr, weight: Buffer, bias: Buffer, log
             logits[expert] = logits[expert] + row[at] * of_expert[at]
 
 
-def _gate(logits: Buffer, experts: int) -> Expr:
+def gate_of(logits: Buffer, experts: int) -> Expr:
     """The softmax of the largest logit."""
     largest = T.alloc(1, align=4)
     largest[0] = logits[0]

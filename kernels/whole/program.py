@@ -35,7 +35,7 @@ class Function:
     Attributes:
         name: what it is called in the executable and in messages.
         build: ``build(target, **spec)``: the function. Its arguments are tensors: those of the call, then `control`,
-            then the outcome.
+            then the outcomes.
         trial: ``trial(function, **spec)`` runs it, compiled, on a small problem, and raises `AssertionError` where the
             outcome is not what plain torch computes.
         resolve: ``resolve(target, exactness, spec)``: what to compile in for a spec of a call.
@@ -61,7 +61,7 @@ class Call(NamedTuple):
     function: Function | None
     spec: tuple[tuple[str, Any], ...]
     arguments: tuple[Value, ...]
-    out: Value
+    outs: tuple[Value, ...]
 
 
 class Program:
@@ -101,14 +101,24 @@ class Program:
 
     def call(self, function: Function, arguments: Sequence[Value], shape: Sequence[Dim], **spec: Any) -> Value:
         """What a function makes of some values, float32 of a shape; `spec` is for its `resolve`."""
-        out = self._value(shape, "float32")
-        self.calls.append(Call(function, tuple(sorted(spec.items())), tuple(arguments), out))
-        return out
+        return self.call_for(function, arguments, [(shape, "float32")], **spec)[0]
+
+    def call_for(
+        self,
+        function: Function,
+        arguments: Sequence[Value],
+        outcomes: Sequence[tuple[Sequence[Dim], str]],
+        **spec: Any,
+    ) -> tuple[Value, ...]:
+        """`call` of a function with several outcomes, given by shape and dtype."""
+        outs = tuple(self._value(shape, dtype) for shape, dtype in outcomes)
+        self.calls.append(Call(function, tuple(sorted(spec.items())), tuple(arguments), outs))
+        return outs
 
     def reshape(self, x: Value, shape: Sequence[Dim]) -> Value:
         """The same numbers in another shape."""
         out = self._value(shape, x.dtype)
-        self.calls.append(Call(None, (), (x,), out))
+        self.calls.append(Call(None, (), (x,), (out,)))
         return out
 
     def output(self, *values: Value) -> None:
@@ -138,7 +148,7 @@ class Program:
                     call.function.name if call.function else "reshape",
                     sorted(spec.items()),
                     [value.number for value in call.arguments],
-                    tuple(call.out),
+                    [tuple(out) for out in call.outs],
                 )
                 for call, spec in self.resolved(target, exactness)
             ],

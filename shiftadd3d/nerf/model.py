@@ -26,16 +26,18 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.kernels import Numerics, get_numerics
 from shiftadd3d.models.gnt import Cameras as PinholeCameras
 from shiftadd3d.models.gnt import GNTConfig, GNTModel, SourceViews
 from shiftadd3d.models.gnt.presets import gnt_recipe, may_change
 from shiftadd3d.models.gnt.projection import Silhouettes
+from shiftadd3d.nerf.compiled import compiled_where_it_can_be
 from shiftadd3d.nerf.feature_cache import FeatureCache
 from shiftadd3d.nerf.foreign_rays import group_rays
 from shiftadd3d.nerf.source_bank import PROJECTIONS, DrawnSources, SourceBank, mend_fisheye_rays, opencv_cameras
 from shiftadd3d.nerf.source_bank import SourceViews as BankViews
 from shiftadd3d.nerf.warm_start import load_dense_weights
-from shiftadd3d.nn import MoE, Recipe, collect_moe_losses, freeze_, reparameterize_, router_statistics
+from shiftadd3d.nn import FrozenModule, MoE, Recipe, collect_moe_losses, freeze_, reparameterize_, router_statistics
 from shiftadd3d.nn.routing import keep_routing, ray_shares
 
 if TYPE_CHECKING:
@@ -80,6 +82,8 @@ class GNTNerfModelConfig(ModelConfig):
     """Space samples evenly in inverse depth instead of depth."""
     eval_num_rays_per_chunk: int = 1024
     """Rays rendered at once."""
+    compile: bool = True
+    """On a CPU, render with the frozen network as one executable, where that can be."""
     lpips: bool = True
     """Evaluate LPIPS, too; its network is downloaded when first wanted."""
 
@@ -133,6 +137,7 @@ class GNTNerfModel(Model):
         self._is_frozen = False
         # In a tuple, so that torch takes it for no part of this model.
         self._frozen_copy: tuple[GNTModel, ...] = ()
+        self._compiled: tuple[Numerics, GNTModel, GNTModel] | None = None
         self.register_load_state_dict_post_hook(_forget_what_was_made)
         self._lpips: LearnedPerceptualImagePatchSimilarity | None = None
         self._lpips_missing = False
@@ -186,15 +191,32 @@ class GNTNerfModel(Model):
         """What renders now. A network that is being trained does not evaluate itself: a frozen copy does that, made
         anew for each evaluation.
         """
-        if self._is_frozen or self.training or torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled():
             return self.gnt
+        if self._is_frozen:
+            return self._executable(self.gnt)
         if not self._frozen_copy:
             network = copy.deepcopy(self.gnt)
             with contextlib.suppress(UserError):  # what cannot be frozen can be evaluated as it is
                 freeze_(network, verbose=False)
             keep_routing(network)
             self._frozen_copy = (network,)
-        return self._frozen_copy[0]
+        return self._executable(self._frozen_copy[0])
+
+    def _executable(self, network: GNTModel) -> GNTModel:
+        """A frozen network as an executable, in the numerics of the process, where that can be."""
+        chosen = get_numerics()
+        on_cpu = self.device.type == "cpu"
+        if (
+            not self.config.compile
+            or not on_cpu
+            or chosen == "twin"
+            or not isinstance(network.net_coarse, FrozenModule)
+        ):
+            return network
+        if self._compiled is None or self._compiled[0] != chosen or self._compiled[1] is not network:
+            self._compiled = chosen, network, compiled_where_it_can_be(network, CONSOLE)
+        return self._compiled[2]
 
     def warm_start(self, path: Path) -> None:
         """Start from a trained dense GNT, reparameterized: of a `gnt` run, or an official checkpoint.
@@ -224,11 +246,14 @@ class GNTNerfModel(Model):
         self._forget_what_was_made()
 
     def _forget_what_was_made(self) -> None:
-        self._encoded, self._frozen_copy = None, ()
+        self._encoded, self._frozen_copy, self._compiled = None, (), None
         self._features.clear()
 
     def train(self, mode: bool = True) -> GNTNerfModel:
+        compiled = self._compiled
         self._forget_what_was_made()  # of weights that are about to change
+        if self._is_frozen:  # which those of a network for inference are not
+            self._compiled = compiled
         return super().train(mode)
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:

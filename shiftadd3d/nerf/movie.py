@@ -64,6 +64,8 @@ class MovieOptions:
     """Outputs of the model, side by side."""
     preview: bool = False
     """Write one small frame before anything else is rendered."""
+    compile: bool = True
+    """Render with the network as one executable, on a CPU."""
 
 
 def movie(
@@ -121,6 +123,7 @@ def _movie(method: PretrainedMethod, source: Path, out: Path, options: MovieOpti
             opened = open_scene(method, scene, max_side=options.size)
             _check_sides(opened.views.cameras, scene, options.size)
             cameras, model = _path(opened, options), opened.model
+            model.config.compile = options.compile
         if options.preview:
             with clock.step("preview"):
                 preview = _write_preview(model, cameras[0:1], out, options.outputs)
@@ -128,6 +131,7 @@ def _movie(method: PretrainedMethod, source: Path, out: Path, options: MovieOpti
             with clock.step("training"):
                 run = _train(method, scene, opened, out, options.minutes)
                 model = _trained(run)
+                model.config.compile = options.compile
         with clock.step("rendering"):
             write_path(model, cameras, out, fps=options.fps, names=options.outputs)
     facts = {

@@ -490,6 +490,7 @@ def render(
     fps: float | None = None,
     scale: float = 1.0,
     outputs: Sequence[str] = ("rgb",),
+    compile: bool = True,
 ) -> None:
     """Render a trained run; the arguments are those of `shiftadd3d render`.
 
@@ -511,6 +512,7 @@ def render(
         if fps is None:
             fps = 24.0 if rate is None else rate
         run = load_run(config)
+        run.pipeline.model.config.compile &= compile
         cameras = make_path(run.pipeline, path, frames, views) if chosen is None else chosen
         write_path(run.pipeline.model, scale_cameras(cameras, scale), out, fps=fps, names=outputs)
     CONSOLE.print(f"{len(cameras)} frames of step {run.step} in {out}", soft_wrap=True)

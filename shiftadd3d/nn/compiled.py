@@ -73,6 +73,12 @@ class Emission:
         """What to raise for a module that a program cannot have."""
         return Unserved(f"{self._names.get(module) or 'the model'} is a {type(module).__name__}, {reason}")
 
+    def check_unwatched(self, module: nn.Module) -> None:
+        """Raise `Unserved` if someone sees or changes what goes into a module, or a part of it, and comes out."""
+        watched = next(filter(_is_watched, module.modules()), None)
+        if watched is not None:
+            raise self.refusal(watched, "which has hooks")
+
     # What emitters of several classes need.
 
     def weights(self, layer: nn.Module) -> LinearWeights:
@@ -206,6 +212,8 @@ class Emission:
 
 
 Emitter = Callable[..., Value]
+Compiler = Callable[[nn.Module, Numerics], Any]
+_compilers: dict[type[nn.Module], Compiler] = {}
 _emitters: dict[type[nn.Module], Emitter] = {}
 _harmless_hooks: set[type] = set()
 
@@ -226,6 +234,16 @@ def _asks_for_more(emitter: Emitter) -> bool:
     """Whether an emitter has to be told more than values, such as the grid that tokens lie on."""
     parameters = inspect.signature(emitter).parameters.values()
     return any(each.kind is each.KEYWORD_ONLY and each.default is each.empty for each in parameters)
+
+
+def register_compiler(module_class: type[nn.Module], compiler: Compiler) -> None:
+    """Let `compile` hand over models of a class that is more than one function of tensors.
+
+    Args:
+        module_class: the class, and all that derive from it.
+        compiler: ``compiler(model, numerics)``: the compiled model.
+    """
+    _compilers[module_class] = compiler
 
 
 def register_harmless_hook(kind: type) -> None:
@@ -460,10 +478,10 @@ def _not_compiled(reason: str) -> str:
 
 def compile(
     model: nn.Module,
-    example: Tensor | Sequence[Tensor],
+    example: Tensor | Sequence[Tensor] | None = None,
     numerics: Numerics | None = None,
     background: bool = False,
-) -> CompiledModel:
+) -> Any:
     """Compile a frozen model into one executable, or find it in the cache.
 
     What no emitter is registered for, and machines without TVM and a compiler, leave the model to run as it does; one
@@ -471,10 +489,14 @@ def compile(
 
     Args:
         model: in float32 on the CPU, as `freeze_` leaves it. It is not changed.
-        example: an input of the model, or all of them. Pictures are compiled for their size, and for any batch.
+        example: an input of the model, or all of them. Pictures are compiled for their size, and for any batch. A GNT
+            takes none.
         numerics: what to compute in; None for the process's (`get_numerics`).
         background: return at once, and have another process compile what the cache does not have. Until it is done,
             calls run the frozen model.
+
+    Returns:
+        A `CompiledModel`; of a GNT a `shiftadd3d.models.gnt.compiled.CompiledGNT`.
 
     Raises:
         UserError: for a model that is not frozen, not in evaluation, not on the CPU or not in float32; for an example
@@ -483,8 +505,15 @@ def compile(
     exactness = check_numerics(get_numerics() if numerics is None else numerics)
     if exactness == "twin":
         raise UserError("numerics 'twin' are plain torch; expected exact, fast or int8 to compile for")
-    examples = [example] if isinstance(example, Tensor) else list(example)
     check_model(model)
+    own = next((_compilers[kind] for kind in type(model).__mro__ if kind in _compilers), None)
+    if own is not None:
+        if background:
+            raise UserError(f"a {type(model).__name__} is not compiled in the background; leave background out")
+        return own(model, exactness)
+    if example is None:
+        raise UserError(f"a {type(model).__name__} is compiled for an example; give one, such as a batch of pictures")
+    examples = [example] if isinstance(example, Tensor) else list(example)
     check_examples(examples)
     reason: str | None = None
     program: Program | None = None
@@ -515,9 +544,7 @@ def program_of(model: nn.Module, examples: Sequence[Tensor]) -> Program:
         Unserved: something in it is not registered, or someone watches it.
     """
     emission = Emission(model)
-    watched = next(filter(_is_watched, model.modules()), None)
-    if watched is not None:
-        raise emission.refusal(watched, "which has hooks")
+    emission.check_unwatched(model)
     inputs = [emission.program.input("batch", *x.shape[1:]) for x in examples]
     with torch.no_grad():
         emission.program.output(emission.emit(model, *inputs))

@@ -8,9 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from shiftadd3d.kernels.pack.shift import panel_forms
 from shiftadd3d.kernels.pack.whole import ordinary
 from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.kernels.whole import executable, products
+from shiftadd3d.kernels.whole.gnt.blocks import POSITION, RAY_BLOCK, VIEW_ATTENTION
+from shiftadd3d.kernels.whole.gnt.head import COLORS
+from shiftadd3d.kernels.whole.gnt.perceptrons import PERCEPTRONS
+from shiftadd3d.kernels.whole.gnt.rays import SWEEP, VIEWS
+from shiftadd3d.kernels.whole.gnt.samples import AROUND
 from shiftadd3d.kernels.whole.grids import CONVOLUTION, SPREAD, Window
 from shiftadd3d.kernels.whole.mixtures import MIXTURE
 from shiftadd3d.kernels.whole.products import LINEAR, PERCEPTRON, linear
@@ -48,6 +54,26 @@ CASES: list[tuple[Function, dict[str, Any]]] = [
 ]
 
 
+#: Functions of GNTs, whose forms say which integers they take.
+BLOCK = {"width": 32, "eps": 1e-6}
+RAY = BLOCK | {"heads": 4, "attention": "pm1", "kernel": 3}
+MIXED_FORMS = {"activation": "relu", "gated": True}
+GNT_CASES: list[tuple[Function, dict[str, Any]]] = [
+    (SWEEP, {"channels": 8, "hidden": 32}),
+    (SWEEP, {"channels": 5, "hidden": 12}),
+    (VIEWS, {"inputs": 36, "hidden": 32, "width": 32, "with_moments": True}),
+    (VIEWS, {"inputs": 13, "hidden": 16, "width": 16, "with_moments": False}),
+    (VIEW_ATTENTION, BLOCK | {"hidden": 4}),
+    (RAY_BLOCK, RAY | {"hidden": 0}),
+    (RAY_BLOCK, RAY | {"attention": "softmax", "kernel": 0, "hidden": 128}),
+    (AROUND, {}),
+    (POSITION, {"width": 32, "hidden": 32, "outputs": 32, "canonical": True}),
+    (POSITION, {"width": 32, "hidden": 20, "outputs": 32, "canonical": False}),
+    (COLORS, {"width": 32, "inputs": 36, "hidden": 16, "eps": 1e-5}),
+    (PERCEPTRONS, BLOCK | MIXED_FORMS | {"experts": (128, 64, 32)}),
+    (PERCEPTRONS, BLOCK | {"activation": "gelu", "gated": False, "experts": (96,)}),
+]
+
 OTHERS = ("avx512_vnni", "generic")
 
 
@@ -58,6 +84,25 @@ def test_functions_compute_what_torch_does(function: Function, spec: dict[str, A
     here = targets.current()
     resolved = {str(found): found for found in (function.resolve(here, e, dict(spec)) for e in ("int8", "safe"))}
     for one in resolved.values():
+        built = function.build(here, **one).with_attr("global_symbol", "tried")
+        function.trial(tvm.compile(tvm.IRModule({"tried": built}), target=here.tvm_target())["tried"], **one)
+
+
+@pytest.mark.parametrize("target", ["amx", "avx2", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.parametrize(("function", "spec"), GNT_CASES, ids=lambda part: getattr(part, "name", ""))
+def test_functions_of_gnts_compute_what_torch_does(
+    function: Function, spec: dict[str, Any], target: str, on_target
+) -> None:
+    on_target(target)
+    here = targets.current()
+    if function is POSITION and not here.has_fma:
+        pytest.skip("sines take fused multiply-adds")
+    forms = ("float32", *panel_forms(here)) if function in (VIEW_ATTENTION, RAY_BLOCK, PERCEPTRONS) else (None,)
+    for form in forms:
+        one = spec if form is None else spec | {"form": form}
+        if function is PERCEPTRONS:
+            first, *others = spec["experts"]
+            one = spec | {"experts": (("float32", first), *((form, hidden) for hidden in others))}
         built = function.build(here, **one).with_attr("global_symbol", "tried")
         function.trial(tvm.compile(tvm.IRModule({"tried": built}), target=here.tvm_target())["tried"], **one)
 

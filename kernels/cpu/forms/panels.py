@@ -204,10 +204,10 @@ class TileProduct(PanelProduct):
         super().finish(flag)
 
 
-def panel_arguments(form: PanelForm, sizes: Sequence[tuple[int, int]]) -> list[Buffer]:
+def panel_arguments(form: PanelForm, sizes: Sequence[tuple[int, int]], name: str = "") -> list[Buffer]:
     """The next arguments of a function, panels of these inputs and outputs."""
     shapes = enumerate(panel_shape(form, *size) for size in sizes)
-    return [T.argument(f"shifts{number}", shape, "int32", align=64) for number, shape in shapes]
+    return [T.argument(f"shifts{name}_{number}", shape, "int32", align=64) for number, shape in shapes]
 
 
 def panel_product(target: CpuTarget, form: PanelForm) -> PanelProduct:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shiftadd3d.kernels.cpu.blocks import blend_colors, softmax_of_row
 from shiftadd3d.kernels.cpu.isa import Isa
-from shiftadd3d.kernels.cpu.tile import ROW_PADDING, product
+from shiftadd3d.kernels.cpu.tile import ROW_PADDING, Scalars, product
 from shiftadd3d.kernels.pack.gnt.color_blend import panels
 from shiftadd3d.kernels.reference.gnt.color_blend import MAX_VIEWS, color_blend_twin, random_blend
 from shiftadd3d.kernels.reference.gnt.plane_sweep import MASKED_LOGIT
@@ -72,8 +73,8 @@ class _Views:
             def add(k: Expr) -> None:
                 mean[k] = mean[k] + share * shown[k]
 
-            def add_vector(k: Expr) -> None:
-                mean[k] = isa.fma(isa.splat(share), shown[k], mean[k])
+            def add_vector(vectors: Isa, k: Expr) -> None:
+                mean[k] = vectors.fma(vectors.splat(share), shown[k], mean[k])
 
             self._each_channel(add_vector, add)
         deviation[0] = T.float32(0.0)
@@ -83,65 +84,117 @@ class _Views:
             def distance(k: Expr) -> None:
                 out[k] = T.select(shown[k] < mean[k], mean[k] - shown[k], shown[k] - mean[k])
 
-            def distances(k: Expr) -> None:
-                out[k] = isa.absolute(shown[k] - mean[k])
+            def distances(vectors: Isa, k: Expr) -> None:
+                out[k] = vectors.absolute(shown[k] - mean[k])
 
             self._each_channel(distances, distance)
             deviation[0] = deviation[0] + logits[v] * (out[0] + out[1] + out[2])
         agreement = scores[s] - self.scales[1] * (deviation[0] * total * T.float32(1.0 / 3.0))
         scores[s] = T.select(self.seen[0] < T.float32(1.5), T.float32(MASKED_LOGIT), agreement)
 
-    def _each_channel(self, of_vector: Callable[[Expr], None], of_one: Callable[[Expr], None]) -> None:
-        """``of_vector(index)`` for the channels of a view that fill vectors, ``of_one(channel)`` for the others."""
-        inputs = self.values.extent(1)
-        end = inputs // self.isa.lanes * self.isa.lanes
-        for start in range(0, end, self.isa.lanes):
-            of_vector(self.isa.at(start))
+    def _each_channel(self, of_vector: Callable[[Isa, Expr], None], of_one: Callable[[Expr], None]) -> None:
+        """``of_vector(vectors, index)`` for channels of a view that fill vectors, ``of_one(channel)`` for others."""
+        inputs, end = self.values.extent(1), 0
+        for vectors in (self.isa, Isa(self.isa.target, 4)):
+            while end + vectors.lanes <= inputs:
+                of_vector(vectors, vectors.at(end))
+                end += vectors.lanes
         with T.serial(inputs - end) as k:
             of_one(end + k)
 
 
 def _build(target: CpuTarget, *, width: int, inputs: int, hidden: int) -> T.PrimFunc:
     isa = Isa(target)
-    deep = isa.padded(hidden)
-    own = isa.padded(hidden + 1)  # of a sample: its part of the views' hidden layer, then its own logit
-
     with T.function("color_blend") as function:
         R, S, N = T.sizes(3)
         x, values = T.argument("x", (R * S, width)), T.argument("values", (N, inputs))
         ray_diff, mask = T.argument("ray_diff", (N, 4)), T.argument("mask", (N,), "uint8")
-        w_own, b_own = T.panel("w_own", width, own), T.panel("b_own", own)
-        w_view, w_logit = T.panel("w_view", 2 * inputs + 4, deep), T.panel("w_logit", deep)
-        scales, V = T.panel("scales", 2), T.scalar("V")
-        rgb, weights = T.argument("rgb", (R, 3)), T.argument("weights", (R, S))
-
-        samples_of_block = T.bind(T.int64(_ROWS) // V)
-        with T.parallel(R) as r:
-            points, activation = T.alloc(S + ROW_PADDING, own), T.alloc(_ROWS + ROW_PADDING, deep)
-            apart, colors = T.alloc(_ROWS + ROW_PADDING, inputs), T.alloc(S, 4)
-            logits, scores = T.alloc(isa.padded(MAX_VIEWS)), T.alloc(S + isa.lanes)
-            views = _Views(isa, values, ray_diff, mask, scales, V, logits, T.alloc(1, align=4))
-            product(isa, S, own, b_own, [(width, lambda s, k: x[r * S + s, k], w_own)], points)
-            with T.serial(S) as s:
-                scores[s] = points[s, hidden]
-            with T.serial((S + samples_of_block - 1) // samples_of_block) as block:
-                first = T.bind(block * samples_of_block)
-                here = T.bind(T.min(samples_of_block, S - first))
-                row = T.bind((r * S + first) * V)
-                with T.serial(here) as s:
-                    views.consensus(row + s * V, apart, s * V, scores, first + s)
-                terms = (
-                    (inputs, lambda i, k: values[row + i, k], w_view),
-                    (4, lambda i, k: ray_diff[row + i, k], w_view.below(inputs)),
-                    (inputs, apart, w_view.below(inputs + 4)),
-                )
-                product(isa, here * V, deep, lambda i, c: isa.splat(0.0), terms, activation)
-                with T.serial(here) as s:
-                    with T.serial(V) as v:
-                        logits[v] = _logit(isa, activation.part(s * V + v), points.part(first + s), w_logit)
-                    views.blend(row + s * V, colors.part(first + s))
-            blend_colors(isa, scores, S, lambda s: colors[s, T.ramp(0, 4)], weights.part(r), rgb.part(r))
+        weights = Weights.argument(isa, width, inputs, hidden)
+        V = T.scalar("V")
+        rgb, shares = T.argument("rgb", (R, 3)), T.argument("weights", (R, S))
+        emit(target, lambda r: lambda s, k: x[r * S + s, k], (values, ray_diff, mask), weights, V, rgb, shares)
     return function.get()
+
+
+class Weights(NamedTuple):
+    """The arguments that hold `shiftadd3d.kernels.pack.gnt.color_blend.Panels`, and sizes."""
+
+    width: int
+    hidden: int
+    own: Buffer
+    own_bias: Buffer
+    view: Buffer
+    view_logit: Buffer
+    scales: Buffer
+
+    @classmethod
+    def argument(cls, isa: Isa, width: int, inputs: int, hidden: int) -> Weights:
+        """The next arguments of a function."""
+        deep = isa.padded(hidden)
+        own = isa.padded(hidden + 1)  # of a sample: its part of the views' hidden layer, then its own logit
+        return cls(
+            width,
+            hidden,
+            T.panel("w_own", width, own),
+            T.panel("b_own", own),
+            T.panel("w_view", 2 * inputs + 4, deep),
+            T.panel("w_logit", deep),
+            T.panel("scales", 2),
+        )
+
+
+def emit(
+    target: CpuTarget,
+    features: Callable[[Expr], Scalars],
+    shown: tuple[Buffer, Buffer, Buffer],
+    weights: Weights,
+    V: Expr,
+    rgb: Buffer,
+    shares: Buffer,
+    *,
+    seen: Buffer | None = None,
+    behind: Callable[[Expr], None] = lambda ray: None,
+) -> None:
+    """Emit the blend of all rays, after all arguments: colours [R, 3], and shares of samples [R, S].
+
+    Args:
+        features: ``features(ray)``, emitted first of all: what gives those of its samples.
+        shown: values [R * S * V, inputs], ray differences [R * S * V, 4] and mask [R * S * V].
+        V: the number of views.
+        seen: [R, S], set to 1 where any view sees a sample, else to 0.
+        behind: ``behind(ray)``, emitted last of all.
+    """
+    isa, (values, ray_diff, mask), (R, S) = Isa(target), shown, shares.shape
+    hidden, inputs, own, deep = weights.hidden, values.extent(1), weights.own.extent(1), weights.view.extent(1)
+    samples_of_block = T.bind(T.int64(_ROWS) // V)
+    with T.parallel(R) as r:
+        points, activation = T.alloc(S + ROW_PADDING, own), T.alloc(_ROWS + ROW_PADDING, deep)
+        apart, colors = T.alloc(_ROWS + ROW_PADDING, inputs), T.alloc(S, 4)
+        logits, scores = T.alloc(isa.padded(MAX_VIEWS)), T.alloc(S + isa.lanes)
+        views = _Views(isa, values, ray_diff, mask, weights.scales, V, logits, T.alloc(1, align=4))
+        product(isa, S, own, weights.own_bias, [(weights.width, features(r), weights.own)], points)
+        with T.serial(S) as s:
+            scores[s] = points[s, hidden]
+        with T.serial((S + samples_of_block - 1) // samples_of_block) as block:
+            first = T.bind(block * samples_of_block)
+            here = T.bind(T.min(samples_of_block, S - first))
+            row = T.bind((r * S + first) * V)
+            with T.serial(here) as s:
+                views.consensus(row + s * V, apart, s * V, scores, first + s)
+                if seen is not None:
+                    seen[r, first + s] = T.cast(views.seen[0] > T.float32(0.0), "uint8")
+            terms = (
+                (inputs, lambda i, k: values[row + i, k], weights.view),
+                (4, lambda i, k: ray_diff[row + i, k], weights.view.below(inputs)),
+                (inputs, apart, weights.view.below(inputs + 4)),
+            )
+            product(isa, here * V, deep, lambda i, c: isa.splat(0.0), terms, activation)
+            with T.serial(here) as s:
+                with T.serial(V) as v:
+                    logits[v] = _logit(isa, activation.part(s * V + v), points.part(first + s), weights.view_logit)
+                views.blend(row + s * V, colors.part(first + s))
+        blend_colors(isa, scores, S, lambda s: colors[s, T.ramp(0, 4)], shares.part(r), rgb.part(r))
+        behind(r)
 
 
 def _logit(isa: Isa, view: Buffer, own: Buffer, weight: Buffer) -> Expr:

@@ -8,6 +8,7 @@ channels]``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -26,20 +27,16 @@ from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
 
 class Views(NamedTuple):
-    """What points are looked up in: arguments of a function, points in rays.
+    """What points are looked up in: arguments of a function.
 
     Attributes:
-        points: [points, 3].
-        origins: [rays, 3].
         projection: [V, 3, 4].
         centers: [V, 3].
-        images: [V, H, W, 3].
+        images: [V, H, W, 3], or [V, H, W, 4], whose last channel is 1 where a pixel is valid, else 0.
         maps: [V, h, w, C].
-        valid: [V * H * W] uint8, or nothing.
+        valid: [V * H * W] uint8, or nothing; without a meaning beside images of four channels.
     """
 
-    points: Buffer
-    origins: Buffer
     projection: Buffer
     centers: Buffer
     images: Buffer
@@ -47,17 +44,36 @@ class Views(NamedTuple):
     valid: Buffer
 
     @classmethod
-    def argument(cls, points: Expr, rays: Expr) -> Views:
+    def argument(cls) -> Views:
+        """The next arguments."""
         V, H, W, h, w, C, valid = T.sizes(7)
         return cls(
-            T.argument("points", (points, 3)),
-            T.argument("origins", (rays, 3)),
             T.argument("projection", (V, 3, 4)),
             T.argument("centers", (V, 3)),
             T.argument("images", (V, H, W, 3)),
             T.argument("maps", (V, h, w, C)),
             T.argument("valid", (valid,), "uint8"),
         )
+
+    @classmethod
+    def of_pixels(cls, V: Expr) -> Views:
+        """The next arguments, of V views with images of four channels."""
+        H, W, h, w, C = T.sizes(5)
+        projection, centers = T.argument("projection", (V, 3, 4)), T.argument("centers", (V, 3))
+        pixels, maps = T.argument("pixels", (V, H, W, 4)), T.argument("maps", (V, h, w, C))
+        return cls(projection, centers, pixels, maps, pixels)
+
+
+class Places(NamedTuple):
+    """Where points are that are looked up, coordinate by coordinate: ``(point, axis)``.
+
+    Attributes:
+        point: its own place.
+        origin: where its ray starts.
+    """
+
+    point: Callable[[Expr, int], Expr]
+    origin: Callable[[Expr, int], Expr]
 
 
 class Lookup:
@@ -73,24 +89,27 @@ class Lookup:
     Attributes:
         seen: [lanes] float32, 1 where the view sees the point (but for pixels that are not valid), else 0.
         difference: [4 * lanes] float32, the ray difference, component by component.
+        has_pixels: whether images have four channels, so that `pixel` reads them.
     """
 
     def __init__(self, isa: Isa, views: Views, images: Buffer, maps: Buffer) -> None:
         self._isa, self._views, self._images, self._maps = isa, views, images, maps
         _, self._height, self._width, _ = views.images.shape
+        self._pitch, self._four = views.images.extent(3), Isa(isa.target, 4)
+        self.has_pixels = self._pitch == 4
         _, self._map_height, self._map_width, self._channels = views.maps.shape
         self._place = T.alloc(9 * isa.lanes)  # point, origin, unit vector between the two
         self._on_image, self._on_map = Bilinear(isa), Bilinear(isa)
         self.seen, self.difference = T.alloc(isa.lanes), T.alloc(4 * isa.lanes)
 
-    def load(self, first: Expr, count: Expr, samples: Expr) -> None:
-        """Take up the points from `first` on, `count` at most; `samples` of them share an origin."""
+    def load(self, first: Expr, count: Expr, places: Places) -> None:
+        """Take up the points from `first` on, `count` at most."""
         isa, lanes = self._isa, self._isa.lanes
         with T.serial(lanes) as i:
             point = T.bind(first + T.min(T.cast(i, "int64"), count - 1))
             for axis in range(3):
-                self._place[axis * lanes + i] = self._views.points[point, axis]
-                self._place[(3 + axis) * lanes + i] = self._views.origins[point // samples, axis]
+                self._place[axis * lanes + i] = places.point(point, axis)
+                self._place[(3 + axis) * lanes + i] = places.origin(point, axis)
         to_target = self._unit([self._component(3 + axis) - self._component(axis) for axis in range(3)])
         for axis in range(3):
             self._place[isa.at((6 + axis) * lanes)] = to_target[axis]
@@ -110,7 +129,7 @@ class Lookup:
             inside = T.select(x >= zero, inside, zero)
             inside = T.select(x <= isa.splat(end), inside, zero)
         self.seen[isa.at(0)] = inside
-        self._on_image.place(pixel, (self._height, self._width), 3)
+        self._on_image.place(pixel, (self._height, self._width), self._pitch)
         sizes = zip(pixel, (self._map_width, self._map_height), last, strict=True)
         on_map = [isa.keep(x * isa.splat(T.cast(size - 1, "float32") / end)) for x, size, end in sizes]
         self._on_map.place(on_map, (self._map_height, self._map_width), self._channels)
@@ -139,8 +158,15 @@ class Lookup:
 
     def color(self, view: Expr, lane: Expr, channel: Index) -> Expr:
         """One channel of the image at a point."""
-        pixels = view * (self._height * self._width * 3)
-        return self._on_image.value(lane, lambda offset: self._images[pixels + (offset + channel)])
+        return self._on_image.value(lane, lambda offset: self._images[self._image(view) + (offset + channel)])
+
+    def pixel(self, view: Expr, lane: Expr) -> Expr:
+        """All channels of an image of four at a point."""
+        four = self._four
+        return self._on_image.vector(lane, lambda offset: self._images[four.at(self._image(view) + offset)], four)
+
+    def _image(self, view: Expr) -> Expr:
+        return view * (self._height * self._width * self._pitch)
 
     def is_valid(self, view: Expr, lane: Expr) -> Expr:
         """Whether all pixels that are mixed count."""
@@ -181,16 +207,19 @@ def _build(target: CpuTarget, *, with_valid: bool) -> T.PrimFunc:
 
     with T.function("point_samples") as function:
         P, R = T.sizes(2)
-        scene = Views.argument(P, R)
+        points, origins = T.argument("points", (P, 3)), T.argument("origins", (R, 3))
+        scene = Views.argument()
         V, C = scene.images.shape[0], scene.maps.shape[3]
         values, ray_diff = T.argument("values", (P * V, C + 3)), T.argument("ray_diff", (P * V, 4))
         mask = T.argument("mask", (P * V,), "uint8")
         images, maps = scene.images.flat(), scene.maps.flat()
+        samples = T.bind(P // R)
+        places = Places(lambda point, axis: points[point, axis], lambda point, axis: origins[point // samples, axis])
         with T.parallel((P + lanes - 1) // lanes) as block:
             first = T.bind(block * lanes)
             count = T.bind(T.min(T.int64(lanes), P - first))
             lookup = Lookup(isa, scene, images, maps)
-            lookup.load(first, count, P // R)
+            lookup.load(first, count, places)
             with T.serial(V) as v:
                 lookup.look(v)
                 with T.serial(count) as i:

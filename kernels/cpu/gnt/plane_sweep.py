@@ -7,18 +7,19 @@ turns those of a point and its two neighbours into its score.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shiftadd3d.kernels.cpu.blocks import blend_colors, softmax_of_vectors
-from shiftadd3d.kernels.cpu.gnt.gather import Lookup, Views
+from shiftadd3d.kernels.cpu.gnt.gather import Lookup, Places, Views
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import ROW_PADDING, product
 from shiftadd3d.kernels.pack.gnt.gather import stored
 from shiftadd3d.kernels.pack.gnt.plane_sweep import panels
-from shiftadd3d.kernels.reference.gnt.gather import Scene
+from shiftadd3d.kernels.reference.gnt.gather import VALID, Scene
 from shiftadd3d.kernels.reference.gnt.plane_sweep import MASKED_LOGIT, plane_sweep_twin, random_sweep
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
@@ -27,68 +28,120 @@ from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
 
 class _Columns:
-    """What a view shows of a point, `pitch` floats: channels, zeros up to a multiple of four, colour and one more zero.
+    """What a view shows of a point, `pitch` floats: channels, zeros up to a multiple of four, colour, and one more.
 
     Attributes:
         color: where the colour begins.
         groups: vectors that cover it all, and where they begin: the colour's first.
+        is_one_vector: whether a single one does, with room to spare.
     """
 
     def __init__(self, target: CpuTarget, channels: int) -> None:
         self.channels, self.color = channels, -(-channels // 4) * 4
         self.pitch = self.color + 4
         self.groups, start = [(Isa(target, 4), self.color)], 0
+        self.is_one_vector = channels in (4, 8) and self.pitch < target.lanes
         while start < self.color:
             size = next(size for size in (16, 8, 4) if size <= min(target.lanes, self.color - start))
             self.groups.append((Isa(target, size), start))
             start += size
+        if self.is_one_vector:
+            self.pitch = target.lanes
 
 
 def _build(target: CpuTarget, *, channels: int, hidden: int, with_valid: bool) -> T.PrimFunc:
-    isa, columns = Isa(target), _Columns(target, channels)
-    own = 3 + channels + 1  # floats of evidence on a point
-    wide = isa.padded(hidden)
-
     with T.function("plane_sweep") as function:
         R, P = T.sizes(2)
-        scene = Views.argument(R * P, R)
-        V = scene.images.shape[0]
-        w_hidden, b_hidden = T.panel("w_hidden", 3 * own, wide), T.panel("b_hidden", wide)
-        w_score, b_score = T.panel("w_score", wide, isa.lanes), T.panel("b_score", isa.lanes)
-        scales = T.panel("scales", 2)  # of angles and of agreement
+        points, origins = T.argument("points", (R * P, 3)), T.argument("origins", (R, 3))
+        scene = Views.argument()
+        network = Network.argument(Isa(target), channels, hidden)
         rgb, weights = T.argument("rgb", (R, 3)), T.argument("weights", (R, P))
         seen = T.argument("seen", (R, P), "uint8")
-        images, maps = scene.images.flat(), scene.maps.flat()
-        with T.parallel(R) as r:
-            # A row for each point and for a neighbour beyond either end: three in a row are what the network takes.
-            evidence, means = T.alloc((P + 2 + ROW_PADDING) * own + 4), T.alloc(P * 4)
-            activation, scores = T.alloc(P + ROW_PADDING, wide), T.alloc(P + ROW_PADDING, isa.lanes)
-            logits = T.alloc(P + isa.lanes)
-            views = _Agreement(isa, columns, Lookup(isa, scene, images, maps), V, scales[0], with_valid)
-            with T.serial((P + isa.lanes - 1) // isa.lanes) as block:
-                first = T.bind(block * isa.lanes)
-                here = T.bind(T.min(T.int64(isa.lanes), P - first))
-                views.load(r * P + first, here, P)
-                with T.serial(here) as i:
-                    row = T.bind((first + i + 1) * own)
-                    views.agree(i, means, (first + i) * 4, evidence, row)
-                    evidence[row + own - 1] = views.count[i] / T.cast(V, "float32")
-                    seen[r, first + i] = T.cast(views.count[i] > T.float32(0.0), "uint8")
-            with T.serial(own) as c:
-                evidence[c] = evidence[own + c]
-                evidence[(P + 1) * own + c] = evidence[P * own + c]
-            of_points = [(3 * own, lambda p, k: evidence[p * own + k], w_hidden)]
-            product(isa, P, wide, b_hidden, of_points, activation, isa.relu)
-            product(isa, P, isa.lanes, b_score, [(hidden, activation, w_score)], scores)
-            with T.serial(P) as p:
-                row = T.bind((p + 1) * own)
-                apart = evidence[row] + evidence[row + 1] + evidence[row + 2]
-                score = scores[p, 0] - scales[1] * (apart / T.float32(3.0))
-                is_lonely = evidence[row + own - 1] * T.cast(V, "float32") < T.float32(1.5)
-                logits[p] = T.select(is_lonely, T.float32(MASKED_LOGIT), score)
-            four = Isa(target, 4)
-            blend_colors(isa, logits, P, lambda p: means[four.at(p * 4)], weights.part(r), rgb.part(r))
+
+        def places(r: Expr) -> Places:
+            return Places(lambda point, axis: points[r * P + point, axis], lambda point, axis: origins[r, axis])
+
+        emit(target, scene, network, places, rgb, weights, seen, with_valid=with_valid)
     return function.get()
+
+
+class Network(NamedTuple):
+    """What scores points: arguments of a function, `shiftadd3d.kernels.pack.gnt.plane_sweep.Panels`."""
+
+    channels: int  # of the maps that are compared
+    hidden: int
+    w_hidden: Buffer
+    b_hidden: Buffer
+    w_score: Buffer
+    b_score: Buffer
+    scales: Buffer  # of angles and of agreement
+
+    @classmethod
+    def argument(cls, isa: Isa, channels: int, hidden: int) -> Network:
+        """The next arguments of a function."""
+        wide = isa.padded(hidden)
+        return cls(
+            channels,
+            hidden,
+            T.panel("w_hidden", 3 * (3 + channels + 1), wide),
+            T.panel("b_hidden", wide),
+            T.panel("w_score", wide, isa.lanes),
+            T.panel("b_score", isa.lanes),
+            T.panel("scales", 2),
+        )
+
+
+def emit(
+    target: CpuTarget,
+    scene: Views,
+    network: Network,
+    places: Callable[[Expr], Places],
+    rgb: Buffer,
+    weights: Buffer,
+    seen: Buffer,
+    *,
+    with_valid: bool,
+) -> None:
+    """Emit the sweep of all rays, after all arguments: colours [R, 3], weights and whether points are seen [R, P].
+
+    Args:
+        places: ``places(ray)``: those of its points, counted from its first one.
+    """
+    isa, columns = Isa(target), _Columns(target, network.channels)
+    own, hidden = 3 + network.channels + 1, network.hidden  # floats of evidence on a point
+    wide, V = isa.padded(hidden), scene.images.shape[0]
+    w_hidden, b_hidden, w_score, b_score, scales = network[2:]
+    R, P = weights.shape
+    images, maps = scene.images.flat(), scene.maps.flat()
+    with T.parallel(R) as r:
+        # A row for each point and for a neighbour beyond either end: three in a row are what the network takes.
+        evidence, means = T.alloc((P + 2 + ROW_PADDING) * own + 4), T.alloc(P * 4)
+        activation, scores = T.alloc(P + ROW_PADDING, wide), T.alloc(P + ROW_PADDING, isa.lanes)
+        logits = T.alloc(P + isa.lanes)
+        views = _Agreement(isa, columns, Lookup(isa, scene, images, maps), V, scales[0], with_valid)
+        with T.serial((P + isa.lanes - 1) // isa.lanes) as block:
+            first = T.bind(block * isa.lanes)
+            here = T.bind(T.min(T.int64(isa.lanes), P - first))
+            views.load(first, here, places(r))
+            with T.serial(here) as i:
+                row = T.bind((first + i + 1) * own)
+                views.agree(i, means, (first + i) * 4, evidence, row)
+                evidence[row + own - 1] = views.count[i] / T.cast(V, "float32")
+                seen[r, first + i] = T.cast(views.count[i] > T.float32(0.0), "uint8")
+        with T.serial(own) as c:
+            evidence[c] = evidence[own + c]
+            evidence[(P + 1) * own + c] = evidence[P * own + c]
+        of_points = [(3 * own, lambda p, k: evidence[p * own + k], w_hidden)]
+        product(isa, P, wide, b_hidden, of_points, activation, isa.relu)
+        product(isa, P, isa.lanes, b_score, [(hidden, activation, w_score)], scores)
+        with T.serial(P) as p:
+            row = T.bind((p + 1) * own)
+            apart = evidence[row] + evidence[row + 1] + evidence[row + 2]
+            score = scores[p, 0] - scales[1] * (apart / T.float32(3.0))
+            is_lonely = evidence[row + own - 1] * T.cast(V, "float32") < T.float32(1.5)
+            logits[p] = T.select(is_lonely, T.float32(MASKED_LOGIT), score)
+        four = Isa(target, 4)
+        blend_colors(isa, logits, P, lambda p: means[four.at(p * 4)], weights.part(r), rgb.part(r))
 
 
 class _Agreement:
@@ -102,23 +155,26 @@ class _Agreement:
         self, isa: Isa, columns: _Columns, lookup: Lookup, V: Index, angle_scale: Expr, with_valid: bool
     ) -> None:
         self._isa, self._columns, self._lookup, self._V = isa, columns, lookup, V
-        self._angle_scale, self._with_valid = angle_scale, with_valid
+        self._angle_scale, self._with_valid, self._has_pixels = angle_scale, with_valid, lookup.has_pixels
         self._shown, self._share = T.alloc(V * isa.lanes * columns.pitch), T.alloc(V * isa.lanes)
         self.count = T.alloc(isa.lanes)
         with T.serial(V * isa.lanes * columns.pitch) as i:
             self._shown[i] = T.float32(0.0)
 
-    def load(self, first: Expr, count: Expr, samples: Expr) -> None:
+    def load(self, first: Expr, count: Expr, places: Places) -> None:
         """Look `count` points up, from `first` on, and weigh the views."""
         isa, lookup, here = self._isa, self._lookup, self._isa.at(0)
-        lookup.load(first, count, samples)
+        lookup.load(first, count, places)
         self.count[here] = isa.splat(0.0)
 
         def logit(v: Expr) -> Expr:
             lookup.look(v)
             with T.serial(count) as i:
                 self._show(v, i)
-                if self._with_valid:
+                if self._has_pixels:
+                    valid = self._shown[(v * isa.lanes + i) * self._columns.pitch + self._columns.color + 3]
+                    lookup.seen[i] = T.select(valid > T.float32(VALID), lookup.seen[i], T.float32(0.0))
+                elif self._with_valid:
                     with T.when(T.negate(lookup.is_valid(v, i))):
                         lookup.seen[i] = T.float32(0.0)
             self.count[here] = self.count[here] + lookup.seen[here]
@@ -134,8 +190,11 @@ class _Agreement:
         """Fill in what the view looked at shows of one point."""
         columns, lookup = self._columns, self._lookup
         row = (view * self._isa.lanes + lane) * columns.pitch
-        for c in range(3):
-            self._shown[row + columns.color + c] = lookup.color(view, lane, c)
+        if self._has_pixels:
+            self._shown[T.ramp(row + columns.color, 4)] = lookup.pixel(view, lane)
+        else:
+            for c in range(3):
+                self._shown[row + columns.color + c] = lookup.color(view, lane, c)
         for group, column in columns.groups[1:]:
             if column + group.lanes <= columns.channels:
                 self._shown[group.at(row + column)] = lookup.features(view, lane, column, group)
@@ -145,19 +204,32 @@ class _Agreement:
 
     def agree(self, lane: Expr, means: Buffer, mean_at: Expr, evidence: Buffer, row: Expr) -> None:
         """Mean and deviation over the views of all that is shown of one point: `view_agreement`."""
-        columns, lanes = self._columns, self._isa.lanes
+        columns = self._columns
+        if columns.is_one_vector:
+            mean, apart = self._agreement(self._isa, lane, 0)
+            color, end = range(columns.color, columns.color + 4), columns.channels
+            means[T.ramp(mean_at, 4)] = T.shuffle([mean], color)
+            evidence[T.ramp(row, 4)] = T.shuffle([apart], color)
+            evidence[T.ramp(row + 3, end)] = T.shuffle([apart], range(end))
+            return
         for group, column in columns.groups:
-            total, apart = group.register(0.0), group.register(0.0)
-            for sums in (total, apart):
-                with T.serial(self._V) as v:
-                    value = self._shown[group.at((v * lanes + lane) * columns.pitch + column)]
-                    value = group.absolute(value - total.value) if sums is apart else value
-                    sums.value = group.fma(group.splat(self._share[v * lanes + lane]), value, sums.value)
+            mean, apart = self._agreement(group, lane, column)
             if column == columns.color:
-                means[group.at(mean_at)] = total.value
-                evidence[group.at(row)] = apart.value
+                means[group.at(mean_at)] = mean
+                evidence[group.at(row)] = apart
             else:
-                evidence[group.at(row + 3 + column)] = apart.value
+                evidence[group.at(row + 3 + column)] = apart
+
+    def _agreement(self, group: Isa, lane: Expr, column: int) -> tuple[Expr, Expr]:
+        """Mean and deviation of the vector of what is shown from a column on."""
+        pitch, lanes = self._columns.pitch, self._isa.lanes
+        total, apart = group.register(0.0), group.register(0.0)
+        for sums in (total, apart):
+            with T.serial(self._V) as v:
+                value = self._shown[group.at((v * lanes + lane) * pitch + column)]
+                value = group.absolute(value - total.value) if sums is apart else value
+                sums.value = group.fma(group.splat(self._share[v * lanes + lane]), value, sums.value)
+        return total.value, apart.value
 
 
 def run(function: Compiled, scene: Scene, panels: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

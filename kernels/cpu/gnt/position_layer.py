@@ -6,6 +6,9 @@ for all of its samples, before them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -31,55 +34,94 @@ _BLOCKS_A_TASK = 16
 
 
 def _build(target: CpuTarget, *, width: int, hidden: int, outputs: int) -> T.PrimFunc:
-    isa = Isa(target)
-    deep, wide = isa.padded(hidden), isa.padded(outputs)
-
     with T.function("position_layer") as function:
         N, R = T.sizes(2)
         x, points = T.argument("x", (N, width)), T.argument("points", (N, 3))  # rows are (ray, sample)
         directions = T.argument("directions", (R, 3))
-        w_x, w_point = T.panel("w_x", width, deep), T.panel("w_point", EMBEDDING_DIM, deep)
-        w_direction, b_first = T.panel("w_direction", EMBEDDING_DIM, deep), T.panel("b_first", deep)
-        w_second, b_second = T.panel("w_second", hidden, wide), T.panel("b_second", wide)
+        weights = Weights.argument(Isa(target), width, hidden, outputs)
         S, out = T.scalar("S"), T.argument("out", (N, outputs))
-
-        # What a ray's direction adds for all of its samples, the bias included.
-        along = T.alloc(R + (_ROWS + ROW_PADDING), deep)
-        with T.parallel((R + (_ROWS - 1)) // _ROWS) as block:
-            first = T.bind(block * _ROWS)
-            rays = T.bind(T.min(T.int64(_ROWS), R - first))
-            embedded = _embedding(isa, directions, first, rays)
-            direction = EMBEDDING_DIM, lambda r, k: embedded[k, r], w_direction
-            product(isa, rays, deep, b_first, [direction], along.below(first))
-
-        blocks = T.bind((N + _ROWS - 1) // _ROWS)
-        with T.parallel((blocks + _BLOCKS_A_TASK - 1) // _BLOCKS_A_TASK) as task:
-            activation, outcome = T.alloc(_ROWS + ROW_PADDING, deep), T.alloc(_ROWS + ROW_PADDING, wide)
-            with T.serial(T.min(T.int64(_BLOCKS_A_TASK), blocks - task * _BLOCKS_A_TASK)) as block:
-                first = T.bind((task * _BLOCKS_A_TASK + block) * _ROWS)
-                rows = T.bind(T.min(T.int64(_ROWS), N - first))
-                embedded = _embedding(isa, points, first, rows)
-
-                def sample(r: Index) -> Expr:
-                    return T.min(first + r, N - 1)
-
-                terms = (
-                    (width, lambda r, k: x[sample(r), k], w_x),
-                    (EMBEDDING_DIM, lambda r, k: embedded[k, r], w_point),
-                )
-                product(isa, rows, deep, lambda r, c: along[sample(r) // S, isa.at(c)], terms, activation, isa.relu)
-                product(isa, rows, wide, b_second, [(hidden, activation, w_second)], outcome)
-                with T.serial(rows) as r:
-                    copy_row(isa, outcome.part(r), out.part(first + r), outputs)
+        emit(target, x, lambda r, axis: points[r, axis], lambda r, axis: directions[r, axis], weights, R, S, out)
     return function.get()
 
 
-def _embedding(isa: Isa, places: Buffer, first: Expr, rows: Expr) -> Buffer:
-    """The embedding of so many rows of places [*, 3], from the first on: its components are rows."""
+class Weights(NamedTuple):
+    """The arguments that hold `shiftadd3d.kernels.pack.gnt.position_layer.Panels`."""
+
+    x: Buffer
+    point: Buffer
+    direction: Buffer
+    first_bias: Buffer
+    second: Buffer
+    second_bias: Buffer
+
+    @classmethod
+    def argument(cls, isa: Isa, width: int, hidden: int, outputs: int) -> Weights:
+        """The next arguments of a function."""
+        deep, wide = isa.padded(hidden), isa.padded(outputs)
+        return cls(
+            T.panel("w_x", width, deep),
+            T.panel("w_point", EMBEDDING_DIM, deep),
+            T.panel("w_direction", EMBEDDING_DIM, deep),
+            T.panel("b_first", deep),
+            T.panel("w_second", hidden, wide),
+            T.panel("b_second", wide),
+        )
+
+
+Place = Callable[[Index, int], Expr]
+"""``place(row, axis)``: a coordinate."""
+
+
+def emit(
+    target: CpuTarget, x: Buffer, point: Place, direction: Place, weights: Weights, R: Expr, S: Expr, out: Buffer
+) -> None:
+    """Emit the layer for all samples, after all arguments.
+
+    Args:
+        x, out: [R * S, channels].
+        point: where samples are.
+        direction: where rays point, unit vectors.
+    """
+    isa, (N, outputs), width = Isa(target), out.shape, weights.x.extent(0)
+    assert isinstance(outputs, int)
+    hidden, deep, wide = weights.second.extent(0), weights.first_bias.extent(0), weights.second_bias.extent(0)
+
+    # What a ray's direction adds for all of its samples, the bias included.
+    along = T.alloc(R + (_ROWS + ROW_PADDING), deep)
+    with T.parallel((R + (_ROWS - 1)) // _ROWS) as block:
+        first = T.bind(block * _ROWS)
+        rays = T.bind(T.min(T.int64(_ROWS), R - first))
+        of_ray = _embedding(isa, direction, R, first, rays)
+        term = EMBEDDING_DIM, lambda r, k: of_ray[k, r], weights.direction
+        product(isa, rays, deep, weights.first_bias, [term], along.below(first))
+
+    blocks = T.bind((N + _ROWS - 1) // _ROWS)
+    with T.parallel((blocks + _BLOCKS_A_TASK - 1) // _BLOCKS_A_TASK) as task:
+        activation, outcome = T.alloc(_ROWS + ROW_PADDING, deep), T.alloc(_ROWS + ROW_PADDING, wide)
+        with T.serial(T.min(T.int64(_BLOCKS_A_TASK), blocks - task * _BLOCKS_A_TASK)) as block:
+            first = T.bind((task * _BLOCKS_A_TASK + block) * _ROWS)
+            rows = T.bind(T.min(T.int64(_ROWS), N - first))
+            embedded = _embedding(isa, point, N, first, rows)
+
+            def sample(r: Index) -> Expr:
+                return T.min(first + r, N - 1)
+
+            terms = (
+                (width, lambda r, k: x[sample(r), k], weights.x),
+                (EMBEDDING_DIM, lambda r, k: embedded[k, r], weights.point),
+            )
+            product(isa, rows, deep, lambda r, c: along[sample(r) // S, isa.at(c)], terms, activation, isa.relu)
+            product(isa, rows, wide, weights.second_bias, [(hidden, activation, weights.second)], outcome)
+            with T.serial(rows) as r:
+                copy_row(isa, outcome.part(r), out.part(first + r), outputs)
+
+
+def _embedding(isa: Isa, place: Place, count: Index, first: Expr, rows: Expr) -> Buffer:
+    """The embedding of so many rows of `count` places, from the first on: its components are rows."""
     embedded = T.alloc(EMBEDDING_DIM, _ROWS + ROW_PADDING)
     with T.serial(_ROWS) as r:
         for axis in range(3):
-            embedded[axis, r] = places[T.min(first + r, places.shape[0] - 1), axis]
+            embedded[axis, r] = place(T.min(first + r, count - 1), axis)
     with T.serial((rows + isa.lanes - 1) // isa.lanes) as n:
         _embed(isa, embedded, n * isa.lanes)
     return embedded

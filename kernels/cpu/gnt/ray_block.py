@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from shiftadd3d.kernels.cpu.blocks import copy_row, layer_norm, softmax_of_row
+from shiftadd3d.kernels.cpu.blocks import add_row, copy_row, layer_norm, softmax_of_row
 from shiftadd3d.kernels.cpu.forms import panels as forms
 from shiftadd3d.kernels.cpu.forms.panels import AnyForm, PanelProduct, Sink, panel_arguments, panel_product
 from shiftadd3d.kernels.cpu.gnt.shift_problems import random_ray_block
@@ -216,7 +216,7 @@ class _Layers(Protocol):
 class _FloatLayers:
     """In float32."""
 
-    def __init__(self, isa: Isa, sizes: _Sizes, weights: _Weights, rows: Expr) -> None:
+    def __init__(self, isa: Isa, sizes: Sizes, weights: Weights, rows: Expr) -> None:
         self._isa, self._sizes, self._weights = isa, sizes, weights
         self._activation = T.alloc(rows + ROW_PADDING, max(sizes.deep, 1))
 
@@ -249,8 +249,8 @@ class _ShiftLayers:
     def __init__(
         self,
         product: PanelProduct,
-        sizes: _Sizes,
-        weights: _Weights,
+        sizes: Sizes,
+        weights: Weights,
         rows: Expr,
         norms: Buffer,
         *panels: Buffer,
@@ -299,7 +299,9 @@ class _ShiftLayers:
         return store
 
 
-class _Sizes(NamedTuple):
+class Sizes(NamedTuple):
+    """Of a block; one without a perceptron has no hidden units."""
+
     width: int
     heads: int
     size: int  # of a head
@@ -307,9 +309,14 @@ class _Sizes(NamedTuple):
     deep: int  # hidden units, in whole vectors
     layout: Layout
 
+    @classmethod
+    def of(cls, target: CpuTarget, width: int, heads: int, hidden: int) -> Sizes:
+        isa = Isa(target)
+        return cls(width, heads, width // heads, hidden, isa.padded(hidden), layout_of(isa.lanes, width, heads))
 
-class _Weights(NamedTuple):
-    """The arguments that hold `shiftadd3d.kernels.pack.gnt.ray_block.Panels`."""
+
+class Weights(NamedTuple):
+    """The arguments that hold `shiftadd3d.kernels.pack.gnt.ray_block.Panels`, then norms and panels of integers."""
 
     projections: Buffer
     projection_bias: Buffer
@@ -320,22 +327,28 @@ class _Weights(NamedTuple):
     second: Buffer
     second_bias: Buffer
     conv: Buffer
+    shifts: list[Buffer]
 
-
-def _weights(sizes: _Sizes, kernel: int) -> _Weights:
-    """The next arguments of a function."""
-    width, deep, layout, wide = sizes.width, sizes.deep, sizes.layout, sizes.layout.keys
-    return _Weights(
-        projections=T.panel("w_projections", width, layout.end),
-        projection_bias=T.panel("b_projections", layout.end),
-        out=T.panel("w_out", width, wide),
-        out_bias=T.panel("b_out", wide),
-        first=T.panel("w_first", width * deep),
-        first_bias=T.panel("b_first", deep),
-        second=T.panel("w_second", sizes.hidden * wide),
-        second_bias=T.panel("b_second", wide),
-        conv=T.panel("conv", sizes.heads * kernel),
-    )
+    @classmethod
+    def argument(cls, sizes: Sizes, kernel: int, form: AnyForm) -> Weights:
+        """The next arguments of a function."""
+        width, deep, layout, wide = sizes.width, sizes.deep, sizes.layout, sizes.layout.keys
+        panels = [
+            T.panel("w_projections", width, layout.end),
+            T.panel("b_projections", layout.end),
+            T.panel("w_out", width, wide),
+            T.panel("b_out", wide),
+            T.panel("w_first", width * deep),
+            T.panel("b_first", deep),
+            T.panel("w_second", sizes.hidden * wide),
+            T.panel("b_second", wide),
+            T.panel("conv", sizes.heads * kernel),
+        ]
+        shifts: list[Buffer] = []
+        if form != "float32":
+            shifts.append(T.panel("norms", 2 if sizes.hidden else 1, width))
+            shifts += panel_arguments(form, shift_sizes(width, sizes.hidden, layout))
+        return cls(*panels, shifts=shifts)
 
 
 def _build(
@@ -349,63 +362,83 @@ def _build(
     return_weights: bool,
     form: AnyForm,
 ) -> T.PrimFunc:
-    isa = Isa(target)
-    layout = layout_of(isa.lanes, width, heads)
-    sizes = _Sizes(width, heads, width // heads, hidden, isa.padded(hidden), layout)
-    softmax, low = attention == "softmax", -1.0 if attention == "pm1" else 0.0
-    scale = 1.0 / math.sqrt(sizes.size) if softmax else 1.0 / (math.pi * sizes.size)
-
+    sizes = Sizes.of(target, width, heads, hidden)
     with T.function("ray_block") as function:
         N, F = T.sizes(2)
         x = T.argument("x", (N, width))  # rows are (ray, sample)
-        weights = _weights(sizes, kernel)
-        shift_panels: list[Buffer] = []
-        if form != "float32":
-            shift_panels.append(T.panel("norms", 2 if hidden else 1, width))
-            shift_panels += panel_arguments(form, shift_sizes(width, hidden, layout))
+        weights = Weights.argument(sizes, kernel, form)
         S, eps = T.scalar("S"), T.scalar("eps", "float32")
         out, first_out = T.argument("out", (N, width)), T.argument("first_out", (F, S))
         flag = T.argument("flag", (1,), "int32")
-
-        rays_of_block = T.bind(T.max(T.int64(_ROWS) // S, T.int64(1)))
-        rows_of_block = T.bind(rays_of_block * S)
-        with T.parallel((N + rows_of_block - 1) // rows_of_block) as block:
-            begin = T.bind(block * rows_of_block)
-            rows = T.bind(T.min(rows_of_block, N - begin))
-            room = rows_of_block + max(ROW_PADDING, forms.ROW_PADDING)
-            normed, residual = (T.alloc(room, layout.keys) for _ in range(2))
-            projected, attended = T.alloc(room, layout.end), T.alloc(room, heads * layout.head)
-            if form == "float32":
-                shifts, layers = None, _FloatLayers(isa, sizes, weights, rows_of_block)
-            else:
-                shifts = panel_product(target, form)
-                layers = _ShiftLayers(shifts, sizes, weights, rows_of_block, *shift_panels)
-
-            def project(r: Index, c: int, sums: Expr) -> None:
-                if not softmax and c < layout.values:
-                    sums = T.select(sums >= isa.splat(0.0), isa.splat(1.0), isa.splat(low))
-                projected[r, isa.at(c)] = sums
-
-            layer_norm(isa, rows, width, lambda r, c: x[begin + r, c], normed, eps)
-            layers.project(rows, normed, project)
-            with T.serial(rows // S) as ray:
-                of_head = Isa(target, layout.lanes)
-                one = _Ray(isa, of_head, layout, heads, sizes.size, scale, projected, attended, ray * S, S)
-                one.attend_softmax() if softmax else one.attend_linear()
-                one.convolve(weights.conv, kernel)
-                if return_weights:
-                    one.first_weights(first_out.part(block * rays_of_block + ray), softmax=softmax)
-            layers.leave(rows, attended, residual)
-            with T.serial(rows) as r, T.serial(width) as c:
-                residual[r, c] = residual[r, c] + x[begin + r, c]
-            if hidden:
-                layer_norm(isa, rows, width, lambda r, c: residual[r, c], normed, eps)
-                layers.add_perceptron(rows, normed, residual)
-            with T.serial(rows) as r:
-                copy_row(isa, residual.part(r), out.part(begin + r), width)
-            if shifts is not None:
-                shifts.finish(flag)
+        first = first_out if return_weights else None
+        emit(target, form, sizes, weights, x, S, out, flag, attention=attention, kernel=kernel, eps=eps, first=first)
     return function.get()
+
+
+def emit(
+    target: CpuTarget,
+    form: AnyForm,
+    sizes: Sizes,
+    weights: Weights,
+    x: Buffer,
+    S: Expr,
+    out: Buffer,
+    flag: Buffer,
+    *,
+    attention: str,
+    kernel: int,
+    eps: Expr,
+    first: Buffer | None = None,
+) -> None:
+    """Emit the block for all rays, after all arguments.
+
+    Args:
+        x, out: [rays * S, C].
+        kernel: taps of the convolution on the values.
+        first: [rays, S], for how the first sample of each ray attends.
+    """
+    isa, layout, (N, _) = Isa(target), sizes.layout, x.shape
+    width, heads = sizes.width, sizes.heads
+    softmax, low = attention == "softmax", -1.0 if attention == "pm1" else 0.0
+    scale = 1.0 / math.sqrt(sizes.size) if softmax else 1.0 / (math.pi * sizes.size)
+    rays_of_block = T.bind(T.max(T.int64(_ROWS) // S, T.int64(1)))
+    rows_of_block = T.bind(rays_of_block * S)
+    with T.parallel((N + rows_of_block - 1) // rows_of_block) as block:
+        begin = T.bind(block * rows_of_block)
+        rows = T.bind(T.min(rows_of_block, N - begin))
+        room = rows_of_block + max(ROW_PADDING, forms.ROW_PADDING)
+        normed, residual = (T.alloc(room, layout.keys) for _ in range(2))
+        projected, attended = T.alloc(room, layout.end), T.alloc(room, heads * layout.head)
+        if form == "float32":
+            shifts, layers = None, _FloatLayers(isa, sizes, weights, rows_of_block)
+        else:
+            shifts = panel_product(target, form)
+            layers = _ShiftLayers(shifts, sizes, weights, rows_of_block, *weights.shifts)
+
+        def project(r: Index, c: int, sums: Expr) -> None:
+            if not softmax and c < layout.values:
+                sums = T.select(sums >= isa.splat(0.0), isa.splat(1.0), isa.splat(low))
+            projected[r, isa.at(c)] = sums
+
+        layer_norm(isa, rows, width, lambda r, c: x[begin + r, c], normed, eps)
+        layers.project(rows, normed, project)
+        with T.serial(rows // S) as ray:
+            of_head = Isa(target, layout.lanes)
+            one = _Ray(isa, of_head, layout, heads, sizes.size, scale, projected, attended, ray * S, S)
+            one.attend_softmax() if softmax else one.attend_linear()
+            one.convolve(weights.conv, kernel)
+            if first is not None:
+                one.first_weights(first.part(block * rays_of_block + ray), softmax=softmax)
+        layers.leave(rows, attended, residual)
+        with T.serial(rows) as r:
+            add_row(isa, x.part(begin + r), residual.part(r), width)
+        if sizes.hidden:
+            layer_norm(isa, rows, width, lambda r, c: residual[r, c], normed, eps)
+            layers.add_perceptron(rows, normed, residual)
+        with T.serial(rows) as r:
+            copy_row(isa, residual.part(r), out.part(begin + r), width)
+        if shifts is not None:
+            shifts.finish(flag)
 
 
 def _head(attended: Buffer, weight: Buffer, layout: Layout, size: int, head: int) -> Term:

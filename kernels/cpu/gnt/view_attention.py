@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from shiftadd3d.kernels.cpu.blocks import copy_row, exp, exp2, softmax_of_vectors
+from shiftadd3d.kernels.cpu.blocks import add_row, copy_row, exp, exp2, layer_norm, softmax_of_vectors
 from shiftadd3d.kernels.cpu.forms import panels as forms
 from shiftadd3d.kernels.cpu.forms.panels import AnyForm, PanelProduct, panel_arguments, panel_product
 from shiftadd3d.kernels.cpu.gnt.shift_problems import random_shift_attention
@@ -51,78 +51,137 @@ _BLOCKS_A_TASK = 16
 
 
 def _build(target: CpuTarget, *, width: int, hidden: int, form: AnyForm) -> T.PrimFunc:
-    isa = Isa(target)
+    with T.function("view_attention") as function:
+        P, R = T.sizes(2)
+        query, views = T.argument("query", (P, width)), T.argument("views", (R, width))
+        shown = Shown(views, T.argument("ray_diff", (R, 4)), T.argument("mask", (R,), "uint8"))
+        weights = Weights.argument(Isa(target), width, hidden, form)
+        V, out = T.scalar("V"), T.argument("out", (P, width))
+        flag = T.argument("flag", (1,), "int32")
+        emit(target, form, query, shown, weights, V, out, flag)
+    return function.get()
+
+
+class Shown(NamedTuple):
+    """What the views show of points: rows are (point, view)."""
+
+    views: Buffer  # [rows, C]
+    ray_diff: Buffer  # [rows, 4]
+    mask: Buffer  # [rows] uint8
+
+
+class Weights(NamedTuple):
+    """The arguments that hold `shiftadd3d.kernels.pack.gnt.view_attention.Panels`, and panels of integers."""
+
+    row: Buffer
+    row_bias: Buffer
+    position: Buffer  # the bias last
+    query: Buffer
+    query_bias: Buffer
+    score: Buffer
+    out: Buffer
+    out_bias: Buffer
+    shifts: list[Buffer]
+
+    @classmethod
+    def argument(cls, isa: Isa, width: int, hidden: int, form: AnyForm) -> Weights:
+        """The next arguments of a function."""
+        wide, narrow = isa.padded(width), isa.padded(hidden)
+        return cls(
+            row=T.panel("w_row", width + hidden, wide + narrow),
+            row_bias=T.panel("b_row", wide + narrow),
+            position=T.panel("w_position", 5, narrow),
+            query=T.panel("w_query", width, narrow),
+            query_bias=T.panel("b_query", narrow),
+            score=T.panel("w_score", hidden, wide),
+            out=T.panel("w_out", width, wide),
+            out_bias=T.panel("b_out", wide),
+            shifts=[] if form == "float32" else panel_arguments(form, shift_sizes(width, hidden, isa.lanes)),
+        )
+
+
+def emit(
+    target: CpuTarget,
+    form: AnyForm,
+    query: Buffer,
+    given: Shown,
+    weights: Weights,
+    V: Expr,
+    out: Buffer,
+    flag: Buffer,
+    eps: float | None = None,
+) -> None:
+    """Emit the attention of all points, after all arguments: out [P, C].
+
+    Args:
+        query: [P, C].
+        V: the number of views.
+        eps: with one, queries are normalised first, and added to what comes out: a residual block, pre-norm. The norm's
+            weight and bias are taken into those of the query.
+    """
+    isa, (P, width), hidden = Isa(target), query.shape, weights.score.extent(0)
+    assert isinstance(width, int)
     wide, narrow = isa.padded(width), isa.padded(hidden)
     padding = max(ROW_PADDING, forms.ROW_PADDING)
     rows_of_tile = _ROWS + padding
+    points_of_block = T.bind(T.int64(_ROWS) // V)
+    blocks = T.bind((P + points_of_block - 1) // points_of_block)
+    with T.parallel((blocks + _BLOCKS_A_TASK - 1) // _BLOCKS_A_TASK) as task:
+        hidden_rows = T.alloc(rows_of_tile, narrow)
+        row_out, query_out = T.alloc(rows_of_tile, wide + narrow), T.alloc(rows_of_tile, narrow)
+        normed = T.alloc(rows_of_tile, wide)
+        begin = T.bind(task * _BLOCKS_A_TASK * points_of_block)
+        points_of_task = T.bind(T.min(points_of_block * _BLOCKS_A_TASK, P - begin))
+        pooled, shares = T.alloc(points_of_task + padding, wide), T.alloc(MAX_VIEWS * isa.lanes)
+        shifts = None if form == "float32" else _Shifts(panel_product(target, form), width, *weights.shifts)
+        power, factor = (exp, 1.0) if shifts is None else (exp2, math.log2(math.e))
+        with T.serial(T.min(T.int64(_BLOCKS_A_TASK), blocks - task * _BLOCKS_A_TASK)) as block:
+            first = T.bind(begin + block * points_of_block)
+            points = T.bind(T.min(points_of_block, P - first))
+            rows = T.bind(points * V)
 
-    with T.function("view_attention") as function:
-        P, R = T.sizes(2)
-        query, views = T.argument("query", (P, width)), T.argument("views", (R, width))  # rows of views: (point, view)
-        ray_diff, mask = T.argument("ray_diff", (R, 4)), T.argument("mask", (R,), "uint8")
-        w_row, b_row = T.panel("w_row", width + hidden, wide + narrow), T.panel("b_row", wide + narrow)
-        w_position = T.panel("w_position", 5, narrow)  # the bias last
-        w_query, b_query = T.panel("w_query", width, narrow), T.panel("b_query", narrow)
-        w_score = T.panel("w_score", hidden, wide)
-        w_out, b_out = T.panel("w_out", width, wide), T.panel("b_out", wide)
-        sizes = shift_sizes(width, hidden, isa.lanes)
-        shift_panels = [] if form == "float32" else panel_arguments(form, sizes)
-        V, out = T.scalar("V"), T.argument("out", (P, width))
-        flag = T.argument("flag", (1,), "int32")
+            def view(r: Index, k: Index) -> Expr:
+                return given.views[first * V + T.min(r, rows - 1), k]
 
-        points_of_block = T.bind(T.int64(_ROWS) // V)
-        blocks = T.bind((P + points_of_block - 1) // points_of_block)
-        with T.parallel((blocks + _BLOCKS_A_TASK - 1) // _BLOCKS_A_TASK) as task:
-            hidden_rows = T.alloc(rows_of_tile, narrow)
-            row_out, query_out = T.alloc(rows_of_tile, wide + narrow), T.alloc(rows_of_tile, narrow)
-            begin = T.bind(task * _BLOCKS_A_TASK * points_of_block)
-            points_of_task = T.bind(T.min(points_of_block * _BLOCKS_A_TASK, P - begin))
-            pooled, shares = T.alloc(points_of_task + padding, wide), T.alloc(MAX_VIEWS * isa.lanes)
-            shifts = None if form == "float32" else _Shifts(panel_product(target, form), width, *shift_panels)
-            power, factor = (exp, 1.0) if shifts is None else (exp2, math.log2(math.e))
-            with T.serial(T.min(T.int64(_BLOCKS_A_TASK), blocks - task * _BLOCKS_A_TASK)) as block:
-                first = T.bind(begin + block * points_of_block)
-                points = T.bind(T.min(points_of_block, P - first))
-                rows = T.bind(points * V)
+            def point(r: Index, k: Index) -> Expr:
+                r = T.min(r, points - 1)
+                return query[first + r, k] if eps is None else normed[r, k]
 
-                def view(r: Index, k: Index) -> Expr:
-                    return views[first * V + T.min(r, rows - 1), k]
-
-                def point(r: Index, k: Index) -> Expr:
-                    return query[first + T.min(r, points - 1), k]
-
-                with T.serial(rows) as r:
-                    _position(isa, ray_diff.part(first * V + r), w_position, hidden_rows.part(r))
-                of_position = hidden, hidden_rows, w_row.below(width)
-                if shifts is None:
-                    product(isa, rows, wide + narrow, b_row, [(width, view, w_row), of_position], row_out)
-                else:
-                    product(isa, rows, wide + narrow, b_row, [of_position], row_out)
-                    shifts.add_views(rows, view, row_out)
-                product(isa, points, narrow, b_query, [(width, point, w_query)], query_out)
-                with T.serial(points) as p:
-                    shown, hidden_of_point = row_out.below(p * V), hidden_rows.below(p * V)
-                    seen = mask.below((first + p) * V)
-                    with T.serial(V) as v:
-                        if shifts is not None:
-                            _prefetch(views.part((first + points + p) * V + v), width)
-                        for n in range(0, narrow, isa.lanes):
-                            sums = isa.relu(shown[v, isa.at(wide + n)] + query_out[p, isa.at(n)])
-                            hidden_of_point[v, isa.at(n)] = sums if shifts is None else sums * isa.splat(factor)
-                    with T.serial(wide // isa.lanes) as n:
-                        channels = isa.at(n * isa.lanes)
-                        vector = _pool(isa, hidden_of_point, w_score, seen, shown, V, channels, shares, power)
-                        pooled[first - begin + p, channels] = vector
-            # All points of a task together: a block's alone would leave tiles half empty.
-            outcome = T.alloc(points_of_task + padding, wide)
+            with T.serial(rows) as r:
+                _position(isa, given.ray_diff.part(first * V + r), weights.position, hidden_rows.part(r))
+            of_position = hidden, hidden_rows, weights.row.below(width)
             if shifts is None:
-                product(isa, points_of_task, wide, b_out, [(width, pooled, w_out)], outcome)
+                product(isa, rows, wide + narrow, weights.row_bias, [(width, view, weights.row), of_position], row_out)
             else:
-                shifts.leave(points_of_task, pooled, b_out, outcome)
-                shifts.product.finish(flag)
-            with T.serial(points_of_task) as p:
-                copy_row(isa, outcome.part(p), out.part(begin + p), width)
-    return function.get()
+                product(isa, rows, wide + narrow, weights.row_bias, [of_position], row_out)
+                shifts.add_views(rows, view, row_out)
+            if eps is not None:
+                layer_norm(isa, points, width, lambda r, c: query[first + r, c], normed, T.float32(eps))
+            product(isa, points, narrow, weights.query_bias, [(width, point, weights.query)], query_out)
+            with T.serial(points) as p:
+                shown, hidden_of_point = row_out.below(p * V), hidden_rows.below(p * V)
+                seen = given.mask.below((first + p) * V)
+                with T.serial(V) as v:
+                    if shifts is not None:
+                        _prefetch(given.views.part((first + points + p) * V + v), width)
+                    for n in range(0, narrow, isa.lanes):
+                        sums = isa.relu(shown[v, isa.at(wide + n)] + query_out[p, isa.at(n)])
+                        hidden_of_point[v, isa.at(n)] = sums if shifts is None else sums * isa.splat(factor)
+                with T.serial(wide // isa.lanes) as n:
+                    channels = isa.at(n * isa.lanes)
+                    vector = _pool(isa, hidden_of_point, weights.score, seen, shown, V, channels, shares, power)
+                    pooled[first - begin + p, channels] = vector
+        # All points of a task together: a block's alone would leave tiles half empty.
+        outcome = T.alloc(points_of_task + padding, wide)
+        if shifts is None:
+            product(isa, points_of_task, wide, weights.out_bias, [(width, pooled, weights.out)], outcome)
+        else:
+            shifts.leave(points_of_task, pooled, weights.out_bias, outcome)
+            shifts.product.finish(flag)
+        with T.serial(points_of_task) as p:
+            if eps is not None:
+                add_row(isa, query.part(begin + p), outcome.part(p), width)
+            copy_row(isa, outcome.part(p), out.part(begin + p), width)
 
 
 def _prefetch(row: Buffer, width: int) -> None:

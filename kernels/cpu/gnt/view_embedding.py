@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from shiftadd3d.kernels.runtime import memory
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
-from shiftadd3d.kernels.runtime.tir import Buffer, Expr
+from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
 # (point, view) rows at once.
 _ROWS = 64
@@ -25,54 +26,107 @@ _BLOCKS_A_TASK = 16
 
 def _build(target: CpuTarget, *, inputs: int, hidden: int, width: int, with_moments: bool) -> T.PrimFunc:
     isa = Isa(target)
-    long, deep, wide = isa.padded(inputs), isa.padded(hidden), isa.padded(width)
-    statistics = 2 * inputs + 1 if with_moments else 0
-
     with T.function("view_embedding") as function:
         P, R = T.sizes(2)
         values, mask = T.argument("values", (R, inputs)), T.argument("mask", (R,), "uint8")  # rows are (point, view)
-        w_first, b_first = T.panel("w_first", inputs, deep), T.panel("b_first", deep)
-        w_second, b_second = T.panel("w_second", hidden, wide), T.panel("b_second", wide)
-        w_moments, b_moments = T.panel("w_moments", statistics * wide), T.panel("b_moments", wide)
+        layers = Layers.argument(isa, inputs, hidden, width, with_moments=with_moments)
         V = T.scalar("V")
         embedding, query = T.argument("embedding", (R, width)), T.argument("query", (P, width))
 
         points_of_block = T.bind(T.int64(_ROWS) // V)
         blocks = T.bind((P + points_of_block - 1) // points_of_block)
         with T.parallel((blocks + _BLOCKS_A_TASK - 1) // _BLOCKS_A_TASK) as task:
-            rows_of_tile = _ROWS + ROW_PADDING
-            shown, seen = T.alloc(rows_of_tile, long), T.alloc(_ROWS)
-            activation, embedded = T.alloc(rows_of_tile, deep), T.alloc(rows_of_tile, wide)
-            summary, queries = T.alloc(rows_of_tile, max(statistics, 1)), T.alloc(rows_of_tile, wide)
-            with T.serial(rows_of_tile) as r, T.serial(long) as c:
-                shown[r, c] = T.float32(0.0)
+            block_of_views = Embedding(isa, layers, _ROWS, _ROWS)
             with T.serial(T.min(T.int64(_BLOCKS_A_TASK), blocks - task * _BLOCKS_A_TASK)) as block:
                 first = T.bind((task * _BLOCKS_A_TASK + block) * points_of_block)
                 points = T.bind(T.min(points_of_block, P - first))
-                rows = T.bind(points * V)
-                with T.serial(rows) as r:
-                    copy_row(isa, values.part(first * V + r), shown.part(r), inputs)
-                    seen[r] = T.cast(mask[first * V + r], "float32")
-                product(isa, rows, deep, b_first, [(inputs, shown, w_first)], activation, isa.relu)
-                product(isa, rows, wide, b_second, [(hidden, activation, w_second)], embedded)
-                with T.serial(rows) as r:
-                    copy_row(isa, embedded.part(r), embedding.part(first * V + r), width)
-                with T.serial(points) as p:
-                    _largest(isa, embedded, p * V, V, queries.part(p))
-                    if with_moments:
-                        _moments(isa, inputs, shown, seen, p * V, V, summary.part(p))
-                if with_moments:
-                    product(
-                        isa,
-                        points,
-                        wide,
-                        lambda r, c: queries[r, isa.at(c)] + b_moments[isa.at(c)],
-                        [(statistics, summary, lambda k, c: w_moments[isa.at(k * wide + c)])],
-                        queries,
-                    )
-                with T.serial(points) as p:
-                    copy_row(isa, queries.part(p), query.part(first + p), width)
+                with T.serial(points * V) as r:
+                    copy_row(isa, values.part(first * V + r), block_of_views.shown.part(r), inputs)
+                    block_of_views.seen[r] = T.cast(mask[first * V + r], "float32")
+                block_of_views.emit(points, V, embedding.below(first * V), query.below(first))
     return function.get()
+
+
+class Layers(NamedTuple):
+    """The arguments that hold `shiftadd3d.kernels.pack.gnt.view_embedding.Panels`, and their sizes."""
+
+    inputs: int
+    hidden: int
+    width: int
+    statistics: int
+    first: Buffer
+    first_bias: Buffer
+    second: Buffer
+    second_bias: Buffer
+    moments: Buffer
+    moments_bias: Buffer
+
+    @classmethod
+    def argument(cls, isa: Isa, inputs: int, hidden: int, width: int, *, with_moments: bool) -> Layers:
+        """The next arguments of a function."""
+        deep, wide, statistics = isa.padded(hidden), isa.padded(width), 2 * inputs + 1 if with_moments else 0
+        return cls(
+            inputs,
+            hidden,
+            width,
+            statistics,
+            T.panel("w_first", inputs, deep),
+            T.panel("b_first", deep),
+            T.panel("w_second", hidden, wide),
+            T.panel("b_second", wide),
+            T.panel("w_moments", statistics * wide),
+            T.panel("b_moments", wide),
+        )
+
+
+class Embedding:
+    """The embedding of a block of points, within a task.
+
+    Args:
+        rows, points: as many as there may be.
+
+    Attributes:
+        shown: [rows, inputs and zeros up to whole vectors], to be filled in.
+        seen: [rows], 1 where the view sees the point, else 0, to be filled in.
+    """
+
+    def __init__(self, isa: Isa, layers: Layers, rows: Index, points: Index) -> None:
+        self._isa, self._layers = isa, layers
+        long, deep, wide = isa.padded(layers.inputs), isa.padded(layers.hidden), isa.padded(layers.width)
+        room = rows + ROW_PADDING
+        self.shown, self.seen = T.alloc(room, long), T.alloc(room)
+        self._activation, self._embedded = T.alloc(room, deep), T.alloc(room, wide)
+        # Vectors reach beyond the statistics.
+        pitch = layers.inputs + long + 1 if layers.statistics else 1
+        self._summary, self._queries = T.alloc(points + ROW_PADDING, pitch), T.alloc(points + ROW_PADDING, wide)
+        with T.serial(room) as r, T.serial(long) as c:
+            self.shown[r, c] = T.float32(0.0)
+
+    def emit(self, points: Expr, V: Expr, embedding: Buffer, query: Buffer) -> None:
+        """Embed what V views show of so many points: the first rows of both [*, width]."""
+        isa, layers, shown, embedded, queries = self._isa, self._layers, self.shown, self._embedded, self._queries
+        rows, wide = T.bind(points * V), embedded.extent(1)
+        first = layers.inputs, shown, layers.first
+        product(isa, rows, self._activation.extent(1), layers.first_bias, [first], self._activation, isa.relu)
+        product(isa, rows, wide, layers.second_bias, [(layers.hidden, self._activation, layers.second)], embedded)
+        with T.serial(rows) as r:
+            copy_row(isa, embedded.part(r), embedding.part(r), layers.width)
+        with T.serial(points) as p:
+            _largest(isa, embedded, p * V, V, queries.part(p))
+            if layers.statistics:
+                _moments(isa, layers.inputs, shown, self.seen, p * V, V, self._summary.part(p))
+        if layers.statistics:
+            statistics = layers.statistics, self._summary, lambda k, c: layers.moments[isa.at(k * wide + c)]
+            product(
+                isa,
+                points,
+                wide,
+                lambda r, c: queries[r, isa.at(c)] + layers.moments_bias[isa.at(c)],
+                [statistics],
+                queries,
+            )
+        with T.serial(points) as p:
+            copy_row(isa, queries.part(p), query.part(p), layers.width)
 
 
 def _largest(isa: Isa, embedded: Buffer, row: Expr, V: Expr, out: Buffer) -> None:
@@ -90,8 +144,9 @@ def _moments(isa: Isa, inputs: int, shown: Buffer, seen: Buffer, row: Expr, V: E
     count[0] = T.float32(0.0)
     with T.serial(V) as v:
         count[0] = count[0] + seen[row + v]
-    out[2 * inputs] = count[0] / T.cast(V, "float32")
+    share = T.bind(count[0] / T.cast(V, "float32"))
     count[0] = T.float32(1.0) / T.max(count[0], T.float32(1.0))
+    deviations: list[Expr] = []
     for start in range(0, inputs, isa.lanes):
         there = isa.at(start)
         mean, square = isa.register(0.0), isa.register(0.0)
@@ -101,10 +156,12 @@ def _moments(isa: Isa, inputs: int, shown: Buffer, seen: Buffer, row: Expr, V: E
         with T.serial(V) as v:
             apart = isa.keep(shown[row + v, there] - mean.value)
             square.value = isa.fma(apart * apart, isa.splat(seen[row + v]), square.value)
-        square.value = isa.square_root(square.value * isa.splat(count[0]) + isa.splat(LEAST_VARIANCE))
-        for i in range(min(isa.lanes, inputs - start)):
-            out[start + i] = mean[i]
-            out[inputs + start + i] = square[i]
+        deviations.append(isa.keep(isa.square_root(square.value * isa.splat(count[0]) + isa.splat(LEAST_VARIANCE))))
+        out[there] = mean.value
+    # From here on over what the last vector of means has written beyond them.
+    for number, deviation in enumerate(deviations):
+        out[isa.at(inputs + number * isa.lanes)] = deviation
+    out[2 * inputs] = share
 
 
 def run(

@@ -143,11 +143,15 @@ class FrozenPositionLayer(FrozenModule, PositionLayer):
 class FrozenGNT(FrozenModule, GNT):
     """`GNT` that embeds what views show as one op."""
 
-    def derive(self) -> Mapping[str, Tensor]:
+    def embedding_layers(self) -> dict[str, nn.Module]:
+        """The linear layers that embed."""
         layers = two_layers("rgbfeat_fc", self.rgbfeat_fc)
         if self.color_head is not None:
             layers["color_head.consistency_fc"] = self.color_head.consistency_fc
-        weights, biases = weights_and_biases(layers)
+        return layers
+
+    def derive(self) -> Mapping[str, Tensor]:
+        weights, biases = weights_and_biases(self.embedding_layers())
         self.width = weights[1].shape[0]
         return pack_view_embedding.panels(weights, _given(biases), lanes_on(weights[0].device))._asdict()
 
@@ -165,12 +169,20 @@ class FrozenGNT(FrozenModule, GNT):
 class FrozenImageColorHead(FrozenModule, ImageColorHead):
     """`ImageColorHead` that blends colours as one op."""
 
-    def derive(self) -> Mapping[str, Tensor]:
+    def blend_layers(self) -> dict[str, nn.Module]:
+        """The linear layers that blend."""
         names = ("point_fc", "view_fc", "view_logit_fc", "sample_logit_fc")
-        weights, biases = weights_and_biases({name: self.get_submodule(name) for name in names})
+        return {name: self.get_submodule(name) for name in names}
+
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """Of angles and of agreement."""
+        return self.log_angle_scale.exp(), self.log_agreement_scale.exp()
+
+    def derive(self) -> Mapping[str, Tensor]:
+        weights, biases = weights_and_biases(self.blend_layers())
         self.hidden = weights[0].shape[0]
-        scales = self.log_angle_scale.exp(), self.log_agreement_scale.exp()
-        return pack_color_blend.panels(weights, _given(biases), *scales, lanes_on(weights[0].device))._asdict()
+        lanes = lanes_on(weights[0].device)
+        return pack_color_blend.panels(weights, _given(biases), *self.scales(), lanes)._asdict()
 
     def blend(self, x: Tensor, samples: PointSamples) -> tuple[Tensor, Tensor]:
         if not self.runs("color_blend", x, samples.values):

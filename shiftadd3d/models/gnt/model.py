@@ -147,7 +147,7 @@ class GNTModel(nn.Module):
                 near, far, self.config.proposal_samples, inverse_depth=inverse_depth, stratified=stratified
             )
             proposed = _outputs(*self._propose(self.proposal, *rays, planes), planes, unit)
-            depths = sample_around(planes, proposed["weights"], num_samples, stratified=stratified)
+            depths = self._samples_around(planes, proposed["weights"], num_samples, stratified=stratified)
         coarse = self._render(self.net_coarse, *rays, depths, sources.features[0])
         outputs = _outputs(*coarse, depths, unit)
         if num_importance == 0:
@@ -168,18 +168,35 @@ class GNTModel(nn.Module):
         shown = along if self.config.canonical else origins[:, None] + along
         return *net(samples, shown, directions), samples.mask[..., 0].any(dim=-1)
 
-    @staticmethod
     def _propose(
-        proposal: PlaneSweepProposal, sources: SourceViews, origins: Tensor, directions: Tensor, planes: Tensor
+        self,
+        proposal: PlaneSweepProposal,
+        sources: SourceViews,
+        origins: Tensor,
+        directions: Tensor,
+        planes: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        points = origins[:, None] + planes[..., None] * directions[:, None]
-        rgb, weights, seen = proposal.sweep(points, origins, sources)
+        rgb, weights, seen = self._sweep(proposal, sources, origins, directions, planes)
         if sources.empty is not None or sources.silhouettes is not None:
             # Views agree on a plain background wherever they look past an object, better than on the object itself.
             # Softly: a ray that misses it inside the hull of few views needs samples beside, which show the background.
+            points = origins[:, None] + planes[..., None] * directions[:, None]
             weights = weights * torch.exp(-_LOGIT_OF_EMPTY * empty_views(points, sources))
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-12)
         return rgb, weights, seen
+
+    def _sweep(
+        self,
+        proposal: PlaneSweepProposal,
+        sources: SourceViews,
+        origins: Tensor,
+        directions: Tensor,
+        planes: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return proposal.sweep(origins[:, None] + planes[..., None] * directions[:, None], origins, sources)
+
+    def _samples_around(self, planes: Tensor, weights: Tensor, num_samples: int, *, stratified: bool) -> Tensor:
+        return sample_around(planes, weights, num_samples, stratified=stratified)
 
 
 def canonical_frame(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.reference.gnt import sampling as reference_sampling
 
 
 def _check_count(num_samples: int) -> None:
@@ -60,21 +61,14 @@ def sample_pdf(edges: Tensor, weights: Tensor, num_samples: int, *, stratified: 
     Returns:
         [R, N].
     """
-    weights = weights + 1e-5  # a ray without any weight is sampled evenly
-    cdf = torch.cumsum(weights / weights.sum(dim=-1, keepdim=True), dim=-1)
-    cdf = torch.cat([torch.zeros_like(cdf[:, :1]), cdf], dim=-1)  # [R, M + 1]
+    return reference_sampling.invert(edges, weights, _quantiles(edges, num_samples, stratified=stratified))
+
+
+def _quantiles(like: Tensor, num_samples: int, *, stratified: bool) -> Tensor:
+    """[R, N], evenly from 0 to 1, or at random."""
     if stratified:
-        u = torch.rand(cdf.shape[0], num_samples, device=cdf.device, dtype=cdf.dtype)
-    else:
-        u = torch.linspace(0.0, 1.0, num_samples, device=cdf.device, dtype=cdf.dtype).expand(cdf.shape[0], -1)
-    # The last edge is left out of the search: rounding may put it below u = 1, and u = 1 belongs to the last bin.
-    above = torch.searchsorted(cdf[:, :-1].contiguous(), u.contiguous(), right=True)
-    below = (above - 1).clamp(min=0)
-    cdf_below, cdf_above = cdf.gather(-1, below), cdf.gather(-1, above)
-    edge_below, edge_above = edges.gather(-1, below), edges.gather(-1, above)
-    width = cdf_above - cdf_below
-    width = torch.where(width < 1e-5, torch.ones_like(width), width)
-    return edge_below + (u - cdf_below) / width * (edge_above - edge_below)
+        return torch.rand(like.shape[0], num_samples, device=like.device, dtype=like.dtype)
+    return torch.linspace(0.0, 1.0, num_samples, device=like.device, dtype=like.dtype).expand(like.shape[0], -1)
 
 
 def sample_importance(
@@ -122,8 +116,5 @@ def sample_around(planes: Tensor, weights: Tensor, num_samples: int, *, stratifi
         UserError: fewer than two samples.
     """
     _check_count(num_samples)
-    middles = 0.5 * (planes[:, 1:] + planes[:, :-1])
-    edges = torch.cat([planes[:, :1], middles, planes[:, -1:]], dim=-1)
-    # A tenth of the mass stays even: the sweep can be wrong, and the transformers must be able to say so.
-    weights = 0.9 * weights.detach() + 0.1 / planes.shape[1]
-    return torch.sort(sample_pdf(edges, weights, num_samples, stratified=stratified), dim=-1).values
+    quantiles = _quantiles(planes, num_samples, stratified=stratified)
+    return reference_sampling.samples_around(planes, weights.detach(), quantiles)

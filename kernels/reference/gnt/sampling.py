@@ -1,0 +1,44 @@
+"""Samples of a ray drawn from a density by inverting its cumulative sum (NeRF, Mildenhall et al. 2020, sec. 5.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: What is added to each bin's weight: a ray without any weight is sampled evenly.
+LEAST_WEIGHT = 1e-5
+#: Bins of less mass count as of mass 1: nothing is divided by next to nothing.
+LEAST_MASS = 1e-5
+#: The mass that stays even around planes: a sweep can be wrong, and the transformers must be able to say so.
+EVEN_SHARE = 0.1
+
+
+def invert(
+    edges: Tensor,  # [R, M + 1] of bins, increasing
+    weights: Tensor,  # [R, M], not negative; need not sum to one
+    quantiles: Tensor,  # [R, N], 0 to 1
+) -> Tensor:  # [R, N]
+    """Where a piecewise constant density has its quantiles."""
+    weights = weights + LEAST_WEIGHT
+    cdf = torch.cumsum(weights / weights.sum(dim=-1, keepdim=True), dim=-1)
+    cdf = torch.cat([torch.zeros_like(cdf[:, :1]), cdf], dim=-1)  # [R, M + 1]
+    # The last edge is left out of the search: rounding may put it below u = 1, and u = 1 belongs to the last bin.
+    above = torch.searchsorted(cdf[:, :-1].contiguous(), quantiles.contiguous(), right=True)
+    below = (above - 1).clamp(min=0)
+    cdf_below, cdf_above = cdf.gather(-1, below), cdf.gather(-1, above)
+    edge_below, edge_above = edges.gather(-1, below), edges.gather(-1, above)
+    mass = cdf_above - cdf_below
+    mass = torch.where(mass < LEAST_MASS, torch.ones_like(mass), mass)
+    return edge_below + (quantiles - cdf_below) / mass * (edge_above - edge_below)
+
+
+def samples_around(
+    planes: Tensor,  # [R, P], increasing
+    weights: Tensor,  # [R, P]
+    quantiles: Tensor,  # [R, S]
+) -> Tensor:  # [R, S], increasing
+    """Depths by what was seen at planes; each has the bin between the middles to its neighbours."""
+    middles = 0.5 * (planes[:, 1:] + planes[:, :-1])
+    edges = torch.cat([planes[:, :1], middles, planes[:, -1:]], dim=-1)
+    weights = (1.0 - EVEN_SHARE) * weights + EVEN_SHARE / planes.shape[1]
+    return torch.sort(invert(edges, weights, quantiles), dim=-1).values

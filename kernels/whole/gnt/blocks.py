@@ -1,0 +1,229 @@
+"""A GNT's transformer blocks and position layer, each as one function, with its norms and residuals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shiftadd3d.kernels.cpu.forms import panels as forms
+from shiftadd3d.kernels.cpu.forms.panels import AnyForm
+from shiftadd3d.kernels.cpu.gnt import position_layer, ray_block, view_attention
+from shiftadd3d.kernels.cpu.gnt.shift_problems import random_ray_block, random_shift_attention
+from shiftadd3d.kernels.cpu.isa import Isa
+from shiftadd3d.kernels.cpu.trials import Draw, check_within
+from shiftadd3d.kernels.pack.gnt import position_layer as pack_position_layer
+from shiftadd3d.kernels.pack.gnt import ray_block as pack_ray_block
+from shiftadd3d.kernels.pack.gnt import view_attention as pack_view_attention
+from shiftadd3d.kernels.pack.shift import shift_panel
+from shiftadd3d.kernels.reference.gnt.position_layer import position_layer_twin, random_samples
+from shiftadd3d.kernels.reference.gnt.ray_block import random_block, ray_block_twin, samples_of_certain_codes
+from shiftadd3d.kernels.reference.gnt.view_attention import random_attention, view_attention_twin
+from shiftadd3d.kernels.runtime import tir as T
+from shiftadd3d.kernels.runtime.kernel import Compiled
+from shiftadd3d.kernels.runtime.targets import CpuTarget, current
+from shiftadd3d.kernels.runtime.tir import Expr, Index
+from shiftadd3d.kernels.whole.gnt.rays import Rays, Shown
+from shiftadd3d.kernels.whole.parts import control_argument, rows_of
+from shiftadd3d.kernels.whole.program import Function, Program, Value
+
+Norm = tuple[Tensor, Tensor, float]
+"""Weight, bias and epsilon of a layer norm."""
+
+
+# View attention
+
+
+def _build_view_attention(target: CpuTarget, width: int, hidden: int, form: AnyForm, eps: float) -> T.PrimFunc:
+    """The function ``(x, embedding, ray_diff, mask, panels, control, y)``."""
+    with T.function("view_block") as function:
+        R, S, V = T.sizes(3)
+        x, embedding = T.argument("x", (R, S, width)), T.argument("embedding", (R, S, V, width))
+        ray_diff, mask = T.argument("ray_diff", (R, S, V, 4)), T.argument("mask", (R, S, V), "uint8")
+        weights = view_attention.Weights.argument(Isa(target), width, hidden, form)
+        control = control_argument()
+        y = T.argument("y", (R, S, width))
+        x, y, embedding, ray_diff = map(rows_of, (x, y, embedding, ray_diff))
+        shown = view_attention.Shown(embedding, ray_diff, mask.flat())
+        view_attention.emit(target, form, x, shown, weights, V, y, control, eps)
+    return function.get()
+
+
+def _try_view_attention(function: Compiled, width: int, hidden: int, form: AnyForm, eps: float) -> None:
+    draw, sizes = Draw(), {"points": 37, "views": 5, "width": width, "hidden": hidden}
+    gain, shift = 1 + 0.1 * draw.normal(width), draw.normal(width)
+    shifts: list[Tensor] = []
+    if form == "float32":
+        x, views, ray_diff, mask, weights, biases = random_attention(0, **sizes)
+        normal = F.layer_norm(x, (width,), gain, shift, eps)
+        panels = pack_view_attention.panels(weights, biases, current().lanes)
+        expected = x + view_attention_twin(normal, views, ray_diff, mask, weights, biases)
+        bound = 1e-5 + 1e-4 * expected.abs()
+    else:
+        problem = random_shift_attention(0, **sizes)
+        x, views, ray_diff, mask = problem.inputs
+        normal = F.layer_norm(x, (width,), gain, shift, eps)
+        panels, shifts = problem.panels, [shift_panel(layer, form) for layer in problem.shifts.values()]
+        attended = problem._replace(inputs=(normal, views, ray_diff, mask)).rounded(form)
+        expected, bound = x + attended, forms.error_bound(form) * 4 * attended.abs().amax() + 1e-4
+    control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty(1, *x.shape)
+    tensors = [tensor[None] for tensor in (x, views, ray_diff, mask.view(torch.uint8))]
+    function(*tensors, *behind_norm(panels, gain, shift), *shifts, control, y)
+    assert control[0] == 0, "it found an activation that it cannot express"
+    check_within(y[0], expected, bound)
+
+
+VIEW_ATTENTION = Function("view_block", _build_view_attention, _try_view_attention)
+
+
+def behind_norm(panels: pack_view_attention.Panels, gain: Tensor, shift: Tensor) -> pack_view_attention.Panels:
+    """Panels whose queries are normalised before, with the norm's weight and bias."""
+    query, bias = panels.query.double(), panels.query_bias.double()
+    bias = bias + shift.double() @ query
+    query = gain.double()[:, None] * query
+    return panels._replace(query=query.float().contiguous(), query_bias=bias.float().contiguous())
+
+
+def view_block(
+    program: Program,
+    x: Value,
+    shown: Shown,
+    embedding: Value,
+    panels: pack_view_attention.Panels,
+    shifts: Sequence[Tensor],
+    form: AnyForm,
+    norm: Norm,
+) -> Value:
+    """``x + view attention of norm(x)`` [R, S, C].
+
+    Args:
+        shifts: panels of integers of a form other than float32.
+    """
+    gain, shift, eps = norm
+    tensors = [*behind_norm(panels, gain, shift), *shifts]
+    arguments = [x, embedding, shown.ray_diff, shown.mask, *map(program.weight, tensors)]
+    width, hidden = panels.query.shape[0], panels.score.shape[0]
+    return program.call(VIEW_ATTENTION, arguments, x.shape, width=width, hidden=hidden, form=form, eps=eps)
+
+
+# Ray block
+
+
+def _build_ray_block(
+    target: CpuTarget, width: int, heads: int, hidden: int, attention: str, kernel: int, form: AnyForm, eps: float
+) -> T.PrimFunc:
+    """The function ``(x, panels, control, y)``."""
+    sizes = ray_block.Sizes.of(target, width, heads, hidden)
+    with T.function("ray_block") as function:
+        R, S = T.sizes(2)
+        x = T.argument("x", (R, S, width))
+        weights = ray_block.Weights.argument(sizes, kernel, form)
+        control = control_argument()
+        y = rows_of(T.argument("y", (R, S, width)))
+        x, options = rows_of(x), {"attention": attention, "kernel": kernel, "eps": T.float32(eps)}
+        ray_block.emit(target, form, sizes, weights, x, S, y, control, **options)
+    return function.get()
+
+
+def _try_ray_block(
+    function: Compiled, width: int, heads: int, hidden: int, attention: str, kernel: int, form: AnyForm, eps: float
+) -> None:
+    sizes = {"rays": 13, "samples": 9, "width": width, "heads": heads, "hidden": hidden, "kernel": kernel}
+    control = torch.tensor([0, 2], dtype=torch.int32)
+    if form != "float32":
+        problem = random_ray_block(0, attention, **sizes)._replace(eps=eps)
+        shifts = [problem.norms, *(shift_panel(layer, form) for layer in problem.shifts.values())]
+        y = torch.empty_like(problem.x)
+        function(problem.x, *problem.panels, *shifts, control, y)
+        assert control[0] == 0, "it found an activation that it cannot express"
+        problem.check(y, y.new_empty(0), form)
+        return
+    x, weights, biases, conv, _ = random_block(0, **sizes)
+    y = torch.empty_like(x)
+    function(x, *pack_ray_block.panels(weights, biases, conv, heads, current().lanes), control, y)
+    expected, _ = ray_block_twin(x, weights, biases, conv, heads, attention, eps, False)
+    certain = torch.ones(x.shape[:2], dtype=torch.bool)
+    if attention != "softmax":
+        certain = samples_of_certain_codes(x, weights, biases, eps)
+        assert certain.any(), "rounding decides a code in each of the trial's rays"
+    torch.testing.assert_close(y[certain], expected[certain], rtol=1e-3, atol=1e-4)
+
+
+RAY_BLOCK = Function("ray_block", _build_ray_block, _try_ray_block)
+
+
+def rays_block(
+    program: Program,
+    x: Value,
+    panels: pack_ray_block.Panels,
+    shifts: Sequence[Tensor],
+    form: AnyForm,
+    *,
+    heads: int,
+    attention: str,
+    eps: float,
+) -> Value:
+    """A transformer block along rays [R, S, C], with a perceptron where the panels have one.
+
+    Args:
+        shifts: norms and panels of integers of a form other than float32.
+    """
+    hidden, kernel = pack_ray_block.hidden_and_kernel(panels, heads)
+    spec = {"width": x.shape[-1], "heads": heads, "hidden": hidden, "attention": attention, "kernel": kernel}
+    arguments = [x, *map(program.weight, (*panels, *shifts))]
+    return program.call(RAY_BLOCK, arguments, x.shape, form=form, eps=eps, **spec)
+
+
+# Position layer
+
+
+def _build_position(target: CpuTarget, width: int, hidden: int, outputs: int, canonical: bool) -> T.PrimFunc:
+    """The function ``(x, origins, directions, depths, panels, control, y)``."""
+    with T.function("position") as function:
+        R, S = T.sizes(2)
+        x = T.argument("x", (R, S, width))
+        origins, directions = T.argument("origins", (R, 3)), T.argument("directions", (R, 3))
+        depths = T.argument("depths", (R, S))
+        weights = position_layer.Weights.argument(Isa(target), width, hidden, outputs)
+        control_argument()
+        y = rows_of(T.argument("y", (R, S, outputs)))
+        x = rows_of(x)
+
+        def point(row: Index, axis: int) -> Expr:
+            ray, sample = T.truncdiv(row, S), T.truncmod(row, S)
+            along = depths[ray, sample] * directions[ray, axis]
+            return along if canonical else origins[ray, axis] + along
+
+        def direction(ray: Index, axis: int) -> Expr:
+            length = T.sqrt(T.total([directions[ray, i] * directions[ray, i] for i in range(3)]))
+            return directions[ray, axis] / T.max(length, T.float32(1e-12))
+
+        position_layer.emit(target, x, point, direction, weights, R, S, y)
+    return function.get()
+
+
+def _try_position(function: Compiled, width: int, hidden: int, outputs: int, canonical: bool) -> None:
+    sizes = {"rays": 7, "samples": 9, "width": width, "hidden": hidden, "outputs": outputs}
+    x, points, directions, weights, biases = random_samples(0, **sizes)
+    origins, directions, depths = points[:, 0], 1.5 * directions, points[..., 0].abs() + 0.1
+    points = depths[..., None] * directions[:, None]
+    points = points if canonical else origins[:, None] + points
+    packed = pack_position_layer.panels(weights, biases, current().lanes)
+    control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty(7, 9, outputs)
+    function(x, origins.contiguous(), directions, depths, *packed, control, y)
+    expected = position_layer_twin(x, points, F.normalize(directions, dim=-1), weights, biases)
+    # The fastest of the embedding's waves makes a thousand of a coordinate's rounding.
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=2e-3)
+
+
+POSITION = Function("position", _build_position, _try_position)
+
+
+def position(program: Program, x: Value, rays: Rays, panels: pack_position_layer.Panels, *, canonical: bool) -> Value:
+    """Tell samples [R, S, C] where they are, from their ray's origin if `canonical`, and where it points."""
+    arguments = [x, rays.origins, rays.directions, rays.depths, *map(program.weight, panels)]
+    outputs, hidden = x.shape[-1], panels.second.shape[0]
+    spec = {"width": panels.x.shape[0], "hidden": hidden, "outputs": outputs, "canonical": canonical}
+    return program.call(POSITION, arguments, x.shape, **spec)

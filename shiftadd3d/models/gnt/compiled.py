@@ -1,0 +1,406 @@
+"""A frozen GNT as programs: a chunk of rays is one call for the plane sweep, and one for all that comes behind.
+
+Importing this tells `shiftadd3d.compile` of GNTs.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.cpu.forms.panels import AnyForm
+from shiftadd3d.kernels.pack.gnt import plane_sweep as pack_plane_sweep
+from shiftadd3d.kernels.pack.gnt import position_layer as pack_position_layer
+from shiftadd3d.kernels.pack.gnt import ray_block as pack_ray_block
+from shiftadd3d.kernels.pack.gnt import view_attention as pack_view_attention
+from shiftadd3d.kernels.pack.gnt.gather import pixels_of
+from shiftadd3d.kernels.pack.shift import panel_form
+from shiftadd3d.kernels.reference.activations import Activation
+from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS
+from shiftadd3d.kernels.runtime import kernel
+from shiftadd3d.kernels.runtime.numerics import Numerics, uses_kernels
+from shiftadd3d.kernels.runtime.targets import current
+from shiftadd3d.kernels.runtime.threads import follow_torch
+from shiftadd3d.kernels.whole import executable
+from shiftadd3d.kernels.whole.gnt import blocks, head, rays
+from shiftadd3d.kernels.whole.gnt.perceptrons import Perceptron, perceptron_of, perceptrons, shift_perceptron_of
+from shiftadd3d.kernels.whole.gnt.rays import Rays, Shown
+from shiftadd3d.kernels.whole.gnt.samples import around
+from shiftadd3d.kernels.whole.program import Exactness, Program, Value
+from shiftadd3d.models.gnt.frozen import (
+    FrozenGNT,
+    FrozenImageColorHead,
+    FrozenPlaneSweepProposal,
+    FrozenPointLookUp,
+    FrozenPositionLayer,
+    FrozenRayTransformer,
+    FrozenViewAttention,
+)
+from shiftadd3d.models.gnt.model import GNTModel
+from shiftadd3d.models.gnt.projection import SourceViews, projection_matrices
+from shiftadd3d.models.gnt.proposal import PlaneSweepProposal
+from shiftadd3d.models.gnt.transformer import GNT, FeedForward, ViewTransformer
+from shiftadd3d.nn import FrozenMlp, FrozenModule, FrozenMoE
+from shiftadd3d.nn.attachments import has_hooks
+from shiftadd3d.nn.compiled import Emission, Norm, Unserved, register_compiler, register_emitter
+from shiftadd3d.nn.frozen import weights_and_biases, whole_layers
+from shiftadd3d.nn.mlp import activation_name
+
+_RAYS_OF_A_THREAD = 512
+"""Rays of a call, for each thread: few enough for memory, many enough for calls to cost nothing."""
+
+
+def _norm(e: Emission, module: nn.Module) -> Norm:
+    found = e.norm(module)
+    if found is None:
+        raise e.refusal(module, "which is not registered")
+    return found
+
+
+def _shift_panels(module: FrozenModule, form: AnyForm, names: Sequence[str]) -> tuple[AnyForm, list[Tensor]]:
+    """A module's panels of integers of these names; float32 where it has none."""
+    wanted = [f"panel_{form}_{name}" for name in names]
+    if form == "float32" or not all(hasattr(module, name) for name in wanted):
+        return "float32", []
+    return form, [getattr(module, name) for name in wanted]
+
+
+def _emit_view_transformer(
+    e: Emission,
+    block: ViewTransformer,
+    x: Value,
+    *,
+    shown: Shown,
+    embedding: Value,
+    form: AnyForm,
+    routed: list[Value],
+) -> Value:
+    attention = block.attn
+    if type(attention) is not FrozenViewAttention:
+        raise e.refusal(attention, "which is not registered")
+    norm, panels = _norm(e, block.attn_norm), pack_view_attention.Panels(*attention.panels()[:8])
+    found, shifts = _shift_panels(attention, form, ("key", "row", "out"))
+    x = blocks.view_block(e.program, x, shown, embedding, panels, shifts, found, norm)
+    return _feed_forward(e, block.ff, x, _norm(e, block.ff_norm), form, routed)
+
+
+register_emitter(ViewTransformer, _emit_view_transformer)
+
+
+def _emit_ray_transformer(
+    e: Emission, block: FrozenRayTransformer, x: Value, *, form: AnyForm, routed: list[Value]
+) -> Value:
+    panels = pack_ray_block.Panels(*block.panels()[:9])
+    names = ("projections", "out", *(("first", "second") if block.has_perceptron else ()))
+    found, shifts = _shift_panels(block, form, names)
+    norms = [cast(Tensor, block.panel_norms)] if shifts else []
+    options = {"heads": block.attn.num_heads, "attention": block.attention, "eps": block.attn_norm.eps}
+    x = blocks.rays_block(e.program, x, panels, [*norms, *shifts], found, **options)
+    return x if block.has_perceptron else _feed_forward(e, block.ff, x, _norm(e, block.ff_norm), form, routed)
+
+
+register_emitter(FrozenRayTransformer, _emit_ray_transformer)
+
+
+def _feed_forward(e: Emission, module: nn.Module, x: Value, norm: Norm, form: AnyForm, routed: list[Value]) -> Value:
+    """A perceptron or a mixture of such, with norm and residual; notes the values that say where tokens went."""
+    experts = list(module.experts) if type(module) is FrozenMoE else [module]
+    perceptron = [_perceptron(e, expert, form) for expert in experts]
+    activations: set[Activation | None] = {activation_name(cast(FrozenMlp, expert).act) for expert in experts}
+    activation: Activation | None = activations.pop()
+    if activations or activation is None:
+        raise e.refusal(module, "whose experts are not alike")
+    if type(module) is not FrozenMoE:
+        return perceptrons(e.program, x, norm, perceptron, activation)[0]
+    weight, bias = module.router.weight.detach(), module.router.bias.detach()
+    router = (weight / module.temperature).contiguous(), (bias / module.temperature).contiguous()
+    gated = module.gate == "probability"
+    x, assignment = perceptrons(e.program, x, norm, perceptron, activation, router=router, gated=gated)
+    routed.append(assignment)
+    return x
+
+
+def _mixtures(net: GNT) -> list[FrozenMoE]:
+    """In the order in which tokens meet them."""
+    pairs = zip(net.view_crosstrans, net.view_selftrans, strict=True)
+    return [block.ff for pair in pairs for block in pair if type(block.ff) is FrozenMoE]
+
+
+def _perceptron(e: Emission, module: nn.Module, form: AnyForm) -> Perceptron:
+    if type(module) not in (FrozenMlp, FeedForward):
+        raise e.refusal(module, "which is not registered")
+    layers: dict[str, nn.Module] = {name: module.get_submodule(name) for name in ("fc1", "fc2")}
+    try:
+        weights, biases = weights_and_biases(layers)
+    except UserError as error:
+        raise e.refusal(module, str(error)) from None
+    whole = whole_layers(layers.values()) if form != "float32" else None
+    made = None if whole is None else shift_perceptron_of(whole, biases, form)
+    return made or perceptron_of(weights, biases, current().lanes)
+
+
+def _emit_position_layer(e: Emission, layer: FrozenPositionLayer, x: Value, *, rays: Rays, canonical: bool) -> Value:
+    if not current().has_fma:
+        raise e.refusal(layer, "whose sines take fused multiply-adds, which this CPU has not")
+    panels = pack_position_layer.Panels(*layer.panels())
+    return blocks.position(e.program, x, rays, panels, canonical=canonical)
+
+
+register_emitter(FrozenPositionLayer, _emit_position_layer)
+
+
+def _emit_identity(e: Emission, layer: nn.Identity, x: Value, **_: Any) -> Value:
+    return x
+
+
+register_emitter(nn.Identity, _emit_identity)
+
+
+def _network(e: Emission, net: GNT, form: AnyForm, *, channels: int, canonical: bool) -> None:
+    """Inputs and outputs of a program that renders rays with a network, once their samples' depths are known.
+
+    Outputs are rgb [R, 3], weights [R, S], whether any view sees a sample [R, S], and where the mixtures' tokens went.
+    """
+    if type(net) is not FrozenGNT:
+        raise e.refusal(net, "which is not registered")
+    color_head, width = net.color_head, net.width
+    if color_head is None:
+        raise e.refusal(net, "without a colour head")
+    if type(color_head) is not FrozenImageColorHead:
+        raise e.refusal(color_head, "which is not registered")
+    if width % current().lanes:
+        raise e.refusal(net, f"of {width} channels, which are no whole vectors")
+    of_rays, routed = Rays.inputs(e.program, channels), list[Value]()
+    panels = rays.embedding_panels(*_all(net.embedding_layers()), current().lanes)
+    shown, embedding, x = rays.views(e.program, of_rays, panels, width)
+    for i, (of_views, of_ray) in enumerate(zip(net.view_crosstrans, net.view_selftrans, strict=True)):
+        x = e.emit(of_views, x, shown=shown, embedding=embedding, form=form, routed=routed)
+        if i % 2 == 0:
+            x = e.emit(net.q_fcs[i], x, rays=of_rays, canonical=canonical)
+        x = e.emit(of_ray, x, form=form, routed=routed)
+    gain, shift, eps = _norm(e, net.norm)
+    blend = head.blend_panels(*_all(color_head.blend_layers()), *color_head.scales(), current().lanes)
+    weight, bias = (color_head.regressed_scale * x for x in (net.rgb_fc.weight, net.rgb_fc.bias))
+    tensors = head.behind_norm(blend, weight, bias, gain, shift)
+    e.program.output(*head.colors(e.program, x, shown, tensors, color_head.hidden, eps), *routed)
+
+
+def _all(layers: dict[str, nn.Module]) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and biases of layers that have both."""
+    weights, biases = weights_and_biases(layers)
+    return weights, [bias for bias in biases if bias is not None]
+
+
+def _sweep(e: Emission, proposal: PlaneSweepProposal) -> None:
+    """Inputs and outputs of a program for the plane sweep: rgb [R, 3], weights [R, S], and whether points are seen."""
+    if type(proposal) is not FrozenPlaneSweepProposal:
+        raise e.refusal(proposal, "which is not registered")
+    panels = pack_plane_sweep.Panels(*proposal.panels())
+    compared = pack_plane_sweep.channels_compared(panels)
+    e.program.output(*rays.sweep(e.program, Rays.inputs(e.program, compared), panels, proposal.hidden))
+
+
+def programs_of(model: GNTModel, exactness: Exactness) -> dict[str, Program]:
+    """The programs of a frozen GNT.
+
+    They are ``"sweep"`` and ``"around"`` if it has a proposal, ``"coarse"``, and ``"fine"`` of two networks.
+
+    Raises:
+        Unserved: something in it is not registered, or someone watches it.
+    """
+    form = "float32" if exactness == "safe" else panel_form(current(), exactness) or "float32"
+    channels, canonical = model.config.feature_dim, model.config.canonical
+    programs: dict[str, Program] = {}
+
+    def emit(name: str, part: nn.Module, emitter: Callable[..., None], **options: Any) -> None:
+        emission = Emission(model)
+        emission.check_unwatched(part)
+        with torch.no_grad():
+            emitter(emission, part, **options)
+        programs[name] = emission.program
+
+    if type(model.look_up) is not FrozenPointLookUp:
+        raise Emission(model).refusal(model.look_up, "which is not registered")
+    if model.proposal is not None:
+        emit("sweep", model.proposal, _sweep)
+        programs["around"] = around()
+    for name, net in (("coarse", model.net_coarse), ("fine", model.net_fine)):
+        if net is not None:
+            emit(name, net, _network, form=form, channels=channels, canonical=canonical)
+    return programs
+
+
+class CompiledGNT(GNTModel):
+    """A frozen GNT whose plane sweep is one call of an executable, and all that comes behind another.
+
+    It has the parts of the frozen model, and computes what that does, in inference and in the numerics that it was
+    compiled for. Source views are encoded as before. Weights are those at the time of compiling.
+
+    Attributes:
+        model: the frozen model.
+        reason: why it is not compiled and runs as before, or None.
+        numerics: what it computes in.
+        overflows: how many calls an activation made to be done again, in float32.
+    """
+
+    model: GNTModel
+
+    def __init__(self, model: GNTModel, numerics: Numerics) -> None:
+        nn.Module.__init__(self)
+        vars(self).update(vars(model))
+        self.__dict__["model"] = model  # no part of this one, whose parts it has
+        self.numerics: Numerics = numerics
+        self.reason: str | None = None
+        self.overflows = 0
+        self._lock = threading.Lock()
+        self._executables: dict[Exactness, _Executables] = {}
+        self._of_views: dict[str, tuple[list[Tensor | None], Tensor]] = {}
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether there are executables; else `reason` says why not."""
+        return self.reason is None
+
+    def load(self, exactness: Exactness) -> _Executables:
+        """The executables for these numerics."""
+        found = self._executables.get(exactness)
+        if found is None:
+            found = self._executables[exactness] = _Executables(programs_of(self.model, exactness), exactness)
+        return found
+
+    def _sweep(
+        self,
+        proposal: PlaneSweepProposal,
+        sources: SourceViews,
+        origins: Tensor,
+        directions: Tensor,
+        planes: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not self._serves(proposal, sources, origins):
+            return super()._sweep(proposal, sources, origins, directions, planes)
+        # A copy of the maps' first channels alone, which caches hold.
+        maps = self._derived("maps", [sources.features[0]], partial(_first_channels, count=proposal.feature_dim))
+        rgb, weights, seen = self._call("sweep", sources, maps, origins, directions, planes)
+        return rgb, weights, seen.view(torch.bool)
+
+    def _samples_around(self, planes: Tensor, weights: Tensor, num_samples: int, *, stratified: bool) -> Tensor:
+        if stratified or not self._is_wanted(planes):
+            return super()._samples_around(planes, weights, num_samples, stratified=stratified)
+        (depths,) = self._run("around", [planes.contiguous(), weights.contiguous(), torch.linspace(0, 1, num_samples)])
+        return depths
+
+    def _render(
+        self, net: GNT, sources: SourceViews, origins: Tensor, directions: Tensor, depths: Tensor, feature_maps: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not self._serves(net, sources, origins):
+            return super()._render(net, sources, origins, directions, depths, feature_maps)
+        name = "coarse" if net is self.net_coarse else "fine"
+        rgb, weights, seen, *routed = self._call(name, sources, feature_maps, origins, directions, depths)
+        for mixture, assignment in zip(_mixtures(net), routed, strict=True):
+            if mixture.keep_assignment:
+                mixture.last_assignment = assignment
+        return rgb, weights, seen.view(torch.bool)
+
+    def _serves(self, part: nn.Module, sources: SourceViews, origins: Tensor) -> bool:
+        """Whether executables do the work of a part for these rays."""
+        if origins.device.type != "cpu":
+            raise UserError(f"a compiled GNT takes rays on the CPU, not on {origins.device}")
+        known = origins.dtype == torch.float32 and 0 < len(sources.images) <= MAX_VIEWS
+        return known and self._is_wanted(origins) and not has_hooks(*part.modules())
+
+    def _is_wanted(self, of_rays: Tensor) -> bool:
+        """Whether there are rays, and nothing else than inference in numerics with kernels is asked for."""
+        used = self.is_compiled and not self.training and uses_kernels("view_attention", of_rays)
+        return used and len(of_rays) > 0
+
+    def _call(self, name: str, sources: SourceViews, feature_maps: Tensor, *of_rays: Tensor) -> list[Tensor]:
+        """The outcomes of a program, for as many rays at a time as caches hold."""
+        views = (
+            projection_matrices(sources.cameras),
+            sources.cameras.camera_to_world[:, :3, 3],
+            self._derived("pixels", [sources.images, sources.valid], pixels_of),
+            feature_maps.permute(0, 2, 3, 1),
+        )
+        ready = [x.detach().contiguous() for x in views]
+        at_once = _RAYS_OF_A_THREAD * torch.get_num_threads()
+        chunks = zip(*(x.detach().contiguous().split(at_once) for x in of_rays), strict=True)
+        parts = [self._run(name, [*chunk, *ready]) for chunk in chunks]
+        return [torch.cat(some) for some in zip(*parts, strict=True)]
+
+    def _derived(self, name: str, given: list[Tensor | None], make: Callable[..., Tensor]) -> Tensor:
+        """What `make` makes of source views; that of the views asked for last is kept."""
+        known = self._of_views.get(name)
+        if known is None or any(x is not y for x, y in zip(known[0], given, strict=True)):
+            known = self._of_views[name] = given, make(*given)
+        return known[1]
+
+    def _run(self, name: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+        with self._lock:
+            outcome = self.load(self.numerics).run(name, inputs)
+            if outcome is None:
+                self.overflows += 1
+                outcome = self.load("safe").run(name, inputs)
+        assert outcome is not None
+        return outcome
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is compiled comes from the cache again.
+        return {**vars(self), "_lock": None, "_executables": {}, "_of_views": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.Lock()
+
+
+def _first_channels(maps: Tensor, count: int) -> Tensor:
+    return maps[:, :count].contiguous(memory_format=torch.channels_last)
+
+
+class _Executables:
+    """Programs ready to be called, with their weights."""
+
+    def __init__(self, programs: dict[str, Program], exactness: Exactness) -> None:
+        library = executable.load(programs, exactness)
+        self._functions = {name: (library[name], executable.weights_of(one)) for name, one in programs.items()}
+        self._control = executable.Control()
+
+    def run(self, name: str, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+        """The outcomes of one; None if it met an activation that it cannot express."""
+        function, weights = self._functions[name]
+        follow_torch()
+        self._control.reset(torch.get_num_threads())
+        outcome = function(*inputs, self._control.tensor, weights)
+        if self._control.overflowed:
+            return None
+        return [torch.from_dlpack(outcome)] if name == "around" else [torch.from_dlpack(x) for x in outcome]
+
+
+def compile_gnt(model: nn.Module, numerics: Numerics) -> CompiledGNT:
+    """A frozen GNT compiled; where that cannot be, it runs as before, and one warning says why.
+
+    Raises:
+        UserError: it is not frozen.
+    """
+    assert isinstance(model, GNTModel)
+    if type(model.net_coarse) is GNT:
+        raise UserError("net_coarse is a GNT, not frozen; call freeze_ first")
+    compiled = CompiledGNT(model, numerics)
+    try:
+        compiled.load(numerics)
+    except Unserved as error:
+        compiled.reason = str(error)
+    except kernel.FAILURES as error:
+        compiled.reason = kernel.first_line(error)
+    if compiled.reason is not None:
+        warnings.warn(f"not compiled, so it runs as before: {compiled.reason}", RuntimeWarning, stacklevel=3)
+    return compiled
+
+
+register_compiler(GNTModel, compile_gnt)

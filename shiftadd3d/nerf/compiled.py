@@ -1,0 +1,27 @@
+"""Frozen networks that render as executables."""
+
+from __future__ import annotations
+
+import warnings
+
+from rich.console import Console
+
+from shiftadd3d._errors import UserError
+from shiftadd3d.models.gnt import GNTModel
+from shiftadd3d.nn.compiled import compile as compile_model
+
+
+def compiled_where_it_can_be(network: GNTModel, console: Console) -> GNTModel:
+    """A frozen network compiled, in the numerics of the process; itself where that cannot be, and a line says why."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            compiled = compile_model(network)
+    except UserError as error:
+        reason = str(error)
+    else:
+        if compiled.is_compiled:
+            return compiled
+        reason = str(compiled.reason)
+    console.print(f"not compiled, so it renders as before: {reason}", highlight=False, markup=False, soft_wrap=True)
+    return network
