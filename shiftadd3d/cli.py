@@ -229,6 +229,8 @@ class Movie(Verb):
     """What to show, side by side."""
     preview: bool = False
     """Write the first frame, small, as NAME.preview.png as soon as there are poses."""
+    numerics: Literal["exact", "fast", "int8"] = "int8"
+    """What kernels compute in: float32 throughout, or numbers of 16 or 8 bits where that is faster."""
     compile: bool = True
     """Make one executable of the network on a CPU, where that can be."""
     json: JsonFile = None

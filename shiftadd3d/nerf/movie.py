@@ -22,6 +22,7 @@ from PIL import Image
 from shiftadd3d._claim import claimed
 from shiftadd3d._errors import UserError
 from shiftadd3d._progress import duration
+from shiftadd3d.kernels import numerics as in_numerics
 from shiftadd3d.models.gnt.feature_net import MIN_IMAGE_SIDE
 from shiftadd3d.nerf.dataparsers import AutoDataParserConfig, find_scene
 from shiftadd3d.nerf.model import GNTNerfModel
@@ -66,6 +67,8 @@ class MovieOptions:
     """Write one small frame before anything else is rendered."""
     compile: bool = True
     """Render with the network as one executable, on a CPU."""
+    numerics: Literal["exact", "fast", "int8"] = "int8"
+    """What kernels compute in. Frames have 8 bits, and show nothing of the difference."""
 
 
 def movie(
@@ -125,14 +128,14 @@ def _movie(method: PretrainedMethod, source: Path, out: Path, options: MovieOpti
             cameras, model = _path(opened, options), opened.model
             model.config.compile = options.compile
         if options.preview:
-            with clock.step("preview"):
+            with clock.step("preview"), in_numerics(options.numerics):
                 preview = _write_preview(model, cameras[0:1], out, options.outputs)
         if options.minutes > 0:
             with clock.step("training"):
                 run = _train(method, scene, opened, out, options.minutes)
                 model = _trained(run)
                 model.config.compile = options.compile
-        with clock.step("rendering"):
+        with clock.step("rendering"), in_numerics(options.numerics):
             write_path(model, cameras, out, fps=options.fps, names=options.outputs)
     facts = {
         "movie": str(out),
