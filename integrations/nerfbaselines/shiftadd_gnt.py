@@ -150,8 +150,10 @@ def _hyperparameters(config: Any, prefix: str = "") -> dict[str, Any]:
             continue
         if dataclasses.is_dataclass(value) or isinstance(value, Mapping):
             found |= _hyperparameters(value, f"{name}.")
-        else:
-            found[name] = value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            found[name] = value
+        elif isinstance(value, (list, tuple, Path)):  # functions and tensors are no settings
+            found[name] = str(value)
     return found
 
 

@@ -313,6 +313,8 @@ def test_a_checkpoint_renders_the_same_without_the_training_set_and_is_saved_byt
     info = restored.get_info()
     assert info["loaded_step"] == 3 and info["loaded_checkpoint"] == str(moved)
     assert info["hparams"]["pipeline.model.gnt.width"] == 16
+    assert json.loads(json.dumps(info["hparams"])) == info["hparams"]
+    assert not any(" at 0x" in str(value) for value in info["hparams"].values())
     for name, value in restored.render(camera).items():
         np.testing.assert_allclose(value, expected[name], atol=1e-5, rtol=1e-5)
     restored.save(str(tmp_path / "again"))
