@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.depthwise import depthwise_conv_twin
 from shiftadd3d.kernels.runtime import memory, targets
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
 from shiftadd3d.kernels.runtime.memory import DTYPES, Dtype
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr
@@ -158,7 +158,7 @@ def trial(function: Compiled, *, dtype: Dtype, kernel_size: int, activation: Act
         torch.testing.assert_close(found.float(), expected, rtol=rtol, atol=atol)
 
 
-def variants(target: CpuTarget) -> Iterator[dict[str, Any]]:
+def variants(target: CpuTarget) -> Iterator[Spec]:
     """3 x 3 kernels in both dtypes: those between the layers of a perceptron, and those on values."""
     for dtype, (activation, added) in itertools.product(DTYPES.values(), (("gelu", False), ("none", True))):
         yield {"dtype": dtype, "kernel_size": 3, "activation": activation, "added": added}

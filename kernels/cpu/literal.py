@@ -11,6 +11,7 @@ from torch import Tensor
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.reference import power_of_two
 from shiftadd3d.kernels.reference.literal import matshift_literal_twin
+from shiftadd3d.kernels.reference.trials import Draw
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
 from shiftadd3d.kernels.runtime.targets import CpuTarget
@@ -93,12 +94,11 @@ def _sums(isa: Isa, raised: Buffer, row: Expr, weights: _Decoded) -> list[Expr]:
 
 def trial(function: Compiled, bits: int, terms: int) -> None:
     """Odd sizes, exponents far apart, every sum exact."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(19, 53, generator=generator) * torch.exp2(torch.arange(19).float() - 8)[:, None]
-    codes, offset, _ = power_of_two.encode(weight, bits, terms)
-    packed = power_of_two.pack(codes, bits)
-    x = torch.randint(-9, 10, (_BLOCK_ROWS + 7, 53), generator=generator, dtype=torch.int32)
-    found, expected = run(function, x, packed, offset), matshift_literal_twin(x, packed, offset, bits)
+    draw = Draw()
+    layer = draw.layer(53, 19, bits, terms, far_apart=True)
+    x = (4 * draw.normal(_BLOCK_ROWS + 7, 53)).int()
+    found = run(function, x, layer.codes, layer.offset)
+    expected = matshift_literal_twin(x, layer.codes, layer.offset, bits)
     assert torch.equal(found, expected), f"it is off by {(found - expected).abs().max():.2g}"
 
 

@@ -14,8 +14,8 @@ With q and k codes of 1 and `low` (-1 or 0), s the scale, c the contrast, n the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -23,22 +23,24 @@ from torch import Tensor
 from shiftadd3d.kernels.cpu.sign_tables import TOKENS, Products, Tables, emit_sums
 from shiftadd3d.kernels.reference.matadd import (
     LOW,
+    AddAttention,
+    Codes,
+    MatAddKV,
+    MatAddQ,
     add_attention_twin,
+    features_of,
     matadd_kv_twin,
     matadd_q_twin,
-    matadd_twin,
-    pack_signs,
 )
+from shiftadd3d.kernels.reference.trials import Draw, assert_close
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec, SpecValue, by_name
 from shiftadd3d.kernels.runtime.memory import DTYPES, empty_by_heads, stored
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr
 
 CODES: dict[torch.dtype, str] = {**DTYPES, torch.uint8: "uint8"}
 """What kernels call the dtypes that signs are taken of; those of uint8 are packed."""
-
-_DTYPES = {name: dtype for dtype, name in CODES.items()}
 
 
 def _rows(name: str, batch_heads_tokens: Sequence[Expr], width: int, dtype: str) -> Buffer:
@@ -91,9 +93,8 @@ class _Spec(NamedTuple):
     contrasted: bool
 
 
-def _build_matadd(target: CpuTarget, **compiled_in: Any) -> T.PrimFunc:
+def _build_matadd(target: CpuTarget, spec: _Spec) -> T.PrimFunc:
     """The function ``(q, k, v, mask, contrast, low, scale, parts of q, parts of k, out)``: both products in a row."""
-    spec = _Spec(**compiled_in)
     of_queries, of_keys = (Tables(target, codes, spec.features, spec.columns) for codes in (spec.codes, spec.key_codes))
     with T.function("matadd") as function:
         B, H, N, M = T.sizes(4)
@@ -114,103 +115,96 @@ def _build_matadd(target: CpuTarget, **compiled_in: Any) -> T.PrimFunc:
     return function.get()
 
 
-def _draw(storage: str, *shape: int) -> Tensor:
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(shape[-2]))
-    return pack_signs(x) if storage == "uint8" else x.to(_DTYPES[storage])
-
-
-def _assert_close(found: Tensor, expected: Tensor) -> None:
-    rtol, atol = (1e-2, 1e-2) if found.dtype == torch.bfloat16 else (1e-5, 1e-4)
-    torch.testing.assert_close(found, expected.to(found.dtype), rtol=rtol, atol=atol)
-
-
 def _try_sums(function: Compiled, *, codes: str, dtype: str, features: int, columns: int, masked: bool) -> None:
-    k, v = _draw(codes, 1, 2, 45, features), _draw(dtype, 1, 2, 45, columns)
-    mask = _draw("float32", 1, 2, 45) > 0 if masked else None
-    for name in LOW:
-        found = run_sums(function, k, v, mask, name, features)
-        _assert_close(found, matadd_kv_twin(k, v.float(), mask, name, features))
+    draw = Draw()
+    k, v = draw.signs(codes, 1, 2, 45, features), draw.normal(1, 2, 45, columns, dtype=dtype)
+    mask = draw.normal(1, 2, 45) > 0 if masked else None
+    for name in get_args(Codes):
+        given = MatAddKV(k, v, mask, name, features)
+        assert_close(sums(given, function), matadd_kv_twin(*given._replace(v=v.float())))
 
 
 def _try_products(function: Compiled, *, codes: str, dtype: str, features: int, columns: int) -> None:
-    q, kv = _draw(codes, 1, 2, 45, features), _draw(dtype, 1, 2, features, columns)
-    for name in LOW:
-        _assert_close(run_products(function, q, kv, name), matadd_q_twin(q, kv.float(), name))
+    draw = Draw()
+    q, kv = draw.signs(codes, 1, 2, 45, features), draw.normal(1, 2, features, columns, dtype=dtype)
+    for name in get_args(Codes):
+        assert_close(products(MatAddQ(q, kv, name), function), matadd_q_twin(q, kv.float(), name))
 
 
-def _try_matadd(function: Compiled, **compiled_in: Any) -> None:
-    spec = _Spec(**compiled_in)
-    q, k = _draw(spec.codes, 1, 2, 45, spec.features), _draw(spec.key_codes, 1, 2, 70, spec.features)
-    v = _draw(spec.dtype, 1, 2, 70, spec.columns)
-    mask = _draw("float32", 1, 2, 70) > 0 if spec.masked else None
+def _try_matadd(function: Compiled, spec: _Spec) -> None:
+    draw = Draw()
+    q, k = draw.signs(spec.codes, 1, 2, 45, spec.features), draw.signs(spec.key_codes, 1, 2, 70, spec.features)
+    v = draw.normal(1, 2, 70, spec.columns, dtype=spec.dtype)
+    mask = draw.normal(1, 2, 70) > 0 if spec.masked else None
     contrast = torch.tensor([0.5, 16.0]) if spec.contrasted else None
-    for name in LOW:
-        arguments = mask, name, spec.features
-        found = run_matadd(function, q, k, v, *arguments, contrast)
-        if spec.attention:
-            _assert_close(found, add_attention_twin(q, k, v.float(), *arguments, contrast))
-        else:
-            _assert_close(found, matadd_twin(q, k, v.float(), *arguments))
+    for name in get_args(Codes):
+        given = AddAttention(q, k, v, mask, name, spec.features, contrast, spec.attention)
+        assert_close(attend(given, function), add_attention_twin(*given._replace(v=v.float())))
 
 
-_HEAD_DIMS = (16, 32, 64)
+def _variants(**spec: SpecValue) -> Callable[[CpuTarget], list[Spec]]:
+    return lambda target: [{**spec, "features": width, "columns": width} for width in (16, 32, 64)]  # of a head
 
 
-def _variants(**spec: Any) -> Callable[[CpuTarget], list[dict[str, Any]]]:
-    return lambda target: [{**spec, "features": width, "columns": width} for width in _HEAD_DIMS]
-
-
-_FLOATS = {"codes": "float32", "dtype": "float32"}
+_FLOATS: Spec = {"codes": "float32", "dtype": "float32"}
+_ATTENTION: Spec = {**_FLOATS, "key_codes": "float32", "masked": False, "attention": True, "contrasted": True}
 SUMS = Kernel("matadd_kv", _build_sums, _try_sums, _variants(**_FLOATS, masked=False))
 PRODUCTS = Kernel("matadd_q", _build_products, _try_products, _variants(**_FLOATS))
-
-MATADD = Kernel(
-    "matadd",
-    _build_matadd,
-    _try_matadd,
-    _variants(**_FLOATS, key_codes="float32", masked=False, attention=True, contrasted=True),
-)
+MATADD = Kernel("matadd", by_name(_Spec, _build_matadd), by_name(_Spec, _try_matadd), _variants(**_ATTENTION))
 
 _NO_MASK = torch.zeros(1, 1, 1, dtype=torch.uint8)
 _NO_CONTRAST = torch.ones(1)
 
 
-def run_sums(function: Compiled, k: Tensor, v: Tensor, mask: Tensor | None, codes: str, features: int) -> Tensor:
-    """[B, H, D, E] float32."""
-    batch, heads, tokens, columns = v.shape
+def sums(given: MatAddKV, function: Compiled | None = None) -> Tensor | None:
+    """``K^T V`` of heads, [B, H, D, E] float32, by that function; by default the one for the case, if there is one."""
+    k, v, mask, codes, _ = given
+    (batch, heads, tokens, columns), features = v.shape, features_of(k, given.features)
+    function = function or _function(SUMS, v, {"codes": k}, features, masked=mask is not None)
+    if function is None:
+        return None
     state = torch.empty(batch, heads, _parts(batch * heads, tokens), features, columns)
     function(stored(k), stored(v), stored(_NO_MASK if mask is None else mask), LOW[codes], state)
     return state.sum(2) if state.shape[2] > 1 else state.squeeze(2)
 
 
-def run_products(function: Compiled, q: Tensor, kv: Tensor, codes: str) -> Tensor:
-    """[B, H, N, E] in the dtype of kv."""
-    batch, heads, tokens, _ = q.shape
-    out = empty_by_heads(q, kv)
-    state = kv.float().contiguous().unsqueeze(2)
-    function(stored(q), state, LOW[codes], _parts(batch * heads, tokens), stored(out))
+def products(given: MatAddQ, function: Compiled | None = None) -> Tensor | None:
+    """``Q S`` of heads, [B, H, N, E]; likewise."""
+    q, kv, codes = given
+    function = function or _function(PRODUCTS, kv, {"codes": q}, kv.shape[-2])
+    if function is None:
+        return None
+    out, parts = empty_by_heads(q, kv), _parts(q.shape[0] * q.shape[1], q.shape[2])
+    function(stored(q), kv.float().contiguous().unsqueeze(2), LOW[codes], parts, stored(out))
     return out
 
 
-def run_matadd(
-    function: Compiled,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    codes: str,
-    features: int,
-    contrast: Tensor | None,
-) -> Tensor:
-    """[B, H, N, E] in the dtype of v."""
-    batch, heads, tokens, _ = q.shape
-    parts = _parts(batch * heads, tokens), _parts(batch * heads, k.shape[2])
-    out = empty_by_heads(q, v)
-    scale = 1 / (math.pi * features)
+def attend(given: AddAttention, function: Compiled | None = None) -> Tensor | None:
+    """Both in a row, [B, H, N, E]; likewise."""
+    q, k, v, mask, codes, _, contrast, attention = given
+    features = features_of(k, given.features)
+    if function is None:
+        spec: Spec = {"masked": mask is not None, "attention": attention, "contrasted": contrast is not None}
+        function = _function(MATADD, v, {"codes": q, "key_codes": k}, features, **spec)
+    if function is None:
+        return None
+    batch_heads = q.shape[0] * q.shape[1]
+    parts = _parts(batch_heads, q.shape[2]), _parts(batch_heads, k.shape[2])
+    out, scale = empty_by_heads(q, v), 1 / (math.pi * features)
     mask = _NO_MASK if mask is None else mask
     contrast = _NO_CONTRAST if contrast is None else contrast.float().contiguous()
     function(stored(q), stored(k), stored(v), stored(mask), contrast, LOW[codes], scale, *parts, stored(out))
     return out
+
+
+def _function(
+    kernel: Kernel, values: Tensor, signs: Mapping[str, Tensor], features: int, **spec: SpecValue
+) -> Compiled | None:
+    """The compiled function for values and the signs of tensors."""
+    if values.dtype not in DTYPES or any(x.dtype not in CODES for x in signs.values()):
+        return None
+    codes = {name: CODES[x.dtype] for name, x in signs.items()}
+    return kernel.function(**codes, **spec, dtype=CODES[values.dtype], features=features, columns=values.shape[-1])
 
 
 def _parts(batch_heads: int, tokens: int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,27 +16,35 @@ from torch import Tensor
 
 from shiftadd3d.kernels.cpu.blocks import activate
 from shiftadd3d.kernels.cpu.decode import Weights
-from shiftadd3d.kernels.cpu.forms import Form, all_forms, error_bound, rows_of_block, shift_product, tile_shape
+from shiftadd3d.kernels.cpu.forms import (
+    Form,
+    ShiftSpec,
+    all_forms,
+    error_bound,
+    rows_of_block,
+    shift_product,
+    tile_shape,
+)
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.trials import Draw, check_within
 from shiftadd3d.kernels.reference import activations
-from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.matshift import decoded_weight
 from shiftadd3d.kernels.runtime import memory, targets
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
-from shiftadd3d.kernels.runtime.memory import DTYPES, Dtype
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec, by_name
+from shiftadd3d.kernels.runtime.memory import DTYPES, FLAG
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 
 # Of staged activations. Decoding weights for fewer rows costs more than reaching beyond a cache of 512 KiB.
 BLOCK_BYTES = 768 << 10
 
 
-def build(target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype, activation: Activation) -> T.PrimFunc:
+def build(target: CpuTarget, spec: ShiftSpec) -> T.PrimFunc:
     """The function ``(x, codes, offset, bias, y, flag, rows of a block, shares of the outputs)``.
 
-    x and y are of `dtype`; bias is float32. See `ShiftProduct.stage` for the flag.
+    x and y are of the spec's dtype; bias is float32. See `ShiftProduct.stage` for the flag.
     """
+    form, bits, terms, dtype, activation = spec
     isa, product = Isa(target), shift_product(target, form, bits, terms, dtype)
 
     with T.function("matshift") as function:
@@ -62,14 +69,14 @@ def build(target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype, ac
     return function.get()
 
 
-def trial(function: Compiled, form: Form, bits: int, terms: int, dtype: Dtype, activation: Activation) -> None:
+def trial(function: Compiled, spec: ShiftSpec) -> None:
     """Odd sizes with tails on every side, more than one block of inputs, exponents far apart."""
+    form, bits, terms, dtype, activation = spec
     rows, columns = tile_shape(targets.current(), form)
     draw = Draw()
     layer = draw.layer(16 * 41 + 5, columns + 3, bits, terms, far_apart=True)
     x = draw.normal(3 * rows + 1, 16 * 41 + 5, dtype=dtype)
     y = run(function, x, layer.codes, layer.offset, layer.bias, block_rows=2 * rows, shares=2)
-    assert y is not None, "it found an activation that it cannot express"
     weight = decoded_weight(x, layer.codes, layer.offset, bits).float()
     twin = activations.apply(activation, F.linear(x.float(), weight, layer.bias))
     # The twin's own error, that of the form, and that of rounding the outcome.
@@ -79,14 +86,14 @@ def trial(function: Compiled, form: Form, bits: int, terms: int, dtype: Dtype, a
     check_within(y, twin, bound)
 
 
-def variants(target: CpuTarget) -> Iterator[dict[str, Any]]:
+def variants(target: CpuTarget) -> Iterator[Spec]:
     """4 and 5 bits, one and two terms, both dtypes, all numerics, with each activation."""
     for bits, terms, dtype in itertools.product((4, 5), (1, 2), DTYPES.values()):
         for form, activation in itertools.product(all_forms(target, bits, terms, dtype), activations.ACTIVATIONS):
             yield {"form": form, "bits": bits, "terms": terms, "dtype": dtype, "activation": activation}
 
 
-MATSHIFT = Kernel("matshift", build, trial, variants)
+MATSHIFT = Kernel("matshift", by_name(ShiftSpec, build), by_name(ShiftSpec, trial), variants)
 
 
 def run(
@@ -94,9 +101,8 @@ def run(
 ) -> Tensor | None:
     """Call a compiled function; None if its form cannot express an activation."""
     y = memory.empty(x.shape[0], codes.shape[1], dtype=x.dtype)
-    flag = torch.zeros(1, dtype=torch.int32)
-    function(memory.stored(x), codes, offset, bias, memory.stored(y), flag, block_rows, shares)
-    return None if flag.item() else y
+    function(memory.stored(x), codes, offset, bias, memory.stored(y), FLAG.tensor, block_rows, shares)
+    return None if FLAG.was_raised() else y
 
 
 def division_of(form: Form, rows: int, inputs: int, outputs: int) -> tuple[int, int]:

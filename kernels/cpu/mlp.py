@@ -8,14 +8,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from shiftadd3d.kernels.cpu.blocks import activate
 from shiftadd3d.kernels.cpu.decode import Scratch, Weights
-from shiftadd3d.kernels.cpu.forms import Form, all_forms, error_bound, rows_of_block, shift_product, tile_shape
+from shiftadd3d.kernels.cpu.forms import (
+    Form,
+    ShiftSpec,
+    all_forms,
+    error_bound,
+    rows_of_block,
+    shift_product,
+    tile_shape,
+)
 from shiftadd3d.kernels.cpu.forms.base import ShiftProduct
 from shiftadd3d.kernels.cpu.forms.float32 import Float32Product
 from shiftadd3d.kernels.cpu.trials import Draw, check_within
@@ -23,8 +29,8 @@ from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.mlp import shift_mlp_twin
 from shiftadd3d.kernels.runtime import memory, targets
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
-from shiftadd3d.kernels.runtime.memory import DTYPES, Dtype
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec, by_name
+from shiftadd3d.kernels.runtime.memory import DTYPES, FLAG
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index, Load, Store
 
@@ -80,11 +86,12 @@ def _scratch(product: ShiftProduct, block: Index, inputs: Expr) -> Scratch:
     return product.scratch(tiles * product.rows, inputs)
 
 
-def build(target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype, activation: Activation) -> T.PrimFunc:
+def build(target: CpuTarget, spec: ShiftSpec) -> T.PrimFunc:
     """The function ``(x, codes, offset and bias of both layers, y, flag, rows of a block)``.
 
-    x and y are of `dtype`; biases are float32. See `ShiftProduct.stage` for the flag.
+    x and y are of the spec's dtype; biases are float32. See `ShiftProduct.stage` for the flag.
     """
+    form, bits, terms, dtype, activation = spec
     # The hidden layer stays in float32, but bfloat16 weights are rounded as the twin's.
     products = [shift_product(target, form, bits, terms, dtype) for _ in range(2)]
     isa = products[0].isa
@@ -104,18 +111,18 @@ def build(target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype, ac
     return function.get()
 
 
-def trial(function: Compiled, form: Form, bits: int, terms: int, dtype: Dtype, activation: Activation) -> None:
+def trial(function: Compiled, spec: ShiftSpec) -> None:
     """Odd sizes with tails on every side, more than one block of inputs and of rows."""
+    form, bits, terms, dtype, activation = spec
     rows, columns = tile_shape(targets.current(), form)
     draw = Draw()
     widths = (columns + 3, 16 * 20 + 5, columns + 7)
     first, second = (draw.layer(*between, bits, terms) for between in itertools.pairwise(widths))
-    layers = [first.codes, first.offset, first.bias, second.codes, second.offset, second.bias]
+    layers = [(layer.codes, layer.offset, layer.bias) for layer in (first, second)]
     x = draw.normal(3 * rows + 1, widths[0], dtype=dtype)
     y = run(function, x, layers, block_rows=2 * rows)
-    assert y is not None, "it found an activation that it cannot express"
     # The twin in float32, so that its hidden activations are not rounded.
-    twin = shift_mlp_twin(x.float(), *layers, bits=bits, activation=activation)
+    twin = shift_mlp_twin(x.float(), *layers[0], *layers[1], bits, activation)
     peak = x.float().abs().amax(-1, keepdim=True) * first.gain
     largest = (peak + 4) * second.gain
     hidden = error_bound(form, bits) * peak * 1.2  # gelu's steepest
@@ -124,30 +131,26 @@ def trial(function: Compiled, form: Form, bits: int, terms: int, dtype: Dtype, a
     check_within(y, twin, bound)
 
 
-def variants(target: CpuTarget) -> Iterator[dict[str, Any]]:
+def variants(target: CpuTarget) -> Iterator[Spec]:
     """4 bits, one term, both dtypes, all numerics, with each activation that networks have."""
     for dtype, activation in itertools.product(DTYPES.values(), ("relu", "gelu")):
         for form in all_forms(target, 4, 1, dtype):
             yield {"form": form, "bits": 4, "terms": 1, "dtype": dtype, "activation": activation}
 
 
-MLP = Kernel("shift_mlp", build, trial, variants)
+MLP = Kernel("shift_mlp", by_name(ShiftSpec, build), by_name(ShiftSpec, trial), variants)
 
 
-def run(function: Compiled, x: Tensor, layers: Sequence[Any], block_rows: int) -> Tensor | None:
-    """Call a compiled function; None if its form cannot express an activation."""
-    y = memory.empty(x.shape[0], layers[3].shape[1], dtype=x.dtype)
-    flag = torch.zeros(1, dtype=torch.int32)
-    function(memory.stored(x), *_contiguous(layers), memory.stored(y), flag, block_rows)
-    return None if flag.item() else y
-
-
-def _contiguous(layers: Sequence[Any]) -> list[Tensor]:
-    """Codes, offset and bias of each layer as functions take them: every layer has a bias, in float32."""
+def run(
+    function: Compiled, x: Tensor, layers: Sequence[tuple[Tensor, Tensor, Tensor | None]], block_rows: int
+) -> Tensor | None:
+    """Call a compiled function with the tensors of both layers; None if its form cannot express an activation."""
     ready = []
-    for codes, offset, bias in zip(layers[0::3], layers[1::3], layers[2::3], strict=True):
+    for codes, offset, bias in layers:
         ready += [codes.contiguous(), offset.contiguous(), memory.float32_bias(bias, codes.shape[1])]
-    return ready
+    y = memory.empty(x.shape[0], layers[1][0].shape[1], dtype=x.dtype)
+    function(memory.stored(x), *ready, memory.stored(y), FLAG.tensor, block_rows)
+    return None if FLAG.was_raised() else y
 
 
 def block_rows(form: Form, rows: int, widths: Sequence[int]) -> int:

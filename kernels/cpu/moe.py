@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,31 +32,32 @@ from shiftadd3d.kernels.reference.moe import (
 )
 from shiftadd3d.kernels.runtime import memory, targets
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
-from shiftadd3d.kernels.runtime.memory import DTYPES, Dtype
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec, by_name
+from shiftadd3d.kernels.runtime.memory import DTYPES, FLAG, Dtype
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index, Load, Store
 
 
-def build(
-    target: CpuTarget,
-    experts: str,
-    depth: int,
-    form: Form,
-    bits: int,
-    terms: int,
-    dtype: Dtype,
-    activation: Activation,
-) -> T.PrimFunc:
+class MoeSpec(NamedTuple):
+    """What is compiled in: kinds of the experts, ``"mult"`` or ``"shift"``, with commas between them; their layers; the
+    rest as in a `ShiftSpec`."""
+
+    experts: str
+    depth: int
+    form: Form
+    bits: int
+    terms: int
+    dtype: Dtype
+    activation: Activation
+
+
+def build(target: CpuTarget, spec: MoeSpec) -> T.PrimFunc:
     """The function ``(x, logits, gates, all layers' tensors, y, assignment, flag, rows of a block)``.
 
-    x and y are of `dtype`; logits, gates (what each token's outcome is multiplied by), ordinary weights, which have no
-    offset, and biases are float32. See `ShiftProduct.stage` for the flag.
-
-    Args:
-        experts: kinds of the experts, ``"mult"`` or ``"shift"``, with commas between them.
-        depth: layers of an expert.
+    x and y are of the spec's dtype; logits, gates (what each token's outcome is multiplied by), ordinary weights, which
+    have no offset, and biases are float32. See `ShiftProduct.stage` for the flag.
     """
+    experts, depth, form, bits, terms, dtype, activation = spec
     isa, kinds = Isa(target), experts.split(",")
 
     with T.function("moe_mlp") as function:
@@ -210,17 +212,9 @@ def _is_nan(x: Expr) -> Expr:
     return (T.reinterpret("int32", x) & T.int32(0x7FFFFFFF)) > T.int32(0x7F800000)
 
 
-def trial(
-    function: Compiled,
-    experts: str,
-    depth: int,
-    form: Form,
-    bits: int,
-    terms: int,
-    dtype: Dtype,
-    activation: Activation,
-) -> None:
+def trial(function: Compiled, spec: MoeSpec) -> None:
     """Odd sizes with tails on every side, several blocks for each expert, more than one block of inputs."""
+    experts, depth, form, bits, terms, dtype, activation = spec
     rows, columns = tile_shape(targets.current(), form)
     draw = Draw()
     widths = [16 * 20 + 5, *[columns + 3] * (depth - 1), columns + 7]
@@ -251,7 +245,7 @@ def variants(target: CpuTarget) -> Iterator[Spec]:
             yield {"experts": "mult,shift", "depth": depth, **shift, "activation": activation}
 
 
-MOE = Kernel("moe_mlp", build, trial, variants)
+MOE = Kernel("moe_mlp", by_name(MoeSpec, build), by_name(MoeSpec, trial), variants)
 
 
 def run(
@@ -266,7 +260,6 @@ def run(
     """Call a compiled function; None if its form cannot express an activation."""
     y = memory.empty(x.shape[0], outputs_of(layers), dtype=x.dtype)
     assignment = torch.empty(len(x), dtype=torch.int64)
-    flag = torch.zeros(1, dtype=torch.int32)
     logits = logits.float().contiguous()
     gates = gates_of(logits) if gated else torch.ones(len(x))
     ready: list[Tensor] = []
@@ -276,5 +269,5 @@ def run(
             [weight.to(x.dtype).float().contiguous()] if offset is None else [weight.contiguous(), offset.contiguous()]
         )
         ready.append(memory.float32_bias(bias, width_of(ExpertLayer(weight, offset, bias))))
-    function(memory.stored(x), logits, gates, *ready, memory.stored(y), assignment, flag, block_rows)
-    return None if flag.item() else (y, assignment)
+    function(memory.stored(x), logits, gates, *ready, memory.stored(y), assignment, FLAG.tensor, block_rows)
+    return None if FLAG.was_raised() else (y, assignment)

@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +33,6 @@ from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.runtime import bundle, cache, targets
 from shiftadd3d.kernels.runtime.kernel import Kernel, Spec, SpecValue
 from shiftadd3d.kernels.runtime.targets import CudaTarget
-from shiftadd3d.kernels.runtime.tir import PrimFunc
 
 CUDA_KERNELS: dict[str, CudaKernel] = {}
 """All kernels for GPUs by name, those whose modules have been imported."""
@@ -142,7 +141,6 @@ class CudaKernel(Kernel):
     tensors.
     """
 
-    build: Callable[..., PrimFunc]
     suffix = ".cubin"
 
     def register(self) -> None:
@@ -198,11 +196,7 @@ class CudaKernel(Kernel):
         return function
 
     def _try(self, function: CudaFunction, entry: str, spec: Spec) -> None:
-        with cache.first_run(entry) as may_run:
-            if not may_run:
-                raise RuntimeError(
-                    f"its code crashed an earlier process; to try again, remove {entry}.trial from {cache.folder()}"
-                )
+        with cache.first_run(entry):
             try:
                 with torch.cuda.device(function.device):
                     self.trial(function, **spec)

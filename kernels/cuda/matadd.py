@@ -22,9 +22,12 @@ from torch import Tensor
 from shiftadd3d.kernels.cuda.driver import MAX_ELEMENTS, CudaFunction, CudaKernel
 from shiftadd3d.kernels.cuda.product import DTYPES
 from shiftadd3d.kernels.cuda.tile import ACROSS, Tile, grid, shared, shared_out
-from shiftadd3d.kernels.reference.matadd import LOW, decode_signs, pack_signs
+from shiftadd3d.kernels.reference.linear_angular import LEAST_ROW_SUM
+from shiftadd3d.kernels.reference.matadd import LOW, AddAttention, MatAddKV, MatAddQ, decode_signs, features_of
+from shiftadd3d.kernels.reference.trials import Draw, assert_close
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Spec
+from shiftadd3d.kernels.runtime.memory import empty_by_heads
 from shiftadd3d.kernels.runtime.targets import CudaTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
@@ -163,46 +166,36 @@ def build_products(target: CudaTarget, codes: str, dtype: str, attention: bool) 
     return function.get()
 
 
-def _draw(storage: str, *shape: int) -> Tensor:
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(shape[-2]))
-    return pack_signs(x) if storage == "uint8" else x.to(getattr(torch, storage))
-
-
-def _assert_close(found: Tensor, expected: Tensor) -> None:
-    rtol, atol = (1e-5, 1e-4) if found.dtype == torch.float32 else (1e-2, 1e-2)
-    torch.testing.assert_close(found.cpu(), expected.to(found.dtype), rtol=rtol, atol=atol)
-
-
 def try_sums(function: CudaFunction, codes: str, dtype: str, masked: bool, attention: bool) -> None:
     """Several shares and heads, more features and columns than a block has, tails of all; and a strided key."""
-    tokens, features, columns = 45, _TILE + 3, _TILE + 5
-    k, v = _draw(codes, 1, tokens, 2, features).transpose(1, 2), _draw(dtype, 1, 2, tokens, columns)
-    mask = _draw("float32", 1, 2, tokens) > 0 if masked else None
+    (tokens, features, columns), draw = (45, _TILE + 3, _TILE + 5), Draw()
+    k, v = draw.signs(codes, 1, tokens, 2, features).transpose(1, 2), draw.normal(1, 2, tokens, columns, dtype=dtype)
+    mask = draw.normal(1, 2, tokens) > 0 if masked else None
     on_device = k.to(function.device), v.to(function.device), mask if mask is None else mask.to(function.device)
     for name, low in LOW.items():
-        found = run_sums(function, *on_device, low, features, attention, shares=2)
+        found = sum_keys(*on_device, low, features, attention, function, shares=2)
         keys, values = decode_signs(k, name, features, torch.float32), v.float()
         if attention:
             keys, values = (F.pad(x, (0, 1), value=1.0) for x in (keys, values))
         if mask is not None:
             values = torch.where(mask.unsqueeze(-1), values, 0)
-        _assert_close(found, (keys.mT @ values).flatten(0, 1))
+        assert_close(found, (keys.mT @ values).flatten(0, 1))
 
 
 def try_products(function: CudaFunction, codes: str, dtype: str, attention: bool) -> None:
     """Several heads, more tokens and columns than a block has, tails of all; and a strided query."""
-    tokens, features, columns = _TILE + 7, 21, _TILE + 5
-    q = _draw(codes, 1, tokens, 2, features).transpose(1, 2)
-    state = _draw("float32", 2, features + attention, columns + attention)
+    (tokens, features, columns), draw = (_TILE + 7, 21, _TILE + 5), Draw()
+    q = draw.signs(codes, 1, tokens, 2, features).transpose(1, 2)
+    state = draw.normal(2, features + attention, columns + attention)
     state[..., -1:] = state[..., -1:].abs() + features  # row sums are positive
     for name, low in LOW.items():
         out = torch.zeros(1, 2, tokens, columns, dtype=getattr(torch, dtype), device=function.device)
-        run_products(function, q.to(function.device), state.to(function.device), low, features, 0.1, out)
+        look_up(q.to(function.device), state.to(function.device), low, features, out, attention, function)
         expected = decode_signs(q, name, features, torch.float32) @ state[:, :features]
         if attention:
             expected = expected / (math.pi * features) + 0.5 * state[:, features:]
-            expected = expected[..., :-1] / expected[..., -1:].clamp(min=0.1)
-        _assert_close(out, expected)
+            expected = expected[..., :-1] / expected[..., -1:].clamp(min=LEAST_ROW_SUM)
+        assert_close(out, expected)
 
 
 def sums_variants(target: CudaTarget) -> Iterator[Spec]:
@@ -221,44 +214,6 @@ SUMS = CudaKernel("matadd_kv", build_sums, try_sums, sums_variants)
 PRODUCTS = CudaKernel("matadd_q", build_products, try_products, products_variants)
 
 
-def run_sums(
-    function: CudaFunction,
-    k: Tensor,  # [B, H, M, D], or [B, H, M, ceil(D / 8)] uint8
-    v: Tensor,  # [B, H, M, E]
-    mask: Tensor | None,  # [B, H, M] bool
-    low: float,
-    features: int,
-    attention: bool,
-    shares: int,
-) -> Tensor:  # [B * H, D + attention, E + attention] float32
-    """Call a compiled function, for so many shares of the tokens."""
-    batch, heads, tokens, columns = v.shape
-    state = v.new_empty(batch * heads * shares, features + attention, columns + attention, dtype=torch.float32)
-    blocks, rows, across = state.shape
-    arguments = _placed("k", k) | _placed("v", v) | _sizes(state, v, k.shape[-1])
-    if mask is not None:
-        arguments |= _placed("m", mask.view(torch.uint8))
-    share = -(-tokens // shares)
-    function(blocks, -(-rows // _TILE), -(-across // _TILE), low=low, share=share, shares=shares, **arguments)
-    return state if shares == 1 else state.view(batch * heads, shares, rows, across).sum(1)
-
-
-def run_products(
-    function: CudaFunction,
-    q: Tensor,  # [B, H, N, D], or [B, H, N, ceil(D / 8)] uint8
-    state: Tensor,  # as `run_sums` makes it
-    low: float,
-    features: int,
-    least: float,
-    out: Tensor,  # [B, H, N, E]
-) -> None:
-    """Call a compiled function, which writes into `out`; `least` is that of row sums, in attention."""
-    batch, heads, tokens, columns = out.shape
-    arguments = _placed("q", q) | _placed("out", out) | _sizes(state, out, q.shape[-1])
-    blocks = batch * heads * -(-tokens // _TILE), -(-columns // _TILE)
-    function(*blocks, low=low, scale=1 / (math.pi * features), least=least, **arguments)
-
-
 def _placed(name: str, x: Tensor) -> dict[str, Tensor | int]:
     """A tensor and its strides."""
     return {name: x, **dict(zip((f"{name}_batch", f"{name}_head", f"{name}_token"), x.stride(), strict=False))}
@@ -271,33 +226,95 @@ def _sizes(state: Tensor, rows: Tensor, width: int) -> dict[str, Tensor | int]:
     return {"state": state, "width": width, **dict(of_rows), **dict(of_state)}
 
 
-def sums(k: Tensor, v: Tensor, mask: Tensor | None, low: float, features: int, attention: bool) -> Tensor | None:
-    """`run_sums` on tensors none of which is empty, or None where the twin has to do."""
-    if k.dtype not in STORAGE or v.dtype not in STORAGE or not _fits(SUMS, k, v):
+def sums(given: MatAddKV) -> Tensor | None:
+    """``K^T V`` of heads, [B, H, D, E] float32; None where the twin has to do."""
+    k, v, mask, codes, _ = given
+    features = features_of(k, given.features)
+    state = sum_keys(k, v, mask, LOW[codes], features, attention=False)
+    return None if state is None else state.view(*v.shape[:2], features, v.shape[-1])
+
+
+def products(given: MatAddQ) -> Tensor | None:
+    """``Q S`` of heads, [B, H, N, E]; None where the twin has to do."""
+    q, kv, codes = given
+    state = kv.float().reshape(-1, *kv.shape[-2:]).contiguous()
+    return look_up(q, state, LOW[codes], kv.shape[-2], empty_by_heads(q, kv), attention=False)
+
+
+def attend(given: AddAttention) -> Tensor | None:
+    """Both in a row, [B, H, N, E]; None where the twin has to do."""
+    q, k, v, mask, codes, _, contrast, attention = given
+    features = features_of(k, given.features)
+    state = sum_keys(k, v, mask, LOW[codes], features, attention)
+    if state is None:
         return None
-    spec: Spec = {"codes": STORAGE[k.dtype], "dtype": STORAGE[v.dtype]}
-    function = SUMS.function(device=v.device, **spec, masked=mask is not None, attention=attention)
-    if function is None:
-        return None
+    if contrast is not None:
+        _add_contrast_(state, contrast)
+    return look_up(q, state, LOW[codes], features, empty_by_heads(q, v), attention)
+
+
+def _add_contrast_(state: Tensor, contrast: Tensor) -> None:
+    """Give contrast [H] to sums [B * H, D + 1, E + 1] whose last row and column sum values and codes, in place."""
+    keys, values, count = state[:, :-1, -1:], state[:, -1:, :-1], state[:, -1:, -1:]
+    factors = contrast.to(state.dtype).repeat(len(state) // len(contrast))[:, None, None]
+    state[:, :-1, :-1] = torch.lerp(keys * (values / count.clamp(min=1)), state[:, :-1, :-1], factors)
+
+
+def sum_keys(
+    k: Tensor,  # [B, H, M, D], or [B, H, M, ceil(D / 8)] uint8
+    v: Tensor,  # [B, H, M, E]
+    mask: Tensor | None,  # [B, H, M] bool
+    low: float,
+    features: int,
+    attention: bool,
+    function: CudaFunction | None = None,
+    shares: int | None = None,
+) -> Tensor | None:  # [B * H, D + attention, E + attention] float32
+    """The sums over keys, by that function and for so many shares of the tokens; by default those for the case."""
     batch, heads, tokens, columns = v.shape
-    blocks = batch * heads * -(-features // _TILE) * -(-columns // _TILE)
-    wanted = _BLOCKS_A_PROCESSOR * torch.cuda.get_device_properties(v.device).multi_processor_count
-    shares = max(1, min(-(-wanted // blocks), tokens // _LEAST_SHARE))
-    return run_sums(function, k, v, mask, low, features, attention, shares)
-
-
-def products(
-    q: Tensor, state: Tensor, low: float, features: int, out: Tensor, *, attention: bool, least: float = 0.0
-) -> bool:
-    """`run_products` on tensors none of which is empty; False where the twin has to do."""
-    if q.dtype not in STORAGE or out.dtype not in STORAGE or not _fits(PRODUCTS, q, state, out):
-        return False
-    spec: Spec = {"codes": STORAGE[q.dtype], "dtype": STORAGE[out.dtype]}
-    function = PRODUCTS.function(device=out.device, **spec, attention=attention)
     if function is None:
-        return False
-    run_products(function, q, state, low, features, least, out)
-    return True
+        if k.dtype not in STORAGE or v.dtype not in STORAGE or not _fits(SUMS, k, v):
+            return None
+        spec: Spec = {"codes": STORAGE[k.dtype], "dtype": STORAGE[v.dtype]}
+        function = SUMS.function(device=v.device, **spec, masked=mask is not None, attention=attention)
+    if function is None:
+        return None
+    if shares is None:
+        blocks = batch * heads * -(-features // _TILE) * -(-columns // _TILE)
+        wanted = _BLOCKS_A_PROCESSOR * torch.cuda.get_device_properties(v.device).multi_processor_count
+        shares = max(1, min(-(-wanted // blocks), tokens // _LEAST_SHARE))
+    state = v.new_empty(batch * heads * shares, features + attention, columns + attention, dtype=torch.float32)
+    blocks, rows, across = state.shape
+    arguments = _placed("k", k) | _placed("v", v) | _sizes(state, v, k.shape[-1])
+    if mask is not None:
+        arguments |= _placed("m", mask.view(torch.uint8))
+    share = -(-tokens // shares)
+    function(blocks, -(-rows // _TILE), -(-across // _TILE), low=low, share=share, shares=shares, **arguments)
+    return state if shares == 1 else state.view(batch * heads, shares, rows, across).sum(1)
+
+
+def look_up(
+    q: Tensor,  # [B, H, N, D], or [B, H, N, ceil(D / 8)] uint8
+    state: Tensor,  # as `sum_keys` makes it
+    low: float,
+    features: int,
+    out: Tensor,  # [B, H, N, E]
+    attention: bool,
+    function: CudaFunction | None = None,
+) -> Tensor | None:
+    """What queries make of the sums, in `out`, by that function; by default the one for the case."""
+    batch, heads, tokens, columns = out.shape
+    if function is None:
+        if q.dtype not in STORAGE or out.dtype not in STORAGE or not _fits(PRODUCTS, q, state, out):
+            return None
+        spec: Spec = {"codes": STORAGE[q.dtype], "dtype": STORAGE[out.dtype]}
+        function = PRODUCTS.function(device=out.device, **spec, attention=attention)
+    if function is None:
+        return None
+    arguments = _placed("q", q) | _placed("out", out) | _sizes(state, out, q.shape[-1])
+    scalars = {"low": low, "scale": 1 / (math.pi * features), "least": LEAST_ROW_SUM if attention else 0.0}
+    function(batch * heads * -(-tokens // _TILE), -(-columns // _TILE), **scalars, **arguments)
+    return out
 
 
 def _fits(kernel: CudaKernel, *tensors: Tensor) -> bool:

@@ -13,34 +13,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shiftadd3d.kernels.cuda import product
 from shiftadd3d.kernels.cuda.driver import MAX_ELEMENTS, CudaFunction, CudaKernel
-from shiftadd3d.kernels.cuda.product import (
-    COLUMNS,
-    DTYPES,
-    INPUTS,
-    ROWS,
-    THREADS,
-    Choice,
-    Dtype,
-    Form,
-    Layer,
-    Rows,
-    Weights,
-    check_product,
-    form,
-)
+from shiftadd3d.kernels.cuda.product import COLUMNS, DTYPES, ROWS, Layer
 from shiftadd3d.kernels.cuda.tile import grid, local, shared, wait
-from shiftadd3d.kernels.reference import power_of_two
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.moe import ExpertLayer, width_of
+from shiftadd3d.kernels.reference.trials import Draw
 from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Spec
+from shiftadd3d.kernels.runtime.kernel import Spec, by_name
 from shiftadd3d.kernels.runtime.numerics import COMPILED, Numerics
 from shiftadd3d.kernels.runtime.targets import CudaTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr
@@ -107,28 +94,34 @@ def run_sort(function: CudaFunction, assignment: Tensor, experts: int) -> tuple[
     return counts, order
 
 
-def build(
-    target: CudaTarget,
-    experts: str,
-    gathers: bool,
-    scatters: bool,
-    gated: bool,
-    form: Form,
-    bits: int,
-    terms: int,
-    dtype: Dtype,
-    activation: Activation,
-) -> T.PrimFunc:
-    """The function of (x, counts, order, all layers' tensors, y), and of gates [tokens] float32 if they are wanted.
+class LayerSpec(NamedTuple):
+    """What is compiled in of a layer of all experts.
 
-    x and y are in `dtype`, ordinary weights too; biases are float32. Blocks: sorted rows along x, outputs along y.
-
-    Args:
+    Attributes:
         experts: kinds of the experts, ``"mult"`` or ``"shift"``, with commas between them.
         gathers: whether x holds tokens, not sorted rows.
         scatters: whether y does.
         gated: whether what is stored is multiplied by the token's gate.
+        form, bits, terms, dtype, activation: as in a layer of shifts.
     """
+
+    experts: str
+    gathers: bool
+    scatters: bool
+    gated: bool
+    form: product.Form
+    bits: int
+    terms: int
+    dtype: product.Dtype
+    activation: Activation
+
+
+def build(target: CudaTarget, spec: LayerSpec) -> T.PrimFunc:
+    """The function of (x, counts, order, all layers' tensors, y), and of gates [tokens] float32 if they are wanted.
+
+    x, y and ordinary weights are in the spec's dtype; biases are float32. Blocks: sorted rows along x, outputs along y.
+    """
+    experts, gathers, scatters, gated, form, bits, terms, dtype, activation = spec
     kinds = experts.split(",")
     with T.function("moe_layer") as function:
         tokens, tiles, across, x_width, y_width = T.scalars("tokens", "tiles", "across", "x_width", "y_width")
@@ -137,10 +130,10 @@ def build(
         counts, order = T.tensor("counts", (len(kinds),), "int32"), T.tensor("order", (len(kinds), tokens), "int32")
         gates = T.tensor("gates", (tokens,), "float32") if gated else None
         layers = [
-            Weights.argument(str(expert), dtype, bits, 0 if kind == "mult" else terms)
+            product.Weights.argument(str(expert), dtype, bits, 0 if kind == "mult" else terms)
             for expert, kind in enumerate(kinds)
         ]
-        with grid(tiles, across, threads=THREADS) as (tile, block_column, thread):
+        with grid(tiles, across, threads=product.THREADS) as (tile, block_column, thread):
             token_of = shared(ROWS, dtype="int32")  # -1 for rows that are not there
             applies = _share_out(tile, thread, counts, order, token_of)
 
@@ -151,9 +144,9 @@ def build(
                 value = value if gates is None else value * gates[token_of[row]]
                 y[token_of[row] if scatters else tile * ROWS + row, column] = T.cast(value, dtype)
 
-            choices = [Choice(*pair) for pair in zip(layers, applies, strict=True)]
-            rows = Rows(lambda row: token_of[row] >= 0, load, store)
-            product.emit(form, dtype, activation, thread, block_column, choices, rows)
+            choices = [product.Choice(*pair) for pair in zip(layers, applies, strict=True)]
+            rows = product.Rows(lambda row: token_of[row] >= 0, load, store)
+            product.emit(form, product.Task(dtype, activation, thread, block_column, choices, rows))
     return function.get()
 
 
@@ -175,62 +168,49 @@ def _share_out(tile: Expr, thread: Expr, counts: Buffer, order: Buffer, token_of
     return applies
 
 
-def trial(
-    function: CudaFunction,
-    experts: str,
-    gathers: bool,
-    scatters: bool,
-    gated: bool,
-    form: Form,
-    bits: int,
-    terms: int,
-    dtype: Dtype,
-    activation: Activation,
-) -> None:
+def trial(function: CudaFunction, spec: LayerSpec) -> None:
     """Odd sizes with tails on every side, blocks that are left without tokens, exponents far apart."""
-    generator = torch.Generator().manual_seed(0)
-    kinds = experts.split(",")
-    tokens, inputs, outputs = 2 * ROWS + 19, 2 * INPUTS["tensor"] + 5, COLUMNS + 7
+    draw, device, kinds = Draw(), function.device, spec.experts.split(",")
+    tokens, inputs, outputs = 2 * ROWS + 19, 2 * product.INPUTS["tensor"] + 5, COLUMNS + 7
+    x, gates = draw.normal(tokens, inputs, dtype=spec.dtype), draw.uniform(tokens)
+    assignment = (draw.uniform(tokens).argsort() // ROWS).clamp(max=len(kinds) - 1)
+    counts, order, sorted_rows = _sorted(assignment, len(kinds))
+    drawn = [draw.layer(inputs, outputs, spec.bits, spec.terms, far_apart=True) for _ in kinds]
     layers: list[Layer] = []
-    exact_weights = []
-    for kind in kinds:
-        weight = torch.randn(outputs, inputs, generator=generator)
-        weight = (weight * torch.exp2(torch.arange(outputs) % 8 - 4.0)[:, None]).to(getattr(torch, dtype))
-        bias = torch.randn(outputs, generator=generator)
-        if kind == "mult":
-            layers.append(Layer(weight, None, bias, inputs))
-            exact_weights.append(weight.double())
-        else:
-            codes, offset, _ = power_of_two.encode(weight, bits, terms)
-            layers.append(Layer(power_of_two.pack(codes, bits), offset, bias, inputs))
-            exact_weights.append(power_of_two.decode(codes, offset, bits).double())
-    assignment = (torch.randperm(tokens, generator=generator) // ROWS).clamp(max=len(kinds) - 1)
-    counts = assignment.bincount(minlength=len(kinds)).int()
-    order = torch.zeros(len(kinds), tokens, dtype=torch.int32)
-    tiles, first = _tiles(tokens, len(kinds)), 0
-    sorted_rows = torch.full((tiles * ROWS,), -1)  # the token of each
+    for kind, layer in zip(kinds, drawn, strict=True):
+        weight = layer.weight.to(x.dtype) if kind == "mult" else layer.codes
+        offset = None if kind == "mult" else layer.offset.to(device)
+        layers.append(Layer(weight.to(device), offset, layer.bias.to(device), inputs))
+    given = x if spec.gathers else x[sorted_rows].where(sorted_rows[:, None] >= 0, torch.nan)
+    given_gates = gates.to(device) if spec.gated else None
+    on_device = (given.to(device), counts.to(device), order.to(device))
+    y = run(function, *on_device, layers, scatters=spec.scatters, gates=given_gates).cpu().double()
+    if not spec.scatters:
+        found = torch.zeros(tokens, outputs).double()
+        found[sorted_rows[sorted_rows >= 0]] = y[sorted_rows >= 0]
+        y = found
+    exact_weights = [
+        layer.weight.to(x.dtype) if kind == "mult" else layer.decoded for kind, layer in zip(kinds, drawn, strict=True)
+    ]
+    weight = torch.stack([weight.double() for weight in exact_weights])[assignment]
+    bias = torch.stack([layer.bias.double() for layer in drawn])[assignment]
+    exact = torch.einsum("ti,toi->to", x.double(), weight) + bias
+    size = torch.einsum("ti,toi->to", x.double().abs(), weight.abs()) + bias.abs()
+    last = gates[:, None] if spec.gated else 1.0
+    product.check_product(y, exact, 2 * size, spec.form, spec.dtype, spec.activation, last)
+
+
+def _sorted(assignment: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts and order as `SORT` makes them, and the token of each sorted row, -1 where there is none."""
+    tokens, first = len(assignment), 0
+    counts, order = assignment.bincount(minlength=experts).int(), torch.zeros(experts, tokens, dtype=torch.int32)
+    sorted_rows = torch.full((_tiles(tokens, experts) * ROWS,), -1)
     for expert, count in enumerate(counts.tolist()):
         chosen = (assignment == expert).nonzero().flatten()
         order[expert, :count] = chosen
         sorted_rows[first : first + count] = chosen
         first += -(-count // ROWS) * ROWS
-    x = torch.randn(tokens, inputs, generator=generator).to(getattr(torch, dtype))
-    gates = torch.rand(tokens, generator=generator)
-    given = x if gathers else x[sorted_rows].where(sorted_rows[:, None] >= 0, torch.nan)
-    device = function.device
-    layers = [Layer(w.to(device), e if e is None else e.to(device), b.to(device), k) for w, e, b, k in layers]
-    on_device = (given.to(device), counts.to(device), order.to(device))
-    y = run(function, *on_device, layers, scatters=scatters, gates=gates.to(device) if gated else None).cpu()
-    found = y.double() if scatters else torch.zeros(tokens, outputs).double()
-    if not scatters:
-        found[sorted_rows[sorted_rows >= 0]] = y[sorted_rows >= 0].double()
-    weight, bias = (
-        torch.stack(parts)[assignment].double() for parts in (exact_weights, [layer.bias.cpu() for layer in layers])
-    )
-    exact = torch.einsum("ti,toi->to", x.double(), weight) + bias
-    size = torch.einsum("ti,toi->to", x.double().abs(), weight.abs()) + bias.abs()
-    given_gates = gates[:, None] if gated else 1.0
-    check_product(found, exact, 2 * size, form, dtype, activation, given_gates)
+    return counts, order, sorted_rows
 
 
 def variants(target: CudaTarget) -> Iterator[Spec]:
@@ -239,14 +219,14 @@ def variants(target: CudaTarget) -> Iterator[Spec]:
     ends += [(True, False, False, activation) for activation in ("relu", "gelu")]  # the first of two
     ends += [(False, True, gated, "none") for gated in (False, True)]  # the second
     for dtype in DTYPES.values():
-        found = dict.fromkeys(form(target, numerics, 4, dtype) for numerics in COMPILED)
+        found = dict.fromkeys(product.form(target, numerics, 4, dtype) for numerics in COMPILED)
         for one, (gathers, scatters, gated, activation) in itertools.product(found, ends):
             place = {"gathers": gathers, "scatters": scatters, "gated": gated}
             shift = {"form": one, "bits": 4, "terms": 1, "dtype": dtype}
             yield {"experts": "mult,shift", **place, **shift, "activation": activation}
 
 
-LAYER = CudaKernel("moe_layer", build, trial, variants)
+LAYER = CudaKernel("moe_layer", by_name(LayerSpec, build), by_name(LayerSpec, trial), variants)
 
 
 def _tiles(tokens: int, experts: int) -> int:
@@ -305,7 +285,7 @@ def mixture(
     if len(experts) > _SORT_THREADS:
         SORT.decline(f"{len(experts)} experts are too many for it")
         return None
-    chosen = form(targets.of_gpu(x.device), numerics, bits, dtype)
+    chosen = product.form(targets.of_gpu(x.device), numerics, bits, dtype)
     shift: Spec = {"form": chosen, "bits": bits, "terms": terms, "dtype": dtype}
     sort = SORT.function(device=x.device, experts=len(experts))
     functions = []

@@ -59,7 +59,7 @@ def form(target: CudaTarget, numerics: Numerics, bits: int, dtype: Dtype) -> For
     """The way that is as exact as `numerics` asks for."""
     if dtype == "float16":
         return "tensor" if bits <= _FLOAT16_BITS else "float32"
-    if dtype == "float32" and numerics == "exact":
+    if dtype == "float32" and numerics not in ("fast", "int8"):
         return "float32"
     return "tensor" if target.has_bfloat16 else "float32"
 
@@ -233,43 +233,37 @@ class Rows:
     store: Callable[[Expr, Expr, Expr], None]
 
 
-def emit(
-    form: Form,
-    dtype: Dtype,
-    activation: Activation,
-    thread: Expr,
-    block_column: Expr,
-    choices: Sequence[Choice],
-    rows: Rows,
-) -> None:
-    """Emit the product of a block's rows with the one of `choices` that applies, if one does.
+class Task(NamedTuple):
+    """The product of a block's rows with the one of `choices` that applies, if one does.
 
-    Args:
+    Attributes:
         dtype: of what `rows` loads.
         thread: its number in the block.
         block_column: the number of the block among those that share its rows.
     """
-    product = _TensorProduct if form == "tensor" else _Float32Product
-    product(dtype, activation, thread, block_column, choices, rows).emit()
+
+    dtype: Dtype
+    activation: Activation
+    thread: Expr
+    block_column: Expr
+    choices: Sequence[Choice]
+    rows: Rows
+
+
+def emit(form: Form, task: Task) -> None:
+    """Emit a product."""
+    (_TensorProduct if form == "tensor" else _Float32Product)(task).emit()
 
 
 class _Product(ABC):
-    """The code of a product; arguments as those of `emit`."""
+    """The code of a product."""
 
     form: Form
 
-    def __init__(
-        self,
-        dtype: Dtype,
-        activation: Activation,
-        thread: Expr,
-        block_column: Expr,
-        choices: Sequence[Choice],
-        rows: Rows,
-    ) -> None:
-        self.dtype, self.thread, self.choices, self._rows = dtype, thread, choices, rows
-        self._activation: Activation = activation
-        self.left, self.depth = block_column * COLUMNS, INPUTS[self.form]
+    def __init__(self, task: Task) -> None:
+        self.dtype, self.thread, self.choices, self._rows = task.dtype, task.thread, task.choices, task.rows
+        self.left, self.depth = task.block_column * COLUMNS, INPUTS[self.form]
+        self._activation: Activation = task.activation
 
     @abstractmethod
     def emit(self) -> None: ...

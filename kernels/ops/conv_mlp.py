@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shiftadd3d.kernels.ops.define import Size, define_op
-from shiftadd3d.kernels.ops.depthwise import depthwise_op
+from shiftadd3d.kernels.ops.depthwise import depthwise_conv
 from shiftadd3d.kernels.ops.matshift import matshift_op
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.conv_mlp import shift_conv_mlp_twin
@@ -25,64 +25,42 @@ from shiftadd3d.kernels.reference.conv_mlp import shift_conv_mlp_twin
 _HIDDEN_BYTES = 4 << 20
 
 
-def shift_conv_mlp(
-    x: Tensor,  # [B, height * width, inputs]
-    hidden_codes: Tensor,  # [terms, hidden, ceil(inputs * bits / 8)] uint8
-    hidden_offset: Tensor,  # [terms, hidden] int8
-    hidden_bias: Tensor | None,  # [hidden]
-    weight: Tensor,  # [hidden, 1, k, k]
-    conv_bias: Tensor | None,  # [hidden]
-    codes: Tensor,  # [terms, outputs, ceil(hidden * bits / 8)] uint8
-    offset: Tensor,  # [terms, outputs] int8
-    bias: Tensor | None,  # [outputs]
-    grid: tuple[int, int],
-    bits: int = 4,
-    activation: Activation = "gelu",
-) -> Tensor:  # [B, height * width, outputs], dtype of x
+class ShiftConvMlp(NamedTuple):
     """Two linear layers with power-of-two weights, between them a depthwise convolution and an activation function.
 
-    Runs compiled code on CPUs in float32 and bfloat16, and `shift_conv_mlp_twin` everywhere else.
+    Runs compiled code on CPUs in float32 and bfloat16, and `shift_conv_mlp_twin` everywhere else. Raises `UserError` if
+    shapes, dtypes or names do not fit together.
 
-    Args:
+    Attributes:
         x: tokens, the grid row by row.
         hidden_codes, hidden_offset, hidden_bias: the first layer, as `matshift` takes it.
         weight, conv_bias: the convolution, as `depthwise_conv` takes it.
         codes, offset, bias: the second layer.
-        grid: (height, width).
+        height, width: of the grid.
         bits: bits of one code, 2 to 6, in both layers.
         activation: one of ``"none"``, ``"relu"``, ``"gelu"`` (with erf).
-
-    Raises:
-        UserError: if shapes, dtypes or names do not fit together.
     """
-    layers = (hidden_codes, hidden_offset, hidden_bias, weight, conv_bias, codes, offset, bias)
-    return _conv_mlp_op(x, *layers, *grid, bits, activation)
 
-
-class ShiftConvMlp(NamedTuple):
-    """The op's arguments."""
-
-    x: Tensor
-    hidden_codes: Tensor
-    hidden_offset: Tensor
-    hidden_bias: Tensor | None
-    weight: Tensor
-    conv_bias: Tensor | None
-    codes: Tensor
-    offset: Tensor
-    bias: Tensor | None
+    x: Tensor  # [B, height * width, inputs]
+    hidden_codes: Tensor  # [terms, hidden, ceil(inputs * bits / 8)] uint8
+    hidden_offset: Tensor  # [terms, hidden] int8
+    hidden_bias: Tensor | None  # [hidden]
+    weight: Tensor  # [hidden, 1, k, k]
+    conv_bias: Tensor | None  # [hidden]
+    codes: Tensor  # [terms, outputs, ceil(hidden * bits / 8)] uint8
+    offset: Tensor  # [terms, outputs] int8
+    bias: Tensor | None  # [outputs]
     height: Size
     width: Size
-    bits: int
-    activation: Activation
+    bits: int = 4
+    activation: Activation = "gelu"
 
 
 def _steps(given: ShiftConvMlp) -> Tensor:
     """The three steps as the ops that there are for them, which check their arguments."""
-    x, *first, weight, conv_bias, codes, offset, bias, height, width, bits, activation = given
-    hidden = matshift_op(x, *first, bits, "none")
-    hidden = depthwise_op(hidden, weight, conv_bias, height, width, activation)
-    return matshift_op(hidden, codes, offset, bias, bits, "none")
+    hidden = matshift_op(*given[:4], given.bits)
+    hidden = depthwise_conv(hidden, given.weight, given.conv_bias, given.height, given.width, given.activation)
+    return matshift_op(hidden, *given[6:9], given.bits)
 
 
 def _cpu(given: ShiftConvMlp) -> Tensor:
@@ -94,4 +72,7 @@ def _cpu(given: ShiftConvMlp) -> Tensor:
     return torch.cat([_steps(given._replace(x=some)) for some in x.split(images)])
 
 
-_conv_mlp_op = define_op("shift_conv_mlp", ShiftConvMlp, twin=shift_conv_mlp_twin, cpu=_cpu, fake=_steps, activations=1)
+#: [B, height * width, outputs] in the dtype of x.
+shift_conv_mlp = define_op(
+    "shift_conv_mlp", ShiftConvMlp, twin=shift_conv_mlp_twin, cpu=_cpu, fake=_steps, activations=1
+)

@@ -6,8 +6,8 @@ what each backend makes of it. Where a backend has nothing for a case, or numeri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Literal, ParamSpec, Protocol, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -18,13 +18,13 @@ from shiftadd3d.kernels.runtime.numerics import KERNEL_DEVICES, get_numerics
 from shiftadd3d.kernels.runtime.targets import current
 
 OP_NAMESPACE = "shiftadd3d"
-TWINS: dict[str, Callable[..., Any]] = {}
+TWINS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {}
 """What each op computes, in plain torch, by the op's name; arguments as those of the op."""
 
 Size = Annotated[int, "SymInt"]
 """A size that `torch.compile` may leave open."""
 
-_TYPES = {
+_TYPES: dict[object, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
     list[Tensor]: "Tensor[]",
@@ -38,13 +38,17 @@ _TYPES = {
 }
 _LIBRARY = torch.library.Library(OP_NAMESPACE, "FRAGMENT")
 
+Taken = ParamSpec("Taken")
 Given = TypeVar("Given", bound=tuple)
-Outcome = TypeVar("Outcome")
+Outcome = TypeVar("Outcome", bound=Tensor | tuple[Tensor, ...])
+Form = TypeVar("Form", bound=str)
+Value: TypeAlias = "Tensor | Sequence[Tensor | None] | int | float | str | None"
+"""Of an argument."""
 
 
 def define_op(
     name: str,
-    arguments: type[Given],
+    arguments: Callable[Taken, Given],
     *,
     twin: Callable[..., Outcome],
     check: Callable[[Given], object] | None = None,
@@ -52,17 +56,16 @@ def define_op(
     cpu: Callable[[Given], Outcome | None],
     cuda: Callable[[Given], Outcome | None] | None = None,
     fake: Callable[[Given], Outcome],
-    backward: Callable[..., Any] | None = None,
-    setup_context: Callable[..., None] | None = None,
+    backward: Callable[[Given, Tensor, Sequence[bool]], tuple[Tensor | None, ...]] | None = None,
     activations: int = 0,
-) -> Callable[..., Outcome]:
+) -> Callable[Taken, Outcome]:
     """Make a torch op of a kernel.
 
     All tensors have to be on one device, or else a `UserError` says which is not.
 
     Args:
-        arguments: a named tuple, whose fields are the op's arguments: tensors, numbers, `Size`, and literals, which are
-            checked.
+        arguments: a class of named tuples, whose fields are the op's arguments: tensors, numbers, `Size`, and literals,
+            which are checked.
         twin: what is computed, a function of all arguments one by one.
         check: raises `UserError` for arguments that do not fit together.
         check_values: the same, by what tensors hold: where they are more than shapes.
@@ -70,7 +73,8 @@ def define_op(
             to do. How exactly, it asks `get_numerics`, as the setting is no argument of any op.
         cuda: the same for CUDA tensors.
         fake: the shapes and dtypes of the outcome, for `torch.compile` and `torch.export`.
-        backward, setup_context: gradients, as `torch.library.register_autograd` takes them.
+        backward: ``backward(arguments, gradient, wanted)``, of an op with one outcome: a gradient for each argument,
+            None where it is not wanted or there is none.
         activations: how many of the first arguments `torch.autocast` casts, as it does the input of a linear layer.
 
     Returns:
@@ -79,7 +83,7 @@ def define_op(
     types = get_type_hints(arguments, include_extras=True)
     names = [(i, field, get_args(kind)) for i, (field, kind) in enumerate(types.items()) if get_origin(kind) is Literal]
 
-    def checked(*args: Any, **kwargs: Any) -> Given:
+    def checked(*args: Taken.args, **kwargs: Taken.kwargs) -> Given:
         given = arguments(*args, **kwargs)
         for i, field, known in names:
             if given[i] not in known:
@@ -88,14 +92,8 @@ def define_op(
             check(given)
         return given
 
-    def plain(*args: Any, **kwargs: Any) -> Outcome:
-        given = checked(*args, **kwargs)
-        if check_values is not None:
-            check_values(given)
-        return twin(*given)
-
-    def compiled(backend: Callable[[Given], Outcome | None]) -> Callable[..., Outcome]:
-        def run(*args: Any, **kwargs: Any) -> Outcome:
+    def compiled(backend: Callable[[Given], Outcome | None]) -> Callable[Taken, Outcome]:
+        def run(*args: Taken.args, **kwargs: Taken.kwargs) -> Outcome:
             given = checked(*args, **kwargs)
             if check_values is not None:
                 check_values(given)
@@ -104,16 +102,20 @@ def define_op(
 
         return run
 
+    plain = compiled(lambda given: None)
     _LIBRARY.define(_schema(name, arguments, types, twin), tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(getattr(torch.ops, OP_NAMESPACE), name).default
     _LIBRARY.impl(name, compiled(cpu), "CPU")
     if cuda is not None:
         _LIBRARY.impl(name, _on_one_device(name, types, compiled(cuda)), "CUDA")
     _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
-    outcome_like = _on_one_device(name, types, lambda *args, **kwargs: fake(checked(*args, **kwargs)))
-    torch.library.register_fake(f"{OP_NAMESPACE}::{name}", outcome_like, lib=_LIBRARY)
+
+    def outcome_like(*args: Taken.args, **kwargs: Taken.kwargs) -> Outcome:
+        return fake(checked(*args, **kwargs))
+
+    torch.library.register_fake(f"{OP_NAMESPACE}::{name}", _on_one_device(name, types, outcome_like), lib=_LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(f"{OP_NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+        _differentiate(name, arguments, backward)
     if activations:
         for device in ("cpu", "cuda"):
             _LIBRARY.impl(name, _autocast(op, device, activations), f"Autocast{device.upper()}")
@@ -122,7 +124,7 @@ def define_op(
     return op
 
 
-def _schema(name: str, arguments: type[tuple], types: dict[str, Any], twin: Callable[..., Any]) -> str:
+def _schema(name: str, arguments: Callable[..., tuple], types: dict[str, type], twin: Callable[..., object]) -> str:
     """The op as torch writes it, ``"matshift(Tensor x, ...) -> Tensor"``."""
     defaults = getattr(arguments, "_field_defaults", {})
     fields = [
@@ -136,7 +138,7 @@ def _schema(name: str, arguments: type[tuple], types: dict[str, Any], twin: Call
 
 
 def first_outcome(
-    kernel: Kernel, forms: Iterable[str], run: Callable[[Compiled, Any], Outcome | None], **spec: SpecValue
+    kernel: Kernel, forms: Iterable[Form], run: Callable[[Compiled, Form], Outcome | None], **spec: SpecValue
 ) -> Outcome | None:
     """What the first form that can express all activations makes of them; None where there is none."""
     for form in forms:
@@ -155,10 +157,39 @@ def packed_function(kernel: Kernel, lanes: int, /, **spec: SpecValue) -> Compile
     return kernel.function(**spec)
 
 
-def _on_one_device(name: str, fields: Iterable[str], implementation: Callable[..., Any]) -> Callable[..., Any]:
+class _Context(Protocol):
+    """What torch keeps of a call until its gradients are wanted."""
+
+    saved_tensors: tuple[Tensor | None, ...]
+    needs_input_grad: tuple[bool, ...]
+    others: list[object]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
+def _differentiate(
+    name: str,
+    arguments: Callable[..., Given],
+    backward: Callable[[Given, Tensor, Sequence[bool]], tuple[Tensor | None, ...]],
+) -> None:
+    def keep(ctx: _Context, inputs: tuple[object, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+
+    def gradients(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        kept = zip(ctx.saved_tensors, ctx.others, strict=True)
+        given = arguments(*(other if tensor is None else tensor for tensor, other in kept))
+        return backward(given, gradient, ctx.needs_input_grad)
+
+    torch.library.register_autograd(f"{OP_NAMESPACE}::{name}", gradients, setup_context=keep, lib=_LIBRARY)
+
+
+def _on_one_device(
+    name: str, fields: Iterable[str], implementation: Callable[Taken, Outcome]
+) -> Callable[Taken, Outcome]:
     """The same, for tensors of one device only: a kernel is given addresses, and would read another's memory."""
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: Taken.args, **kwargs: Taken.kwargs) -> Outcome:
         first = None
         for field, value in (*zip(fields, args, strict=False), *kwargs.items()):
             for tensor in value if isinstance(value, list | tuple) else (value,):
@@ -176,13 +207,15 @@ def _on_one_device(name: str, fields: Iterable[str], implementation: Callable[..
     return run
 
 
-def _autocast(op: Callable[..., Any], device: str, activations: int) -> Callable[..., Any]:
+def _autocast(op: Callable[..., Outcome], device: str, activations: int) -> Callable[..., Outcome]:
     """What an op does under `torch.autocast`: it casts its activations, and computes as elsewhere."""
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def cast(x: Value, dtype: torch.dtype) -> Value:
+        return x.to(dtype) if isinstance(x, Tensor) and x.dtype != torch.float64 else x
+
+    def run(*args: Value) -> Outcome:
         dtype = torch.get_autocast_dtype(device)
-        narrowed = (x if x.dtype == torch.float64 else x.to(dtype) for x in args[:activations])
         with torch.autocast(device, enabled=False):
-            return op(*narrowed, *args[activations:], **kwargs)
+            return op(*(cast(x, dtype) for x in args[:activations]), *args[activations:])
 
     return run

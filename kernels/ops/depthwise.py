@@ -20,44 +20,29 @@ from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.kernels.runtime.memory import DTYPES
 
 
-def depthwise_conv(
-    x: Tensor,  # [B, prefix + height * width, C]
-    weight: Tensor,  # [C, 1, k, k]
-    bias: Tensor | None,  # [C]
-    grid: tuple[int, int],
-    activation: Activation = "none",
-    addend: Tensor | None = None,  # [B, prefix + height * width, C]
-) -> Tensor:  # [B, prefix + height * width, C], dtype of x
+class DepthwiseConv(NamedTuple):
     """``activation(convolution of x + bias) + addend``, one kernel a channel, over the grid that tokens lie on.
 
     Beyond the grid there are zeros. What comes before the grid (class and register tokens) lies on none: it gets the
     addend alone, and no neighbour sees it.
 
     Runs compiled code on CPUs in float32 and bfloat16 for at least as many channels as a vector register holds, and
-    `depthwise_conv_twin` everywhere else.
+    `depthwise_conv_twin` everywhere else. Raises `UserError` if shapes, dtypes or names do not fit together.
 
-    Args:
+    Attributes:
         x: tokens, the grid row by row; read where they are if the channels of each lie side by side.
         weight: as in `torch.nn.Conv2d`, the size k of its kernels odd.
-        grid: (height, width).
+        height, width: of the grid.
         activation: one of ``"none"``, ``"relu"``, ``"gelu"`` (with erf).
-
-    Raises:
-        UserError: if shapes, dtypes or names do not fit together.
     """
-    return depthwise_op(x, weight, bias, *grid, activation, addend)
 
-
-class DepthwiseConv(NamedTuple):
-    """The op's arguments."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    x: Tensor  # [B, prefix + height * width, C]
+    weight: Tensor  # [C, 1, k, k]
+    bias: Tensor | None  # [C]
     height: Size
     width: Size
     activation: Activation = "none"
-    addend: Tensor | None = None
+    addend: Tensor | None = None  # [B, prefix + height * width, C]
 
 
 def _check(given: DepthwiseConv) -> None:
@@ -87,7 +72,8 @@ def _cpu(given: DepthwiseConv) -> Tensor | None:
     return None if function is None else run(function, x, weight, bias, height, width, addend)
 
 
-depthwise_op = define_op(
+#: [B, prefix + height * width, C] in the dtype of x.
+depthwise_conv = define_op(
     "depthwise_conv",
     DepthwiseConv,
     twin=depthwise_conv_twin,

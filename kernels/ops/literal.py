@@ -19,34 +19,22 @@ from shiftadd3d.kernels.reference import power_of_two
 from shiftadd3d.kernels.reference.literal import matshift_literal_twin
 
 
-def matshift_literal(
-    x: Tensor,  # [*, inputs] integers
-    codes: Tensor,  # [terms, outputs, ceil(inputs * bits / 8)] uint8
-    offset: Tensor,  # [terms, outputs] int8
-    bits: int = 4,
-) -> Tensor:  # [*, outputs] float32
+class Literal(NamedTuple):
     """``x W^T`` for integers x and power-of-two weights, by shifts and additions of 32-bit integers.
 
-    Runs compiled code on CPUs, and `matshift_literal_twin` everywhere else. Not differentiable.
+    Runs compiled code on CPUs, and `matshift_literal_twin` everywhere else. Not differentiable. Raises `UserError` if
+    shapes or dtypes do not fit together, or sums might leave 32 bits.
 
-    Args:
+    Attributes:
         x: activations of any signed integer dtype up to 32 bits. ``sum |row of x|`` times ``2**(levels - 1)`` has to
             stay below ``2**31``, with 7 levels for 4 bits and 15 for 5.
         codes, offset, bits: as `matshift` takes them.
-
-    Raises:
-        UserError: if shapes or dtypes do not fit together, or sums might leave 32 bits.
     """
-    return _literal_op(x, codes, offset, bits)
 
-
-class Literal(NamedTuple):
-    """The op's arguments."""
-
-    x: Tensor
-    codes: Tensor
-    offset: Tensor
-    bits: int
+    x: Tensor  # [*, inputs] integers
+    codes: Tensor  # [terms, outputs, ceil(inputs * bits / 8)] uint8
+    offset: Tensor  # [terms, outputs] int8
+    bits: int = 4
 
 
 def _check(given: Literal) -> None:
@@ -75,7 +63,8 @@ def _cpu(given: Literal) -> Tensor | None:
     return run(function, rows, codes.contiguous(), offset.contiguous()).view(*x.shape[:-1], codes.shape[1])
 
 
-_literal_op = define_op(
+#: [*, outputs] float32.
+matshift_literal = define_op(
     "matshift_literal",
     Literal,
     twin=matshift_literal_twin,

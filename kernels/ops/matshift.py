@@ -10,7 +10,8 @@ is rounded to 8-bit integers there, and the bound is that with 1/253.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,9 +64,9 @@ class MatShift(NamedTuple):
     x: Tensor
     codes: Tensor
     offset: Tensor
-    bias: Tensor | None
-    bits: int
-    activation: Activation
+    bias: Tensor | None = None
+    bits: int = 4
+    activation: Activation = "none"
 
 
 def check_layer(x: Tensor, codes: Tensor, offset: Tensor, bias: Tensor | None, bits: int) -> None:
@@ -119,22 +120,17 @@ def _cuda(given: MatShift) -> Tensor | None:
     return None if y is None else y.view(*x.shape[:-1], codes.shape[1])
 
 
-def _setup_context(ctx: Any, inputs: MatShift, output: Tensor) -> None:
-    x, codes, offset, bias, ctx.bits, ctx.activation = inputs
-    ctx.save_for_backward(x, codes, offset, bias)
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    x, codes, offset, bias = ctx.saved_tensors
-    weight = decoded_weight(x, codes, offset, ctx.bits)
-    if ctx.activation != "none":
+def _backward(given: MatShift, gradient: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    x, codes, offset, bias, bits, activation = given
+    weight = decoded_weight(x, codes, offset, bits)
+    if activation != "none":
         before = F.linear(x, weight, bias if bias is None else bias.to(x.dtype))
-        if ctx.activation == "relu":
+        if activation == "relu":
             gradient = gradient * (before > 0)
         else:
             gradient = torch.ops.aten.gelu_backward(gradient, before)
-    of_x = gradient @ weight if ctx.needs_input_grad[0] else None
-    of_bias = gradient.flatten(0, -2).sum(0).to(bias.dtype) if bias is not None and ctx.needs_input_grad[3] else None
+    of_x = gradient @ weight if wanted[0] else None
+    of_bias = gradient.flatten(0, -2).sum(0).to(bias.dtype) if bias is not None and wanted[3] else None
     return of_x, None, None, of_bias, None, None
 
 
@@ -147,6 +143,5 @@ matshift_op = define_op(
     cuda=_cuda,
     fake=lambda given: given.x.new_empty((*given.x.shape[:-1], given.codes.shape[1])),
     backward=_backward,
-    setup_context=_setup_context,
     activations=1,
 )

@@ -81,14 +81,14 @@ def _check(given: ShiftMlp) -> None:
 
 
 def _cpu(given: ShiftMlp) -> Tensor | None:
-    x, *layers, bits, activation = given
+    x, bits, activation = given.x, given.bits, given.activation
     terms, outputs, _ = given.codes.shape
     if x.dtype not in DTYPES or given.hidden_codes.shape[0] != terms:
         return None
     if not (x.numel() and given.hidden_codes.numel() and given.codes.numel()):
         return None
     rows, dtype = x.reshape(-1, x.shape[-1]).contiguous(), DTYPES[x.dtype]
-    widths = rows.shape[1], given.hidden_codes.shape[1]
+    layers, widths = (given[1:4], given[4:7]), (rows.shape[1], given.hidden_codes.shape[1])
 
     def taken_through(function: Compiled, form: Form) -> Tensor | None:
         return run(function, rows, layers, block_rows(form, len(rows), widths))
@@ -105,9 +105,8 @@ def _cuda(given: ShiftMlp) -> Tensor:
     One kernel for both would have to keep all outputs of its tokens in registers, which 64 of them allow and 192 do
     not; and what lies between the products mostly stays in a GPU's second-level cache of tens of megabytes.
     """
-    x, *layers, bits, activation = given
-    hidden = matshift_op(x, *layers[:3], bits, activation)
-    return matshift_op(hidden, *layers[3:], bits, "none")
+    hidden = matshift_op(*given[:4], given.bits, given.activation)
+    return matshift_op(hidden, *given[4:7], given.bits)
 
 
 _mlp_op = define_op(

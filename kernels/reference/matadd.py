@@ -7,7 +7,7 @@ Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.2.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,58 @@ Codes = Literal["pm1", "01"]
 
 LOW: dict[str, float] = {"pm1": -1.0, "01": 0.0}
 """The number that a cleared bit stands for; a set one stands for 1."""
+
+
+class MatAddKV(NamedTuple):
+    """``K^T V`` with K the codes of features k.
+
+    Attributes:
+        k: features in any floating dtype, of which the signs count (either zero is positive, NaN negative), or the
+            outcome of `pack_signs`.
+        v: values. Compiled code serves float32 and bfloat16; the twin, everything else.
+        mask: True where a key counts; dimensions may be 1 to repeat. The values of other keys are not even read.
+        codes: what the signs stand for, "pm1" for +1 and -1, "01" for 1 and 0.
+        features: D, where k is packed and D is not a multiple of 8.
+    """
+
+    k: Tensor  # [*, M, D], or [*, M, ceil(D / 8)] uint8
+    v: Tensor  # [*, M, E]
+    mask: Tensor | None = None  # [*, M] bool
+    codes: Codes = "pm1"
+    features: int | None = None
+
+
+class MatAddQ(NamedTuple):
+    """``Q S`` with Q the codes of features q and S = kv; the rest as in `MatAddKV`."""
+
+    q: Tensor  # [*, N, D], or [*, N, ceil(D / 8)] uint8
+    kv: Tensor  # [*, D, E]
+    codes: Codes = "pm1"
+
+
+class AddAttention(NamedTuple):
+    """Linear-angular attention of binary codes, in linear order; the rest as in `MatAddKV`.
+
+    ``out_i = sum_j s_ij v_j / sum_j s_ij`` with ``s_ij = 1/2 + q_i . k_j / (pi D)``, q and k being codes. A query
+    that sees no key gives zeros.
+
+    q, k and v [B, H, tokens, width] are read where they are, whatever their strides. Where q has its heads side by
+    side in memory, as a projection leaves them, so has the outcome.
+
+    Attributes:
+        contrast: for each head, the dimension before the last two, what the difference of an outcome to the mean of the
+            values is multiplied by. It costs next to nothing: ``K^T V`` takes it on, by an outer product.
+        attention: False for both products in a row alone, ``Q (K^T V)``, which have no contrast.
+    """
+
+    q: Tensor  # [*, N, D], or [*, N, ceil(D / 8)] uint8
+    k: Tensor  # [*, M, D], or [*, M, ceil(D / 8)] uint8
+    v: Tensor  # [*, M, E]
+    mask: Tensor | None = None  # [*, M] bool
+    codes: Codes = "pm1"
+    features: int | None = None
+    contrast: Tensor | None = None  # [H]
+    attention: bool = True
 
 
 def pack_signs(x: Tensor) -> Tensor:
@@ -63,18 +115,6 @@ def matadd_q_twin(
     return decode_signs(q, codes, kv.shape[-2], kv.dtype) @ kv
 
 
-def matadd_twin(
-    q: Tensor,  # [*, N, D], or [*, N, ceil(D / 8)] uint8
-    k: Tensor,  # [*, M, D], or [*, M, ceil(D / 8)] uint8
-    v: Tensor,  # [*, M, E]
-    mask: Tensor | None = None,  # [*, M] bool
-    codes: str = "pm1",
-    features: int | None = None,
-) -> Tensor:  # [*, N, E]
-    """What `matadd` computes, in plain torch."""
-    return matadd_q_twin(q, matadd_kv_twin(k, v, mask, codes, features), codes)
-
-
 def add_attention_twin(
     q: Tensor,  # [*, N, D], or [*, N, ceil(D / 8)] uint8
     k: Tensor,  # [*, M, D], or [*, M, ceil(D / 8)] uint8
@@ -83,8 +123,11 @@ def add_attention_twin(
     codes: str = "pm1",
     features: int | None = None,
     contrast: Tensor | None = None,  # [H]
+    attention: bool = True,
 ) -> Tensor:  # [*, N, E]
-    """What `add_attention` computes, in plain torch."""
+    """What `add_attention` computes, in plain torch, or where there is to be no `attention`, `matadd`."""
+    if not attention:
+        return matadd_q_twin(q, matadd_kv_twin(k, v, mask, codes, features), codes)
     present = None if mask is None else mask.unsqueeze(-1)
     q, k = (decode_signs(x, codes, features_of(x, features), v.dtype) for x in (q, k))
     out = linear_angular.attend(q, k, v, present)

@@ -116,21 +116,23 @@ def scratch_file(suffix: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def first_run(entry: str) -> Iterator[bool]:
-    """Guard the first run of new machine code, which may kill the process: yields whether to dare it.
+def first_run(entry: str) -> Iterator[None]:
+    """Guard the first run of new machine code, which may kill the process.
 
     While it lasts, a note that names this process lies in the cache. Whoever finds the note of a process that is no
     more knows that the code killed it.
+
+    Raises:
+        RuntimeError: where there is such a note.
     """
     note = folder() / f"{entry}.trial"
     if note.is_file() and not _is_running(note):
-        yield False
-        return
+        raise RuntimeError(f"its code crashed an earlier process; to try again, remove {note.name} from {note.parent}")
     with scratch_file(".trial") as written:  # nobody is to read half a note
         written.write_text(f"{os.getpid()} {_surroundings()}")
         written.replace(note)
     try:
-        yield True
+        yield
     finally:
         note.unlink(missing_ok=True)
 

@@ -8,6 +8,7 @@ bottom.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -17,18 +18,22 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.runtime import bundle, cache, targets, threads
-from shiftadd3d.kernels.runtime.targets import CpuTarget
+from shiftadd3d.kernels.runtime.targets import CpuTarget, CudaTarget
+from shiftadd3d.kernels.runtime.tir import PrimFunc
+
+if TYPE_CHECKING:
+    from tvm.runtime import Executable
+    from tvm_ffi import Module
 
 if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__") and not hasattr(torch.Tensor, "__c_dlpack_exchange_api__"):
     # With an older torch it would compile an extension of torch first, for calls that are some microseconds faster.
@@ -51,9 +56,15 @@ Compiled = Callable[..., None]
 """A compiled function: it takes contiguous torch tensors and numbers, and writes into some of them."""
 
 SpecValue = str | int | bool | float
-Function = TypeVar("Function")
 Spec = dict[str, SpecValue]
 """What is compiled in, by the names of `build`'s arguments."""
+
+Target = CpuTarget | CudaTarget
+Function = TypeVar("Function")
+Compiling = TypeVar("Compiling")
+Given = TypeVar("Given")
+Outcome = TypeVar("Outcome")
+
 
 KERNELS: dict[str, Kernel] = {}
 """All kernels by name, those whose modules have been imported."""
@@ -85,19 +96,21 @@ class Kernel:
     def __init__(
         self,
         name: str,
-        build: Callable[..., Any],
+        build: Callable[..., PrimFunc],
         trial: Callable[..., None],
-        variants: Callable[[Any], Iterable[Mapping[str, Any]]],
+        variants: Callable[..., Iterable[Mapping[str, SpecValue]]],
     ) -> None:
         self.name, self.build, self.trial, self.variants = name, build, trial, variants
-        self._functions: dict[tuple[Any, ...], Any] = {}
+        self._functions: dict[tuple[object, ...], Any] = {}
         self.register()
+        if file := getattr(sys.modules[build.__module__], "__file__", None):
+            _digest_of_text(Path(file))
 
     def register(self) -> None:
         """Let the command line find it."""
         KERNELS[self.name] = self
 
-    def function(self, **spec: Any) -> Callable[..., Any] | None:
+    def function(self, **spec: SpecValue) -> Compiled | None:
         """The compiled function for this machine, from memory, from the cache or from the compiler.
 
         Returns:
@@ -105,13 +118,13 @@ class Kernel:
             `FAILURES` kept it from being used: then the twin has to do. That is said once.
         """
         target = targets.current()
-        return self._once((target.name, *spec.items()), lambda: _with_torch_threads(self.load(target, **spec)))
-
-    def _once(self, known: tuple[Any, ...], load: Callable[[], Function | None]) -> Function | None:
-        try:
+        known = (target.name, *spec.items())
+        if known in self._functions:
             return self._functions[known]
-        except KeyError:
-            pass
+        return self._once(known, lambda: _with_torch_threads(self.load(target, **spec)))
+
+    def _once(self, known: tuple[object, ...], load: Callable[[], Function | None]) -> Function | None:
+        """What `load` makes, if that has not been tried before; None if one of `FAILURES` kept it from that."""
         with _lock:
             if known not in self._functions:
                 try:
@@ -128,7 +141,7 @@ class Kernel:
             "tells more)"
         )
 
-    def load(self, target: CpuTarget, **spec: Any) -> Callable[..., Any]:
+    def load(self, target: CpuTarget, **spec: SpecValue) -> Compiled:
         """The compiled function for `target`, from the cache or from the compiler, having passed its trial.
 
         Raises:
@@ -149,19 +162,19 @@ class Kernel:
         )
         return library[self.name]
 
-    def compile(self, target: CpuTarget, **spec: Any) -> Any:
-        """TVM's `Executable` for any target, whether or not this machine could run it."""
+    def compile(self, target: CpuTarget, **spec: SpecValue) -> Executable:
+        """For any target, whether or not this machine could run it."""
         import tvm
 
         function = self.build(target, **spec).with_attr("global_symbol", self.name)
         with tvm.transform.PassContext(disabled_pass=list(SLOW_PASSES)):
             return tvm.compile(tvm.IRModule({self.name: function}), target=target.tvm_target())
 
-    def assembly(self, target: CpuTarget, **spec: Any) -> str:
+    def assembly(self, target: CpuTarget, **spec: SpecValue) -> str:
         """What `compile` makes of it, to read."""
         return self.compile(target, **spec).mod.inspect_source("asm")
 
-    def entry(self, target: CpuTarget, **spec: Any) -> str:
+    def entry(self, target: CpuTarget, **spec: SpecValue) -> str:
         """The key in the cache: everything that the machine code depends on."""
         return cache.key(
             kernel=self.name,
@@ -171,12 +184,12 @@ class Kernel:
             **versions(),
         )
 
-    def identity(self, target: Any, **spec: Any) -> dict[str, Any]:
+    def identity(self, target: Target, **spec: SpecValue) -> dict[str, SpecValue | Spec]:
         """What a bundle knows it by: all that it was compiled from, but for the compiler."""
         names = {"part": "kernel", "kernel": self.name, "target": target.name}
         return {**names, "spec": spec, "sources": self.sources_digest()}
 
-    def packed(self, target: Any, **spec: Any) -> bundle.Packed:
+    def packed(self, target: Any, **spec: SpecValue) -> bundle.Packed:
         """The compiled library for `target`, to be put into a bundle.
 
         Raises:
@@ -193,7 +206,7 @@ class Kernel:
         """A digest of all source text of this package that it is built from."""
         return sources_digest(sys.modules[self.build.__module__])
 
-    def check(self, target: CpuTarget, **spec: Any) -> None:
+    def check(self, target: CpuTarget, **spec: SpecValue) -> None:
         """Run the trial once more on this machine.
 
         Raises:
@@ -202,19 +215,29 @@ class Kernel:
         self.trial(self.load(target, **spec), **spec)
 
 
+def by_name(spec: Callable[..., Compiling], function: Callable[[Given, Compiling], Outcome]) -> Callable[..., Outcome]:
+    """What a `Kernel` takes, of a function of a target, or of compiled code, and of a spec that is a named tuple."""
+
+    @functools.wraps(function)
+    def call(given: Given, **compiled_in: SpecValue) -> Outcome:
+        return function(given, spec(**compiled_in))
+
+    return call
+
+
 def obtain(
     entry: str,
     *,
-    compile: Callable[[], Any],
-    link: Callable[[Any, Path], None],
-    trial: Callable[[Any], None],
+    compile: Callable[[], Executable],
+    link: Callable[[Executable, Path], None],
+    trial: Callable[[Module], None],
     facts: dict[str, Any],
     packed: Callable[[], Path | None] = lambda: None,
-) -> Any:
+) -> Module:
     """The library of an entry of the cache, ready to be called: from there, or new, once it has passed its trial.
 
     Args:
-        compile: makes TVM's `Executable`.
+        compile: makes it.
         link: ``link(executable, file)`` puts that into a library.
         trial: ``trial(library)`` runs the code, and raises `AssertionError` if it computes what it should not.
         facts: recorded with it.
@@ -229,11 +252,7 @@ def obtain(
             return load_library(library)
         elsewhere = packed()
         executable = None if elsewhere else compile()
-        with cache.first_run(entry) as may_run:
-            if not may_run:
-                raise RuntimeError(
-                    f"its code crashed an earlier process; to try again, remove {entry}.trial from {cache.folder()}"
-                )
+        with cache.first_run(entry):
             if executable is not None and not has_linker():
                 _say_once("no C compiler found to link kernels with: they are compiled anew in each process")
                 install_launcher(executable)
@@ -243,7 +262,7 @@ def obtain(
             with cache.scratch_file(".so") as library:
                 if elsewhere is not None:
                     shutil.copyfile(elsewhere, library)
-                else:
+                elif executable is not None:
                     link(executable, library)
                 loaded = load_library(library)
                 trial(loaded)
@@ -258,8 +277,8 @@ def has_linker() -> bool:
     return cc.get_cc() is not None
 
 
-def _with_torch_threads(function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any) -> None:
+def _with_torch_threads(function: Compiled) -> Compiled:
+    def call(*args: object) -> None:
         threads.follow_torch()
         function(*args)
 
@@ -296,12 +315,12 @@ def _launcher_entry() -> str:
     return cache.key(launcher=threads.LAUNCHER_LLVM, machine=platform.machine(), **versions())
 
 
-def _launcher_identity() -> dict[str, Any]:
+def _launcher_identity() -> dict[str, str]:
     source = hashlib.sha256(threads.LAUNCHER_LLVM.encode()).hexdigest()
     return {"part": threads.LAUNCHER_NAME, "sources": source}
 
 
-@lru_cache(maxsize=1)
+@functools.cache
 def _load_runtime() -> None:
     """Load what compiled kernels are linked against, and not the rest of TVM, which takes seconds to import."""
     runtime = runtime_library() or bundle.runtime()
@@ -313,7 +332,7 @@ def _load_runtime() -> None:
 _launcher_is_installed = False
 
 
-def install_launcher(neighbour: Any = None, library: Path | None = None) -> None:
+def install_launcher(neighbour: Executable | None = None, library: Path | None = None) -> None:
     """Compile and install what starts parallel work (see `threads`), once.
 
     Args:
@@ -339,28 +358,41 @@ def install_launcher(neighbour: Any = None, library: Path | None = None) -> None
             if neighbour is None:
                 link(module, built)
                 library = cache.store(entry, built, {"kernel": threads.LAUNCHER_NAME} | versions())
-    threads.install(module if library is None else tvm_ffi.load_module(str(library)))
+    if library is not None:
+        module = tvm_ffi.load_module(str(library))
+    assert module is not None
+    threads.install(module)
     _launcher_is_installed = True
 
 
-def _machine_code(executable: Any) -> Any:
+def _machine_code(executable: Executable) -> Module:
     """LLVM's part of what TVM has compiled."""
     return next(module for module in (executable.mod, *executable.mod.imports) if module.kind == "llvm")
 
 
-def load_library(library: Path) -> Any:
+def load_library(library: Path) -> Module:
     """A compiled library, whose functions are items by name, ready to be called."""
     install_launcher()
     return tvm_ffi.load_module(str(library))
 
 
-def link(module: Any, library: Path) -> None:
+def link(module: Module, library: Path) -> None:
     """Put compiled code into a shared library: the linker is all that a C compiler is needed for."""
     from tvm.support import cc
 
     with cache.scratch_file(".o") as code:
         module.write_to_file(str(code), "o")
         cc.create_shared(str(library), [str(code)])
+
+
+@functools.cache
+def _digest_of_text(file: Path) -> bytes:
+    """Of a file when this is first asked for, which is when it is imported: no later text is what runs here."""
+    return hashlib.sha256(file.read_bytes()).digest()
+
+
+for _file in Path(__file__).parents[1].rglob("*.py"):
+    _digest_of_text(_file)
 
 
 def sources_digest(*modules: ModuleType) -> str:
@@ -378,11 +410,11 @@ def sources_digest(*modules: ModuleType) -> str:
                 waiting.append(used)
     digest = hashlib.sha256()
     for name in sorted(found):
-        digest.update(Path(str(found[name].__file__)).read_bytes())
+        digest.update(_digest_of_text(Path(str(found[name].__file__))))
     return digest.hexdigest()
 
 
-@lru_cache(maxsize=1)
+@functools.cache
 def versions() -> dict[str, str]:
     def of(distribution: str) -> str:
         try:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -51,8 +53,26 @@ def float32_bias(bias: Tensor | None, outputs: int, device: torch.device | None 
     return bias if bias.dtype == torch.float32 and bias.is_contiguous() else bias.float().contiguous()
 
 
+class Flag(threading.local):
+    """An int32 of each thread, zero, for compiled code to set to 1 where it cannot compute what it is asked for."""
+
+    def __init__(self) -> None:
+        with torch.inference_mode(False):  # or else it could not be cleared outside
+            self.tensor = torch.zeros(1, dtype=torch.int32, device="cpu")
+
+    def was_raised(self) -> bool:
+        """Whether code has set it; it is zero again then."""
+        raised = bool(self.tensor.item())
+        if raised:
+            self.tensor.zero_()
+        return raised
+
+
+FLAG = Flag()
+
+
 @lru_cache(maxsize=1)
-def _madvise() -> Any:
+def _madvise() -> Callable[[int, int, int], int] | None:
     if sys.platform != "linux":
         return None
     function = ctypes.CDLL(None).madvise

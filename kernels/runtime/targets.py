@@ -15,11 +15,14 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from shiftadd3d._errors import UserError
+
+if TYPE_CHECKING:
+    from tvm.target import Target
 
 ENVIRONMENT_VARIABLE = "SHIFTADD3D_TARGET"
 
@@ -27,7 +30,7 @@ ENVIRONMENT_VARIABLE = "SHIFTADD3D_TARGET"
 _SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # there is one object of each, whose hash is quick to take
 class CpuTarget:
     """One instruction set that kernels are written for.
 
@@ -63,8 +66,8 @@ class CpuTarget:
         """Whether the tile registers and their bfloat16 products are there (AMX), and AVX-512 bfloat16 with them."""
         return "amx_bf16" in self.flags
 
-    def tvm_target(self) -> Any:
-        """The `tvm.target.Target` to compile for."""
+    def tvm_target(self) -> Target:
+        """What TVM compiles for."""
         import tvm
 
         return tvm.target.Target({"kind": "llvm", "mcpu": self.mcpu})
@@ -112,8 +115,8 @@ class CudaTarget:
         """Whether tensor cores multiply bfloat16; float16 they do everywhere."""
         return self.capability >= 80
 
-    def tvm_target(self) -> Any:
-        """The `tvm.target.Target` to compile for; TVM asks for a host, too, whose code nobody uses."""
+    def tvm_target(self) -> Target:
+        """What TVM compiles for; it asks for a host, too, whose code nobody uses."""
         import tvm
 
         return tvm.target.Target(

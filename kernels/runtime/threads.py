@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from tvm_ffi import Module
 
 # What TVM's compiled code calls is ``int launch(int (*task)(int id, Group*, void* data), void* data, int tasks)``, and
 # ``Group`` is {void* barrier, int size}. Each member of the team calls the task with its number; the task takes its
@@ -95,7 +98,7 @@ define i32 @__tvm_ffi_run_alone(ptr %self, ptr %args, i32 %count, ptr %result) {
 """
 
 
-def install(launcher: Any) -> None:
+def install(launcher: Module) -> None:
     """Let all kernels loaded from now on start parallel work through `launcher`, the compiled module of the above.
 
     Must run after TVM's runtime library is loaded, which registers its own launcher.

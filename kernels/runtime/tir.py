@@ -7,10 +7,10 @@ code is emitted is compiled in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 
 class Expr(Protocol):
@@ -40,6 +40,7 @@ class Expr(Protocol):
     def __ne__(self, other: Number, /) -> Expr: ...
 
 
+Named = TypeVar("Named")
 Index: TypeAlias = "Expr | int"
 Number: TypeAlias = "Expr | int | float"
 
@@ -179,7 +180,7 @@ def argument(
     return tensor(name, shape, stored, dtype, strides=strides, align=align)
 
 
-def tensor(name: str, shape: Sequence[Index], stored: str, dtype: str | None = None, **layout: Any) -> Buffer:
+def tensor(name: str, shape: Sequence[Index], stored: str, dtype: str | None = None, **layout: object) -> Buffer:
     """The next argument, of elements as they are in memory, which `Buffer.dtype` calls `dtype`."""
     handle = _tirx().arg(f"{name}_handle", _tirx().handle())
     return Buffer(_named(name, _tirx().match_buffer(handle, shape, stored, **layout)), shape, dtype or stored)
@@ -190,7 +191,7 @@ def _alignment(dtype: str) -> int:
     return {"uint8": 1, "int8": 1, "int16": 2, "int64": 8}.get(dtype, 4)
 
 
-def _named(name: str, x: Any) -> Any:
+def _named(name: str, x: Named) -> Named:
     """`x`, called so where a call does not fit."""
     from tvm.script.ir_builder import IRBuilder
 
@@ -200,6 +201,11 @@ def _named(name: str, x: Any) -> Any:
 def panel(name: str, *shape: int) -> Buffer:
     """The next argument, packed weights: whole vectors, aligned to them."""
     return argument(name, shape, align=64)
+
+
+def panels(shapes: Iterable[tuple[int, ...]]) -> list[Buffer]:
+    """The next arguments, panels of these shapes."""
+    return [panel(f"panel{number}", *shape) for number, shape in enumerate(shapes)]
 
 
 def scalar(name: str, dtype: str = "int64") -> Expr:
@@ -240,16 +246,16 @@ def parallel(count: Index) -> AbstractContextManager[Expr]:
     return _tirx().parallel(count)
 
 
-def If(condition: Expr | bool) -> AbstractContextManager[Any]:
+def If(condition: Expr | bool) -> AbstractContextManager[object]:
     """A block of a `Then` and perhaps an `Else`."""
     return _tirx().If(condition)
 
 
-def Then() -> AbstractContextManager[Any]:
+def Then() -> AbstractContextManager[object]:
     return _tirx().Then()
 
 
-def Else() -> AbstractContextManager[Any]:
+def Else() -> AbstractContextManager[object]:
     return _tirx().Else()
 
 

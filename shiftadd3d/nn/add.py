@@ -206,7 +206,7 @@ class TokenConv2d(nn.Module):
             )
         if self.frozen and uses_kernels("depthwise_conv", v):
             added = None if addend is None else _join_heads(addend)
-            out = depthwise_conv(_join_heads(v), self.weight, None, (height, width), addend=added)
+            out = depthwise_conv(_join_heads(v), self.weight, None, height, width, addend=added)
             return out.view(*out.shape[:-1], v.shape[1], v.shape[-1]).transpose(1, 2)
         image = v[:, :, prefix:].transpose(-2, -1).reshape(v.shape[0], self.channels, height, width)  # [B, H * E, h, w]
         image = F.conv2d(image, self.weight, padding=self.kernel_size // 2, groups=self.channels)

@@ -108,10 +108,10 @@ class FrozenConvMlp(nn.Module):
         ):
             layers = (first.codes, first.offset, first.bias, conv.weight, conv.bias)
             layers += (second.codes, second.offset, second.bias)
-            return shift_conv_mlp(x, *layers, (height, width), first.bits, activation)
+            return shift_conv_mlp(x, *layers, height, width, first.bits, activation)
         hidden = first(x)
         if activation is not None and uses_kernels("depthwise_conv", hidden) and not has_hooks(conv, self.act):
-            return second(depthwise_conv(hidden, conv.weight, conv.bias, (height, width), activation))
+            return second(depthwise_conv(hidden, conv.weight, conv.bias, height, width, activation))
         image = conv(hidden.transpose(1, 2).unflatten(-1, (height, width)))
         return second(self.act(image.flatten(2).transpose(1, 2)))
 

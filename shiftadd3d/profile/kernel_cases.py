@@ -304,7 +304,8 @@ def _view_attention_cases(device: str) -> Iterator[Case]:
     query, views, ray_diff = draw(POINTS, WIDTH), draw(POINTS, VIEWS, WIDTH), draw(POINTS, VIEWS, 4)
     mask = torch.rand(POINTS, VIEWS, device=device) > 0.1
     inputs = (query, views, ray_diff)
-    narrow = (*(x.bfloat16() for x in inputs), mask, [w.bfloat16() for w in weights], [b.bfloat16() for b in biases])
+    narrow_inputs = query.bfloat16(), views.bfloat16(), ray_diff.bfloat16()
+    narrow = (*narrow_inputs, mask, [w.bfloat16() for w in weights], [b.bfloat16() for b in biases])
     exact: tuple[Any, ...] = (
         *(x.double() for x in inputs),
         mask,
@@ -312,7 +313,7 @@ def _view_attention_cases(device: str) -> Iterator[Case]:
         [b.double() for b in biases],
     )
     arguments = (*inputs, mask, weights, biases)
-    panels = pack_view_attention.panels(weights, biases, lanes_on(query.device))
+    panels = list(pack_view_attention.panels(weights, biases, lanes_on(query.device)))
     per_view = sum(2 * rows * columns for rows, columns in (sizes[i] for i in range(1, 7)))
     yield Case(
         group="view-attention",
@@ -321,7 +322,7 @@ def _view_attention_cases(device: str) -> Iterator[Case]:
         bytes=4 * sum(x.numel() for x in inputs) + 4 * query.numel(),
         ours={
             "view attention": lambda: ops_view_attention.view_attention(*inputs, mask, panels),
-            "view attention, bfloat16": lambda: ops_view_attention.view_attention(*narrow[:4], panels),
+            "view attention, bfloat16": lambda: ops_view_attention.view_attention(*narrow_inputs, mask, panels),
         },
         others=_eager_and_compiled(reference_view_attention.view_attention_twin, arguments, narrow),
         reference=reference_view_attention.view_attention_twin(*exact),

@@ -40,7 +40,7 @@ def assert_same(out: torch.Tensor, expected: torch.Tensor) -> None:
 @given(batch=st.integers(0, 4), height=st.integers(1, 8), width=st.integers(1, 8), hidden=st.integers(1, 50))
 def test_it_computes_what_the_twin_does(batch: int, height: int, width: int, hidden: int):
     arguments = problem(batch, (height, width), (12, hidden, 20))
-    assert_same(shift_conv_mlp(*arguments, (height, width)), shift_conv_mlp_twin(*arguments, height, width))
+    assert_same(shift_conv_mlp(*arguments, height, width), shift_conv_mlp_twin(*arguments, height, width))
 
 
 @pytest.mark.parametrize("images", [0, 1, 2, 3])
@@ -48,14 +48,14 @@ def test_images_may_take_turns(images: int, torch_threads: int, monkeypatch: pyt
     arguments = problem()
     expected = shift_conv_mlp_twin(*arguments, 5, 6)
     monkeypatch.setattr(conv_mlp, "_HIDDEN_BYTES", images * 30 * 40 * 4)
-    assert_same(shift_conv_mlp(*arguments, (5, 6)), expected)
+    assert_same(shift_conv_mlp(*arguments, 5, 6), expected)
 
 
 def test_other_formats_dtypes_and_activations():
     arguments = problem(bits=5)
-    assert_same(shift_conv_mlp(*arguments, (5, 6), 5, "relu"), shift_conv_mlp_twin(*arguments, 5, 6, 5, "relu"))
+    assert_same(shift_conv_mlp(*arguments, 5, 6, 5, "relu"), shift_conv_mlp_twin(*arguments, 5, 6, 5, "relu"))
     x, *rest = problem()
-    out = shift_conv_mlp(x.bfloat16(), *rest, (5, 6))
+    out = shift_conv_mlp(x.bfloat16(), *rest, 5, 6)
     assert out.dtype == torch.bfloat16
     assert_same(out, shift_conv_mlp_twin(x, *rest, 5, 6))
 
@@ -64,7 +64,7 @@ def test_compiled_models_see_through_it():
     x, *rest = problem()
 
     def model(x: torch.Tensor) -> torch.Tensor:
-        return shift_conv_mlp(x * 2.0, *rest, (5, 6)).sum(-1)
+        return shift_conv_mlp(x * 2.0, *rest, 5, 6).sum(-1)
 
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
@@ -73,8 +73,8 @@ def test_compiled_models_see_through_it():
 def test_arguments_that_do_not_fit_are_refused():
     x, *rest = problem()
     with pytest.raises(UserError, match="x must be floating point"):
-        shift_conv_mlp(x.int(), *rest, (5, 6))
+        shift_conv_mlp(x.int(), *rest, 5, 6)
     with pytest.raises(UserError, match="30 tokens hold no grid of 6 x 6"):
-        shift_conv_mlp(x, *rest, (6, 6))
+        shift_conv_mlp(x, *rest, 6, 6)
     with pytest.raises(UserError, match="inputs, but rows of"):
-        shift_conv_mlp(x[..., :7], *rest, (5, 6))
+        shift_conv_mlp(x[..., :7], *rest, 5, 6)

@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shiftadd3d import UserError, cli, kernels
 from shiftadd3d.kernels import manage
 from shiftadd3d.kernels.cuda import driver as cuda_driver
+from shiftadd3d.kernels.cuda import matadd as cuda_matadd
 from shiftadd3d.kernels.cuda import product
 from shiftadd3d.kernels.cuda.driver import CUDA_KERNELS, CudaCode, CudaKernel
 from shiftadd3d.kernels.ops import matadd as ops_matadd
@@ -226,20 +227,23 @@ def test_matadd_takes_strided_heads_masks_and_packed_codes(op: str, emulated_gpu
     packed, contrast = reference_matadd.pack_signs(k), torch.tensor([0.0, 1.0, 16.0])
     found, twin = {
         "kv": lambda: (
-            ops_matadd._kv_cuda(ops_matadd.MatAddKV(packed, v, mask, "01", 11)),
+            ops_matadd._kv(cuda_matadd, ops_matadd.MatAddKV(packed, v, mask, "01", 11)),
             reference_matadd.matadd_kv_twin(packed, v, mask, "01", 11),
         ),
         "q": lambda: (
-            ops_matadd._q_cuda(ops_matadd.MatAddQ(q[0, 0], kv[0, 0])),
+            ops_matadd._q(cuda_matadd, ops_matadd.MatAddQ(q[0, 0], kv[0, 0])),
             reference_matadd.matadd_q_twin(q[0, 0], kv[0, 0]),
         ),
-        "matadd": lambda: (ops_matadd._cuda(ops_matadd.MatAdd(q, k, v)), reference_matadd.matadd_twin(q, k, v)),
+        "matadd": lambda: (
+            ops_matadd._attention(cuda_matadd, ops_matadd.AddAttention(q, k, v, attention=False)),
+            reference_matadd.add_attention_twin(q, k, v, attention=False),
+        ),
         "attention": lambda: (
-            ops_matadd._cuda(ops_matadd.AddAttention(q, k, v, mask)),
+            ops_matadd._attention(cuda_matadd, ops_matadd.AddAttention(q, k, v, mask)),
             reference_matadd.add_attention_twin(q, k, v, mask),
         ),
         "contrast": lambda: (
-            ops_matadd._cuda(ops_matadd.AddAttention(q, k, v, mask, contrast=contrast)),
+            ops_matadd._attention(cuda_matadd, ops_matadd.AddAttention(q, k, v, mask, contrast=contrast)),
             reference_matadd.add_attention_twin(q, k, v, mask, contrast=contrast),
         ),
     }[op]()
@@ -758,12 +762,14 @@ def test_matadd_is_its_twin_on_a_gpu(dtype, codes, tokens, features, columns):
     v = torch.randn(2, 3, tokens, columns, device="cuda", dtype=dtype)
     mask = torch.rand(2, 1, tokens, device="cuda") > 0.2
     error = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
-    for op in ("matadd_kv", "matadd", "add_attention"):
+    twins = {"matadd_kv": reference_matadd.matadd_kv_twin, "add_attention": reference_matadd.add_attention_twin}
+    twins["matadd"] = functools.partial(reference_matadd.add_attention_twin, attention=False)
+    for op, twin_of in twins.items():
         inputs = (k, v) if op == "matadd_kv" else (q, k, v)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # no twin stands in
             found = getattr(ops_matadd, op)(*inputs, mask, codes)
-        twin = getattr(reference_matadd, f"{op}_twin")(*inputs[:-1], v.double(), mask, codes)
+        twin = twin_of(*inputs[:-1], v.double(), mask, codes)
         assert (found.double() - twin).norm() <= error * twin.norm(), op
     kv = torch.randn(2, 3, features, columns, device="cuda", dtype=dtype)
     found, twin = (

@@ -42,7 +42,7 @@ def assert_same(out: torch.Tensor, expected: torch.Tensor) -> None:
 def test_tokens_are_the_pixels_of_an_image():
     x, weight, bias = problem()
     image = F.conv2d(x.mT.unflatten(-1, (5, 9)), weight, bias, padding=1, groups=20)
-    assert_same(depthwise_conv(x, weight, bias, (5, 9), "gelu"), F.gelu(image).flatten(2).mT)
+    assert_same(depthwise_conv(x, weight, bias, 5, 9, "gelu"), F.gelu(image).flatten(2).mT)
 
 
 @settings(max_examples=20, deadline=None)
@@ -56,7 +56,7 @@ def test_tokens_are_the_pixels_of_an_image():
 def test_the_kernel_computes_what_the_twin_does(height: int, width: int, channels: int, prefix: int, seed: int):
     x, weight, bias = problem(2, (height, width), channels, prefix, seed=seed)
     expected = depthwise_conv_twin(x, weight, bias, height, width, "gelu")
-    assert_same(depthwise_conv(x, weight, bias, (height, width), "gelu"), expected)
+    assert_same(depthwise_conv(x, weight, bias, height, width, "gelu"), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -64,23 +64,23 @@ def test_the_kernel_computes_what_the_twin_does(height: int, width: int, channel
 def test_sizes_of_kernels_dtypes_and_threads(dtype: torch.dtype, size: int, torch_threads: int):
     x, weight, bias = problem(size=size, dtype=dtype)
     expected = depthwise_conv_twin(x.float(), weight.float(), bias.float(), 5, 9, "relu").to(dtype)
-    assert_same(depthwise_conv(x, weight, bias, (5, 9), "relu"), expected)
+    assert_same(depthwise_conv(x, weight, bias, 5, 9, "relu"), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_the_twin_serves_other_dtypes(dtype: torch.dtype):
     x, weight, bias = problem(dtype=dtype)
-    assert torch.equal(depthwise_conv(x, weight, bias, (5, 9)), depthwise_conv_twin(x, weight, bias, 5, 9))
+    assert torch.equal(depthwise_conv(x, weight, bias, 5, 9), depthwise_conv_twin(x, weight, bias, 5, 9))
 
 
 def test_tokens_before_the_grid_get_the_addend_alone_and_no_neighbour_sees_them():
     x, weight, _ = problem(prefix=2)
     addend = torch.randn_like(x)
-    out = depthwise_conv(x, weight, None, (5, 9), addend=addend)
+    out = depthwise_conv(x, weight, None, 5, 9, addend=addend)
     assert torch.equal(out[:, :2], addend[:, :2])
     x[:, :2] = torch.nan
-    assert torch.equal(depthwise_conv(x, weight, None, (5, 9), addend=addend), out)
-    assert bool((depthwise_conv(x, weight, None, (5, 9), "gelu")[:, :2] == 0).all())
+    assert torch.equal(depthwise_conv(x, weight, None, 5, 9, addend=addend), out)
+    assert bool((depthwise_conv(x, weight, None, 5, 9, "gelu")[:, :2] == 0).all())
 
 
 def test_slices_of_a_wider_tensor_are_read_where_they_are():
@@ -89,18 +89,18 @@ def test_slices_of_a_wider_tensor_are_read_where_they_are():
     assert not x.is_contiguous()
     weight, bias = weight[:20], bias[:20]
     assert_same(
-        depthwise_conv(x, weight, bias, (5, 9), "none", addend),
+        depthwise_conv(x, weight, bias, 5, 9, "none", addend),
         depthwise_conv_twin(x, weight, bias, 5, 9, "none", addend),
     )
     turned = x.mT.contiguous().mT  # channels far apart
-    assert_same(depthwise_conv(turned, weight, bias, (5, 9)), depthwise_conv(x, weight, bias, (5, 9)))
+    assert_same(depthwise_conv(turned, weight, bias, 5, 9), depthwise_conv(x, weight, bias, 5, 9))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_spreads_to_neighbours_only(bad: float):
     x, weight, bias = problem()
     x[0, 2 * 9 + 4] = bad
-    touched = ~depthwise_conv(x, weight, bias, (5, 9)).isfinite().all(-1)
+    touched = ~depthwise_conv(x, weight, bias, 5, 9).isfinite().all(-1)
     rows, columns = touched[0].view(5, 9).nonzero(as_tuple=True)
     assert not touched[1].any() and touched[0].sum() == 9
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (1, 3, 3, 5)
@@ -108,13 +108,13 @@ def test_what_is_not_finite_spreads_to_neighbours_only(bad: float):
 
 def test_no_images_give_none():
     x, weight, bias = problem()
-    assert depthwise_conv(x[:0], weight, bias, (5, 9)).shape == (0, 45, 20)
+    assert depthwise_conv(x[:0], weight, bias, 5, 9).shape == (0, 45, 20)
 
 
 def test_numerics_twin_is_plain_torch():
     x, weight, bias = problem()
     with numerics("twin"):
-        out = depthwise_conv(x, weight, bias, (5, 9), "gelu")
+        out = depthwise_conv(x, weight, bias, 5, 9, "gelu")
     assert torch.equal(out, depthwise_conv_twin(x, weight, bias, 5, 9, "gelu"))
 
 
@@ -122,7 +122,7 @@ def test_compiled_models_see_through_it():
     x, weight, bias = problem()
 
     def model(x: torch.Tensor) -> torch.Tensor:
-        return depthwise_conv(x * 2.0, weight, bias, (5, 9), "gelu").sum(-1)
+        return depthwise_conv(x * 2.0, weight, bias, 5, 9, "gelu").sum(-1)
 
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
@@ -136,14 +136,14 @@ def test_compiled_models_see_through_it():
         ({"weight": torch.zeros(20, 20, 3, 3)}, r"weight must be \[20, 1, k, k\]"),
         ({"weight": torch.zeros(20, 1, 2, 2)}, "must be odd, not 2"),
         ({"bias": torch.zeros(3)}, r"bias must be \[20\]"),
-        ({"grid": (6, 9)}, "45 tokens hold no grid of 6 x 9"),
+        ({"height": 6}, "45 tokens hold no grid of 6 x 9"),
         ({"activation": "tanh"}, "activation must be one of"),
         ({"addend": torch.zeros(2, 45, 1)}, "the addend must be as x"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(change: dict, message: str):
     x, weight, bias = problem()
-    arguments = {"x": x, "weight": weight, "bias": bias, "grid": (5, 9)} | change
+    arguments = {"x": x, "weight": weight, "bias": bias, "height": 5, "width": 9} | change
     with pytest.raises(UserError, match=message):
         depthwise_conv(**arguments)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -265,12 +266,11 @@ def test_a_kernel_that_another_process_tries_is_tried_all_the_same(empty_cache: 
     note = cache.folder() / f"{kernel.entry(targets.current(), factor=3)}.trial"
     note.write_text(f"{2**22 + 1} elsewhere")  # more than any process has for a number
     apply(kernel.function(factor=3))
-    with cache.first_run("mine") as may_run:
-        assert may_run
+    with cache.first_run("mine"):
         pid, _, surroundings = (empty_cache / "mine.trial").read_text().partition(" ")
         assert int(pid) == os.getpid() and surroundings == cache._surroundings()
-        with cache.first_run("mine") as again:
-            assert again
+        with cache.first_run("mine"):
+            pass
 
 
 @pytest.mark.parametrize("name", ["~nobody-of-this-name/kernels", "~"])
@@ -295,6 +295,29 @@ def test_blocks_of_numerics_in_two_threads_leave_what_was_before():
     set_numerics("twin")
     second.__exit__(None, None, None)
     assert get_numerics() == before
+
+
+def test_code_is_kept_under_the_text_that_was_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file, name = tmp_path / "edited.py", next(names)
+    text = (
+        f"from {kernel_module.__name__} import Kernel\nK = Kernel({name!r}, lambda target: None, print, lambda _: [])\n"
+    )
+    file.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    edited = importlib.import_module("edited").K
+    before = edited.entry(targets.current())
+    file.write_text(text + "# what is compiled now is still the code above\n")
+    assert edited.entry(targets.current()) == before
+    kernel_module._digest_of_text.cache_clear()  # as in the next process
+    assert edited.entry(targets.current()) != before
+    KERNELS.pop(name)
+
+
+def test_no_source_of_ours_is_read_after_it_is_imported(monkeypatch: pytest.MonkeyPatch):
+    list(manage.all_variants())
+    expected = KERNELS["matshift"].sources_digest()
+    monkeypatch.setattr(Path, "read_bytes", lambda file: pytest.fail(f"{file} is read"))
+    assert KERNELS["matshift"].sources_digest() == expected
 
 
 def test_no_op_has_numerics_for_an_argument():

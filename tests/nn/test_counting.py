@@ -171,7 +171,7 @@ def test_the_ops_of_kernels_count_as_the_layers_that_they_stand_for() -> None:
     conv = torch.randn(8, 1, 3, 3)
     image = torch.randn(1, 12, 6)
     kernel = (conv, None)
-    chain = found(lambda x: shift_conv_mlp(x, *first, *kernel, *second[:2], None, (3, 4), 4, "relu"), image)
+    chain = found(lambda x: shift_conv_mlp(x, *first, *kernel, *second[:2], None, 3, 4, 4, "relu"), image)
     assert chain == (12 * 8 * 9, 12 * 80, 12 * 8 * 9 + 12 * 80, {"float32": counts(compare=96)})
     # Three tokens to the expert that multiplies, two to the one that shifts.
     logits = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 2)

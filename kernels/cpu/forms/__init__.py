@@ -22,8 +22,9 @@ Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.2.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -33,20 +34,35 @@ from shiftadd3d.kernels.cpu.forms.float32 import Float32Product
 from shiftadd3d.kernels.cpu.forms.int8 import Int8Product
 from shiftadd3d.kernels.cpu.forms.int16 import Int16Product
 from shiftadd3d.kernels.reference import power_of_two
+from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.runtime.memory import Dtype
 from shiftadd3d.kernels.runtime.numerics import COMPILED, Numerics
 from shiftadd3d.kernels.runtime.targets import CpuTarget
+from shiftadd3d.kernels.runtime.tir import Expr
 
 _MOST_ROWS = 384
 
-Size = TypeVar("Size", bound=Any)
+
+class ShiftSpec(NamedTuple):
+    """What is compiled in of layers of shifts: how products are formed, the weights' code, dtype and activation."""
+
+    form: Form
+    bits: int
+    terms: int
+    dtype: Dtype
+    activation: Activation
 
 
+Size = TypeVar("Size", Expr, int)
+
+
+@functools.cache
 def forms(target: CpuTarget, numerics: Numerics, bits: int, terms: int, dtype: Dtype) -> tuple[Form, ...]:
     """The forms that compute such a product with such numerics, the fastest first; the last one serves all numbers."""
+    rounds = numerics in ("fast", "int8")
     if target.has_amx:
-        return ("bfloat16x3" if numerics == "exact" and dtype == "float32" else "bfloat16x1", "float32")
-    if numerics == "exact" or "avx2" not in target.flags or bits > 5 or terms > 1:
+        return ("bfloat16x1" if rounds or dtype == "bfloat16" else "bfloat16x3", "float32")
+    if not rounds or "avx2" not in target.flags or bits > 5 or terms > 1:
         return ("float32",)
     return ("int8" if numerics == "int8" and bits <= 4 else "int16", "float32")
 
@@ -83,7 +99,11 @@ def shift_product(target: CpuTarget, form: Form, bits: int, terms: int, dtype: D
     power_of_two.check_format(bits, terms)
     if form not in all_forms(target, bits, terms, dtype):
         raise ValueError(f"no {form} product on {target.name} with {bits} bits and {terms} terms in {dtype}")
-    makers: dict[Form, type[Any]] = {"float32": Float32Product, "int16": Int16Product, "int8": Int8Product}
+    makers: dict[Form, Callable[..., ShiftProduct]] = {
+        "float32": Float32Product,
+        "int16": Int16Product,
+        "int8": Int8Product,
+    }
     return makers.get(form, Bfloat16Product)(target, form, bits, terms, dtype)
 
 
@@ -96,8 +116,13 @@ def rows_of_block(target: CpuTarget, form: Form, rows: int, floats: int, most_by
         floats: what a row takes up.
         most_bytes: what a block may take up.
     """
-    tile, _ = tile_shape(target, form)
-    return even_blocks(rows, longest_block(target, form, floats, most_bytes), tile, torch.get_num_threads(), min, max)
+    return _rows_of_block(target, form, rows, floats, most_bytes, torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=1024)
+def _rows_of_block(target: CpuTarget, form: Form, rows: int, floats: int, most_bytes: int, threads: int) -> int:
+    longest, (tile, _) = longest_block(target, form, floats, most_bytes), tile_shape(target, form)
+    return even_blocks(rows, longest, tile, threads, min, max)
 
 
 def longest_block(target: CpuTarget, form: Form, floats: int, most_bytes: int) -> int:

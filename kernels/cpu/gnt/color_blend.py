@@ -12,7 +12,7 @@ from torch import Tensor
 from shiftadd3d.kernels.cpu.blocks import blend_colors, softmax_of_row
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import ROW_PADDING, Scalars, product
-from shiftadd3d.kernels.pack.gnt.color_blend import panels
+from shiftadd3d.kernels.pack.gnt.color_blend import panels, sizes
 from shiftadd3d.kernels.reference.gnt.color_blend import MAX_VIEWS, color_blend_twin, random_blend
 from shiftadd3d.kernels.reference.gnt.plane_sweep import MASKED_LOGIT
 from shiftadd3d.kernels.runtime import tir as T
@@ -121,7 +121,7 @@ class Weights(NamedTuple):
 
     width: int
     hidden: int
-    own: Buffer
+    own: Buffer  # of a sample: its part of the views' hidden layer, then its own logit
     own_bias: Buffer
     view: Buffer
     view_logit: Buffer
@@ -130,17 +130,7 @@ class Weights(NamedTuple):
     @classmethod
     def argument(cls, isa: Isa, width: int, inputs: int, hidden: int) -> Weights:
         """The next arguments of a function."""
-        deep = isa.padded(hidden)
-        own = isa.padded(hidden + 1)  # of a sample: its part of the views' hidden layer, then its own logit
-        return cls(
-            width,
-            hidden,
-            T.panel("w_own", width, own),
-            T.panel("b_own", own),
-            T.panel("w_view", 2 * inputs + 4, deep),
-            T.panel("w_logit", deep),
-            T.panel("scales", 2),
-        )
+        return cls(width, hidden, *T.panels(sizes(isa.lanes, width, inputs, hidden)))
 
 
 def emit(

@@ -18,7 +18,7 @@ from shiftadd3d.kernels.cpu.gnt.gather import Lookup, Places, Views
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import ROW_PADDING, product
 from shiftadd3d.kernels.pack.gnt.gather import stored
-from shiftadd3d.kernels.pack.gnt.plane_sweep import panels
+from shiftadd3d.kernels.pack.gnt.plane_sweep import panels, sizes
 from shiftadd3d.kernels.reference.gnt.gather import VALID, Scene
 from shiftadd3d.kernels.reference.gnt.plane_sweep import MASKED_LOGIT, plane_sweep_twin, random_sweep
 from shiftadd3d.kernels.runtime import tir as T
@@ -79,16 +79,7 @@ class Network(NamedTuple):
     @classmethod
     def argument(cls, isa: Isa, channels: int, hidden: int) -> Network:
         """The next arguments of a function."""
-        wide = isa.padded(hidden)
-        return cls(
-            channels,
-            hidden,
-            T.panel("w_hidden", 3 * (3 + channels + 1), wide),
-            T.panel("b_hidden", wide),
-            T.panel("w_score", wide, isa.lanes),
-            T.panel("b_score", isa.lanes),
-            T.panel("scales", 2),
-        )
+        return cls(channels, hidden, *T.panels(sizes(isa.lanes, channels, hidden)))
 
 
 def emit(

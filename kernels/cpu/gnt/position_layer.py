@@ -15,7 +15,7 @@ from torch import Tensor
 from shiftadd3d.kernels.cpu.blocks import copy_row, sine_and_cosine
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import ROW_PADDING, product
-from shiftadd3d.kernels.pack.gnt.position_layer import Panels, panels
+from shiftadd3d.kernels.pack.gnt.position_layer import Panels, panels, sizes
 from shiftadd3d.kernels.reference.gnt.position_layer import (
     EMBEDDING_DIM,
     NUM_FREQUENCIES,
@@ -57,15 +57,7 @@ class Weights(NamedTuple):
     @classmethod
     def argument(cls, isa: Isa, width: int, hidden: int, outputs: int) -> Weights:
         """The next arguments of a function."""
-        deep, wide = isa.padded(hidden), isa.padded(outputs)
-        return cls(
-            T.panel("w_x", width, deep),
-            T.panel("w_point", EMBEDDING_DIM, deep),
-            T.panel("w_direction", EMBEDDING_DIM, deep),
-            T.panel("b_first", deep),
-            T.panel("w_second", hidden, wide),
-            T.panel("b_second", wide),
-        )
+        return cls(*T.panels(sizes(isa.lanes, width, hidden, outputs)))
 
 
 Place = Callable[[Index, int], Expr]

@@ -11,7 +11,7 @@ from torch import Tensor
 from shiftadd3d.kernels.cpu.blocks import copy_row
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import ROW_PADDING, product
-from shiftadd3d.kernels.pack.gnt.view_embedding import panels
+from shiftadd3d.kernels.pack.gnt.view_embedding import panels, sizes
 from shiftadd3d.kernels.reference.gnt.view_embedding import LEAST_VARIANCE, random_views, view_embedding_twin
 from shiftadd3d.kernels.runtime import memory
 from shiftadd3d.kernels.runtime import tir as T
@@ -64,19 +64,8 @@ class Layers(NamedTuple):
     @classmethod
     def argument(cls, isa: Isa, inputs: int, hidden: int, width: int, *, with_moments: bool) -> Layers:
         """The next arguments of a function."""
-        deep, wide, statistics = isa.padded(hidden), isa.padded(width), 2 * inputs + 1 if with_moments else 0
-        return cls(
-            inputs,
-            hidden,
-            width,
-            statistics,
-            T.panel("w_first", inputs, deep),
-            T.panel("b_first", deep),
-            T.panel("w_second", hidden, wide),
-            T.panel("b_second", wide),
-            T.panel("w_moments", statistics * wide),
-            T.panel("b_moments", wide),
-        )
+        statistics = 2 * inputs + 1 if with_moments else 0
+        return cls(inputs, hidden, width, statistics, *T.panels(sizes(isa.lanes, inputs, hidden, width, with_moments)))
 
 
 class Embedding:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shiftadd3d.kernels.cuda.driver import CudaFunction, CudaKernel
 from shiftadd3d.kernels.cuda.tile import ACROSS, DOWN, Tile, grid, local, relu, shared, shared_out
-from shiftadd3d.kernels.pack.gnt.view_attention import panels
+from shiftadd3d.kernels.pack.gnt.view_attention import Panels, panels, sizes
 from shiftadd3d.kernels.reference.gnt.view_attention import compare_with_twin
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Spec
@@ -40,22 +40,13 @@ def _threads(width: int, hidden: int) -> int:
 def build(target: CudaTarget, width: int, hidden: int) -> T.PrimFunc:
     """The function of (points, their views, views a point, query, views, ray_diff, mask, the eight panels, out)."""
     both, threads = width + hidden, _threads(width, hidden)
-    shapes = {
-        "w_row": (both, both),
-        "b_row": (both,),
-        "w_position": (5, hidden),
-        "w_query": (width, hidden),
-        "b_query": (hidden,),
-        "w_score": (hidden, width),
-        "w_out": (width, width),
-        "b_out": (width,),
-    }
     with T.function("view_attention") as function:
         P, R, V = T.scalars("P", "R", "V")
         query, views = T.tensor("query", (P, width), "float32"), T.tensor("views", (R, width), "float32")
         ray_diff, mask = T.tensor("ray_diff", (R, 4), "float32"), T.tensor("mask", (R,), "uint8")  # rows: (point, view)
         w_row, b_row, w_position, w_query, b_query, w_score, w_out, b_out = (
-            T.tensor(name, shape, "float32") for name, shape in shapes.items()
+            T.tensor(f"w_{name}", shape, "float32")
+            for name, shape in zip(Panels._fields, sizes(1, width, hidden), strict=True)
         )
         out = T.tensor("out", (P, width), "float32")
         points_of_block = T.truncdiv(T.int32(_ROWS), V)
@@ -144,14 +135,13 @@ def run(
     count, width = views.shape[-2:]
     out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     points, rows = (x.float().reshape(-1, width).contiguous() for x in (query, views))
-    names = ("w_row", "b_row", "w_position", "w_query", "b_query", "w_score", "w_out", "b_out")
     function(
         -(-len(points) // (_ROWS // count)),
         query=points,
         views=rows,
         ray_diff=ray_diff.float().reshape(-1, 4).contiguous(),
         mask=mask.reshape(-1).contiguous().view(torch.uint8),
-        **dict(zip(names, panels, strict=True)),
+        **{f"w_{name}": panel for name, panel in zip(Panels._fields, panels, strict=True)},
         V=count,
         P=len(points),
         R=len(rows),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.cpu.gnt.color_blend import KERNEL, run
 from shiftadd3d.kernels.ops.define import define_op, packed_function
-from shiftadd3d.kernels.pack.gnt.color_blend import check_panels, color_blend_of_panels
+from shiftadd3d.kernels.pack.gnt.color_blend import color_blend_of_panels, sizes
+from shiftadd3d.kernels.pack.panel import lanes_of
 from shiftadd3d.kernels.reference.gnt.color_blend import MAX_VIEWS
 
 
@@ -40,7 +42,7 @@ def _check(given: ColorBlend) -> None:
 def _cpu(given: ColorBlend) -> tuple[Tensor, Tensor] | None:
     x, values, ray_diff, mask, panels, hidden = given
     width, inputs = x.shape[-1], values.shape[-1]
-    lanes = check_panels(panels, width, inputs, hidden)
+    lanes = lanes_of("color_blend", panels, partial(sizes, width=width, inputs=inputs, hidden=hidden))
     if not values.numel() or not x.dtype == values.dtype == torch.float32 or values.shape[2] > MAX_VIEWS:
         return None
     function = packed_function(KERNEL, lanes, width=width, inputs=inputs, hidden=hidden)

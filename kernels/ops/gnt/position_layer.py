@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.cpu.gnt.position_layer import KERNEL, run
 from shiftadd3d.kernels.ops.define import define_op, packed_function
-from shiftadd3d.kernels.pack.gnt.position_layer import Panels, check_panels, position_layer_of_panels
+from shiftadd3d.kernels.pack.gnt.position_layer import Panels, position_layer_of_panels, sizes
+from shiftadd3d.kernels.pack.panel import lanes_of
 from shiftadd3d.kernels.runtime.targets import current
 
 
@@ -35,11 +37,13 @@ def _check(given: PositionLayer) -> None:
 
 def _cpu(given: PositionLayer) -> Tensor | None:
     x, points, directions, panels, outputs = given
-    lanes, packed = check_panels(panels, x.shape[-1], outputs), Panels(*panels)
+    packed = Panels(*panels)
+    spec = {"width": x.shape[-1], "hidden": packed.second.shape[0], "outputs": outputs}
+    lanes = lanes_of("position_layer", panels, partial(sizes, **spec))
     # Without fused multiply-adds the sines of large numbers would be off.
     if not (x.numel() and x.dtype == points.dtype == torch.float32 and current().has_fma):
         return None
-    function = packed_function(KERNEL, lanes, width=x.shape[-1], hidden=packed.second.shape[0], outputs=outputs)
+    function = packed_function(KERNEL, lanes, **spec)
     return None if function is None else run(function, x, points, directions, packed, outputs)
 
 

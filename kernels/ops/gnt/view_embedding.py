@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.cpu.gnt.view_embedding import KERNEL, run
 from shiftadd3d.kernels.ops.define import define_op, packed_function
-from shiftadd3d.kernels.pack.gnt.view_embedding import check_panels, view_embedding_of_panels
+from shiftadd3d.kernels.pack.gnt.view_embedding import sizes, view_embedding_of_panels
+from shiftadd3d.kernels.pack.panel import lanes_of
 from shiftadd3d.kernels.reference.gnt.view_embedding import MAX_VIEWS
 
 
@@ -31,11 +33,11 @@ def _check(given: ViewEmbedding) -> None:
 
 def _cpu(given: ViewEmbedding) -> tuple[Tensor, Tensor] | None:
     values, mask, panels, width = given
-    inputs = values.shape[-1]
-    lanes = check_panels(panels, inputs, width)
+    spec = {"inputs": values.shape[-1], "hidden": panels[2].shape[0], "width": width}
+    spec["with_moments"] = panels[4].numel() > 0
+    lanes = lanes_of("view_embedding", panels, partial(sizes, **spec))
     if not values.numel() or values.dtype != torch.float32 or values.shape[-2] > MAX_VIEWS:
         return None
-    spec = {"inputs": inputs, "hidden": panels[2].shape[0], "width": width, "with_moments": panels[4].numel() > 0}
     function = packed_function(KERNEL, lanes, **spec)
     return None if function is None else run(function, values, mask, panels, width)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shiftadd3d.kernels.pack.panel import across, lanes_of, padded, row, stored
+from shiftadd3d.kernels.pack.panel import across, padded, row, stored
 from shiftadd3d.kernels.reference.gnt.color_blend import color_blend_twin
 
 
@@ -46,14 +46,10 @@ def panels(
     return Panels(*map(stored, packed))
 
 
-def check_panels(panels: Sequence[Tensor], width: int, inputs: int, hidden: int) -> int:
-    """`lanes_of` the panels for so many features, channels of a view, and hidden units."""
-
-    def sizes(lanes: int) -> list[tuple[int, ...]]:
-        own, deep = padded(hidden + 1, lanes), padded(hidden, lanes)
-        return [(width, own), (own,), (2 * inputs + 4, deep), (deep,), (2,)]
-
-    return lanes_of("color_blend", panels, sizes)
+def sizes(lanes: int, width: int, inputs: int, hidden: int) -> list[tuple[int, ...]]:
+    """Of the panels for so many features, channels of a view, and hidden units."""
+    own, deep = padded(hidden + 1, lanes), padded(hidden, lanes)
+    return [(width, own), (own,), (2 * inputs + 4, deep), (deep,), (2,)]
 
 
 def color_blend_of_panels(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -52,17 +53,18 @@ def channels_compared(panels: Sequence[Tensor]) -> int:
     return panels[0].shape[0] // 3 - 4
 
 
+def sizes(lanes: int, channels: int, hidden: int) -> list[tuple[int, ...]]:
+    """Of the panels of a network that compares so many channels, with so many hidden units."""
+    deep = padded(hidden, lanes)
+    return [(3 * (3 + channels + 1), deep), (deep,), (deep, lanes), (lanes,), (2,)]
+
+
 def check_panels(panels: Sequence[Tensor], channels: int, hidden: int) -> int:
     """`lanes_of` the panels of a network of so many hidden units, for maps of so many channels."""
-    inputs = panels[0].shape[0]
-    if inputs % 3 or not 0 <= channels_compared(panels) <= channels:
-        raise UserError(f"hidden must have 3 (3 + F + 1) inputs for F <= {channels} channels, not {inputs}")
-
-    def sizes(lanes: int) -> list[tuple[int, ...]]:
-        deep = padded(hidden, lanes)
-        return [(inputs, deep), (deep,), (deep, lanes), (lanes,), (2,)]
-
-    return lanes_of("plane_sweep", panels, sizes)
+    compared = channels_compared(panels)
+    if panels[0].shape[0] % 3 or not 0 <= compared <= channels:
+        raise UserError(f"hidden must have 3 (3 + F + 1) inputs for F <= {channels} channels, not {panels[0].shape[0]}")
+    return lanes_of("plane_sweep", panels, partial(sizes, channels=compared, hidden=hidden))
 
 
 def plane_sweep_of_panels(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shiftadd3d.kernels.pack.panel import across, lanes_of, padded, row, stored
+from shiftadd3d.kernels.pack.panel import across, padded, row, stored
 from shiftadd3d.kernels.reference.gnt.position_layer import EMBEDDING_DIM, position_layer_twin
 
 
@@ -48,16 +48,11 @@ def panels(weights: Sequence[Tensor], biases: Sequence[Tensor], lanes: int) -> P
     return Panels(*map(stored, packed))
 
 
-def check_panels(panels: Sequence[Tensor], width: int, outputs: int) -> int:
-    """`lanes_of` the panels of a layer from so many channels to so many."""
-    hidden = panels[4].shape[0]
-
-    def sizes(lanes: int) -> list[tuple[int, ...]]:
-        deep, wide = padded(hidden, lanes), padded(outputs, lanes)
-        first = (width, deep), (EMBEDDING_DIM, deep), (EMBEDDING_DIM, deep), (deep,)
-        return [*first, (hidden, wide), (wide,)]
-
-    return lanes_of("position_layer", panels, sizes)
+def sizes(lanes: int, width: int, hidden: int, outputs: int) -> list[tuple[int, ...]]:
+    """Of the panels of a layer from so many channels to so many."""
+    deep, wide = padded(hidden, lanes), padded(outputs, lanes)
+    first = (width, deep), (EMBEDDING_DIM, deep), (EMBEDDING_DIM, deep), (deep,)
+    return [*first, (hidden, wide), (wide,)]
 
 
 def position_layer_of_panels(

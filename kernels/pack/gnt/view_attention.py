@@ -8,6 +8,7 @@ multiplications; ``a_2``, the same for all views, drops out of the softmax.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -86,16 +87,17 @@ def hidden_of(panels: Sequence[Tensor], width: int) -> int:
     return panels[0].shape[0] - width
 
 
+def sizes(lanes: int, width: int, hidden: int) -> list[tuple[int, ...]]:
+    """Of the panels of an attention over so many channels."""
+    wide, narrow = padded(width, lanes), padded(hidden, lanes)
+    both = (width + hidden, wide + narrow), (wide + narrow,)
+    return [*both, (5, narrow), (width, narrow), (narrow,), (hidden, wide), (width, wide), (wide,)]
+
+
 def check_panels(panels: Sequence[Tensor], width: int) -> int:
     """`lanes_of` the panels of an attention over so many channels."""
-    hidden = hidden_of(panels, width)
-
-    def sizes(lanes: int) -> list[tuple[int, ...]]:
-        wide, narrow = padded(width, lanes), padded(hidden, lanes)
-        both = (width + hidden, wide + narrow), (wide + narrow,)
-        return [*both, (5, narrow), (width, narrow), (narrow,), (hidden, wide), (width, wide), (wide,)]
-
-    return lanes_of("view_attention", panels[: len(Panels._fields)], sizes)
+    of_sizes = partial(sizes, width=width, hidden=hidden_of(panels, width))
+    return lanes_of("view_attention", panels[: len(Panels._fields)], of_sizes)
 
 
 def view_attention_of_panels(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from shiftadd3d.kernels.pack.panel import across, lanes_of, padded, row, stored
+from shiftadd3d.kernels.pack.panel import across, padded, row, stored
 from shiftadd3d.kernels.reference.gnt.view_embedding import view_embedding_twin
 
 
@@ -31,15 +31,10 @@ def panels(weights: Sequence[Tensor], biases: Sequence[Tensor], lanes: int) -> P
     return Panels(*map(stored, (first, first_bias, second, second_bias, moments.flatten(), moments_bias)))
 
 
-def check_panels(panels: Sequence[Tensor], inputs: int, width: int) -> int:
-    """`lanes_of` the panels of an embedding of so many inputs in so many channels."""
-    hidden, moments = panels[2].shape[0], 2 * inputs + 1 if panels[4].numel() else 0
-
-    def sizes(lanes: int) -> list[tuple[int, ...]]:
-        deep, wide = padded(hidden, lanes), padded(width, lanes)
-        return [(inputs, deep), (deep,), (hidden, wide), (wide,), (moments * wide,), (wide,)]
-
-    return lanes_of("view_embedding", panels, sizes)
+def sizes(lanes: int, inputs: int, hidden: int, width: int, with_moments: bool) -> list[tuple[int, ...]]:
+    """Of the panels of an embedding of so many inputs in so many channels."""
+    deep, wide, moments = padded(hidden, lanes), padded(width, lanes), 2 * inputs + 1 if with_moments else 0
+    return [(inputs, deep), (deep,), (hidden, wide), (wide,), (moments * wide,), (wide,)]
 
 
 def view_embedding_of_panels(

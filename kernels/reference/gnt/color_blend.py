@@ -15,14 +15,13 @@ Source: Wang et al., "IBRNet" (CVPR 2021), section 3.3, for blending by learned 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d.kernels.reference.gnt.plane_sweep import MASKED_LOGIT, view_agreement
 from shiftadd3d.kernels.reference.layers import Layer, linear
+from shiftadd3d.kernels.reference.trials import Draw
 
 MAX_VIEWS = 32
 
@@ -77,22 +76,10 @@ def color_blend_twin(
 
 def random_blend(
     seed: int, *, rays: int, samples: int, views: int, width: int, inputs: int, hidden: int
-) -> tuple[Any, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
     """Arguments of `color_blend` for a trial."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    sizes = ((hidden, width), (hidden, 2 * inputs + 4), (1, hidden), (1, width))
-    mask = torch.rand(rays, samples, views, generator=generator) > 0.4
-    return (
-        draw(rays, samples, width),
-        draw(rays, samples, views, inputs),
-        draw(rays, samples, views, 4),
-        mask,
-        [draw(*size) / size[1] ** 0.5 for size in sizes],
-        [draw(size[0]) for size in sizes],
-        torch.tensor(1.5),
-        torch.tensor(0.7),
-    )
+    draw, sizes = Draw(seed), ((hidden, width), (hidden, 2 * inputs + 4), (1, hidden), (1, width))
+    x, values, ray_diff = (draw.normal(rays, samples, *rest) for rest in ((width,), (views, inputs), (views, 4)))
+    mask = draw.uniform(rays, samples, views) > 0.4
+    biases = [draw.normal(size[0]) for size in sizes]
+    return x, values, ray_diff, mask, draw.weights(sizes), biases, torch.tensor(1.5), torch.tensor(0.7)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shiftadd3d.kernels.reference.trials import Draw
+
 #: An interpolated pixel is valid only if all that is mixed into it is: at a border a wrong colour would come in.
 VALID = 0.999
 
@@ -110,20 +112,15 @@ def point_samples_twin(
 
 def random_scene(seed: int, *, rays: int, samples: int, views: int, channels: int, with_valid: bool) -> Scene:
     """Arguments of `point_samples` for a trial: cameras that look at a cloud of points, some of which they miss."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    height, width = 37, 50
+    draw, height, width = Draw(seed), 37, 50
     pose = torch.eye(4).repeat(views, 1, 1)
-    pose[:, :3, 3] = 0.3 * draw(views, 3)
+    pose[:, :3, 3] = 0.3 * draw.normal(views, 3)
     intrinsics = torch.tensor([[40.0, 0.0, width / 2], [0.0, 40.0, height / 2], [0.0, 0.0, 1.0]])
     projection = intrinsics @ torch.linalg.inv(pose)[:, :3]
-    points = draw(rays, samples, 3) + torch.tensor([0.0, 0.0, 2.0])
-    images, maps = draw(views, height, width, 3), draw(views, 10, 13, channels)
-    valid = torch.rand(views, height, width, generator=generator) > 0.05 if with_valid else None
-    return Scene(points, 0.3 * draw(rays, 3), projection, pose[:, :3, 3].contiguous(), images, maps, valid)
+    points = draw.normal(rays, samples, 3) + torch.tensor([0.0, 0.0, 2.0])
+    images, maps = draw.normal(views, height, width, 3), draw.normal(views, 10, 13, channels)
+    valid = draw.uniform(views, height, width) > 0.05 if with_valid else None
+    return Scene(points, 0.3 * draw.normal(rays, 3), projection, pose[:, :3, 3].contiguous(), images, maps, valid)
 
 
 def compare_with_twin(run: Callable[[Scene], tuple[Tensor, ...]], device: torch.device, with_valid: bool) -> None:

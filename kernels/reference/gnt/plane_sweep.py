@@ -13,6 +13,7 @@ from torch import Tensor
 from shiftadd3d.kernels.reference.gnt import gather as reference_gather
 from shiftadd3d.kernels.reference.gnt.gather import Scene
 from shiftadd3d.kernels.reference.layers import Layer, linear, perceptron
+from shiftadd3d.kernels.reference.trials import Draw
 
 #: Logit of what must not be chosen: finite, so that a softmax over nothing but such ones is even instead of NaN.
 MASKED_LOGIT = -1e4
@@ -105,13 +106,10 @@ def random_sweep(
     seed: int, *, rays: int, samples: int, views: int, channels: int, hidden: int, with_valid: bool
 ) -> tuple[Scene, Network]:
     """Arguments of `plane_sweep_twin` for a trial."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return 0.3 * torch.randn(*shape, generator=generator)
-
-    layers = (draw(hidden, 3 * (4 + channels)), draw(hidden), draw(1, hidden), draw(1))
+    draw = Draw(seed)
+    weights = 0.3 * draw.normal(hidden, 3 * (4 + channels)), 0.3 * draw.normal(hidden)
+    weights += 0.3 * draw.normal(1, hidden), 0.3 * draw.normal(1)
     scene = reference_gather.random_scene(
         seed, rays=rays, samples=samples, views=views, channels=channels + 3, with_valid=with_valid
     )
-    return scene, Network(*layers, torch.tensor(20.0), torch.tensor(2.0))
+    return scene, Network(*weights, torch.tensor(20.0), torch.tensor(2.0))

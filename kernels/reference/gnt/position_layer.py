@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d.kernels.reference.layers import Layer, linear, perceptron
+from shiftadd3d.kernels.reference.trials import Draw
 
 #: Octaves of the sine-cosine embedding of positions and directions, and its width: the value itself, sines, cosines.
 NUM_FREQUENCIES = 10
@@ -51,12 +52,8 @@ def random_samples(
     seed: int, *, rays: int, samples: int, width: int, hidden: int, outputs: int
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Arguments of `position_layer` for a trial."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    inputs = width + 2 * EMBEDDING_DIM
-    weights = [draw(hidden, inputs) / inputs**0.5, draw(outputs, hidden) / hidden**0.5]
-    directions = F.normalize(draw(rays, 3), dim=-1)
-    return draw(rays, samples, width), 3.0 * draw(rays, samples, 3), directions, weights, [draw(hidden), draw(outputs)]
+    draw = Draw(seed)
+    weights = draw.weights(((hidden, width + 2 * EMBEDDING_DIM), (outputs, hidden)))
+    biases = [draw.normal(hidden), draw.normal(outputs)]
+    x, points, directions = draw.normal(rays, samples, width), 3.0 * draw.normal(rays, samples, 3), draw.normal(rays, 3)
+    return x, points, F.normalize(directions, dim=-1), weights, biases

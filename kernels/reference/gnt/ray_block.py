@@ -23,6 +23,7 @@ from torch import Tensor
 
 from shiftadd3d.kernels.reference import linear_angular
 from shiftadd3d.kernels.reference.layers import Layer, linear
+from shiftadd3d.kernels.reference.trials import Draw
 
 Attention = Literal["softmax", "pm1", "01"]
 ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
@@ -119,20 +120,14 @@ def random_block(
     seed: int, *, rays: int, samples: int, width: int, heads: int, hidden: int, kernel: int
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None], Tensor | None, int]:
     """The tensors of `ray_block` and its number of heads, for a trial."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    def linear(outputs: int, inputs: int) -> Tensor:
-        return draw(outputs, inputs) / inputs**0.5
-
-    weights: list[Tensor] = [1.0 + 0.1 * draw(width), *(linear(width, width) for _ in range(4))]
-    biases: list[Tensor | None] = [draw(width), None, None, None, draw(width)]
+    draw = Draw(seed)
+    weights = [1.0 + 0.1 * draw.normal(width), *draw.weights([(width, width)] * 4)]
+    biases: list[Tensor | None] = [draw.normal(width), None, None, None, draw.normal(width)]
     if hidden:
-        weights += [1.0 + 0.1 * draw(width), linear(hidden, width), linear(width, hidden)]
-        biases += [draw(width), draw(hidden), draw(width)]
-    return draw(rays, samples, width), weights, biases, draw(heads, kernel) if kernel else None, heads
+        weights += [1.0 + 0.1 * draw.normal(width), *draw.weights(((hidden, width), (width, hidden)))]
+        biases += [draw.normal(size) for size in (width, hidden, width)]
+    x, conv = draw.normal(rays, samples, width), draw.normal(heads, kernel) if kernel else None
+    return x, weights, biases, conv, heads
 
 
 def samples_of_certain_codes(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], eps: float) -> Tensor:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d.kernels.reference.layers import Layer, linear, perceptron
+from shiftadd3d.kernels.reference.trials import Draw
 
 MAX_VIEWS = 32
 WEIGHTS = ("q", "k", "v", "position 1", "position 2", "attention 1", "attention 2", "out")
@@ -87,17 +88,11 @@ def random_attention(
     seed: int, *, points: int, views: int, width: int, hidden: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Arguments of the twin for a trial; one point is seen by no view."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    inputs = (draw(points, width), draw(points, views, width), draw(points, views, 4))
-    mask = torch.rand(points, views, generator=generator) > 0.3
+    draw, sizes = Draw(seed), weight_sizes(width, hidden)
+    inputs = (draw.normal(points, width), draw.normal(points, views, width), draw.normal(points, views, 4))
+    mask = draw.uniform(points, views) > 0.3
     mask[3] = False
-    sizes = weight_sizes(width, hidden)
-    weights = [draw(*size) / size[1] ** 0.5 for size in sizes]
-    return *inputs, mask, weights, [draw(sizes[i][0]) for i in (3, 4, 5, 6, 7)]
+    return *inputs, mask, draw.weights(sizes), [draw.normal(size[0]) for size in sizes[3:]]
 
 
 def compare_with_twin(run: Callable[..., Tensor], device: torch.device, width: int, hidden: int) -> None:

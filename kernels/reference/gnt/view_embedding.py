@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from shiftadd3d.kernels.reference.layers import Layer, linear, perceptron
+from shiftadd3d.kernels.reference.trials import Draw
 
 MAX_VIEWS = 32
 LEAST_VARIANCE = 1e-6
@@ -63,13 +64,9 @@ def random_views(
     seed: int, *, points: int, views: int, inputs: int, hidden: int, width: int, with_moments: bool
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Arguments of `view_embedding` for a trial."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
     sizes = [(hidden, inputs), (width, hidden), (width, 2 * inputs + 1)][: 3 if with_moments else 2]
-    mask = torch.rand(points, views, generator=generator) > 0.3
+    draw = Draw(seed)
+    mask = draw.uniform(points, views) > 0.3
     mask[0] = False
-    weights = [draw(*size) / size[1] ** 0.5 for size in sizes]
-    return draw(points, views, inputs), mask, weights, [draw(size[0]) for size in sizes]
+    weights, biases = draw.weights(sizes), [draw.normal(size[0]) for size in sizes]
+    return draw.normal(points, views, inputs), mask, weights, biases

@@ -27,6 +27,7 @@ from shiftadd3d.kernels.pack.gnt import view_embedding as pack_view_embedding
 from shiftadd3d.kernels.pack.panel import lanes_on
 from shiftadd3d.kernels.pack.shift import panel_forms, panels_of_forms
 from shiftadd3d.kernels.reference.gnt.plane_sweep import Network
+from shiftadd3d.kernels.reference.gnt.ray_block import Attention
 from shiftadd3d.kernels.runtime.targets import current
 from shiftadd3d.models.gnt.color_head import ImageColorHead
 from shiftadd3d.models.gnt.projection import PointLookUp, PointSamples, SourceViews, scene_of
@@ -69,7 +70,7 @@ class FrozenViewAttention(FrozenModule, ViewAttention):
 class FrozenRayTransformer(FrozenModule, RayTransformer):
     """`RayTransformer` as one op, the feed-forward network apart from it if that is not two plain layers."""
 
-    attention: str
+    attention: Attention
     has_perceptron: bool
 
     def derive(self) -> Mapping[str, Tensor]:
@@ -106,7 +107,7 @@ class FrozenRayTransformer(FrozenModule, RayTransformer):
         return x, first if return_weights else None
 
 
-def _codes_and_convolution(attention: nn.Module) -> tuple[str, Tensor | None]:
+def _codes_and_convolution(attention: nn.Module) -> tuple[Attention, Tensor | None]:
     """Kind of the codes, and kernels [heads, taps] of the convolution on the values if there is one.
 
     Raises:
