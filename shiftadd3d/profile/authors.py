@@ -83,11 +83,14 @@ class _Size:
 
     def tilings(self) -> dict[str, np.ndarray]:
         """All factorisations that fit, or the finest ones where none does (their script fails there)."""
+        # What does not fit whatever the others are is left out beforehand, but for what cannot be finer.
+        array = max(1, (_ELEMENTS - 1) // self.r)
+        most = max(1, (_REGISTERS["inputs"] - 1) // self.r)
         lists = (
             _factors(self.n, 2),
-            [m for m in _factors(self.m, 4) if m[0] <= _REGISTERS["sums"]],
-            _factors(self.c, 3),
-            _factors(self.e, 2),
+            [m for m in _factors(self.m, 4) if m[0] <= _REGISTERS["sums"] and m[1] <= array],
+            [c for c in _factors(self.c, 3) if c[0] <= most and c[1] <= array],
+            [e for e in _factors(self.e, 2) if e[0] <= array],
         )
         places = np.indices([len(each) for each in lists]).reshape(len(lists), -1)
         grid = np.concatenate([np.array(each)[place] for each, place in zip(lists, places, strict=True)], axis=1)
