@@ -14,7 +14,8 @@ from shiftadd3d.kernels import Numerics
 from shiftadd3d.kernels.runtime import kernel
 from shiftadd3d.kernels.whole.deployment import Deployment, is_deployment
 from shiftadd3d.nn.compiled import compile as compile_model
-from shiftadd3d.vision.checkpoint import ClassifierConfig, load
+from shiftadd3d.vision.checkpoint import CONFIG_FILE, ClassifierConfig, load
+from shiftadd3d.vision.distributed import choose_device
 
 
 class DeployedClassifier(nn.Module):
@@ -78,14 +79,31 @@ def deploy(model: nn.Module, folder: Path, numerics: Numerics | None) -> Deploye
     return deployed
 
 
+def device_for(folder: Path, device: str | None) -> torch.device:
+    """Where a classifier computes: as `choose_device` has it, and an executable always on the CPU.
+
+    Raises:
+        UserError: no such device, or not for this classifier.
+    """
+    if not is_deployment(folder):
+        return choose_device(device)
+    if device not in (None, "cpu"):
+        raise UserError(f"--device {device}: {folder} is an executable for a CPU; expected --device cpu")
+    return torch.device("cpu")
+
+
 def open_classifier(folder: Path, device: torch.device) -> nn.Module:
     """Whatever `finetune` or `export` wrote, ready to classify pictures.
 
+    Args:
+        folder: where it lies.
+        device: what `device_for` says.
+
     Raises:
-        UserError: nothing there, damaged, or not for this device.
+        UserError: nothing there, or damaged.
     """
-    if not is_deployment(folder):
-        return load(folder, device)
-    if device.type != "cpu":
-        raise UserError(f"{folder} is an executable for a CPU; expected --device cpu, not {device}")
-    return DeployedClassifier(folder)
+    if is_deployment(folder):
+        return DeployedClassifier(folder)
+    if is_deployment(folder / "so") and not (folder / CONFIG_FILE).exists():
+        raise UserError(f"{folder} holds what export wrote; expected one form of that, such as {folder / 'so'}")
+    return load(folder, device)

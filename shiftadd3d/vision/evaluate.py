@@ -19,8 +19,7 @@ from shiftadd3d.nn import CompiledModel
 from shiftadd3d.vision.checkpoint import ClassifierConfig
 from shiftadd3d.vision.compiled import compiled_where_it_can_be
 from shiftadd3d.vision.data import InputConfig, open_split
-from shiftadd3d.vision.deploy import DeployedClassifier, open_classifier
-from shiftadd3d.vision.distributed import choose_device
+from shiftadd3d.vision.deploy import DeployedClassifier, device_for, open_classifier
 from shiftadd3d.vision.engine import evaluate, explain_memory_errors
 from shiftadd3d.vision.settings import DataSettings, check_workers
 
@@ -81,7 +80,7 @@ def evaluate_classifier(
         UserError: anything in the arguments that the user can mend.
     """
     check_workers(workers)
-    chosen = choose_device(device)
+    chosen = device_for(checkpoint, device)
     model = open_classifier(checkpoint, chosen)
     config = model.classifier_config
     assert isinstance(config, ClassifierConfig)

@@ -17,8 +17,7 @@ from shiftadd3d.nn.routing import RoutingMap, keep_routing, routing_maps
 from shiftadd3d.vision.checkpoint import ClassifierConfig
 from shiftadd3d.vision.compiled import compiled_where_it_can_be
 from shiftadd3d.vision.data import Skipped, decode_picture, eval_transform, skipped_files, to_rgb
-from shiftadd3d.vision.deploy import DeployedClassifier, open_classifier
-from shiftadd3d.vision.distributed import choose_device
+from shiftadd3d.vision.deploy import DeployedClassifier, device_for, open_classifier
 from shiftadd3d.vision.files import describe_unread, find_files, usual_suffixes
 from shiftadd3d.vision.pictures import save_labelled, save_routing
 
@@ -108,7 +107,7 @@ def predict_pictures(
     # Everything is found before anything is written: pictures may lie where results go.
     inputs, skipped = _find_pictures(pictures)
     outputs = [None] * len(inputs) if out is None else _name_outputs(inputs, out)
-    model = open_classifier(checkpoint, choose_device(device))
+    model = open_classifier(checkpoint, device_for(checkpoint, device))
     if isinstance(model, DeployedClassifier) and show_routing:
         raise UserError(f"--show-routing: {checkpoint} is an executable; expected the classifier that it was made of")
     if compile and not show_routing:

@@ -87,6 +87,13 @@ def test_an_executable_predicts_what_the_packed_classifier_does(made: Path, pict
         DeployedClassifier(made / "so")(torch.zeros(1, 3, 8, 8))
 
 
+def test_where_there_is_a_gpu_an_executable_stays_on_the_cpu(made: Path, picture: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert predicted(made / "so", picture)
+    assert cli.main(["predict", str(made / "so"), str(picture), "--device", "cuda"]) == 1
+    assert "so is an executable for a CPU; expected --device cpu" in capsys.readouterr().err
+
+
 def test_an_executable_is_evaluated_like_any_classifier(made: Path, folder: Path, tmp_path: Path, capsys) -> None:
     for name, color in (("blue", "blue"), ("green and grün", "green"), ("red", "red")):
         for split in ("train", "val"):
@@ -189,6 +196,7 @@ def test_options_that_do_not_fit_are_told_in_one_line(made: Path, trained: Path,
             ["predict", str(made / "so"), str(picture), "--show-routing", *out],
             "is an executable; expected the classifier",
         ),
+        (["predict", str(made), str(picture)], "holds what export wrote; expected one form of that, such as .*so"),
         (["export", str(trained), "--numerics", "int8", *out], "--numerics int8: only the format so has them"),
         (["export", str(made / "packed"), *out], "exported already; expected .* or --formats so"),
     ]:
