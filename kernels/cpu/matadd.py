@@ -14,7 +14,8 @@ With q and k codes of 1 and `low` (-1 or 0), s the scale, c the contrast, n the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple, get_args
 
 import torch
@@ -36,7 +37,7 @@ from shiftadd3d.kernels.reference.trials import Draw, assert_close
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec, SpecValue, by_name
 from shiftadd3d.kernels.runtime.memory import DTYPES, empty_by_heads, stored
-from shiftadd3d.kernels.runtime.targets import CpuTarget
+from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr
 
 CODES: dict[torch.dtype, str] = {**DTYPES, torch.uint8: "uint8"}
@@ -160,7 +161,7 @@ def sums(given: MatAddKV, function: Compiled | None = None) -> Tensor | None:
     """``K^T V`` of heads, [B, H, D, E] float32, by that function; by default the one for the case, if there is one."""
     k, v, mask, codes, _ = given
     (batch, heads, tokens, columns), features = v.shape, features_of(k, given.features)
-    function = function or _function(SUMS, v, {"codes": k}, features, masked=mask is not None)
+    function = function or _function(SUMS, current(), v.dtype, (k.dtype,), features, columns, mask is not None)
     if function is None:
         return None
     state = torch.empty(batch, heads, _parts(batch * heads, tokens), features, columns)
@@ -171,7 +172,7 @@ def sums(given: MatAddKV, function: Compiled | None = None) -> Tensor | None:
 def products(given: MatAddQ, function: Compiled | None = None) -> Tensor | None:
     """``Q S`` of heads, [B, H, N, E]; likewise."""
     q, kv, codes = given
-    function = function or _function(PRODUCTS, kv, {"codes": q}, kv.shape[-2])
+    function = function or _function(PRODUCTS, current(), kv.dtype, (q.dtype,), *kv.shape[-2:])
     if function is None:
         return None
     out, parts = empty_by_heads(q, kv), _parts(q.shape[0] * q.shape[1], q.shape[2])
@@ -184,8 +185,8 @@ def attend(given: AddAttention, function: Compiled | None = None) -> Tensor | No
     q, k, v, mask, codes, _, contrast, attention = given
     features = features_of(k, given.features)
     if function is None:
-        spec: Spec = {"masked": mask is not None, "attention": attention, "contrasted": contrast is not None}
-        function = _function(MATADD, v, {"codes": q, "key_codes": k}, features, **spec)
+        flags = mask is not None, attention, contrast is not None
+        function = _function(MATADD, current(), v.dtype, (q.dtype, k.dtype), features, v.shape[-1], *flags)
     if function is None:
         return None
     batch_heads = q.shape[0] * q.shape[1]
@@ -197,14 +198,22 @@ def attend(given: AddAttention, function: Compiled | None = None) -> Tensor | No
     return out
 
 
+@cache
 def _function(
-    kernel: Kernel, values: Tensor, signs: Mapping[str, Tensor], features: int, **spec: SpecValue
+    kernel: Kernel,
+    target: CpuTarget,  # this process's
+    values: torch.dtype,
+    signs: tuple[torch.dtype, ...],
+    features: int,
+    columns: int,
+    *flags: bool,
 ) -> Compiled | None:
-    """The compiled function for values and the signs of tensors."""
-    if values.dtype not in DTYPES or any(x.dtype not in CODES for x in signs.values()):
+    """The compiled function for values and signs of such dtypes, found quickly."""
+    if values not in DTYPES or any(dtype not in CODES for dtype in signs):
         return None
-    codes = {name: CODES[x.dtype] for name, x in signs.items()}
-    return kernel.function(**codes, **spec, dtype=CODES[values.dtype], features=features, columns=values.shape[-1])
+    codes = zip(("codes", "key_codes"), (CODES[dtype] for dtype in signs), strict=False)
+    spec: Spec = {**dict(codes), **dict(zip(("masked", "attention", "contrasted"), flags, strict=False))}
+    return kernel.function(**spec, dtype=CODES[values], features=features, columns=columns)
 
 
 def _parts(batch_heads: int, tokens: int) -> int:

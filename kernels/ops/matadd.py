@@ -22,6 +22,7 @@ from shiftadd3d.kernels.cuda import matadd as cuda_matadd
 from shiftadd3d.kernels.ops.define import define_op
 from shiftadd3d.kernels.reference.matadd import (
     AddAttention,
+    Codes,
     MatAddKV,
     MatAddQ,
     add_attention_twin,
@@ -95,10 +96,11 @@ def _q(backend: _Backend, given: MatAddQ) -> Tensor | None:
 
 
 def _attention(backend: _Backend, given: AddAttention) -> Tensor | None:
-    q, k, v, mask, *_ = given
+    q, k, v, mask, codes, features, contrast, attention = given
     if not (q.numel() and k.numel() and v.numel()):
         return None
-    out = backend.attend(AddAttention(_heads(q), _heads(k), _heads(v), _mask_of_heads(mask, k), *given[4:]))
+    heads = _heads(q), _heads(k), _heads(v), _mask_of_heads(mask, k)
+    out = backend.attend(AddAttention(*heads, codes, features, contrast, attention))
     return None if out is None else _unheaded(out, q)
 
 
@@ -180,5 +182,14 @@ add_attention = define_op(
     fake=lambda given: _fake(given.q, given.v),
 )
 
-#: ``Q (K^T V)``; arguments as those of `add_attention`, but for the contrast.
-matadd = partial(add_attention, attention=False)
+
+def matadd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    codes: Codes = "pm1",
+    features: int | None = None,
+) -> Tensor:
+    """``Q (K^T V)``; arguments as those of `add_attention`."""
+    return add_attention(q, k, v, mask, codes, features, None, False)

@@ -249,8 +249,9 @@ class _Watch(TorchDispatchMode):
         work.elementwise_bytes = work.elementwise_bytes[0] + moved[0], work.elementwise_bytes[1] + moved[1]
 
     def _run_twin(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        names = [argument.name for argument in func._schema.arguments]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        arguments = func._schema.arguments
+        given = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+        given |= {**dict(zip((argument.name for argument in arguments), args, strict=False)), **kwargs}
         before = self._format
         if "bits" in given:
             codes = [

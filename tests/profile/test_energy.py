@@ -216,5 +216,5 @@ def test_a_search_keeps_to_a_budget_by_any_account(account: str, chip: Accelerat
 def test_costs_that_nobody_can_price_are_refused(chip: Accelerator) -> None:
     with pytest.raises(UserError, match="the account must be one of arithmetic, authors, accelerator, not 'all'"):
         AccountCosts("all", chip)
-    with pytest.raises(UserError, match="costs must be 'latency' or have a unit and a price, not 'energy'"):
+    with pytest.raises(UserError, match="must be one of 'latency', 'compiled latency', or have a unit and a price"):
         search_recipe(nn.Linear(4, 4), [torch.randn(2, 4)], 0.5, costs="energy", verbose=False)
