@@ -404,7 +404,9 @@ def sources_digest(*modules: ModuleType) -> str:
         if one.__name__ in found or not (one in modules or one.__name__.startswith(PACKAGE)):
             continue
         found[one.__name__] = one
-        for value in vars(one).values():
+        for name, value in vars(one).items():
+            if isinstance(value, ModuleType) and value.__name__ == f"{one.__name__}.{name}":
+                continue  # a package has its modules by name once anyone has imported them, here or elsewhere
             used = value if isinstance(value, ModuleType) else sys.modules.get(getattr(value, "__module__", None) or "")
             if used is not None:
                 waiting.append(used)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,25 @@ def test_programs_that_differ_in_weights_share_their_code(empty_cache: Path, mon
     assert sorted(empty_cache.glob("*.so")) == libraries
     torch.testing.assert_close(first, x @ weights[0].T, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(second, x[:2] @ weights[1].T, rtol=1e-5, atol=1e-5)
+
+
+def test_what_else_a_process_has_imported_does_not_change_the_key(empty_cache: Path) -> None:
+    ask = """
+import sys, torch
+from shiftadd3d.kernels.pack.whole import ordinary
+from shiftadd3d.kernels.whole import executable, products
+from shiftadd3d.kernels.whole.program import Program
+if sys.argv[1:]:
+    import shiftadd3d.models.gnt, shiftadd3d.kernels.manage
+program = Program()
+program.output(products.linear(program, program.input("batch", 3, 24), ordinary(torch.zeros(7, 24), None, 32)))
+print(executable.entry({"main": program}, "exact"))
+"""
+    keys = [
+        subprocess.run([sys.executable, "-c", ask, *more], check=True, capture_output=True, text=True).stdout
+        for more in ([], ["everything"])
+    ]
+    assert keys[0] == keys[1]
 
 
 def test_several_programs_in_one_executable(empty_cache: Path) -> None:
