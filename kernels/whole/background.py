@@ -79,6 +79,40 @@ class Compilation:
             self._process.wait(seconds)
 
 
+class Supply:
+    """Executables of a model, each made when it is first asked for.
+
+    Args:
+        background: by another process, where the cache does not have it; until that is done there is none.
+    """
+
+    def __init__(self, background: bool) -> None:
+        self.background = background
+        self._begun: dict[Exactness, Compilation] = {}
+
+    def executable(self, programs: Mapping[str, Program], exactness: Exactness) -> executable.Executable | None:
+        """Programs compiled together; None as long as they are being compiled.
+
+        Raises:
+            Exception: one of `kernel.FAILURES`.
+        """
+        begun = self._begun.get(exactness)
+        if begun is not None:
+            found = begun.poll()
+            if found is not None:
+                del self._begun[exactness]
+            return found
+        if not self.background or is_cached(programs, exactness):
+            return executable.load(programs, exactness)
+        self._begun[exactness] = Compilation(programs, exactness)
+        return None
+
+    def wait(self) -> None:
+        """Wait for what is being compiled."""
+        for compilation in list(self._begun.values()):
+            compilation.wait()
+
+
 def is_cached(programs: Mapping[str, Program], exactness: Exactness) -> bool:
     """Whether programs need not be compiled any more."""
     return cache.find(executable.entry(programs, exactness)) is not None

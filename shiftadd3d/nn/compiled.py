@@ -25,7 +25,7 @@ from shiftadd3d.kernels.runtime.numerics import Numerics, check_numerics, get_nu
 from shiftadd3d.kernels.runtime.recording import is_exported
 from shiftadd3d.kernels.runtime.threads import follow_torch
 from shiftadd3d.kernels.whole import deployment, executable, grids, mixtures, products, tokens
-from shiftadd3d.kernels.whole.background import Compilation, is_cached
+from shiftadd3d.kernels.whole.background import Supply
 from shiftadd3d.kernels.whole.grids import Window
 from shiftadd3d.kernels.whole.program import Dim, Exactness, Program, Value
 from shiftadd3d.nn import power_of_two
@@ -212,7 +212,7 @@ class Emission:
 
 
 Emitter = Callable[..., Value]
-Compiler = Callable[[nn.Module, Numerics], Any]
+Compiler = Callable[[nn.Module, Numerics, bool], Any]
 _compilers: dict[type[nn.Module], Compiler] = {}
 _emitters: dict[type[nn.Module], Emitter] = {}
 _harmless_hooks: set[type] = set()
@@ -241,7 +241,7 @@ def register_compiler(module_class: type[nn.Module], compiler: Compiler) -> None
 
     Args:
         module_class: the class, and all that derive from it.
-        compiler: ``compiler(model, numerics)``: the compiled model.
+        compiler: ``compiler(model, numerics, background)``: the compiled model; see `compile`.
     """
     _compilers[module_class] = compiler
 
@@ -343,23 +343,25 @@ class CompiledModel(nn.Module):
         super().__init__()
         self.model, self.reason, self.overflows = model, reason, 0
         self.numerics: Numerics = numerics
-        self._program, self._background = program, background
+        self._program, self._supply = program, Supply(background)
         self._lock = threading.Lock()
         self._executables: dict[Exactness, Any] = {}
-        self._compilations: dict[Exactness, Compilation] = {}
         self._weights: Any = None
         self.training = False
 
     @property
     def is_compiled(self) -> bool:
         """Whether there is an executable. Else `reason` says why not; without one, it is being compiled."""
+        return self.load(self.numerics)
+
+    def load(self, exactness: Exactness) -> bool:
+        """See to it that there is an executable; tells whether there is one by now."""
         with self._lock:
-            return self._ready(self.numerics)
+            return self._ready(exactness)
 
     def wait(self) -> bool:
         """Wait for what is being compiled in the background; tells whether there is an executable."""
-        for compilation in list(self._compilations.values()):
-            compilation.wait()
+        self._supply.wait()
         return self.is_compiled
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -385,7 +387,7 @@ class CompiledModel(nn.Module):
         for exactness in (self.numerics, "safe"):
             if not self._ready(exactness):
                 return None
-            main, control = self.load(exactness)
+            main, control = self._executables[exactness]
             follow_torch()
             control.reset(torch.get_num_threads())
             y = torch.from_dlpack(main(*inputs, control.tensor, self._weights))
@@ -395,39 +397,18 @@ class CompiledModel(nn.Module):
         return y
 
     def _ready(self, exactness: Exactness) -> bool:
-        """Whether there is an executable, or compiling it is what the call waits for. Else it is seen to."""
-        if exactness in self._executables or not self._background or self._program is None:
-            return self._program is not None
-        try:
-            compilation = self._compilations.get(exactness)
-            if compilation is None:
-                programs = {"main": self._program}
-                if is_cached(programs, exactness):
-                    self.load(exactness)
-                    return True
-                self._compilations[exactness] = Compilation(programs, exactness)
-            elif (programs := compilation.poll()) is not None:
-                self._keep(exactness, programs)
-                del self._compilations[exactness]
-                return True
-        except kernel.FAILURES as error:
-            self._program, self.reason = None, kernel.first_line(error)
-            self._compilations.clear()
-            warnings.warn(_not_compiled(self.reason), RuntimeWarning, stacklevel=2)
-        return False
-
-    def load(self, exactness: Exactness) -> Any:
-        """The executable's function and the tensor that it is controlled by."""
-        if exactness not in self._executables:
-            assert self._program is not None
-            self._keep(exactness, executable.load({"main": self._program}, exactness))
-        return self._executables[exactness]
-
-    def _keep(self, exactness: Exactness, programs: executable.Executable) -> None:
-        if self._weights is None:
-            assert self._program is not None
-            self._weights = executable.weights_of(self._program)
-        self._executables[exactness] = programs["main"], executable.Control()
+        if exactness not in self._executables and self._program is not None:
+            try:
+                found = self._supply.executable({"main": self._program}, exactness)
+            except kernel.FAILURES as error:
+                self._program, self.reason = None, kernel.first_line(error)
+                say_not_compiled(self.reason)
+                return False
+            if found is not None:
+                if self._weights is None:
+                    self._weights = executable.weights_of(self._program)
+                self._executables[exactness] = found["main"], executable.Control()
+        return exactness in self._executables
 
     def deploy(self, folder: Path, about: Mapping[str, Any]) -> None:
         """Write the executable and its weights as a folder that runs without torch: see `deployment.write`."""
@@ -436,7 +417,8 @@ class CompiledModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # What is compiled comes from the cache again.
-        return {**vars(self), "_lock": None, "_executables": {}, "_compilations": {}, "_weights": None}
+        supply = Supply(self._supply.background)
+        return {**vars(self), "_lock": None, "_executables": {}, "_supply": supply, "_weights": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -472,8 +454,9 @@ def check_inputs(program: Program, inputs: Sequence[Tensor]) -> None:
             raise UserError(f"the compiled model takes {expected}, not {list(x.shape)} {dtype} on {x.device}")
 
 
-def _not_compiled(reason: str) -> str:
-    return f"not compiled, so it runs as before: {reason}"
+def say_not_compiled(reason: str) -> None:
+    """The one warning of a model that runs as before."""
+    warnings.warn(f"not compiled, so it runs as before: {reason}", RuntimeWarning, stacklevel=4)
 
 
 def compile(
@@ -508,9 +491,7 @@ def compile(
     check_model(model)
     own = next((_compilers[kind] for kind in type(model).__mro__ if kind in _compilers), None)
     if own is not None:
-        if background:
-            raise UserError(f"a {type(model).__name__} is not compiled in the background; leave background out")
-        return own(model, exactness)
+        return own(model, exactness, background)
     if example is None:
         raise UserError(f"a {type(model).__name__} is compiled for an example; give one, such as a batch of pictures")
     examples = [example] if isinstance(example, Tensor) else list(example)
@@ -522,18 +503,11 @@ def compile(
     except Unserved as error:
         reason = str(error)
     compiled = CompiledModel(model, program, exactness, reason, background)
-    if program is not None:
+    if program is None:
+        say_not_compiled(str(reason))
+    else:
         check_inputs(program, examples)
-        if background:
-            compiled._ready(exactness)
-            return compiled
-        try:
-            compiled.load(exactness)
-        except kernel.FAILURES as error:
-            reason = kernel.first_line(error)
-            compiled = CompiledModel(model, None, exactness, reason)
-    if reason is not None:
-        warnings.warn(_not_compiled(reason), RuntimeWarning, stacklevel=2)
+        compiled.load(exactness)
     return compiled
 
 

@@ -81,10 +81,10 @@ def build_ahead(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)
                 compiled = compile_model(model, example, exactness)
+                if compiled.is_compiled and exactness != "exact":
+                    compiled.load("safe")  # for activations beyond what rounded ones can express
             if not compiled.is_compiled:
                 raise UserError(f"{folder} cannot be compiled: {compiled.reason}")
-            if exactness != "exact":
-                compiled.load("safe")  # for activations beyond what rounded ones can express
             seconds = round(time.perf_counter() - start, 3)
             rows.append({"model": str(folder), "numerics": exactness, "seconds": seconds})
             if console is not None:

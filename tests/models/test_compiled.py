@@ -388,7 +388,7 @@ background.serve()
 def test_when_the_model_is_gone_nothing_half_compiled_is_left(empty_cache: Path, monkeypatch) -> None:
     monkeypatch.setattr(background, "_SERVE", HALF_LINKED)
     compiled = shiftadd3d.compile(frozen_layer(), torch.randn(1, 3, 24), background=True)
-    process = compiled._compilations["exact"]._process
+    process = compiled._supply._begun["exact"]._process
     while not any(file.stat().st_size == 4 for file in empty_cache.glob("building*.so")):
         assert process.poll() is None
         time.sleep(0.05)

@@ -6,7 +6,6 @@ Importing this tells `shiftadd3d.compile` of GNTs.
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -29,6 +28,7 @@ from shiftadd3d.kernels.runtime.numerics import Numerics, uses_kernels
 from shiftadd3d.kernels.runtime.targets import current
 from shiftadd3d.kernels.runtime.threads import follow_torch
 from shiftadd3d.kernels.whole import executable
+from shiftadd3d.kernels.whole.background import Supply
 from shiftadd3d.kernels.whole.gnt import blocks, head, rays
 from shiftadd3d.kernels.whole.gnt.perceptrons import Perceptron, perceptron_of, perceptrons, shift_perceptron_of
 from shiftadd3d.kernels.whole.gnt.rays import Rays, Shown
@@ -49,7 +49,14 @@ from shiftadd3d.models.gnt.proposal import PlaneSweepProposal
 from shiftadd3d.models.gnt.transformer import GNT, FeedForward, ViewTransformer
 from shiftadd3d.nn import FrozenMlp, FrozenModule, FrozenMoE
 from shiftadd3d.nn.attachments import has_hooks
-from shiftadd3d.nn.compiled import Emission, Norm, Unserved, register_compiler, register_emitter
+from shiftadd3d.nn.compiled import (
+    Emission,
+    Norm,
+    Unserved,
+    register_compiler,
+    register_emitter,
+    say_not_compiled,
+)
 from shiftadd3d.nn.frozen import weights_and_biases, whole_layers
 from shiftadd3d.nn.mlp import activation_name
 
@@ -252,7 +259,7 @@ class CompiledGNT(GNTModel):
 
     model: GNTModel
 
-    def __init__(self, model: GNTModel, numerics: Numerics) -> None:
+    def __init__(self, model: GNTModel, numerics: Numerics, background: bool = False) -> None:
         nn.Module.__init__(self)
         vars(self).update(vars(model))
         self.__dict__["model"] = model  # no part of this one, whose parts it has
@@ -260,20 +267,39 @@ class CompiledGNT(GNTModel):
         self.reason: str | None = None
         self.overflows = 0
         self._lock = threading.Lock()
+        self._supply = Supply(background)
+        self._programs: dict[Exactness, dict[str, Program]] = {}
         self._executables: dict[Exactness, _Executables] = {}
         self._of_views: dict[str, tuple[list[Tensor | None], Tensor]] = {}
 
     @property
     def is_compiled(self) -> bool:
-        """Whether there are executables; else `reason` says why not."""
-        return self.reason is None
+        """Whether there are executables. Else `reason` says why not; without one, they are being compiled."""
+        return self.load(self.numerics)
 
-    def load(self, exactness: Exactness) -> _Executables:
-        """The executables for these numerics."""
-        found = self._executables.get(exactness)
-        if found is None:
-            found = self._executables[exactness] = _Executables(programs_of(self.model, exactness), exactness)
-        return found
+    def load(self, exactness: Exactness) -> bool:
+        """See to it that there are executables for these numerics; tells whether there are by now."""
+        with self._lock:
+            return self._ready(exactness)
+
+    def wait(self) -> bool:
+        """Wait for what is being compiled in the background; tells whether there are executables."""
+        self._supply.wait()
+        return self.is_compiled
+
+    def _ready(self, exactness: Exactness) -> bool:
+        if exactness not in self._executables and self.reason is None:
+            try:
+                if exactness not in self._programs:
+                    self._programs[exactness] = programs_of(self.model, exactness)
+                found = self._supply.executable(self._programs[exactness], exactness)
+            except (Unserved, *kernel.FAILURES) as error:
+                self.reason = str(error) if isinstance(error, Unserved) else kernel.first_line(error)
+                say_not_compiled(self.reason)
+                return False
+            if found is not None:
+                self._executables[exactness] = _Executables(found, self._programs.pop(exactness))
+        return self.reason is None and exactness in self._executables
 
     def _sweep(
         self,
@@ -287,14 +313,19 @@ class CompiledGNT(GNTModel):
             return super()._sweep(proposal, sources, origins, directions, planes)
         # A copy of the maps' first channels alone, which caches hold.
         maps = self._derived("maps", [sources.features[0]], partial(_first_channels, count=proposal.feature_dim))
-        rgb, weights, seen = self._call("sweep", sources, maps, origins, directions, planes)
+        found = self._call("sweep", sources, maps, origins, directions, planes)
+        if found is None:
+            return super()._sweep(proposal, sources, origins, directions, planes)
+        rgb, weights, seen = found
         return rgb, weights, seen.view(torch.bool)
 
     def _samples_around(self, planes: Tensor, weights: Tensor, num_samples: int, *, stratified: bool) -> Tensor:
         if stratified or not self._is_wanted(planes):
             return super()._samples_around(planes, weights, num_samples, stratified=stratified)
-        (depths,) = self._run("around", [planes.contiguous(), weights.contiguous(), torch.linspace(0, 1, num_samples)])
-        return depths
+        found = self._run("around", [planes.contiguous(), weights.contiguous(), torch.linspace(0, 1, num_samples)])
+        if found is None:
+            return super()._samples_around(planes, weights, num_samples, stratified=stratified)
+        return found[0]
 
     def _render(
         self, net: GNT, sources: SourceViews, origins: Tensor, directions: Tensor, depths: Tensor, feature_maps: Tensor
@@ -302,7 +333,10 @@ class CompiledGNT(GNTModel):
         if not self._serves(net, sources, origins):
             return super()._render(net, sources, origins, directions, depths, feature_maps)
         name = "coarse" if net is self.net_coarse else "fine"
-        rgb, weights, seen, *routed = self._call(name, sources, feature_maps, origins, directions, depths)
+        found = self._call(name, sources, feature_maps, origins, directions, depths)
+        if found is None:
+            return super()._render(net, sources, origins, directions, depths, feature_maps)
+        rgb, weights, seen, *routed = found
         for mixture, assignment in zip(_mixtures(net), routed, strict=True):
             if mixture.keep_assignment:
                 mixture.last_assignment = assignment
@@ -320,8 +354,8 @@ class CompiledGNT(GNTModel):
         used = self.is_compiled and not self.training and uses_kernels("view_attention", of_rays)
         return used and len(of_rays) > 0
 
-    def _call(self, name: str, sources: SourceViews, feature_maps: Tensor, *of_rays: Tensor) -> list[Tensor]:
-        """The outcomes of a program, for as many rays at a time as caches hold."""
+    def _call(self, name: str, sources: SourceViews, feature_maps: Tensor, *of_rays: Tensor) -> list[Tensor] | None:
+        """The outcomes of a program, for as many rays at a time as caches hold; None where there is none yet."""
         views = (
             projection_matrices(sources.cameras),
             sources.cameras.camera_to_world[:, :3, 3],
@@ -331,7 +365,12 @@ class CompiledGNT(GNTModel):
         ready = [x.detach().contiguous() for x in views]
         at_once = _RAYS_OF_A_THREAD * torch.get_num_threads()
         chunks = zip(*(x.detach().contiguous().split(at_once) for x in of_rays), strict=True)
-        parts = [self._run(name, [*chunk, *ready]) for chunk in chunks]
+        parts: list[list[Tensor]] = []
+        for chunk in chunks:
+            found = self._run(name, [*chunk, *ready])
+            if found is None:
+                return None
+            parts.append(found)
         return [torch.cat(some) for some in zip(*parts, strict=True)]
 
     def _derived(self, name: str, given: list[Tensor | None], make: Callable[..., Tensor]) -> Tensor:
@@ -341,18 +380,21 @@ class CompiledGNT(GNTModel):
             known = self._of_views[name] = given, make(*given)
         return known[1]
 
-    def _run(self, name: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def _run(self, name: str, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+        """The outcomes of one call; None where there is no executable yet."""
         with self._lock:
-            outcome = self.load(self.numerics).run(name, inputs)
+            if not self._ready(self.numerics):
+                return None
+            outcome = self._executables[self.numerics].run(name, inputs)
             if outcome is None:
                 self.overflows += 1
-                outcome = self.load("safe").run(name, inputs)
-        assert outcome is not None
+                outcome = self._executables["safe"].run(name, inputs) if self._ready("safe") else None
         return outcome
 
     def __getstate__(self) -> dict[str, Any]:
         # What is compiled comes from the cache again.
-        return {**vars(self), "_lock": None, "_executables": {}, "_of_views": {}}
+        supply = Supply(self._supply.background)
+        return {**vars(self), "_lock": None, "_executables": {}, "_programs": {}, "_supply": supply, "_of_views": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -366,8 +408,7 @@ def _first_channels(maps: Tensor, count: int) -> Tensor:
 class _Executables:
     """Programs ready to be called, with their weights."""
 
-    def __init__(self, programs: dict[str, Program], exactness: Exactness) -> None:
-        library = executable.load(programs, exactness)
+    def __init__(self, library: executable.Executable, programs: dict[str, Program]) -> None:
         self._functions = {name: (library[name], executable.weights_of(one)) for name, one in programs.items()}
         self._control = executable.Control()
 
@@ -382,8 +423,11 @@ class _Executables:
         return [torch.from_dlpack(outcome)] if name == "around" else [torch.from_dlpack(x) for x in outcome]
 
 
-def compile_gnt(model: nn.Module, numerics: Numerics) -> CompiledGNT:
+def compile_gnt(model: nn.Module, numerics: Numerics, background: bool = False) -> CompiledGNT:
     """A frozen GNT compiled; where that cannot be, it runs as before, and one warning says why.
+
+    Args:
+        background: by another process, and it runs as before until that is done.
 
     Raises:
         UserError: it is not frozen.
@@ -391,15 +435,8 @@ def compile_gnt(model: nn.Module, numerics: Numerics) -> CompiledGNT:
     assert isinstance(model, GNTModel)
     if type(model.net_coarse) is GNT:
         raise UserError("net_coarse is a GNT, not frozen; call freeze_ first")
-    compiled = CompiledGNT(model, numerics)
-    try:
-        compiled.load(numerics)
-    except Unserved as error:
-        compiled.reason = str(error)
-    except kernel.FAILURES as error:
-        compiled.reason = kernel.first_line(error)
-    if compiled.reason is not None:
-        warnings.warn(f"not compiled, so it runs as before: {compiled.reason}", RuntimeWarning, stacklevel=3)
+    compiled = CompiledGNT(model, numerics, background)
+    compiled.load(numerics)
     return compiled
 
 

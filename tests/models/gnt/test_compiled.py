@@ -18,7 +18,7 @@ import shiftadd3d
 from shiftadd3d import UserError
 from shiftadd3d.kernels import numerics
 from shiftadd3d.kernels.runtime.kernel import KERNELS
-from shiftadd3d.kernels.whole import executable
+from shiftadd3d.kernels.whole import background, executable
 from shiftadd3d.models.gnt import GNTModel, SourceViews
 from shiftadd3d.models.gnt.projection import Silhouettes
 from shiftadd3d.nn import FrozenMoE, freeze_, recipe, reparameterize_
@@ -203,6 +203,24 @@ def test_no_rays_gradients_and_numerics_of_plain_torch_run_as_before(config, vie
     origins, directions = torch.zeros(2, 3), torch.ones(2, 3, requires_grad=True)
     compiled(sources, origins, directions, 2.0, 6.0, 6)["rgb"].sum().backward()
     assert directions.grad is not None
+
+
+def test_in_the_background_the_frozen_network_renders_until_there_are_executables(
+    config, views, tmp_path, monkeypatch
+) -> None:
+    model = make(config, "mult")
+    sources = views(model)
+    frozen, compiled_now = render(model, sources), compiled_quietly(model, "exact")
+    monkeypatch.setattr(background, "is_cached", lambda *_: False)
+    waits = f"import pathlib, time\nwhile not pathlib.Path({str(tmp_path / 'go')!r}).exists(): time.sleep(0.01)"
+    monkeypatch.setattr(background, "_SERVE", waits)
+    compiled = shiftadd3d.compile(model, numerics="exact", background=True)
+    assert not compiled.is_compiled and compiled.reason is None
+    assert torch.equal(render(compiled, sources)["rgb"], frozen["rgb"])
+    (tmp_path / "go").touch()
+    assert compiled.wait()
+    monkeypatch.setattr(GNTModel, "_render", lambda *_: pytest.fail("the frozen network rendered"))
+    assert torch.equal(render(compiled, sources)["rgb"], render(compiled_now, sources)["rgb"])
 
 
 def test_hooks_see_what_they_saw(config, views) -> None:
