@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from rich.markup import escape
-
 import shiftadd3d.kernels
 from shiftadd3d._errors import UserError
 from shiftadd3d._progress import progress
@@ -147,6 +145,7 @@ def _attempt(action: Callable[[], Any]) -> dict[str, Any]:
 def _show(rows: list[dict[str, Any]], json: Path | None, column: str, value: Callable[[dict[str, Any]], str]) -> None:
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("kernel", "target", "variant", column, box=box.SIMPLE_HEAD)

@@ -6,7 +6,8 @@ MB), but neither TVM nor a C compiler: the part of TVM that compiled code calls 
 new code, a kernel from a bundle has to pass its trial on the machine at hand, and is taken into the cache then.
 
 A bundle belongs to one version of this package's kernels, of ``apache-tvm-ffi`` and of the processor architecture; what
-does not fit is not loaded. Its libraries are run: name only a bundle whose maker you trust. Their digests guard against
+does not fit is not loaded. Code for GPUs is the driver's to run: a bundle of nothing else needs no ``apache-tvm-ffi``
+and fits any processor. Its libraries are run: name only a bundle whose maker you trust. Their digests guard against
 damage, not against him.
 """
 
@@ -32,6 +33,7 @@ ENVIRONMENT_VARIABLE = "SHIFTADD3D_BUNDLE"
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _RUNTIME = "runtime"
+_GPU_CODE = ".cubin"
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,13 @@ class Bundle:
             manifest = json.loads((folder / MANIFEST).read_bytes())
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} is no bundle of kernels: {MANIFEST} cannot be read ({error})") from None
-        expected = _versions()
-        found = {name: manifest.get(name) for name in expected}
-        if found != expected:
-            differing = (
-                f"{name} {found[name]}, not {wanted}" for name, wanted in expected.items() if found[name] != wanted
-            )
+        stated = {"format": None, **manifest}
+        differing = [
+            f"{name} {stated[name]}, not {wanted}"
+            for name, wanted in _versions().items()
+            if name in stated and stated[name] != wanted  # what it does not state it does not depend on
+        ]
+        if differing:
             raise UserError(f"the bundle {folder} does not fit this machine: it has {'; '.join(differing)}")
         return cls(folder, manifest["libraries"])
 
@@ -123,7 +126,9 @@ def write(folder: Path, libraries: list[Packed], tvm_runtime: Path | None) -> No
                 rows.append({"file": name, "sha256": digest, "identity": one.identity, "facts": one.facts})
         except OSError as error:
             raise UserError(f"cannot write the bundle {folder}: {error.strerror or error}") from error
-        write_json(folder / MANIFEST, {**_versions(), "libraries": rows})
+        on_cpu = any(one.file.suffix != _GPU_CODE for one in libraries)
+        versions = _versions() if on_cpu else {"format": _FORMAT}
+        write_json(folder / MANIFEST, {**versions, "libraries": rows})
 
 
 @lru_cache(maxsize=4)

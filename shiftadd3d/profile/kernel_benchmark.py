@@ -19,11 +19,26 @@ from torch import Tensor
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.runtime import targets
-from shiftadd3d.profile.kernel_cases import BASELINE, CASES, Case, cases
+from shiftadd3d.profile.kernel_cases import BASELINE, CASES, Case, Setup, cases
 from shiftadd3d.profile.machine import machine_facts
 from shiftadd3d.profile.timing import copy_rate, interleaved, product_rate
 
-__all__ = ["GOALS", "Goal", "Outcome", "Table", "describe", "goals", "measure", "parse_threads", "ratios", "tables"]
+__all__ = [
+    "GOALS",
+    "Goal",
+    "Outcome",
+    "Table",
+    "describe",
+    "goals",
+    "measure",
+    "measure_case",
+    "notes_of",
+    "parse_threads",
+    "peak_bytes",
+    "ratio_table",
+    "ratios",
+    "tables",
+]
 
 _SECONDS_A_CASE = 2.0
 
@@ -63,7 +78,7 @@ def measure(
         raise UserError(f"numbers of threads must be 1 or more, not {', '.join(map(str, threads)) or 'none at all'}")
     groups = list(groups) or list(CASES)
     for group in groups:
-        cases(group, device)
+        cases(group, Setup(device))
     facts = describe(device)
     before = torch.get_num_threads()
     try:
@@ -114,20 +129,29 @@ def _measure_with(
     for group in groups:
         with warnings.catch_warnings(record=True) as told, torch.inference_mode():
             warnings.simplefilter("always", RuntimeWarning)
-            for case in cases(group, device):
-                rows = _measure_case(case, device)
+            for case in cases(group, Setup(device)):
+                rows = measure_case(case, device)
                 facts["rows"] += [{"threads": threads, **row} for row in rows]
                 report(f"{threads} thread{'s' * (threads > 1)}, {group} {case.name}")
                 keep(facts)
                 if "torch._dynamo" in sys.modules:  # else nothing was compiled, and this would import the compiler
                     torch.compiler.reset()  # it compiles a function for eight problems, and no more after that
-        # Where a kernel gave up, its twin has been measured: that has to be known.
-        notes = {str(one.message) for one in told if str(one.message).startswith("kernel ")}
-        facts["notes"] += sorted(notes - set(facts["notes"]))
+        facts["notes"] += sorted(set(notes_of(told)) - set(facts["notes"]))
         gc.collect()
 
 
-def _measure_case(case: Case, device: str) -> list[dict[str, Any]]:
+def notes_of(told: Iterable[warnings.WarningMessage]) -> list[str]:
+    """Which kernels gave up, and why: their twins have been measured, and that has to be known."""
+    return sorted({str(one.message) for one in told if str(one.message).startswith("kernel ")})
+
+
+def measure_case(case: Case, device: str, seconds: float | None = None) -> list[dict[str, Any]]:
+    """Time every solution of one problem: the rows of `measure`, without the number of threads; on CUDA, with
+    ``peak_bytes``, the most that a call takes at once on top of what was there.
+
+    Args:
+        seconds: roughly how long they take turns; 2 if None.
+    """
     working: dict[str, Callable[[], Any]] = {}
     rows: dict[str, dict[str, Any]] = {}
     for name, run in {**case.others, **case.ours}.items():
@@ -139,13 +163,25 @@ def _measure_case(case: Case, device: str) -> list[dict[str, Any]]:
             outcome = run()
             if case.reference is not None and name not in case.inexact:
                 rows[name]["error"] = _relative_error(outcome, case.reference)
-            run()
+            if device == "cuda":
+                rows[name]["peak_bytes"] = peak_bytes(run)
+            else:
+                run()
             working[name] = run
         except Exception as problem:
             rows[name]["failed"] = f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
-    for name, spread in interleaved(working, device, seconds=_SECONDS_A_CASE).items():
+    seconds = _SECONDS_A_CASE if seconds is None else seconds
+    for name, spread in interleaved(working, device, seconds=seconds).items():
         rows[name]["seconds"] = [float(f"{t:.4g}") for t in (spread.median, spread.lower, spread.upper)]
     return list(rows.values())
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most memory of the current CUDA device that a call takes at once, on top of what torch holds before it."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _relative_error(outcome: Tensor, reference: Tensor) -> float:

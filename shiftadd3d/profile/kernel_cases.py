@@ -6,8 +6,9 @@ of a NeRF.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from shiftadd3d.models.gnt.projection import PointSamples
 from shiftadd3d.models.gnt.transformer import GNT
 from shiftadd3d.nn import MoEMlp, freeze_, reparameterize_
 
-__all__ = ["BASELINE", "CASES", "Case", "cases"]
+__all__ = ["BASELINE", "CASES", "Case", "Setup", "cases", "late", "name_of", "rivals"]
 
 #: What all speedups are given over: plain torch in float32, as the paper's tables are.
 BASELINE = "torch float32"
@@ -68,6 +69,8 @@ MLP_SHAPES = ((32768, 64, 256), (196, 192, 768))
 """Tokens, width, hidden width."""
 
 MOE_TOKENS = (256, 1024, 2048, 4096, 16384, 65536)
+MOE_WIDTHS = (64, 256)
+"""Width, hidden width."""
 
 POINTS, VIEWS, WIDTH = 8192, 8, 64
 """Points on rays, source views and channels of GNT's view transformer."""
@@ -105,7 +108,32 @@ class Case:
     inexact: frozenset[str] = field(default_factory=frozenset)
 
 
-def cases(group: str, device: str) -> Iterator[Case]:
+@dataclass(frozen=True)
+class Setup:
+    """What problems are made for.
+
+    Attributes:
+        device: ``"cpu"`` or ``"cuda"``.
+        sizes: of the problems, in the form of the group's own; those if None.
+        narrow: what torch solves them in besides float32; in the first of these, compiled, too.
+        options: of `torch.compile`; None for those that make the fastest code.
+    """
+
+    device: str
+    sizes: Sequence[tuple[int, ...]] | None = None
+    narrow: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    options: Mapping[str, Any] | None = None
+
+    def compiled(self, function: Callable[..., Any], *arguments: Any) -> Run:
+        """`torch.compile`'s best for these very arguments."""
+        options = self.options
+        if options is None:
+            options = {"mode": "max-autotune-no-cudagraphs"} if self.device == "cuda" else {}
+        compiled = torch.compile(function, dynamic=False, **options)
+        return lambda: compiled(*arguments)
+
+
+def cases(group: str, setup: Setup) -> Iterator[Case]:
     """The problems of a group, one after the other: the tensors of one are gone when the next one is made.
 
     Raises:
@@ -114,7 +142,7 @@ def cases(group: str, device: str) -> Iterator[Case]:
     if group not in CASES:
         raise UserError(f"no group of kernels {group!r}: expected some of {', '.join(CASES)}")
     torch.manual_seed(0)
-    return CASES[group](device)
+    return CASES[group](setup)
 
 
 def _in(name: Numerics, function: Callable[..., Any], *arguments: Any) -> Run:
@@ -127,12 +155,39 @@ def _in(name: Numerics, function: Callable[..., Any], *arguments: Any) -> Run:
     return run
 
 
-def _compiled(function: Callable[..., Any], *arguments: Any) -> Run:
-    """`torch.compile`'s best for these very arguments."""
-    on_cuda = any(isinstance(argument, Tensor) and argument.is_cuda for argument in arguments)
-    mode = "max-autotune-no-cudagraphs" if on_cuda else None
-    compiled = torch.compile(function, dynamic=False, mode=mode)
-    return lambda: compiled(*arguments)
+def name_of(dtype: torch.dtype) -> str:
+    """As it stands in the names of solutions."""
+    return str(dtype).removeprefix("torch.")
+
+
+def rivals(function: Callable[..., Any], arguments: tuple[Any, ...], setup: Setup) -> dict[str, Run]:
+    """Plain torch, as it is and compiled, in float32 and narrower.
+
+    Args:
+        function: a function of its arguments alone, or a module.
+        arguments: in float32; tensors, and lists, tuples and dataclasses of such.
+    """
+    runs: dict[str, Run] = {}
+    for dtype in (torch.float32, *setup.narrow):
+        wide = dtype == torch.float32
+        form = copy.deepcopy(function).to(dtype) if isinstance(function, nn.Module) and not wide else function
+        given = arguments if wide else _cast(arguments, dtype)
+        runs[f"torch {name_of(dtype)}"] = lambda form=form, given=given: form(*given)
+        if wide and setup.device == "cuda":
+            runs[f"{BASELINE}, TF32"] = _with_tf32(runs[BASELINE])
+        if dtype in (torch.float32, *setup.narrow[:1]):
+            runs[f"torch.compile {name_of(dtype)}"] = setup.compiled(form, *given)
+    return runs
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_cast(one, dtype) for one in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: _cast(getattr(value, one.name), dtype) for one in fields(value)})
+    return value
 
 
 def _with_tf32(function: Run) -> Run:
@@ -146,16 +201,15 @@ def _with_tf32(function: Run) -> Run:
     return run
 
 
-def _matshift_cases(device: str) -> Iterator[Case]:
-    for rows, inputs, outputs in LINEAR_SHAPES:
-        x = torch.randn(rows, inputs, device=device)
+def _matshift_cases(setup: Setup) -> Iterator[Case]:
+    for rows, inputs, outputs in setup.sizes or LINEAR_SHAPES:
+        x = torch.randn(rows, inputs, device=setup.device)
         weight = torch.randn(outputs, inputs) / inputs**0.5
-        yield _matshift_case(x, weight)
+        yield _matshift_case(x, weight, setup)
 
 
-def _matshift_case(x: Tensor, trained: Tensor) -> Case:
-    (rows, inputs), outputs, device = x.shape, trained.shape[0], x.device.type
-    narrow = x.bfloat16()
+def _matshift_case(x: Tensor, trained: Tensor, setup: Setup) -> Case:
+    (rows, inputs), outputs, device = x.shape, trained.shape[0], setup.device
 
     def ours(x: Tensor, bits: int, terms: int, name: Numerics) -> Run:
         codes, offset, _ = power_of_two.encode(trained, bits, terms)
@@ -163,22 +217,24 @@ def _matshift_case(x: Tensor, trained: Tensor) -> Case:
         return _in(name, matshift, x, packed, offset, None, bits)
 
     weight = power_of_two.quantize(trained, 4).to(device)
-    narrow_weight = weight.bfloat16()
-    others = {
-        BASELINE: lambda: F.linear(x, weight),
-        "torch bfloat16": lambda: F.linear(narrow, narrow_weight),
-        "torch bfloat16, casts": lambda: F.linear(x.bfloat16(), narrow_weight).float(),
-        "torch.compile float32": _compiled(F.linear, x, weight),
-        "torch.compile bfloat16": _compiled(F.linear, narrow, narrow_weight),
-        "torchao int8 dynamic": _torchao_int8(x, weight),
+    first, narrow_weight = name_of(setup.narrow[0]), weight.to(setup.narrow[0])
+    others = rivals(F.linear, (x, weight), setup) | {
+        f"torch {first}, casts": lambda: F.linear(x.to(setup.narrow[0]), narrow_weight).float(),
+        "torchao int8 dynamic": _torchao_int8(x, weight, setup),
     }
     if device == "cpu":
         others["torch int8 dynamic"] = _torch_int8(x, weight)
-    else:
-        others["torch float32, TF32"] = _with_tf32(others[BASELINE])
-    whole = torch.randint(-128, 128, x.shape, dtype=torch.int32, device=device)
-    codes, offset, _ = power_of_two.encode(trained, 4)
-    packed, offset = power_of_two.pack(codes, 4).to(device), offset.to(device)
+    narrow_ours = {
+        f"MatShift {form}, {name_of(dtype)}": ours(x.to(dtype), 4, 1, form)
+        for dtype in setup.narrow
+        for form in ("exact", "fast")
+    }
+    literal: dict[str, Run] = {}
+    if device == "cpu":  # there is no such kernel for GPUs
+        whole = torch.randint(-128, 128, x.shape, dtype=torch.int32)
+        codes, offset, _ = power_of_two.encode(trained, 4)
+        packed = power_of_two.pack(codes, 4)
+        literal["MatShift literal >>"] = lambda: ops_literal.matshift_literal(whole, packed, offset)
     return Case(
         group="matshift",
         name=f"{rows} x {inputs} x {outputs}",
@@ -188,11 +244,10 @@ def _matshift_case(x: Tensor, trained: Tensor) -> Case:
             "MatShift exact": ours(x, 4, 1, "exact"),
             "MatShift fast": ours(x, 4, 1, "fast"),
             "MatShift int8": ours(x, 4, 1, "int8"),
-            "MatShift exact, bfloat16": ours(narrow, 4, 1, "exact"),
-            "MatShift fast, bfloat16": ours(narrow, 4, 1, "fast"),
+            **narrow_ours,
             "MatShift fast, 5 bits": ours(x, 5, 1, "fast"),
             "MatShift exact, 2 terms": ours(x, 4, 2, "exact"),
-            "MatShift literal >>": lambda: ops_literal.matshift_literal(whole, packed, offset),
+            **literal,
         },
         others=others,
         reference=F.linear(x.double(), weight.double()),
@@ -218,10 +273,10 @@ def _torch_int8(x: Tensor, weight: Tensor) -> Run:
         quantized = dynamic.Linear.from_float(linear)
         return lambda: quantized(x)
 
-    return _late(prepare)
+    return late(prepare)
 
 
-def _torchao_int8(x: Tensor, weight: Tensor) -> Run:
+def _torchao_int8(x: Tensor, weight: Tensor, setup: Setup) -> Run:
     """torchao's, compiled, as its documentation says."""
 
     def prepare() -> Run:
@@ -229,12 +284,12 @@ def _torchao_int8(x: Tensor, weight: Tensor) -> Run:
 
         model = nn.Sequential(_linear(weight))
         quantize_(model, Int8DynamicActivationInt8WeightConfig())
-        return _compiled(model, x)
+        return setup.compiled(model, x)
 
-    return _late(prepare)
+    return late(prepare)
 
 
-def _late(prepare: Callable[[], Run]) -> Run:
+def late(prepare: Callable[[], Run]) -> Run:
     """A function that `prepare` makes on the first call: what it raises then is told of that function alone."""
     made: list[Run] = []
 
@@ -246,7 +301,7 @@ def _late(prepare: Callable[[], Run]) -> Run:
     return run
 
 
-def _matadd_cases(device: str) -> Iterator[Case]:
+def _matadd_cases(setup: Setup) -> Iterator[Case]:
     def signs(x: Tensor) -> Tensor:
         return torch.where(x >= 0, 1.0, -1.0)
 
@@ -256,9 +311,9 @@ def _matadd_cases(device: str) -> Iterator[Case]:
     def binarized(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return products(signs(q), signs(k), v)
 
-    for pictures, heads, tokens, width in ADD_SHAPES:
-        q, k, v = (torch.randn(pictures, heads, tokens, width, device=device) for _ in range(3))
-        yield _matadd_case(q, k, v, signs, products, binarized)
+    for pictures, heads, tokens, width in setup.sizes or ADD_SHAPES:
+        q, k, v = (torch.randn(pictures, heads, tokens, width, device=setup.device) for _ in range(3))
+        yield _matadd_case(q, k, v, signs, products, binarized, setup)
 
 
 def _matadd_case(
@@ -268,10 +323,10 @@ def _matadd_case(
     signs: Callable[[Tensor], Tensor],
     products: Callable[..., Tensor],
     binarized: Callable[..., Tensor],
+    setup: Setup,
 ) -> Case:
     q_signs, k_signs = signs(q), signs(k)
     q_bits, k_bits = reference_matadd.pack_signs(q), reference_matadd.pack_signs(k)
-    narrow = tuple(x.bfloat16() for x in (q_signs, k_signs, v))
     pictures, heads, tokens, width = q.shape
     return Case(
         group="matadd",
@@ -282,63 +337,55 @@ def _matadd_case(
             "MatAdd, signs fused": lambda: ops_matadd.matadd(q, k, v),
             "MatAdd, packed signs": lambda: ops_matadd.matadd(q_bits, k_bits, v, features=width),
         },
-        others={
-            BASELINE: lambda: products(q_signs, k_signs, v),
-            "torch bfloat16": lambda: products(*narrow),
+        others=rivals(products, (q_signs, k_signs, v), setup)
+        | {
             "torch float32, signs taken": lambda: binarized(q, k, v),
-            "torch.compile float32, signs taken": _compiled(binarized, q, k, v),
+            "torch.compile float32, signs taken": setup.compiled(binarized, q, k, v),
         },
         reference=products(q_signs.double(), k_signs.double(), v.double()),
     )
 
 
-def _view_attention_cases(device: str) -> Iterator[Case]:
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device)
+def _view_attention_cases(setup: Setup) -> Iterator[Case]:
+    for points, views, width in setup.sizes or ((POINTS, VIEWS, WIDTH),):
+        yield _view_attention_case(points, views, width, setup)
 
-    hidden = WIDTH // 8
-    square, narrowing, widening = (WIDTH, WIDTH), (hidden, WIDTH), (WIDTH, hidden)
+
+def _view_attention_case(points: int, count: int, width: int, setup: Setup) -> Case:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=setup.device)
+
+    hidden = width // 8
+    square, narrowing, widening = (width, width), (hidden, width), (width, hidden)
     sizes = (square, square, square, (hidden, 4), widening, narrowing, widening, square)
     weights = [draw(*size) / size[1] ** 0.5 for size in sizes]
     biases = [draw(sizes[reference_view_attention.WEIGHTS.index(name)][0]) for name in reference_view_attention.BIASES]
-    query, views, ray_diff = draw(POINTS, WIDTH), draw(POINTS, VIEWS, WIDTH), draw(POINTS, VIEWS, 4)
-    mask = torch.rand(POINTS, VIEWS, device=device) > 0.1
+    query, views, ray_diff = draw(points, width), draw(points, count, width), draw(points, count, 4)
+    mask = torch.rand(points, count, device=setup.device) > 0.1
     inputs = (query, views, ray_diff)
-    narrow_inputs = query.bfloat16(), views.bfloat16(), ray_diff.bfloat16()
-    narrow = (*narrow_inputs, mask, [w.bfloat16() for w in weights], [b.bfloat16() for b in biases])
-    exact: tuple[Any, ...] = (
-        *(x.double() for x in inputs),
-        mask,
-        [w.double() for w in weights],
-        [b.double() for b in biases],
-    )
     arguments = (*inputs, mask, weights, biases)
     panels = list(pack_view_attention.panels(weights, biases, lanes_on(query.device)))
+
+    def narrow(dtype: torch.dtype) -> Run:
+        q, v, d = (x.to(dtype) for x in inputs)
+        return lambda: ops_view_attention.view_attention(q, v, d, mask, panels)
+
     per_view = sum(2 * rows * columns for rows, columns in (sizes[i] for i in range(1, 7)))
-    yield Case(
+    return Case(
         group="view-attention",
-        name=f"{POINTS} x {VIEWS} x {WIDTH}",
-        operations=POINTS * (VIEWS * per_view + 4 * WIDTH**2),
+        name=f"{points} x {count} x {width}",
+        operations=points * (count * per_view + 4 * width**2),
         bytes=4 * sum(x.numel() for x in inputs) + 4 * query.numel(),
         ours={
             "view attention": lambda: ops_view_attention.view_attention(*inputs, mask, panels),
-            "view attention, bfloat16": lambda: ops_view_attention.view_attention(*narrow_inputs, mask, panels),
+            **{f"view attention, {name_of(dtype)}": narrow(dtype) for dtype in setup.narrow},
         },
-        others=_eager_and_compiled(reference_view_attention.view_attention_twin, arguments, narrow),
-        reference=reference_view_attention.view_attention_twin(*exact),
+        others=rivals(reference_view_attention.view_attention_twin, arguments, setup),
+        reference=reference_view_attention.view_attention_twin(*_cast(arguments, torch.float64)),
     )
 
 
-def _eager_and_compiled(twin: Callable[..., Any], arguments: tuple, narrow: tuple) -> dict[str, Run]:
-    return {
-        BASELINE: lambda: twin(*arguments),
-        "torch bfloat16": lambda: twin(*narrow),
-        "torch.compile float32": _compiled(twin, *arguments),
-        "torch.compile bfloat16": _compiled(twin, *narrow),
-    }
-
-
-def _ray_block_cases(device: str) -> Iterator[Case]:
+def _ray_block_cases(setup: Setup) -> Iterator[Case]:
     def block(*arguments: Any) -> Run:
         return lambda: ops_ray_block.ray_block(*arguments)[0]
 
@@ -348,22 +395,14 @@ def _ray_block_cases(device: str) -> Iterator[Case]:
             0, rays=RAYS, samples=SAMPLES, width=WIDTH, heads=4, hidden=hidden, kernel=kernel
         )
 
-        def arguments(
-            dtype: torch.dtype,
-            x: Tensor = x,
-            weights: list[Tensor] = weights,
-            biases: list[Tensor | None] = biases,
-            conv: Tensor | None = conv,
-            rest: tuple = (heads, attention, 1e-5, False),
-        ) -> tuple:
-            def on_device(tensor: Tensor | None) -> Any:
-                return tensor if tensor is None else tensor.to(device, dtype)
+        def on_device(tensor: Tensor | None) -> Any:
+            return tensor if tensor is None else tensor.to(setup.device)
 
-            return (
-                on_device(x), [on_device(w) for w in weights], [on_device(b) for b in biases], on_device(conv), *rest
-            )  # fmt: skip
-
-        wide, narrow = arguments(torch.float32), arguments(torch.bfloat16)
+        wide = (
+            on_device(x), [on_device(w) for w in weights], [on_device(b) for b in biases], on_device(conv),
+            heads, attention, 1e-5, False,
+        )  # fmt: skip
+        narrow = _cast(wide, torch.bfloat16)
         panels = pack_ray_block.panels(*wide[1:4], heads=heads, lanes=lanes_on(wide[0].device))
         tokens = RAYS * SAMPLES
         products = 4 * WIDTH**2 + 2 * WIDTH * hidden
@@ -377,29 +416,37 @@ def _ray_block_cases(device: str) -> Iterator[Case]:
                 "ray block": block(wide[0], panels, *wide[4:]),
                 "ray block, bfloat16": block(narrow[0], panels, *narrow[4:]),
             },
-            others=_eager_and_compiled(lambda *given: reference_ray_block.ray_block_twin(*given)[0], wide, narrow),
+            others=rivals(lambda *given: reference_ray_block.ray_block_twin(*given)[0], wide, setup),
             # No reference: signs of queries near zero differ, and each makes another outcome.
         )
 
 
-def _gnt_cases(device: str) -> Iterator[Case]:
+def _gnt_cases(setup: Setup) -> Iterator[Case]:
     """A whole network, rays in and colours out: 4 blocks, dense and of shifts, frozen, with random weights."""
-    rays, views, features = CHUNK, CHUNK_VIEWS, 32
+    for rays, depths, views in setup.sizes or ((CHUNK, SAMPLES, CHUNK_VIEWS),):
+        yield _gnt_case(rays, depths, views, setup)
+
+
+def _gnt_case(rays: int, depths: int, views: int, setup: Setup) -> Case:
+    device, features = setup.device, 32
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator).to(device)
 
     samples = PointSamples(
-        draw(rays, SAMPLES, views, 3 + features),
-        2.0 * draw(rays, SAMPLES, views, 4) - 1.0,
-        draw(rays, SAMPLES, views, 1) > 0.1,
+        draw(rays, depths, views, 3 + features),
+        2.0 * draw(rays, depths, views, 4) - 1.0,
+        draw(rays, depths, views, 1) > 0.1,
     )
-    points, directions = draw(rays, SAMPLES, 3), draw(rays, 3) - 0.5
+    points, directions = draw(rays, depths, 3), draw(rays, 3) - 0.5
+
+    def original() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(GNT(depth=4, width=WIDTH, feature_dim=features)).to(device).eval()
 
     def network(recipe: str) -> nn.Module:
-        torch.manual_seed(0)
-        holder = nn.Sequential(GNT(depth=4, width=WIDTH, feature_dim=features)).to(device).eval()
+        holder = original()
         reparameterize_(holder, recipe, verbose=False)
         freeze_(holder, verbose=False)
         return holder[0]
@@ -408,9 +455,9 @@ def _gnt_cases(device: str) -> Iterator[Case]:
         return _in(name, lambda: network(samples, points, directions)[0])
 
     dense, shifts = network("mult"), network("add+shift")
-    yield Case(
+    return Case(
         group="gnt",
-        name=f"{rays} rays x {SAMPLES} x {views} x {WIDTH}",
+        name=f"{rays} rays x {depths} x {views} x {WIDTH}",
         operations=None,
         bytes=4 * samples.values.numel(),
         rays=rays,
@@ -419,37 +466,42 @@ def _gnt_cases(device: str) -> Iterator[Case]:
             "GNT dense, fast": run(dense, "fast"),
             **{f"GNT add+shift, {name}": run(shifts, name) for name in COMPILED},
         },
-        others={BASELINE: run(dense, "twin")},
+        others=rivals(original()[0], (samples, points, directions), setup),
     )
 
 
-def _gather_cases(device: str) -> Iterator[Case]:
-    channels = 32
+def _gather_cases(setup: Setup) -> Iterator[Case]:
+    for rays, depths, views in setup.sizes or ((POINTS // SAMPLES, SAMPLES, VIEWS),):
+        yield _gather_case(rays, depths, views, setup)
+
+
+def _gather_case(rays: int, depths: int, views: int, setup: Setup) -> Case:
+    channels, points = 32, rays * depths
     scene = reference_gather.random_scene(
-        0, rays=POINTS // SAMPLES, samples=SAMPLES, views=VIEWS, channels=channels, with_valid=False
+        0, rays=rays, samples=depths, views=views, channels=channels, with_valid=False
     )
-    wide: tuple[Any, ...] = tuple(x if x is None else x.to(device) for x in scene)
-    yield Case(
+    wide: tuple[Any, ...] = tuple(x if x is None else x.to(setup.device) for x in scene)
+    return Case(
         group="gather",
-        name=f"{POINTS} x {VIEWS} x {channels}",
+        name=f"{points} x {views} x {channels}",
         operations=None,
-        bytes=4 * POINTS * VIEWS * (2 * (3 + channels) + 4),
+        bytes=4 * points * views * (2 * (3 + channels) + 4),
         ours={"gather": lambda: ops_gather.point_samples(*wide)},
         others={
             BASELINE: lambda: reference_gather.point_samples_twin(*wide),
-            "torch.compile float32": _compiled(reference_gather.point_samples_twin, *wide),
+            "torch.compile float32": setup.compiled(reference_gather.point_samples_twin, *wide),
         },
     )
 
 
-def _mlp_cases(device: str) -> Iterator[Case]:
-    for tokens, width, hidden in MLP_SHAPES:
-        yield _mlp_case(tokens, width, hidden, device)
+def _mlp_cases(setup: Setup) -> Iterator[Case]:
+    for tokens, width, hidden in setup.sizes or MLP_SHAPES:
+        yield _mlp_case(tokens, width, hidden, setup)
 
 
-def _mlp_case(tokens: int, width: int, hidden: int, device: str) -> Case:
+def _mlp_case(tokens: int, width: int, hidden: int, setup: Setup) -> Case:
+    device = setup.device
     x = torch.randn(tokens, width, device=device)
-    narrow = x.bfloat16()
     trained = torch.randn(hidden, width) / width**0.5, torch.randn(width, hidden) / hidden**0.5
     biases = torch.randn(hidden, device=device), torch.randn(width, device=device)
     layers: list[Tensor] = []
@@ -474,15 +526,20 @@ def _mlp_case(tokens: int, width: int, hidden: int, device: str) -> Case:
             "MLP exact": ours(x, "exact"),
             "MLP fast": ours(x, "fast"),
             "MLP int8": ours(x, "int8"),
-            "MLP fast, bfloat16": ours(narrow, "fast"),
+            **{f"MLP fast, {name_of(dtype)}": ours(x.to(dtype), "fast") for dtype in setup.narrow},
         },
-        others=_eager_and_compiled(torchs, arguments, tuple(tensor.bfloat16() for tensor in arguments)),
+        others=rivals(torchs, arguments, setup),
         reference=torchs(*(tensor.double() for tensor in arguments)),
     )
 
 
-def _moe_cases(device: str) -> Iterator[Case]:
-    width, hidden = 64, 256
+def _moe_cases(setup: Setup) -> Iterator[Case]:
+    for tokens, width, hidden in setup.sizes or [(tokens, *MOE_WIDTHS) for tokens in MOE_TOKENS]:
+        yield _moe_case(tokens, width, hidden, setup)
+
+
+def _moe_case(tokens: int, width: int, hidden: int, setup: Setup) -> Case:
+    device = setup.device
     dense_mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)).to(device).eval()
     moe = MoEMlp(width, hidden)
     mixture, router = nn.Sequential(moe).to(device), moe.router
@@ -492,20 +549,27 @@ def _moe_cases(device: str) -> Iterator[Case]:
         router.bias.zero_()
     freeze_(mixture, verbose=False)
 
-    for tokens in MOE_TOKENS:
-        x = torch.randn(1, tokens, width, device=device)
-        yield Case(
-            group="moe",
-            name=f"{tokens} x {width}-{hidden}-{width}",
-            operations=4 * tokens * width * hidden,
-            bytes=8 * tokens * width,
-            ours={f"MoE {name}": _in(name, mixture, x) for name in COMPILED},
-            others={BASELINE: lambda x=x: dense_mlp(x)},
-        )
+    def run(name: Numerics, x: Tensor) -> Run:
+        def mix() -> Tensor:
+            with numerics(name):
+                return mixture(x)
+
+        return mix
+
+    x = torch.randn(1, tokens, width, device=device)
+    return Case(
+        group="moe",
+        name=f"{tokens} x {width}-{hidden}-{width}",
+        operations=4 * tokens * width * hidden,
+        bytes=8 * tokens * width,
+        ours={f"MoE {name}": run(name, x) for name in COMPILED}
+        | {f"MoE fast, {name_of(dtype)}": run("fast", x.to(dtype)) for dtype in setup.narrow},
+        others=rivals(dense_mlp, (x,), setup),
+    )
 
 
-#: Groups of problems by name: functions of a device.
-CASES: dict[str, Callable[[str], Iterator[Case]]] = {
+#: Groups of problems by name: functions of what they are made for.
+CASES: dict[str, Callable[[Setup], Iterator[Case]]] = {
     "matshift": _matshift_cases,
     "matadd": _matadd_cases,
     "mlp": _mlp_cases,

@@ -139,6 +139,20 @@ def test_a_bundle_for_something_else_is_refused(copy: Path, changes: dict[str, A
         Bundle.open(copy)
 
 
+def test_code_for_gpus_alone_fits_any_processor_and_needs_no_tvm_ffi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(b"\x7fELF")
+    identity = {"part": "kernel", "kernel": "k"}
+    bundle.write(tmp_path / "bundle", [bundle.Packed(cubin, identity, {})], None)
+    monkeypatch.setattr(bundle, "_versions", lambda: {"format": 1, "machine": "riscv64", "tvm_ffi": "none"})
+    found = Bundle.open(tmp_path / "bundle").find(**identity)
+    assert found is not None
+    assert found.file.read_bytes() == b"\x7fELF"
+    edit_manifest(tmp_path / "bundle", format=2)
+    with pytest.raises(UserError, match="it has format 2, not 1"):
+        Bundle.open(tmp_path / "bundle")
+
+
 @pytest.mark.twin_may_stand_in
 def test_a_folder_that_is_no_bundle_is_said_once_and_the_twin_computes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_cache: Path

@@ -14,13 +14,13 @@ import torch
 from shiftadd3d import UserError, cli
 from shiftadd3d.profile import kernel_benchmark, kernel_cases
 from shiftadd3d.profile.kernel_benchmark import GOALS, goals, measure, parse_threads, ratio_table, ratios, tables
-from shiftadd3d.profile.kernel_cases import BASELINE, CASES, Case, cases
+from shiftadd3d.profile.kernel_cases import BASELINE, CASES, Case, Setup, cases
 
 pytest.importorskip("tvm")
 
 
-def halves(device: str) -> Iterator[Case]:
-    x = torch.randn(64, 64, device=device)
+def halves(setup: Setup) -> Iterator[Case]:
+    x = torch.randn(64, 64, device=setup.device)
 
     def broken() -> None:
         raise RuntimeError("no such instruction\nand more")
@@ -70,9 +70,9 @@ def test_threads_are_as_before(quick: None):
 def test_a_kernel_that_gave_up_is_noted(quick: None, monkeypatch: pytest.MonkeyPatch):
     import warnings
 
-    def giving_up(device: str) -> Iterator[Case]:
+    def giving_up(setup: Setup) -> Iterator[Case]:
         warnings.warn("kernel x: too old a CPU; plain torch stands in", RuntimeWarning, stacklevel=1)
-        yield from halves(device)
+        yield from halves(setup)
 
     monkeypatch.setitem(CASES, "halves", giving_up)
     assert measure(groups=["halves"])["notes"] == ["kernel x: too old a CPU; plain torch stands in"]
@@ -104,7 +104,7 @@ def test_goals_speak_of_solutions_that_there_are(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(kernel_cases, "MLP_SHAPES", ((8, 16, 32),))
     for name, value in {"MOE_TOKENS": (8,), "POINTS": 64, "RAYS": 2, "SAMPLES": 4, "CHUNK": 2}.items():
         monkeypatch.setattr(kernel_cases, name, value)
-    solutions = {group: next(iter(cases(group, "cpu"))) for group in CASES}
+    solutions = {group: next(iter(cases(group, Setup("cpu")))) for group in CASES}
     for goal in GOALS:
         case = solutions[goal.group]
         assert goal.ours in case.ours
@@ -173,7 +173,7 @@ for name in ("tyro", "rich", "nerfstudio", "timm", "matplotlib", "psutil", "imag
 sys.path.insert(0, "benchmarks")
 import kernels
 from shiftadd3d.profile.kernel_benchmark import measure
-from shiftadd3d.profile.kernel_cases import cases
-next(cases("matadd", "cpu"))
+from shiftadd3d.profile.kernel_cases import Setup, cases
+next(cases("matadd", Setup("cpu")))
 """
     subprocess.run([sys.executable, "-c", code], cwd=repository, check=True)
