@@ -231,7 +231,7 @@ def classifier_cases(name: str, setup: Setup) -> Iterator[Case]:
 
     for batch, pixels in setup.sizes or ():
         # A ViT is made for pictures of one size, a PVT takes any.
-        options = {"img_size": pixels} if name.startswith("deit") else {}
+        options: dict[str, Any] = {"img_size": pixels} if name.startswith("deit") else {}
         torch.manual_seed(0)
         dense = timm.create_model(name, **options).eval().to(setup.device)
         frozen = timm.create_model(f"shiftadd_{name}", recipe="add+shift", **options).eval()

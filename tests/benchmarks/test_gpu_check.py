@@ -27,9 +27,11 @@ from shiftadd3d.profile.kernel_cases import BASELINE, Case, Setup
 pytest.importorskip("tvm")
 pytest.importorskip("timm")
 
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 # What a bare machine with a GPU does not have.
 LACKING = ("tvm", "apache_tvm", "nerfstudio", "tyro", "platformdirs", "torchao", "shiftadd3d", "__editable__")
 IN_A_PROCESS_OF_THEIR_OWN = ("machine", "kernels", "matshift", "deit")
+IN_THIS_PROCESS = ("matadd", "view-attention", "gnt", "moe", "mlp", "pvt", "gather")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def packed(check: ModuleType, few_kernels: None, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("packed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHIFTADD3D_CACHE", str(folder / "cache"))
-        patch.syspath_prepend(Path(check.__file__).parent)
+        patch.syspath_prepend(BENCHMARKS)
         patch.setattr(sys, "argv", ["gpu_check.py", "pack", "--out", str(folder / "check.zip")])
         check.main()
     return folder / "check.zip"
@@ -96,16 +98,16 @@ def test_what_is_packed_runs_where_there_is_neither_tvm_nor_nerfstudio(
     others = [row for row in sections["kernels"]["rows"] if "outcome" not in row]
     assert others
     assert all("No module named 'tvm'" in row["failed"] for row in others)
-    for name, solution in (("matshift", "MatShift fast, float16"), ("deit", "add+shift fast, bfloat16")):
+    for name, solution in (("matshift", "MatShift fast, float16"), ("deit", "add+shift exact")):
         rows = {row["solution"]: row for row in sections[name]["rows"]}
         assert len(rows[solution]["seconds"]) == 3
-        assert rows[solution]["error"] < 0.1
+        assert rows[solution]["error"] < 1e-2
     assert "speedup over torch float32" in done.stdout
     assert "failed: " in done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["matadd", "view-attention", "gnt", "moe", "mlp", "pvt", "gather"])
+@pytest.mark.parametrize("name", IN_THIS_PROCESS)
 def test_each_section_has_problems_that_all_solve(name: str, check: ModuleType, tmp_path: Path):
     check.work(name, "sm_90", dry=True, after=0, seconds=600, file=tmp_path / "rows")
     facts: dict[str, Any] = {"rows": [], "notes": []}
@@ -117,14 +119,13 @@ def test_each_section_has_problems_that_all_solve(name: str, check: ModuleType, 
     assert any("float16" in solution for solution in solutions) or name == "gather"
 
 
-def test_every_section_is_tried(check: ModuleType, request: pytest.FixtureRequest):
-    (mark,) = test_each_section_has_problems_that_all_solve.pytestmark[:1]
-    assert {*IN_A_PROCESS_OF_THEIR_OWN, *mark.args[1]} == set(check.SECTIONS)
+def test_every_section_is_tried(check: ModuleType):
+    assert {*IN_A_PROCESS_OF_THEIR_OWN, *IN_THIS_PROCESS} == set(check.SECTIONS)
 
 
 def test_more_than_fits_is_refused(check: ModuleType, packed: Path, few_kernels: None, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("SHIFTADD3D_CACHE", str(packed.parent / "cache"))
-    monkeypatch.syspath_prepend(Path(check.__file__).parent)
+    monkeypatch.syspath_prepend(BENCHMARKS)
     with pytest.raises(UserError, match=r"more would have \d\.\d MiB, more than the 0\.1 MiB that it may have"):
         check.pack(tmp_path / "more", "sm_90", most_bytes=100_000)
     assert not list(tmp_path.iterdir())
@@ -147,7 +148,7 @@ def test_more_than_fits_is_refused(check: ModuleType, packed: Path, few_kernels:
 def test_what_cannot_be_done_is_one_line(check, words: list[str], complaint: str, tmp_path: Path, monkeypatch):
     (tmp_path / "there").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(Path(check.__file__).parent)
+    monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", *words])
     with pytest.raises(SystemExit) as stopped:
         check.main()

@@ -15,7 +15,7 @@ from shiftadd3d.kernels.cpu.gnt.view_attention import KERNEL
 from shiftadd3d.kernels.pack.gnt.view_attention import panels, shift_forms, view_attention_of_panels
 from shiftadd3d.kernels.pack.panel import lanes_on
 from shiftadd3d.kernels.pack.shift import panel_form, panels_of_forms
-from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS, view_attention_twin
+from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS, blend_views, view_attention_twin
 from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.models.gnt.transformer import ViewAttention
 
@@ -153,6 +153,15 @@ def test_bfloat16_is_computed_in_float32():
     assert out.dtype == torch.bfloat16
     expected = view_attention_twin(*(x.float() for x in narrow), mask, weights, biases)
     torch.testing.assert_close(out.float(), expected, rtol=2**-8, atol=1e-5)
+
+
+def test_the_twin_takes_float16():
+    scores, values = torch.randn(2, 9, 3, 16)
+    mask = torch.rand(9, 3) > 0.3
+    mask[0] = False
+    found = blend_views(scores.half(), values.half(), mask)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), blend_views(scores, values, mask), rtol=1e-2, atol=1e-2)
 
 
 def test_threads_change_nothing(torch_threads):

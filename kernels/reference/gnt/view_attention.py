@@ -55,7 +55,8 @@ def blend_views(
     dropout: float = 0.0,
 ) -> Tensor:  # [*, C]
     """The values' mean over the views, weighed in each channel by a softmax of its scores."""
-    share = torch.softmax(scores.masked_fill(~mask.unsqueeze(-1), -1e9), dim=-2)
+    lowest = max(-1e9, torch.finfo(scores.dtype).min)  # float16 ends at -65504
+    share = torch.softmax(scores.masked_fill(~mask.unsqueeze(-1), lowest), dim=-2)
     return (values * F.dropout(share, dropout)).sum(-2)
 
 
