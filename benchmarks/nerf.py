@@ -828,6 +828,7 @@ def frame_renderer(method: str, form: Form, width: int, height: int) -> Callable
 
     import shiftadd3d
     from shiftadd3d.kernels import numerics
+    from shiftadd3d.kernels.runtime.numerics import check_numerics
     from shiftadd3d.nn import freeze_
 
     seed_everything(0)
@@ -836,7 +837,7 @@ def frame_renderer(method: str, form: Form, width: int, height: int) -> Callable
     if model.stage == 1:
         model.enter_second_stage()
     model.eval()
-    exactness = "twin" if form in ("torch", "compile") else form.removeprefix("executable-")
+    exactness = "twin" if form in ("torch", "compile") else check_numerics(form.removeprefix("executable-"))
     model.config.compile = form.startswith("executable-")
     if form == "compile":
         freeze_(model.gnt, verbose=False)

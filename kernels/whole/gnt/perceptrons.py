@@ -134,6 +134,58 @@ class _ShiftLayers:
         self._product.finish(control)
 
 
+class _Tokens(NamedTuple):
+    """Those of a task, normalised, each expert's side by side from a multiple of `_TOKENS` on."""
+
+    packed: Buffer  # [experts * _TOKENS, C]
+    origin: Buffer  # [experts * _TOKENS] int64: the token's number
+    gates: Buffer  # [experts * _TOKENS]: what its outcome is multiplied by
+    counts: Buffer  # [experts] int64
+
+    @classmethod
+    def of(cls, experts: int, width: int) -> _Tokens:
+        """Memory for them."""
+        room = experts * _TOKENS
+        return cls(T.alloc(room, width), T.alloc(room, dtype="int64"), T.alloc(room), T.alloc(experts, dtype="int64"))
+
+    def fill(
+        self,
+        isa: Isa,
+        x: Buffer,
+        top: Expr,
+        count: Expr,
+        norm: Norm,
+        routing: tuple[Buffer, Buffer, Buffer] | None,
+        *,
+        gated: bool,
+    ) -> None:
+        """Take up `count` rows of x from `top` on.
+
+        Args:
+            routing: of several experts, the router's weight and bias, and where the number of each token's goes.
+        """
+        experts, width = self.counts.extent(0), self.packed.extent(1)
+        normal, logits = T.alloc(width), T.alloc(experts)
+        chosen, best = T.alloc(1, dtype="int64"), T.alloc(1)
+        for number in range(experts):
+            self.counts[number] = T.int64(0)
+        with T.serial(count) as token:
+            norm.emit(isa, isa.reader(x, lambda row: top + row), token, T.int64(width), normal)
+            chosen[0] = T.int64(0)
+            if routing is not None:
+                weight, bias, assignment = routing
+                route(isa, normal, T.int64(width), weight, bias, logits)
+                choose(logits, experts, chosen, best)
+                assignment[top + token] = chosen[0]
+            place = T.bind(chosen[0] * _TOKENS + self.counts[chosen[0]])
+            self.counts[chosen[0]] = self.counts[chosen[0]] + 1
+            self.origin[place] = top + token
+            if gated:
+                self.gates[place] = gate_of(logits, experts)
+            for c in range(0, width, isa.lanes):
+                self.packed[place, isa.at(c)] = normal[isa.at(c)]
+
+
 def _build(
     target: CpuTarget,
     width: int,
@@ -172,41 +224,23 @@ def _build(
         with T.parallel((tokens + (_TOKENS - 1)) // _TOKENS) as task:
             top = T.bind(task * _TOKENS)
             count = T.bind(T.min(T.int64(_TOKENS), tokens - top))
-            # Experts' tokens side by side, where each came from, and what its outcome is multiplied by.
-            packed = T.alloc(len(experts) * _TOKENS, width)
-            origin = T.alloc(len(experts) * _TOKENS, dtype="int64")
-            gates, counts = T.alloc(len(experts) * _TOKENS), T.alloc(len(experts), dtype="int64")
-            for number, of_expert in enumerate(layers):
+            of_experts = _Tokens.of(len(experts), width)
+            for of_expert in layers:
                 of_expert.begin()
-                counts[number] = T.int64(0)
             outcome = T.alloc(_ROWS + max(ROW_PADDING, forms.ROW_PADDING), width)
-            normal, logits = T.alloc(width), T.alloc(len(experts))
-            chosen, best = T.alloc(1, dtype="int64"), T.alloc(1)
-            with T.serial(count) as token:
-                norm.emit(isa, isa.reader(x, lambda row: top + row), token, T.int64(width), normal)
-                chosen[0] = T.int64(0)
-                if assignment is not None:
-                    route(isa, normal, T.int64(width), router, router_bias, logits)
-                    choose(logits, len(experts), chosen, best)
-                    assignment[top + token] = chosen[0]
-                place = T.bind(chosen[0] * _TOKENS + counts[chosen[0]])
-                counts[chosen[0]] = counts[chosen[0]] + 1
-                origin[place] = top + token
-                if gated:
-                    gates[place] = gate_of(logits, len(experts))
-                for c in range(0, width, isa.lanes):
-                    packed[place, isa.at(c)] = normal[isa.at(c)]
+            routing = None if assignment is None else (router, router_bias, assignment)
+            of_experts.fill(isa, x, top, count, norm, routing, gated=gated)
             for number, of_expert in enumerate(layers):
-                with T.serial((counts[number] + (_ROWS - 1)) // _ROWS) as part:
+                many = of_experts.counts[number]
+                with T.serial((many + (_ROWS - 1)) // _ROWS) as part:
                     first = T.bind(number * _TOKENS + part * _ROWS)
-                    rows = T.bind(T.min(T.int64(_ROWS), counts[number] - part * _ROWS))
-
-                    of_expert.emit(rows, packed.below(first), activation, outcome)
+                    rows = T.bind(T.min(T.int64(_ROWS), many - part * _ROWS))
+                    of_expert.emit(rows, of_experts.packed.below(first), activation, outcome)
                     with T.serial(rows) as r:
-                        token = T.bind(origin[first + r])
+                        token = T.bind(of_experts.origin[first + r])
                         for c in range(0, width, isa.lanes):
                             value = outcome[r, isa.at(c)]
-                            value = value * isa.splat(gates[first + r]) if gated else value
+                            value = value * isa.splat(of_experts.gates[first + r]) if gated else value
                             y[token, isa.at(c)] = x[token, isa.at(c)] + value
             for of_expert in layers:
                 of_expert.finish(control)

@@ -1,7 +1,8 @@
 """A frozen GNT as programs: the same pictures, and what is refused."""
 
 # Attributes of submodules, to which torch gives no types.
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false
 
 from __future__ import annotations
 
