@@ -549,10 +549,12 @@ def _moe_case(tokens: int, width: int, hidden: int, setup: Setup) -> Case:
         router.bias.zero_()
     freeze_(mixture, verbose=False)
 
-    def run(name: Numerics, x: Tensor) -> Run:
+    def run(name: Numerics, dtype: torch.dtype = torch.float32) -> Run:
+        form, given = copy.deepcopy(mixture).to(dtype), x.to(dtype)
+
         def mix() -> Tensor:
             with numerics(name):
-                return mixture(x)
+                return form(given)
 
         return mix
 
@@ -562,8 +564,8 @@ def _moe_case(tokens: int, width: int, hidden: int, setup: Setup) -> Case:
         name=f"{tokens} x {width}-{hidden}-{width}",
         operations=4 * tokens * width * hidden,
         bytes=8 * tokens * width,
-        ours={f"MoE {name}": run(name, x) for name in COMPILED}
-        | {f"MoE fast, {name_of(dtype)}": run("fast", x.to(dtype)) for dtype in setup.narrow},
+        ours={f"MoE {name}": run(name) for name in COMPILED}
+        | {f"MoE fast, {name_of(dtype)}": run("fast", dtype) for dtype in setup.narrow},
         others=rivals(dense_mlp, (x,), setup),
     )
 

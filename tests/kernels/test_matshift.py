@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bounds import assert_within, linear_bound, unit_roundoff
 from shiftadd3d import UserError, kernels
 from shiftadd3d.kernels.cpu.forms import error_bound, forms
-from shiftadd3d.kernels.cpu.matshift import MATSHIFT, trial
+from shiftadd3d.kernels.cpu.matshift import MATSHIFT
 from shiftadd3d.kernels.ops.matshift import matshift
 from shiftadd3d.kernels.reference import activations, power_of_two
 from shiftadd3d.kernels.reference.matshift import matshift_twin
@@ -448,11 +448,11 @@ def test_rounding_can_be_told_from_a_mistake(monkeypatch: pytest.MonkeyPatch):
     """The trial that guards untested machines notices a product that is slightly wrong."""
     spec = {"form": "float32", "bits": 4, "terms": 1, "dtype": "float32", "activation": "none"}
     function = MATSHIFT.function(**spec)
-    trial(function, **spec)
+    MATSHIFT.trial(function, **spec)
 
     def wrong(*arguments: object) -> None:
         function(*arguments)
         arguments[4][-1, -1] *= 1 + 1e-4
 
     with pytest.raises(AssertionError, match="it is off by"):
-        trial(wrong, **spec)
+        MATSHIFT.trial(wrong, **spec)
