@@ -4,8 +4,8 @@
     python benchmarks/peers.py run
     python benchmarks/peers.py report
 
-The first installs what to compare with, the second writes a JSON file into docs/results/data/, and the last one makes
-docs/results/peers.md from it.
+The first installs what to compare with, the second writes docs/results/data/peers-SET.json, where SET are the
+instructions that our kernels use on this CPU, and the last one makes docs/results/peers.md from all of these files.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from reporting import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-FILE = "peers.json"
+FILES = "peers-{}.json"
+"""One for each set of instructions that our kernels use (`shiftadd3d.kernels.runtime.targets`)."""
 EAGER = "torch, float32, eager"
 OPENVINO = "OpenVINO, "
 OURS = "shiftadd3d, "
@@ -71,7 +72,7 @@ class Run:
         missing = [name for name in ("openvino", "nncf", "onnxruntime") if importlib.util.find_spec(name) is None]
         if missing:
             raise UserError(f"{', '.join(missing)}: not installed; expected what `make peers` brings")
-        commit, rows = git_commit(), []
+        commit, instructions, rows = git_commit(), targets.current().name, []
         for model in self.models:
             with tempfile.TemporaryDirectory() as folder:
                 dense = {batch: write_onnx(model, batch, Path(folder)) for batch in self.batches}
@@ -82,11 +83,11 @@ class Run:
         options = {"--models": self.models, "--batches": self.batches, "--threads": self.threads}
         words = [word for name, values in options.items() for word in (name, *map(str, values))]
         write_result(
-            self.out / FILE,
+            self.out / FILES.format(instructions),
             {
                 "rows": rows,
                 "rounds": self.rounds,
-                "instructions": targets.current().name,
+                "instructions": instructions,
                 "versions": versions(),
                 "machine": machine_facts(),
                 "commit": commit,
@@ -248,17 +249,16 @@ def our_solutions(name: str, images: Tensor) -> Iterator[tuple[str, Solution]]:
 
 @dataclass
 class Report:
-    """Make docs/results/peers.md from the JSON file."""
+    """Make docs/results/peers.md from the JSON files."""
 
     def __call__(self) -> None:
         """Write the page."""
         write_page("peers", lambda template: render_report(read_results(DATA), template))
 
 
-def read_results(folder: Path) -> dict[str, Any] | None:
-    """What `run` wrote, if it has."""
-    path = folder / FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """What `run` wrote on each kind of machine, sorted by its instructions."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(FILES.format("*")))]
 
 
 def best_peer(ms: dict[str, float]) -> tuple[str, float]:
@@ -266,22 +266,25 @@ def best_peer(ms: dict[str, float]) -> tuple[str, float]:
     return min(((name, time) for name, time in ms.items() if not name.startswith(OURS)), key=lambda pair: pair[1])
 
 
-def render_report(results: dict[str, Any] | None, template: str) -> str:
+def render_report(results: list[dict[str, Any]], template: str) -> str:
     """The page: its template with the tables filled in."""
-    rows = [] if results is None else results["rows"]
+    versions = dict.fromkeys(", ".join(map(" ".join, facts["versions"].items())) for facts in results)
     filled = {
-        "SUMMARY": summary_table(rows),
-        "TABLES": "\n\n".join(full_table(row) for row in rows) or NOT_MEASURED,
-        "INSTRUCTIONS": NOT_MEASURED if results is None else f"`{results['instructions']}`",
-        "VERSIONS": NOT_MEASURED
-        if results is None
-        else ", ".join(f"{name} {number}" for name, number in results["versions"].items()),
-        "COMMANDS": "" if results is None else command_block("peers", [results]),
-        "MACHINES": "" if results is None else machine_list([results]),
+        "SUMMARY": by_machine(results, lambda facts: summary_table(facts["rows"])),
+        "TABLES": by_machine(results, lambda facts: "\n\n".join(map(full_table, facts["rows"]))),
+        "VERSIONS": "; ".join(versions) or NOT_MEASURED,
+        "COMMANDS": command_block("peers", results),
+        "MACHINES": machine_list(results),
     }
     for name, text in filled.items():
         template = template.replace("{{" + name + "}}", text)
     return template
+
+
+def by_machine(results: list[dict[str, Any]], tables: Callable[[dict[str, Any]], str]) -> str:
+    """Tables of each machine, below its CPU and the instructions that our kernels use there."""
+    parts = [f"**`{facts['instructions']}`**, {facts['machine']['cpu']}\n\n{tables(facts)}" for facts in results]
+    return "\n\n".join(parts) or NOT_MEASURED
 
 
 def summary_table(rows: list[dict[str, Any]]) -> str:
@@ -291,7 +294,6 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
         ms = row["ms"]
         name, time = best_peer(ms)
         int8, exact = ms[f"{OURS}add+shift, int8"], ms[f"{OURS}add+shift, exact"]
-        float32 = ms[f"{OPENVINO}f32"]
         shown.append(
             [
                 place_of(row),
@@ -299,10 +301,10 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
                 f"{ms[EAGER] / int8:.2f}",
                 f"{time / int8:.2f} ({name})",
                 f"{exact:,.1f}",
-                f"{float32 / exact:.2f}",
+                f"{ms[f'{OPENVINO}f32'] / exact:.2f}",
             ]
         )
-    header = ["model, batch, threads", "int8, ms", "torch / int8", "fastest peer / int8", "exact, ms"]
+    header = ["model, pictures, threads", "int8, ms", "torch / int8", "fastest peer / int8", "exact, ms"]
     return markdown_table([*header, "OpenVINO f32 / exact"], shown)
 
 

@@ -11,6 +11,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+import peers
 from classification import BITS, bits_of, by_cell, points, spread
 from energy import MODELS, saved
 from nerf import from_random_weights
@@ -18,6 +19,9 @@ from reporting import DATA, REPOSITORY, markdown_table, run_command
 
 README = REPOSITORY / "README.md"
 ENERGY_MODELS = ("pvt_v2_b0", "deit_tiny_patch16_224", "gnt-big")
+PEERS_FORM = f"{peers.OURS}add+shift, int8"
+CPUS = {"amx": "AMX", "avx512_vnni": "AVX-512 VNNI", "avx512": "AVX-512", "avx2": "AVX2"}
+"""What instructions of `shiftadd3d.kernels.runtime.targets` are called elsewhere."""
 CLASSIFIERS = {"deit": "small DeiT", "pvt": "small PVT v2"}
 SCENES = {
     "still_life": "still life (in the package)",
@@ -65,31 +69,44 @@ def quality_table() -> str:
 
 
 def speed_table() -> str:
-    """Rows: what runs; columns: its time, and how many times faster it is than plain torch and torch.compile."""
+    """Rows: what runs; columns: its time, how many times faster it is than torch and than the fastest other engine."""
     (nerf,) = read("nerf-speed.json")
     seconds = {(row["method"], row["form"]): row["seconds"][0] for row in nerf["rows"]}
     frame = seconds["shiftadd-gnt-tiny", "fast"]
-    others = [seconds["gnt-tiny", form] for form in ("torch", "compile")]
     width, height = nerf["frame"]
     rows = [
         [
             f"`shiftadd-gnt-tiny`, a frame of {width} x {height}",
             f"{1000 * frame:,.0f}",
-            *(f"{other / frame:.1f}" for other in others),
+            f"{seconds['gnt-tiny', 'torch'] / frame:.1f}",
+            f"{seconds['gnt-tiny', 'compile'] / frame:.2f}",
+            "torch.compile",
         ]
     ]
-    (classifiers,) = read("classification-speed.json")
-    for row in classifiers["rows"]:
-        ours = row["ms"]["shiftadd, add+shift, int8"]
-        others = [row["ms"][f"timm, float32, {how}"] for how in ("eager", "torch.compile")]
-        rows.append(
-            [
-                f"{MODELS[row['model']]}, {row['batch']} picture{'s' * (row['batch'] > 1)}",
-                f"{ours:,.0f}",
-                *(f"{other / ours:.1f}" for other in others),
-            ]
-        )
-    return markdown_table(["one thread", "ms", "times faster than torch", "than torch.compile"], rows)
+    for facts in peers.read_results(DATA):
+        cells: dict[tuple[str, int], list[dict[str, float]]] = {}
+        for row in sorted(facts["rows"], key=lambda row: row["threads"]):
+            cells.setdefault((row["model"], row["batch"]), []).append(row["ms"])
+        for (model, batch), times in cells.items():
+            ours = [ms[PEERS_FORM] for ms in times]
+            best = [peers.best_peer(ms) for ms in times]
+            rows.append(
+                [
+                    f"{MODELS[model]}, {batch} picture{'s' * (batch > 1)}, {CPUS[facts['instructions']]}",
+                    " / ".join(f"{time:,.0f}" for time in ours),
+                    " / ".join(f"{ms[peers.EAGER] / time:.1f}" for ms, time in zip(times, ours, strict=True)),
+                    " / ".join(f"{peer / time:.2f}" for (_, peer), time in zip(best, ours, strict=True)),
+                    " / ".join(dict.fromkeys(short_name(name) for name, _ in best)),
+                ]
+            )
+    header = ["one thread / two threads", "ms", "times faster than torch", "than the fastest other", "that is"]
+    return markdown_table(header, rows)
+
+
+def short_name(solution: str) -> str:
+    """Of a peer: its engine, and what numbers its weights are."""
+    engine, numbers = solution.split(", ")[:2]
+    return f"{engine} {numbers.removeprefix('NNCF ')}"
 
 
 def accuracy_table() -> str:

@@ -1,4 +1,4 @@
-"""docs/results/peers.md says what data/peers.json says."""
+"""docs/results/peers.md says what data/peers-*.json say."""
 
 from __future__ import annotations
 
@@ -21,6 +21,21 @@ def test_the_page_is_what_the_results_make_of_the_template(benchmark, repository
         benchmark.read_results(folder / "data"), (folder / "peers.template.md").read_text(encoding="utf-8")
     )
     assert (folder / "peers.md").read_text(encoding="utf-8") == made, "run: python benchmarks/peers.py report"
+
+
+def test_each_kind_of_machine_has_its_tables(benchmark, repository: Path):
+    results = benchmark.read_results(repository / "docs" / "results" / "data")
+    page = benchmark.render_report(results, "{{SUMMARY}}{{TABLES}}{{COMMANDS}}{{MACHINES}}")
+    assert len(results) > 1
+    for facts in results:
+        assert page.count(f"**`{facts['instructions']}`**, {facts['machine']['cpu']}\n") == 2
+        assert facts["command"] in page
+        for row in facts["rows"]:
+            assert benchmark.full_table(row) in page
+
+
+def test_what_no_machine_has_measured_is_said_so(benchmark):
+    assert benchmark.render_report([], "{{SUMMARY}} {{TABLES}}") == " ".join(2 * ["*Not measured yet.*"])
 
 
 def test_ratios_are_against_the_fastest_of_the_others(benchmark):
