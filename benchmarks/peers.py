@@ -14,6 +14,7 @@ import gc
 import importlib.util
 import json
 import logging
+import os
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator
@@ -61,11 +62,14 @@ class Run:
     """CPU threads to compute with."""
     rounds: int = 11
     """Rounds that all take turns in, 2 or more; the median counts."""
+    instructions: str | None = None
+    """One of the targets of `SHIFTADD3D_TARGET`, to hold our kernels to, and the others' to the like."""
     out: Path = DATA
     """Folder for the JSON file."""
 
     def __call__(self) -> None:
         """Write the JSON file."""
+        hold_to(self.instructions)
         from shiftadd3d._errors import UserError
         from shiftadd3d.kernels.runtime import targets
 
@@ -82,18 +86,42 @@ class Run:
                         rows.append({"model": model, "batch": batch, "threads": threads, "ms": ms})
         options = {"--models": self.models, "--batches": self.batches, "--threads": self.threads}
         words = [word for name, values in options.items() for word in (name, *map(str, values))]
+        words += [] if self.instructions is None else ["--instructions", self.instructions]
         write_result(
             self.out / FILES.format(instructions),
             {
                 "rows": rows,
                 "rounds": self.rounds,
                 "instructions": instructions,
+                "held": self.instructions is not None,
                 "versions": versions(),
                 "machine": machine_facts(),
                 "commit": commit,
                 "command": shlex.join(["python", "benchmarks/peers.py", "run", *words, "--rounds", str(self.rounds)]),
             },
         )
+
+
+ONEDNN_LIMIT = "ONEDNN_MAX_CPU_ISA"
+LIMITS = {"avx512_vnni": "AVX512_CORE_VNNI", "avx512": "AVX512_CORE", "avx2": "AVX2"}
+"""What oneDNN, which torch and OpenVINO compute products with, calls the instructions of our targets."""
+
+
+def hold_to(instructions: str | None) -> None:
+    """Have this process use no more than these instructions, as far as engines can be told. Before any computes.
+
+    Raises:
+        UserError: if the engines have no name for them.
+    """
+    from shiftadd3d._errors import UserError
+    from shiftadd3d.kernels.runtime import targets
+
+    if instructions is None:
+        return
+    if instructions not in LIMITS:
+        raise UserError(f"--instructions {instructions}: expected one of {', '.join(LIMITS)}")
+    os.environ[targets.ENVIRONMENT_VARIABLE] = instructions
+    os.environ[ONEDNN_LIMIT] = LIMITS[instructions]
 
 
 def versions() -> dict[str, str]:
@@ -178,7 +206,9 @@ def openvino_solutions(dense: Path, images: Tensor, threads: int) -> Iterator[tu
 
     nncf.set_log_level(logging.ERROR)
     core, array = openvino.Core(), images.numpy()
-    forms = ["f32"] + ["bf16"] * ("BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    # Where oneDNN is held to less, bfloat16 is emulated, and slow.
+    has_bfloat16 = ONEDNN_LIMIT not in os.environ and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    forms = ["f32"] + ["bf16"] * has_bfloat16
 
     def compiled(model: Any, form: str) -> Solution:
         settings = {
@@ -283,7 +313,11 @@ def render_report(results: list[dict[str, Any]], template: str) -> str:
 
 def by_machine(results: list[dict[str, Any]], tables: Callable[[dict[str, Any]], str]) -> str:
     """Tables of each machine, below its CPU and the instructions that our kernels use there."""
-    parts = [f"**`{facts['instructions']}`**, {facts['machine']['cpu']}\n\n{tables(facts)}" for facts in results]
+    parts = [
+        f"**`{facts['instructions']}`**, {facts['machine']['cpu']}"
+        f"{', held to these instructions' if facts.get('held') else ''}\n\n{tables(facts)}"
+        for facts in results
+    ]
     return "\n\n".join(parts) or NOT_MEASURED
 
 

@@ -31,6 +31,9 @@ _SECONDS_OF_A_ROUND = 0.004
 _SECONDS_OF_A_LONG_CALL = 0.1
 # Threads of OpenMP and of other engines' pools wait actively for some hundredths of a second after a call.
 _SECONDS_OF_A_REST = 0.1
+# A processor that has rested is slow at first: for milliseconds its clock is low and its wide units are off.
+_SECONDS_TO_WAKE_UP = 0.05
+_SECONDS_OF_A_FOREIGN_ROUND = 0.1
 # More than the second-level cache of a graphics card holds: what the last call left there is gone.
 _BYTES_TO_FLUSH = 256 << 20
 
@@ -60,7 +63,9 @@ def interleaved(
         seconds: roughly how long to go on for; 5 rounds are gone through anyway, and 25 are enough.
         rounds: just so many instead, 2 or more.
         foreign: some compute in threads of their own. Then the time on the wall counts, on a CPU, and a rest before
-            each turn lets the threads of the one before come to rest: they wait actively for a while.
+            each turn lets the threads of the one before come to rest: they wait actively for a while. As a processor
+            wakes up slowly from such a rest, calls of a twentieth of a second do not count then, and those of a tenth
+            do.
 
     Raises:
         UserError: for other devices.
@@ -95,12 +100,16 @@ def _cpu_sampler(
         return (now() - began) / calls
 
     once = {name: seconds(function, 1) for name, function in functions.items()}
-    calls = {name: max(1, round(_SECONDS_OF_A_ROUND / max(first, 1e-7))) for name, first in once.items()}
+    of_a_round = _SECONDS_OF_A_FOREIGN_ROUND if foreign else _SECONDS_OF_A_ROUND
+    calls = {name: max(1, round(of_a_round / max(first, 1e-7))) for name, first in once.items()}
 
     def sample(name: str, function: Callable[[], Any]) -> float:
         if foreign:
             time.sleep(_SECONDS_OF_A_REST)
-        if once[name] < _SECONDS_OF_A_LONG_CALL:
+            awake = now() + _SECONDS_TO_WAKE_UP
+            while now() < awake:
+                function()
+        elif once[name] < _SECONDS_OF_A_LONG_CALL:
             function()
         return seconds(function, calls[name])
 

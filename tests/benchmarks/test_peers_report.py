@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from shiftadd3d._errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +56,24 @@ def test_what_is_missing_is_one_line(benchmark, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(SystemExit) as stopped:
         benchmark.main()
     assert str(stopped.value) == "error: openvino, nncf: not installed; expected what `make peers` brings"
+
+
+def test_instructions_hold_our_kernels_and_other_engines(benchmark, monkeypatch):
+    monkeypatch.setenv("SHIFTADD3D_TARGET", "")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "")
+    benchmark.hold_to(None)
+    assert os.environ["SHIFTADD3D_TARGET"] == ""
+    benchmark.hold_to("avx512_vnni")
+    assert os.environ["SHIFTADD3D_TARGET"] == "avx512_vnni"
+    assert os.environ["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE_VNNI"
+
+
+def test_instructions_that_engines_have_no_name_for_are_refused(benchmark):
+    with pytest.raises(UserError, match="--instructions generic: expected one of avx512_vnni, avx512, avx2"):
+        benchmark.hold_to("generic")
+
+
+def test_a_page_says_that_a_cpu_was_held_to_less(benchmark, repository: Path):
+    facts, *_ = benchmark.read_results(repository / "docs" / "results" / "data")
+    assert ", held to these instructions\n" in benchmark.by_machine([facts | {"held": True}], lambda _: "")
+    assert "held" not in benchmark.by_machine([facts | {"held": False}], lambda _: "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,3 +64,20 @@ def test_other_devices_are_refused():
 def test_rates_are_those_of_a_machine():
     assert 1e8 < product_rate("cpu", torch.float32, size=256) < 1e14
     assert 1e7 < copy_rate("cpu", size=1 << 20) < 1e13
+
+
+def test_engines_with_threads_of_their_own_rest_and_wake_up_before_what_counts(monkeypatch):
+    """A clock that calls alone move: each takes 10 ms, but 50 ms within 30 ms of a rest."""
+    clock = SimpleNamespace(now=0.0, rested=-1.0)
+
+    def rest(seconds: float) -> None:
+        clock.now += seconds
+        clock.rested = clock.now
+
+    def call() -> None:
+        clock.now += 0.05 if clock.now < clock.rested + 0.03 else 0.01
+
+    monkeypatch.setattr("shiftadd3d.profile.timing.time", SimpleNamespace(perf_counter=lambda: clock.now, sleep=rest))
+    times = interleaved({"a": call, "b": call}, rounds=3, foreign=True)
+    assert clock.rested > 0
+    assert [times["a"].median, times["b"].upper] == pytest.approx([0.01, 0.01])
