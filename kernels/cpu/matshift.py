@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shiftadd3d.kernels.cpu.blocks import activate
 from shiftadd3d.kernels.cpu.decode import Weights
 from shiftadd3d.kernels.cpu.forms import (
     Form,
@@ -63,7 +61,7 @@ def build(target: CpuTarget, spec: ShiftSpec) -> T.PrimFunc:
             last = T.bind(T.max(first, T.min(first + share, panels)))
             scratch = product.scratch(block, inputs)
             product.stage(scratch, height, inputs, isa.reader(x, lambda row: top + row), flag)
-            apply, store = partial(activate, isa, activation), isa.writer(y, lambda row: top + row)
+            apply, store = product.activation(activation), isa.writer(y, lambda row: top + row)
             product.panels(scratch, height, weights, first, last, apply, store)
             product.release()
     return function.get()

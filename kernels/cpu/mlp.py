@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 from torch import Tensor
 
-from shiftadd3d.kernels.cpu.blocks import activate
 from shiftadd3d.kernels.cpu.decode import Scratch, Weights
 from shiftadd3d.kernels.cpu.forms import (
     Form,
@@ -66,7 +64,7 @@ def emit_layers(
         else:
             scratch = _scratch(product, block, weights.inputs)
             product.stage(scratch, rows, weights.inputs, load, flag, before_row)
-        apply, sink = partial(activate, product.isa, activation if following else "none"), store
+        apply, sink = product.activation(activation if following else "none"), store
         if isinstance(following, Float32Product):
             staged = _scratch(following, block, weights.outputs)
             sink = following.stage_store(staged)

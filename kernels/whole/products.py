@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shiftadd3d.kernels.cpu.blocks import activate
 from shiftadd3d.kernels.cpu.decode import Weights
 from shiftadd3d.kernels.cpu.forms import Form, error_bound, forms, longest_block, shift_product, tile_shape
 from shiftadd3d.kernels.cpu.forms.base import ShiftProduct
@@ -107,7 +105,7 @@ def _build_linear(
                 at = top + row, T.at(column, count)
                 y[at] = value if added is None else value + added[at]
 
-            product.panels(scratch, height, weights, first, last, partial(activate, isa, activation), store)
+            product.panels(scratch, height, weights, first, last, product.activation(activation), store)
             product.release()
     return function.get()
 

@@ -90,3 +90,37 @@ def test_a_product_is_torchs_for_all_widths_of_its_tiles_and_reads_no_row_beyond
     torch.testing.assert_close(out[:rows], (x @ weight + bias).relu()[:rows], rtol=1e-5, atol=1e-5)
     beyond = out[rows:]
     assert ((beyond == out[rows - 1]) | (beyond == 0.0)).all()  # copies of the last row, up to the end of its tile
+
+
+@pytest.fixture(scope="module")
+def coarse_gelu():
+    """Of numbers, as many as vectors hold."""
+
+    def build(isa: Isa) -> None:
+        (count,) = T.sizes(1)
+        x, y = T.argument("x", (count,)), T.argument("y", (count,))
+        with T.serial(count // isa.lanes) as part:
+            at = isa.at(part * isa.lanes)
+            y[at] = blocks.activate(isa, "gelu", T.bind(x[at]), coarse=True)
+
+    return compiled(build)
+
+
+def test_a_coarse_gelu_is_as_near_as_it_says(coarse_gelu):
+    x = torch.cat([torch.linspace(-6, 6, 120_000), torch.linspace(-100, 100, 16_000)])
+    y = torch.empty_like(x)
+    coarse_gelu(x, y)
+    error = (y.double() - torch.nn.functional.gelu(x.double())).abs().max()
+    assert blocks.COARSE_GELU_ERROR / 2 < error <= blocks.COARSE_GELU_ERROR
+
+
+def test_a_coarse_gelu_keeps_large_numbers_and_nan(coarse_gelu):
+    x = torch.tensor([1e30, -1e30, 3e38, -3e38, float("nan"), 0.0, float("inf"), 4.0] * 2)
+    y = torch.empty_like(x)
+    coarse_gelu(x, y)
+    torch.testing.assert_close(y[0:4:2], x[0:4:2], rtol=1e-6, atol=0)
+    assert (y[1:4:2].abs() <= 1e-6 * x[1:4:2].abs()).all()
+    assert y[4].isnan()
+    assert y[5] == 0
+    assert y[6] == float("inf")
+    assert y[7] == pytest.approx(4, rel=1e-6)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bounds import assert_within, linear_bound, unit_roundoff
 from shiftadd3d import UserError, kernels
+from shiftadd3d.kernels.cpu.blocks import COARSE_GELU_ERROR
 from shiftadd3d.kernels.cpu.forms import error_bound, forms
 from shiftadd3d.kernels.cpu.matshift import MATSHIFT
 from shiftadd3d.kernels.ops.matshift import matshift
@@ -137,7 +138,7 @@ def test_activations_and_dtypes_are_those_of_the_twin(numerics: str, terms: int,
     bound = linear_bound(x, weight, bias)
     bound += stated * x.double().abs().amax(-1, keepdim=True) * weight.double().abs().sum(-1)
     if activation == "gelu":  # nowhere steeper than 1.13, and see `test_gelu_is_the_exact_one`
-        bound = 1.13 * bound + 5 * unit_roundoff() * product.abs()
+        bound = 1.13 * bound + 5 * unit_roundoff() * product.abs() + (COARSE_GELU_ERROR if stated > 2**-10 else 0)
     if dtype == torch.bfloat16:
         bound += unit_roundoff(dtype) * (exact.abs() + bound)
     assert_within(y, exact, bound)

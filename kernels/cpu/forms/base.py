@@ -15,11 +15,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+from shiftadd3d.kernels.cpu.blocks import activate
 from shiftadd3d.kernels.cpu.decode import EXPONENT_BIAS, FRACTION_BITS, GROUP, Decoder, Scratch, Weights
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import Tile
+from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.memory import Dtype
 from shiftadd3d.kernels.runtime.targets import CpuTarget
@@ -56,6 +59,8 @@ class ShiftProduct(Decoder):
     """How many numbers there are for each activation."""
     has_factors = False
     """Whether weights lack their channel's offset, which sums are then multiplied by."""
+    coarse = False
+    """Whether rounding makes more difference than a coarse activation function (`blocks.activate`)."""
 
     def __init__(self, target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype, block: int) -> None:
         self.rows, columns = tile_shape(target, form)
@@ -187,6 +192,10 @@ class ShiftProduct(Decoder):
         return T.select(scratch.blocks * self.passes == 1, T.int64(0), row)
 
     # What forms have in common.
+
+    def activation(self, name: Activation) -> Callable[[Expr], Expr]:
+        """What an activation function makes of a vector of outputs, as exactly as this form's rounding is worth it."""
+        return partial(activate, self.isa, name, coarse=self.coarse)
 
     def refuse_extremes(self, magnitudes: Expr, flag: Buffer) -> Expr:
         """Raise the flag unless the largest of a vector of magnitudes is zero or in the middle of float32's range.

@@ -23,6 +23,7 @@ class Bfloat16Product(ShiftProduct):
 
     def __init__(self, target: CpuTarget, form: Form, bits: int, terms: int, dtype: Dtype) -> None:
         self.pieces = 1 if form == "bfloat16x1" else 3
+        self.coarse = self.pieces == 1 and dtype == "float32"
         # A sum of two powers is more than one bfloat16 can hold; in a layer of bfloat16 the twin rounds it to one.
         self.passes = 1 if dtype == "bfloat16" else terms
         self.by_pairs = bits == 4 and terms == 1

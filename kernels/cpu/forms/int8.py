@@ -17,6 +17,7 @@ _LOWEST_WEIGHT = -64
 
 class Int8Product(Int16Product):
     pair = 4
+    coarse = True
 
     def scale(self, peak: Expr) -> tuple[Expr, Expr]:
         largest = T.bind(T.reinterpret("float32", peak))
