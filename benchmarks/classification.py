@@ -27,11 +27,13 @@ from reporting import (
     DATA,
     NOT_MEASURED,
     OUTPUTS,
+    code_digest,
     command_block,
     git_commit,
     machine_facts,
     machine_list,
     markdown_table,
+    refuse_old,
     run_command,
     start_again_keeping_memory,
     write_page,
@@ -357,6 +359,7 @@ class Speed:
             "rounds": self.rounds,
             "machine": machine_facts(),
             "commit": commit,
+            "code": code_digest(),
             "command": shlex.join(["python", "benchmarks/classification.py", "speed", *words]),
         }
         write_result(self.out / SPEED_FILES[self.keep_memory], facts)
@@ -443,7 +446,12 @@ def operation_times(run: Callable[[Tensor], Tensor], images: Tensor) -> list[dic
 class Report:
     """Make docs/results/classification.md from the JSON files."""
 
+    old: bool = False
+    """Show speeds of code that has changed since, too."""
+
     def __call__(self) -> None:
+        if not self.old:
+            refuse_old(DATA / name for name in SPEED_FILES.values())
         results, speeds = read_results(DATA), read_speeds(DATA)
         write_page("classification", lambda template: render_report(results, template, speeds))
 

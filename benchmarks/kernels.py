@@ -23,10 +23,12 @@ from reporting import (
     DATA,
     NOT_MEASURED,
     PICTURES,
+    code_digest,
     command_block,
     git_commit,
     machine_list,
     markdown_table,
+    refuse_old,
     write_page,
     write_result,
 )
@@ -73,7 +75,11 @@ def run(device: str, threads: str, groups: str, path: Path | None) -> None:
 
     commit = git_commit()  # now: it may move on while this runs
     words = ["python", "benchmarks/kernels.py", "--device", device, "--threads", threads]
-    facts = {"commit": commit, "command": shlex.join([*words, *(["--groups", groups] if groups else [])])}
+    facts = {
+        "commit": commit,
+        "code": code_digest(),
+        "command": shlex.join([*words, *(["--groups", groups] if groups else [])]),
+    }
     facts |= {"date": time.strftime("%Y-%m-%d"), "load": [round(os.getloadavg()[0], 1)], "starts": {}}
     names = [word for word in groups.split(",") if word]
     path = path or DATA / f"{'-'.join(['kernels', device, *names])}.json"
@@ -252,15 +258,18 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", default="1,2", help="numbers of CPU threads, with commas between")
     parser.add_argument("--groups", default="", help="groups of problems, with commas between; all by default")
+    parser.add_argument("--old", action="store_true", help="report what was measured before the code changed, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write what was measured")
     arguments = parser.parse_args()
-    if arguments.action == "report":
-        report()
-        return
     from shiftadd3d._errors import UserError
 
     try:
-        run(arguments.device, arguments.threads, arguments.groups, arguments.json)
+        if arguments.action == "report":
+            if not arguments.old:
+                refuse_old(DATA.glob("kernels-*.json"))
+            report()
+        else:
+            run(arguments.device, arguments.threads, arguments.groups, arguments.json)
     except UserError as error:
         sys.exit(f"error: {error}")
 

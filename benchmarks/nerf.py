@@ -33,11 +33,13 @@ from reporting import (
     NOT_MEASURED,
     OUTPUTS,
     PICTURES,
+    code_digest,
     command_block,
     git_commit,
     machine_facts,
     machine_list,
     markdown_table,
+    refuse_old,
     run_command,
     start_again_keeping_memory,
     write_page,
@@ -610,6 +612,7 @@ class Memory:
             "points": points,
             "machine": machine_facts(),
             "commit": commit,
+            "code": code_digest(),
             "command": self.command(),
         }
         write_result(self.out / "nerf-memory.json", facts)
@@ -812,6 +815,7 @@ class Speed:
             "rows": rows,
             "machine": machine_facts(),
             "commit": commit,
+            "code": code_digest(),
             "command": self.command(),
         }
         write_result(self.out / SPEED_FILES[self.keep_memory], facts)
@@ -867,7 +871,12 @@ def frame_renderer(method: str, form: Form, width: int, height: int) -> Callable
 class Report:
     """Make docs/results/nerf.md, and the plot in it, from the JSON files."""
 
+    old: bool = False
+    """Show speeds and memory of code that has changed since, too."""
+
     def __call__(self) -> None:
+        if not self.old:
+            refuse_old(DATA / name for name in ("nerf-memory.json", *SPEED_FILES.values()))
         results = read_results(DATA)
         if results["memory"]:
             plot_memory(results["memory"][0], PICTURES / "nerf-memory.png")

@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING, Any
 from reporting import (
     DATA,
     NOT_MEASURED,
+    code_digest,
     command_block,
     git_commit,
     machine_facts,
     machine_list,
     markdown_table,
+    refuse_old,
     run_command,
     write_page,
     write_result,
@@ -97,6 +99,7 @@ class Run:
                 "versions": versions(),
                 "machine": machine_facts(),
                 "commit": commit,
+                "code": code_digest(),
                 "command": shlex.join(["python", "benchmarks/peers.py", "run", *words, "--rounds", str(self.rounds)]),
             },
         )
@@ -281,7 +284,12 @@ def our_solutions(name: str, images: Tensor) -> Iterator[tuple[str, Solution]]:
 class Report:
     """Make docs/results/peers.md from the JSON files."""
 
+    old: bool = False
+    """Show speeds of code that has changed since, too."""
+
     def __call__(self) -> None:
+        if not self.old:
+            refuse_old(DATA.glob(FILES.format("*")))
         """Write the page."""
         write_page("peers", lambda template: render_report(read_results(DATA), template))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,43 @@ def write_result(path: Path, facts: dict[str, Any]) -> None:
 
     write_json(path, facts)
     print(f"wrote {path}")
+
+
+MEASURED = ("kernels", "shiftadd3d/nn", "shiftadd3d/models")
+"""Folders of the code whose speed and memory are measured."""
+
+
+def code_digest() -> str:
+    """Of the text of `MEASURED`: what was measured is the code of today if it has the same."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in MEASURED for path in (REPOSITORY / folder).rglob("*.py")):
+        digest.update(f"{path.relative_to(REPOSITORY).as_posix()}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def refuse_old(paths: Iterable[Path]) -> None:
+    """Let no page describe code that was not measured.
+
+    Args:
+        paths: files of results, with a `code_digest` as `code`. Those that are not there need not be of today.
+
+    Raises:
+        UserError: if code has changed since one of them was written.
+    """
+    from shiftadd3d._errors import UserError
+
+    today, old = code_digest(), []
+    for path in paths:
+        if path.is_file():
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            if facts.get("code") != today:
+                old.append(f"{path.name} (commit {facts['commit']}): {facts['command']}")
+    if old:
+        raise UserError(
+            "measured before the code changed: expected new measurements, or --old to show what there is:\n"
+            + "\n".join(f"  {line}" for line in old)
+        )
 
 
 def write_page(name: str, fill_in: Callable[[str], str]) -> None:

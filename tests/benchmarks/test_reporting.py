@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from shiftadd3d._errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +37,54 @@ def test_memory_is_kept_from_the_start_of_a_process(reporting: ModuleType, monke
     for name, value in reporting.KEEP_MEMORY.items():
         monkeypatch.setenv(name, value)
     reporting.start_again_keeping_memory()  # it goes on, and does not raise
+
+
+@pytest.fixture
+def code(reporting: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of the code that is measured."""
+    monkeypatch.setattr(reporting, "REPOSITORY", tmp_path)
+    path = tmp_path / "kernels" / "cpu" / "op.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("x = 1\n")
+    return path
+
+
+def test_results_of_the_code_of_today_are_shown(reporting: ModuleType, code: Path, tmp_path: Path):
+    result = tmp_path / "speed.json"
+    facts = {"commit": "abc", "command": "python benchmarks/nerf.py speed"}
+    result.write_text(json.dumps(facts | {"code": reporting.code_digest()}))
+    reporting.refuse_old([result, tmp_path / "not-measured.json"])
+
+
+@pytest.mark.parametrize("change", ["edit", "rename", "no digest"])
+def test_results_of_other_code_are_refused(reporting: ModuleType, code: Path, tmp_path: Path, change: str):
+    result = tmp_path / "speed.json"
+    facts = {"commit": "abc", "command": "python benchmarks/nerf.py speed", "code": reporting.code_digest()}
+    if change == "edit":
+        code.write_text("x = 2\n")
+    elif change == "rename":
+        code.rename(code.with_name("other.py"))
+    else:
+        del facts["code"]
+    result.write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"(?s)expected new measurements, or --old.*speed.json \(commit abc\): python"):
+        reporting.refuse_old([result])
+
+
+@pytest.mark.parametrize("name", ["nerf", "classification", "peers"])
+def test_reports_refuse_old_results(load_benchmark, name: str, monkeypatch: pytest.MonkeyPatch):
+    """With --old, and not without."""
+    benchmark, pages = load_benchmark(name), []
+
+    def refuse(paths: Iterable[Path]) -> None:
+        assert list(paths)
+        raise UserError("old")
+
+    monkeypatch.setattr(benchmark, "refuse_old", refuse)
+    monkeypatch.setattr(benchmark, "write_page", lambda name, fill_in: pages.append(name))
+    monkeypatch.setattr(benchmark, "plot_memory", lambda *_: None, raising=False)
+    with pytest.raises(UserError, match="old"):
+        benchmark.Report()()
+    assert pages == []
+    benchmark.Report(old=True)()
+    assert pages == [name]
