@@ -95,8 +95,15 @@ class Subject:
         return count_operations(model, self.batches[0], forward=self.forward, inputs=self.inputs)
 
 
-def measure(subject: Subject, on_row: Callable[[dict[str, Any]], None]) -> None:
-    """Measure every recipe; `on_row` gets the facts so far after each."""
+def measure(subject: Subject, on_row: Callable[[dict[str, Any]], None], times: bool = True) -> None:
+    """Measure every recipe; `on_row` gets the facts so far after each.
+
+    Args:
+        subject: what to measure.
+        on_row: called after each recipe.
+        times: whether facts say how long calibration and the search took. On a machine that does other work, too, they
+            would say something else.
+    """
     from shiftadd3d.nn import Recipe, Rule, sensitivity
     from shiftadd3d.profile.timing import clock
 
@@ -113,7 +120,7 @@ def measure(subject: Subject, on_row: Callable[[dict[str, Any]], None]) -> None:
     }
     print(f"float: {facts['float']}", flush=True)
     for row in recipes(dwconv=subject.dwconv):
-        facts["rows"].append(measured_row(subject, row, baseline))
+        facts["rows"].append(measured_row(subject, row, baseline, times))
         on_row(facts)
     now = clock()
     began = now()
@@ -128,15 +135,15 @@ def measure(subject: Subject, on_row: Callable[[dict[str, Any]], None]) -> None:
     )
     searched = report.best_recipe(SEARCHED_BUDGET)
     facts["search"] = {
-        "seconds": round(now() - began, 1),
+        **({"seconds": round(now() - began, 1)} if times else {}),
         "estimated_error": round(searched.error, 5),
         "energy_share": round(searched.cost / report.float_cost, 4),
     }
-    facts["rows"].append(measured_row(subject, replace(searched.recipe, name="searched"), baseline))
+    facts["rows"].append(measured_row(subject, replace(searched.recipe, name="searched"), baseline, times))
     on_row(facts)
 
 
-def measured_row(subject: Subject, row: Recipe, baseline: OperationReport) -> dict[str, Any]:
+def measured_row(subject: Subject, row: Recipe, baseline: OperationReport, times: bool = True) -> dict[str, Any]:
     """What one recipe makes of the model, nearest, calibrated and fine-tuned."""
     from shiftadd3d.nn import calibrate_, reparameterize_
     from shiftadd3d.profile.timing import clock
@@ -160,7 +167,7 @@ def measured_row(subject: Subject, row: Recipe, baseline: OperationReport) -> di
         "multiplications_removed": round(operations.multiplications_removed(baseline), 4),
         "energy_share": round(operations.cost() / baseline.cost(), 4),
         "bytes": operations.bytes,
-        "calibration_seconds": round(seconds, 1),
+        **({"calibration_seconds": round(seconds, 1)} if times else {}),
         "divergence": subject.divergence
         and {name: round(subject.divergence(each), 6) for name, each in untuned.items()},
     }
@@ -172,9 +179,13 @@ def own_options(command: Any, options: tuple[str, ...]) -> list[str]:
     """Those of a command's options that have not their default value, as words of its command line."""
     words: list[str] = []
     for option in options:
-        value = getattr(command, option)
-        if value != type(command).__dataclass_fields__[option].default:
-            words += [f"--{option.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+        value, name = getattr(command, option), option.replace("_", "-")
+        if value == type(command).__dataclass_fields__[option].default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
     return words
 
 
@@ -214,6 +225,8 @@ class Classifier:
     """Learning rate of the fine-tuning."""
     calibration_pictures: int = 256
     """Training pictures that calibration sees."""
+    times: bool = True
+    """Say how long calibration and the search took, too. `--no-times` where other programs run meanwhile."""
     threads: int = 1
     """CPU threads to compute with."""
     out: Path = DATA
@@ -274,7 +287,9 @@ class Classifier:
             dwconv=3,
         )
         words = ["python", "benchmarks/layers.py", "classifier", "--data", f"PATH/TO/{'/'.join(self.data.parts[-2:])}"]
-        words += own_options(self, ("model", "model_args", "image_size", "val_fraction", "epochs", "finetune_epochs"))
+        words += own_options(
+            self, ("model", "model_args", "image_size", "val_fraction", "epochs", "finetune_epochs", "times")
+        )
         about = {
             "kind": "classifier",
             "metric": "top-1",
@@ -289,7 +304,7 @@ class Classifier:
             "commit": commit,
             "command": shlex.join(words),
         }
-        measure(subject, lambda facts: write_result(self.out / f"layers-{name}.json", {**about, **facts}))
+        measure(subject, lambda facts: write_result(self.out / f"layers-{name}.json", {**about, **facts}), self.times)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -311,6 +326,8 @@ class Nerf:
     """Training views that calibration sees rays of, as many of each as a training step."""
     test_views: int | None = None
     """Test views that scores are taken on, evenly spread; None for all."""
+    times: bool = True
+    """Say how long calibration and the search took, too. `--no-times` where other programs run meanwhile."""
     threads: int = 1
     """CPU threads to compute with."""
     out: Path = DATA
@@ -397,15 +414,17 @@ class Nerf:
             "parameters": sum(parameter.numel() for parameter in dense.parameters()),
             "image_size": None,
             "views": {"train": len(pipeline.datamanager.train_dataset), "test": self.test_views or held_out},
-            "steps": run.step,
+            "steps": run.step + 1,  # the first one is step 0
             "start": start.name if start else "none",
             "finetune": f"{self.finetune_steps} steps",
             "machine": machine_facts(),
             "commit": commit,
-            "command": shlex.join([*words, *own_options(self, ("finetune_steps", "calibration_views", "test_views"))]),
+            "command": shlex.join(
+                [*words, *own_options(self, ("finetune_steps", "calibration_views", "test_views", "times"))]
+            ),
         }
         path = self.out / f"layers-{scene}-{run.config.method_name}.json"
-        measure(subject, lambda facts: write_result(path, {**about, **facts}))
+        measure(subject, lambda facts: write_result(path, {**about, **facts}), self.times)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -520,7 +539,7 @@ def search_table(results: list[dict[str, Any]]) -> str:
                     *map(str, terms),
                     f"{facts['search']['estimated_error']:.1%}",
                     f"{facts['search']['energy_share']:.1%}",
-                    "" if facts["search"]["seconds"] is None else f"{facts['search']['seconds']:.0f}",
+                    f"{facts['search']['seconds']:.0f}" if "seconds" in facts["search"] else "",
                 ]
             )
     header = ["model", "layers with one term", "with two", "estimated output error", "promised energy", "seconds"]
