@@ -8,7 +8,9 @@ the clock; an executable is a single part.
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from shiftadd3d.nn import (
 )
 from shiftadd3d.nn.activations import call_model
 from shiftadd3d.nn.compiled import compile as compile_model
-from shiftadd3d.profile.meter import PackageMeter
+from shiftadd3d.profile.meter import CardMeter, Meter, PackageMeter
 from shiftadd3d.profile.parts import ROOT, part_of
 from shiftadd3d.profile.timing import Spread, clock, copy_rate, interleaved, product_rate
 
@@ -78,13 +80,20 @@ class Latency:
 
 @dataclass(frozen=True)
 class Peak:
-    """What the machine has been seen to do, with the threads that models run on."""
+    """What the machine has been seen to do, on the device and with the threads that models run on."""
 
     operations_per_second: float
     """Multiplications and additions of float32 in a product of large matrices."""
     bytes_per_second: float
     """Read and written, in a copy of a large tensor."""
     threads: int
+    card: str | None = None
+    """The graphics card's name; None for the processor."""
+
+    @property
+    def place(self) -> str:
+        """In words, where models run."""
+        return self.card or f"{self.threads} {'thread' if self.threads == 1 else 'threads'}"
 
     def seconds(self, layers: Sequence[LayerOperations]) -> float:
         """The roofline: no less time passes if products run at the peak, or if all their data, and that of elementwise
@@ -97,9 +106,24 @@ class Peak:
         return max(operations / self.operations_per_second, moved / self.bytes_per_second)
 
 
-def measure_peak() -> Peak:
-    """Time torch's product of large matrices and its copy of a large tensor."""
-    return Peak(product_rate("cpu", torch.float32), copy_rate("cpu"), torch.get_num_threads())
+def measure_peak(device: torch.device | None = None) -> Peak:
+    """Time torch's product of large matrices and its copy of a large tensor; on the processor if not said."""
+    kind = "cpu" if device is None else device.type
+    card = torch.cuda.get_device_name(device) if kind == "cuda" else None
+    return Peak(product_rate(kind, torch.float32), copy_rate(kind), torch.get_num_threads(), card)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are; the processor, if it has none."""
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def find_meter(device: torch.device) -> Meter | None:
+    """What counts the energy of a device; None where nothing does."""
+    if device.type == "cuda":
+        return CardMeter.find(str(torch.cuda.get_device_properties(device).uuid))
+    return PackageMeter.find()
 
 
 def measure_latencies(
@@ -108,7 +132,7 @@ def measure_latencies(
     """Time models in some forms.
 
     Args:
-        models: by name, such as that of a recipe: the model in evaluation, and its batch.
+        models: by name, such as that of a recipe: the model in evaluation, and its batch, all on one device.
         forms: some of `FORMS`.
         inputs: how many a batch holds.
         depth: of the names of parts (`part_depth`).
@@ -129,23 +153,31 @@ def measure_latencies(
         for form in forms
         if (made := FORMS[form](model, batch)) is not None
     }
+    device = next((device_of(model) for model, _ in models.values()), torch.device("cpu"))
     calls = {f"{name} {form}": lambda run=run: call_model(*run) for (name, form), run in runs.items()}
     found: dict[str, dict[str, Latency]] = {}
     with torch.inference_mode():
         for call in calls.values():
             call()  # compiles, allocates
-        totals = interleaved(calls, seconds=seconds)
-        meter = PackageMeter.find()
+        totals = interleaved(calls, device.type, seconds=seconds)
+        meter = find_meter(device)
         for (name, form), (model, batch) in runs.items():
             call = calls[f"{name} {form}"]
             whole = totals[f"{name} {form}"]
             total = Spread(whole.median / inputs, whole.lower / inputs, whole.upper / inputs)
             parts = _seconds_of_parts(model, batch, depth)
-            joules = None if meter is None else meter.joules(call) / inputs
+            joules = None if meter is None else meter.joules(lambda call=call: _finished(call, device)) / inputs
             found.setdefault(name, {})[form] = Latency(
                 total, {part: time / inputs for part, time in parts.items()}, joules
             )
     return found
+
+
+def _finished(call: Callable[[], Any], device: torch.device) -> None:
+    """Call, and wait: a graphics card works on after the call has returned."""
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _is_frozen(model: nn.Module) -> bool:
@@ -164,6 +196,12 @@ def _seconds_of_parts(model: nn.Module, batch: Any, depth: int) -> dict[str, flo
     return {part: statistics.median(each.get(part, 0.0) for each in rounds) for part in rounds[0]}
 
 
+def _card_clock() -> float:
+    """Seconds, once the graphics card is done with all that it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class _Clock:
     """While this lasts, notes down in `own` how long the parts of a model take."""
 
@@ -171,7 +209,7 @@ class _Clock:
         self.own: dict[str, float] = {}
         self._running: list[list[float]] = []  # when it began, and how long those inside took
         self._handles: list[Any] = []
-        self._clock = clock()
+        self._clock = _card_clock if device_of(model).type == "cuda" else clock()
         self._depth = depth
         self._model = model
 

@@ -14,7 +14,7 @@ from shiftadd3d.nn import FrozenMoE, MoE, OperationReport, count_operations
 from shiftadd3d.nn.routing import ray_shares, routing_maps
 from shiftadd3d.profile.accelerator import Accelerator
 from shiftadd3d.profile.energy import ACCOUNTS, LEVELS, Account, EnergyReport, energy
-from shiftadd3d.profile.latency import Latency, Peak, measure_latencies, measure_peak
+from shiftadd3d.profile.latency import Latency, Peak, device_of, measure_latencies, measure_peak
 from shiftadd3d.profile.machine import machine_facts
 from shiftadd3d.profile.parts import ROOT, part_depth, part_of, parts_of
 from shiftadd3d.profile.quality import Evaluation, Quality, assign
@@ -163,7 +163,7 @@ class ProfileReport(RichReport):
         if self.peak is not None:
             notes.append(
                 f"roofline: {self.peak.operations_per_second / 1e9:,.1f} G operations and "
-                f"{self.peak.bytes_per_second / 1e9:,.1f} GB a second, as torch reaches on {self.peak.threads} threads"
+                f"{self.peak.bytes_per_second / 1e9:,.1f} GB a second, as torch reaches on {self.peak.place}"
             )
         return Group(
             *parts, *notes, "elementwise work: norms, softmax, activation functions, sums; apart from products"
@@ -287,7 +287,7 @@ def profile(
     if doubled := [pair for pair in pairs if pairs.count(pair) > 1]:
         raise UserError(f"{doubled[0][0]} in recipe {doubled[0][1]} is named twice: once is enough")
     qualities = assign(evaluations, pairs)
-    peak = measure_peak() if forms else None
+    peak: Peak | None = None
     found: list[Profile] = []
     for subject in subjects:
         counted: dict[str, tuple[nn.Module, Any, OperationReport]] = {}
@@ -299,6 +299,7 @@ def profile(
         latencies: dict[str, dict[str, Latency]] = {}
         if forms:
             models = {recipe: (model, batch) for recipe, (model, batch, _) in counted.items()}
+            peak = peak or measure_peak(device_of(next(iter(models.values()))[0]))
             latencies = measure_latencies(models, forms, inputs=subject.inputs, depth=depth)
         for recipe, (_, _, operations) in counted.items():
             reports: dict[Account, EnergyReport] = {
