@@ -838,6 +838,8 @@ class Profile(Verb):
         if self.html is not None:
             need("--html", "matplotlib", extra="vision")
 
+        if self.html is not None and self.json is not None and self.html.resolve() == self.json.resolve():
+            raise UserError(f"--html and --json both name {self.html}: name two files")
         with contextlib.ExitStack() as places:  # what cannot be written is said before anything is counted
             for option in ("html", "json"):
                 file: Path | None = getattr(self, option)
@@ -860,6 +862,8 @@ class Profile(Verb):
         evaluations = [read_evaluation(word) for word in self.quality]
         forms = self.latency if self.latency is not None else ("eager", "frozen") if self.html is not None else ()
         subjects = [_saved(Path(name), self.rays) or subject(name, self.rays) for name in self.models]
+        if self.rays is not None and (other := next((each for each in subjects if each.unit != "ray"), None)):
+            raise UserError(f"--rays is for GNTs and runs; {other.name} sees {other.setting}")
         report = profile(subjects, self.recipes, accelerator=accelerator, forms=forms, evaluations=evaluations)
         console = Console()
         if self.modules:

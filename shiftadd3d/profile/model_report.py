@@ -10,7 +10,7 @@ from torch import nn
 
 from shiftadd3d._errors import UserError
 from shiftadd3d._report import RichReport
-from shiftadd3d.nn import FrozenMoE, MoE, OperationReport, count_operations
+from shiftadd3d.nn import FrozenMoE, MoE, OperationReport, Recipe, count_operations
 from shiftadd3d.nn.routing import ray_shares, routing_maps
 from shiftadd3d.profile.accelerator import Accelerator
 from shiftadd3d.profile.energy import ACCOUNTS, LEVELS, Account, EnergyReport, energy
@@ -283,6 +283,8 @@ def profile(
                 f"{first.name} sees {first.setting}, but {other.name} {other.setting}: profile models beside each "
                 "other that see the same"
             )
+    for name in recipes:
+        Recipe.parse(name)  # before the first of them is counted
     pairs = [(subject.name, recipe) for subject in subjects for recipe in subject.recipes or recipes]
     if doubled := [pair for pair in pairs if pairs.count(pair) > 1]:
         raise UserError(f"{doubled[0][0]} in recipe {doubled[0][1]} is named twice: once is enough")

@@ -173,12 +173,41 @@ def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.Capture
         (["gnt-tiny", "--quality", "missing.json"], "cannot read the evaluation missing.json"),
         (["runs/config.yml"], "runs/config.yml: no such file or folder; expected a config.yml, or a folder"),
         (["gnt-tiny", "--rays", "0"], "a batch needs at least one ray, not 0"),
+        (["gnt-tiny", "--recipes"], "there is nothing to profile: name at least one model and one recipe"),
+        (["gnt-tiny", "gnt-tiny"], "gnt-tiny in recipe mult is named twice"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["profile", *words]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+def test_models_of_timm_that_see_something_else_are_not_compared(capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("timm")
+    assert cli.main(["profile", "vit_tiny_patch16_224", "vit_tiny_patch16_384"]) == 1
+    seen = "vit_tiny_patch16_224 sees batch 1, 224 x 224 px, but vit_tiny_patch16_384 batch 1, 384 x 384 px"
+    assert seen in capsys.readouterr().err
+    assert cli.main(["profile", "vit_tiny_patch16_224", "--rays", "4"]) == 1
+    assert "--rays is for GNTs and runs; vit_tiny_patch16_224 sees batch 1" in capsys.readouterr().err
+
+
+def test_recipes_are_looked_up_before_any_is_counted(chip: Accelerator) -> None:
+    def make(recipe: str) -> nn.Module:
+        raise AssertionError(f"{recipe} was made")
+
+    with pytest.raises(UserError, match="there is no recipe 'less'; the recipes are mult, add"):
+        profile([small("mine", make)], ("mult", "less"), accelerator=chip)
+
+
+def test_an_accelerator_that_cannot_be_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(DEFAULT_FILE.read_text().replace("dram = 12.5", "dram = -1"))
+    out = tmp_path / "out" / "a.json"
+    assert cli.main(["profile", "gnt-tiny", "--accelerator", str(file), "--json", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "energy_per_bit.dram must be a number that is not negative, not -1" in error
+    assert not out.parent.exists()
 
 
 def test_a_saved_classifier_stands_beside_the_same_with_multiplications(tmp_path: Path) -> None:

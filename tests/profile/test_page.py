@@ -246,6 +246,13 @@ def test_a_place_that_cannot_be_written_is_one_line_before_anything_is_counted(
     assert (tmp_path / "file").read_text() == "mine" and not list((tmp_path / "folder").iterdir())
 
 
+def test_page_and_json_are_two_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "a"
+    assert cli.main(["profile", "gnt-tiny", "--html", str(file), "--json", f"{tmp_path}/../{tmp_path.name}/a"]) == 1
+    assert capsys.readouterr().err == f"error: --html and --json both name {file}: name two files\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_is_written_if_a_model_fails(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     words = ["profile", "no-such-model", "--html", str(tmp_path / "new" / "a.html"), "--json", str(tmp_path / "a.json")]
     assert cli.main(words) == 1
