@@ -916,7 +916,7 @@ def _saved_classifier(folder: Path) -> Subject:
         "picture",
         picture_setting(size),
         recipes=tuple(dict.fromkeys(("mult", own))),
-        weights="saved ones, and random ones with multiplications only",
+        weights="saved ones" if own == "mult" else "saved ones; those of mult are random",
     )
 
 
@@ -949,7 +949,7 @@ def _saved_run(config: Path, rays: int | None, name: str) -> Subject:
         f"{grid[0]} x {grid[1]} rays of a view, {samples} samples a ray, {sources} source views, features of these "
         "encoded beforehand",
         recipes=tuple(dict.fromkeys(("mult", own))),
-        weights="saved ones, and random ones with multiplications only",
+        weights="saved ones" if own == "mult" else "saved ones; those of mult are random",
         grid=grid,
     )
 

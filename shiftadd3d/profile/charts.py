@@ -169,6 +169,11 @@ def latency(facts: dict[str, Any], model: str) -> Chart:
     panel = _Panel("", rows, bars)
     title = f"Latency of one {facts['unit']}"
     note = "Medians of warm calls that take turns."
+    missing = {form for _, each in _of_model(facts, model) for form in forms if form not in each["latency"]}
+    if "eager" in missing:
+        note += " What is frozen already has no eager form."
+    if "compiled" in missing:
+        note += " Not every model can be compiled."
     return _bars(title, note, [panel], [*forms, "roofline"], "s", f"total {model}", apart=True)
 
 
@@ -234,20 +239,24 @@ def routing(facts: dict[str, Any], number: int) -> Chart:
     each = facts["profiles"][number]
     shown = [router for router in each["routing"] if router["map"] is not None]
     colors = LinearSegmentedColormap.from_list("experts", ["#2f6db3", "#e8d9c0", "#d9631e"])
+    titles = _told_apart([router["layer"].removesuffix(".mlp") for router in shown], 22)
+    # Pictures of few mixtures can be large; of one alone, as large as one of four.
+    few = len(shown) <= 4
+    tall = max(len(router["map"]) / len(router["map"][0]) for router in shown)
     drawings = []
-    for width, columns in ((_WIDE, 6), (_NARROW, 3)):
+    for width, columns in ((_WIDE, 4 if few else 6), (_NARROW, 2 if few else 3)):
         rows = -(-len(shown) // columns)
-        figure = _figure(width, rows * (width / columns + 0.32) + 0.1)
+        figure = _figure(width, rows * (tall * width / columns + 0.4))
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axis in axes:
             axis.set_axis_off()
-        for axis, router in zip(axes, shown, strict=False):
+        for axis, router, title in zip(axes, shown, titles, strict=False):
             axis.imshow(router["map"], cmap=colors, vmin=0, vmax=1, interpolation="nearest")
-            layer = router["layer"].removesuffix(".mlp")
-            axis.set_title(f"{_shortened(layer, 22)}\n{router['share']:.0%} {router['experts'][0]}", fontsize=9)
+            axis.set_title(f"{title}\n{router['share']:.0%} {router['experts'][0]}", fontsize=9)
         drawings.append(_svg(figure, f"routing {number} {width}"))
     first, *others = shown[0]["experts"]
-    note = f"Orange went to {first}, blue to {', '.join(others)}. Weights: {each['weights']}."
+    between = "; in between, some samples of a ray to each" if facts["unit"] == "ray" else ""
+    note = f"Orange went to {first}, blue to {', '.join(others)}{between}. Weights: {each['weights']}."
     return Chart(f"Routing: {each['model']}, {each['recipe']}", note, *drawings)
 
 
@@ -257,6 +266,16 @@ def _of_model(facts: dict[str, Any], model: str) -> list[tuple[int, dict[str, An
 
 def _forms(facts: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(form for each in facts["profiles"] for form in each["latency"]))
+
+
+def _told_apart(names: Sequence[str], most: int) -> list[str]:
+    """Qualified names in at most so many characters: if need be without what all of them begin with, then cut."""
+    if max(map(len, names)) > most:
+        parts = [name.split(".") for name in names]
+        shortest = min(map(len, parts)) - 1
+        same = next((at for at in range(shortest) if len({each[at] for each in parts}) > 1), shortest)
+        names = [".".join(each[same:]) for each in parts]
+    return [_shortened(name, most) for name in names]
 
 
 def _shortened(name: str, most: int) -> str:

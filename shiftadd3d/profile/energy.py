@@ -126,9 +126,10 @@ def _assumptions(account: Account, accelerator: Accelerator) -> str:
         return "every operation in 45 nm, an addition after each multiplication and shift; data moves for free"
     if account == "authors":
         return authors.ASSUMPTIONS
-    arrays = ", ".join(f"{count} that {kind}" for kind, count in accelerator.arrays.items())
+    verbs = {"mult": "multiply", "shift": "shift", "add": "add"}
+    arrays = ", ".join(f"{count} that {verbs[kind]}" for kind, count in accelerator.arrays.items())
     return (
-        f"{accelerator.name}: elements {arrays}, a buffer of {accelerator.buffer_kib} KiB; every operand at its own "
+        f"{accelerator.name}: elements: {arrays}; a buffer of {accelerator.buffer_kib} KiB; every operand at its own "
         f"width, an addition after each multiplication and shift, the best tiling of each layer"
     )
 

@@ -21,7 +21,7 @@ from torch import nn
 from shiftadd3d import UserError, cli
 from shiftadd3d.nn import MoEMlp, PackedShiftLinear
 from shiftadd3d.profile.accelerator import load_accelerator
-from shiftadd3d.profile.charts import label_points, pareto_front
+from shiftadd3d.profile.charts import _told_apart, label_points, pareto_front
 from shiftadd3d.profile.model_report import profile
 from shiftadd3d.profile.page import look_up, render_page
 from shiftadd3d.profile.quality import read_evaluation
@@ -186,6 +186,19 @@ def test_routing_is_shown_where_there_is_a_mixture(facts: dict[str, Any], page: 
     assert (router["layer"], router["experts"]) == ("2", ["mult", "shift"])
     cells = [cell for row in router["map"] for cell in row]
     assert len(cells) == 16 and router["share"] == pytest.approx(sum(cells) / 16)
+
+
+def test_names_of_mixtures_are_told_apart() -> None:
+    short = ["blocks.0", "blocks.1"]
+    assert _told_apart(short, 22) == short
+    rays = ["net_coarse.view_crosstrans.0.ff", "net_coarse.view_selftrans.1.ff"]
+    assert _told_apart(rays, 22) == ["view_crosstrans.0.ff", "view_selftrans.1.ff"]
+    assert _told_apart(["a" * 9, "a" * 8 + "b"], 5) == ["…aaaa", "…aaab"]
+    assert _told_apart(["encoder.layer.mlp"], 10) == ["mlp"]
+
+
+def test_a_frozen_model_says_why_it_has_no_eager_time(page: str) -> None:
+    assert "What is frozen already has no eager form." in page and "can be compiled" not in page
 
 
 def test_the_front_has_what_no_other_beats_in_both() -> None:
