@@ -36,11 +36,11 @@ UNSIGNED = 128
 
 
 class WholeWeights(NamedTuple):
-    """The weights of a shift layer.
+    """The weights of a shift layer; or of any other in bfloat16, see `as_bfloat16`.
 
     Attributes:
-        integers: [outputs, inputs], from -64 to 64.
-        unit: [outputs], the powers of two that they count in.
+        integers: [outputs, inputs], from -64 to 64; or the weights themselves.
+        unit: [outputs], the powers of two that they count in; or ones.
     """
 
     integers: Tensor
@@ -54,6 +54,13 @@ def whole_weights(codes: Tensor, offset: Tensor, bits: int, inputs: int) -> Whol
     unit = power_of_two.exact_exp2(offset[0].int() - (power_of_two.num_exponents(bits) - 1))
     decoded = power_of_two.decode(power_of_two.unpack(codes, bits, inputs), offset, bits)
     return WholeWeights(decoded / unit[:, None], unit)
+
+
+def as_bfloat16(weights: Sequence[Tensor]) -> list[WholeWeights] | None:
+    """Ordinary weights [outputs, inputs] for panels of ``"bfloat16"``; None if one is no such number."""
+    if any(not torch.equal(weight.bfloat16().to(weight), weight) for weight in weights):
+        return None
+    return [WholeWeights(weight.detach(), weight.new_ones(len(weight))) for weight in weights]
 
 
 def panel_forms(target: CpuTarget) -> tuple[PanelForm, ...]:

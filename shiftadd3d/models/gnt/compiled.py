@@ -20,7 +20,7 @@ from shiftadd3d.kernels.pack.gnt import position_layer as pack_position_layer
 from shiftadd3d.kernels.pack.gnt import ray_block as pack_ray_block
 from shiftadd3d.kernels.pack.gnt import view_attention as pack_view_attention
 from shiftadd3d.kernels.pack.gnt.gather import pixels_of
-from shiftadd3d.kernels.pack.shift import panel_form
+from shiftadd3d.kernels.pack.shift import as_bfloat16, panel_form
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS
 from shiftadd3d.kernels.runtime import kernel
@@ -149,6 +149,8 @@ def _perceptron(e: Emission, module: nn.Module, form: AnyForm) -> Perceptron:
     except UserError as error:
         raise e.refusal(module, str(error)) from None
     whole = whole_layers(layers.values()) if form != "float32" else None
+    if whole is None and form == "bfloat16":
+        whole = as_bfloat16(weights)
     made = None if whole is None else shift_perceptron_of(whole, biases, form)
     return made or perceptron_of(weights, biases, current().lanes)
 

@@ -18,9 +18,12 @@ from torch import nn
 import shiftadd3d
 from shiftadd3d import UserError
 from shiftadd3d.kernels import numerics
+from shiftadd3d.kernels.pack.shift import panel_form
 from shiftadd3d.kernels.runtime.kernel import KERNELS
+from shiftadd3d.kernels.runtime.targets import current
 from shiftadd3d.kernels.whole import background, executable
 from shiftadd3d.models.gnt import GNTModel, SourceViews
+from shiftadd3d.models.gnt.compiled import programs_of
 from shiftadd3d.models.gnt.projection import Silhouettes
 from shiftadd3d.nn import FrozenMoE, freeze_, recipe, reparameterize_
 
@@ -109,6 +112,23 @@ def test_numerics_round_as_kernels_one_by_one_do(config, views, name: str, exact
     # Rounded activations turn codes and routers that are on the brink.
     assert_same_picture(found, expected, share=0.7, tolerance=2e-2)
     assert (found["rgb"] - expected["rgb"]).abs().mean() < 2e-2
+
+
+def test_experts_whose_weights_are_bfloat16_are_multiplied_so(config) -> None:
+    if panel_form(current(), "fast") != "bfloat16":
+        pytest.skip("products of bfloat16 take AMX")
+    model = make(config, "add+shift-attn+moe")
+    mixtures = [module for module in model.modules() if isinstance(module, FrozenMoE)]
+
+    def forms() -> set[str]:
+        calls = programs_of(model, "fast")["coarse"].calls
+        return {form for call in calls if "experts" in dict(call.spec) for form, _ in dict(call.spec)["experts"]}
+
+    assert forms() == {"bfloat16", "float32"}, "weights would be rounded"
+    for mixture in mixtures:
+        for layer in (mixture.experts[0].fc1, mixture.experts[0].fc2):
+            layer.weight.data = layer.weight.data.bfloat16().float()
+    assert forms() == {"bfloat16"}
 
 
 def test_several_calls_make_one_picture_and_threads_make_no_difference(config, views, monkeypatch) -> None:
