@@ -82,6 +82,9 @@ class GNTNerfModelConfig(ModelConfig):
     """Space samples evenly in inverse depth instead of depth."""
     eval_num_rays_per_chunk: int = 1024
     """Rays rendered at once."""
+    chessboard: bool = True
+    """Of a whole picture, have the plane sweep look along every other ray, as on a chessboard, and take the mean of
+    the neighbours between them. In evaluation only."""
     compile: bool = True
     """On a CPU, render with the frozen network as one executable, where that can be."""
     lpips: bool = True
@@ -343,11 +346,33 @@ class GNTNerfModel(Model):
         shape, place = ray_bundle.shape, torch.cat(rows).argsort().to(self.device)
         return {name: torch.cat([part[name] for part in parts])[place].view(*shape, -1) for name in parts[0]}
 
+    def _get_outputs_by_rows(self, ray_bundle: RayBundle) -> dict[str, Tensor]:
+        """Outputs [h, w, *] of a picture that is rendered from the same views throughout, some whole rows at a time."""
+        height, width = ray_bundle.shape
+        sources = self._carved(ray_bundle.metadata["source_ids"][0, 0], ray_bundle.origins[0, 0])
+        near, far = self.near_far.expand(height, width, 2).unbind(dim=-1)
+        length = ray_bundle.metadata["directions_norm"]
+        rays = (ray_bundle.origins, ray_bundle.directions, length, near[..., None], far[..., None])
+        rows = max(1, self.config.eval_num_rays_per_chunk // width)
+        parts = [
+            self._render(sources, *(x.flatten(0, 1) for x in some[:3]), *(x.flatten() for x in some[3:]), columns=width)
+            for some in zip(*(x.to(self.device).split(rows) for x in rays), strict=True)
+        ]
+        return {name: torch.cat([part[name] for part in parts]).view(height, width, -1) for name in parts[0]}
+
     def _render(
-        self, sources: SourceViews, origins: Tensor, directions: Tensor, length: Tensor, near: Tensor, far: Tensor
+        self,
+        sources: SourceViews,
+        origins: Tensor,
+        directions: Tensor,
+        length: Tensor,
+        near: Tensor,
+        far: Tensor,
+        *,
+        columns: int = 0,
     ) -> dict[str, Tensor]:
         at_once = self.config.eval_num_rays_per_chunk
-        if not self.training and len(origins) > at_once:  # exporters ask for as many as other networks bear
+        if not self.training and len(origins) > at_once and not columns:  # exporters ask for as many as others bear
             rays = (origins, directions, length, near, far)
             parts = [self._render(sources, *chunk) for chunk in zip(*(ray.split(at_once) for ray in rays), strict=True)]
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -362,6 +387,7 @@ class GNTNerfModel(Model):
             inverse_depth=self.config.inverse_depth,
             num_importance=self.config.num_importance,
             stratified=self.training,
+            columns=columns,
         )
         outputs = {
             "rgb": out["rgb"] if self.training else out["rgb"].clamp(0.0, 1.0),
@@ -477,8 +503,11 @@ class GNTNerfModel(Model):
     def get_outputs_for_camera_ray_bundle(self, camera_ray_bundle: RayBundle) -> dict[str, Tensor]:
         """Render a picture's rays, [h, w]; those of others are put together by their source views first."""
         if "source_ids" in camera_ray_bundle.metadata:
-            return super().get_outputs_for_camera_ray_bundle(camera_ray_bundle)
-        outputs = self._get_outputs_by_group(camera_ray_bundle)
+            if self.training or not self.config.chessboard:
+                return super().get_outputs_for_camera_ray_bundle(camera_ray_bundle)
+            outputs = self._get_outputs_by_rows(camera_ray_bundle)
+        else:
+            outputs = self._get_outputs_by_group(camera_ray_bundle)
         return {name: value.to(camera_ray_bundle.origins.device) for name, value in outputs.items()}
 
     def get_rgba_image(self, outputs: dict[str, Tensor], output_name: str = "rgb") -> Tensor:

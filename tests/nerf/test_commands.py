@@ -37,7 +37,8 @@ def pipeline(tiny_run: Path) -> GNTPipeline:
 # Rays that others made
 
 
-def test_the_rays_of_a_training_view_show_what_its_camera_shows(pipeline: GNTPipeline):
+def test_the_rays_of_a_training_view_show_what_its_camera_shows(pipeline: GNTPipeline, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pipeline.model.config, "chessboard", False)  # these rays might be no picture's
     cameras = pipeline.datamanager.train_dataset.cameras
     expected = pipeline.model.get_outputs_for_camera(cameras[3:4])
     rays = cameras.generate_rays(camera_indices=3)  # as ns-export tsdf does
@@ -70,6 +71,26 @@ def test_more_rays_than_a_chunk_are_the_same_in_parts(pipeline: GNTPipeline, mon
         monkeypatch.setattr(pipeline.model.config, "eval_num_rays_per_chunk", 7)
         parts = pipeline.model(rays)
     assert all(torch.allclose(whole[name], parts[name], atol=1e-5) for name in whole)
+
+
+@pytest.mark.parametrize("rows", [1000, 3, 0])  # of a chunk; a single row is not divided
+def test_of_a_picture_the_sweep_looks_along_every_other_ray(
+    pipeline: GNTPipeline, monkeypatch: pytest.MonkeyPatch, rows: int
+):
+    camera = pipeline.datamanager.train_dataset.cameras[3:4]
+    monkeypatch.setattr(pipeline.model.config, "chessboard", False)
+    everywhere = pipeline.model.get_outputs_for_camera(camera)
+    monkeypatch.setattr(pipeline.model.config, "chessboard", True)
+    monkeypatch.setattr(pipeline.model.config, "eval_num_rays_per_chunk", rows * int(camera.width) or 1)
+    shown = pipeline.model.get_outputs_for_camera(camera)
+    assert {name: value.shape for name, value in shown.items()} == {
+        name: value.shape for name, value in everywhere.items()
+    }
+    row, column = (torch.arange(int(size)) for size in (camera.height, camera.width))
+    fields = (row[:, None] % max(rows, 1) + column) % 2 == 0
+    apart = (shown["rgb"] - everywhere["rgb"]).abs().mean(-1)
+    # A rounding error may send a token to another expert: not every pixel is the same.
+    assert apart[fields].mean() < 1e-3 < apart[~fields].mean()
 
 
 def panorama(kind: CameraType) -> Cameras:

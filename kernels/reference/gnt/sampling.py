@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 #: What is added to each bin's weight: a ray without any weight is sampled evenly.
@@ -42,3 +43,24 @@ def samples_around(
     edges = torch.cat([planes[:, :1], middles, planes[:, -1:]], dim=-1)
     weights = (1.0 - EVEN_SHARE) * weights + EVEN_SHARE / planes.shape[1]
     return torch.sort(invert(edges, weights, quantiles), dim=-1).values
+
+
+def chessboard(rays: int, columns: int) -> Tensor:  # [R] bool
+    """Which rays of a picture of so many columns, row by row, are on a chessboard's fields; the first one is."""
+    number = torch.arange(rays)
+    return (number // columns + number % columns) % 2 == 0
+
+
+def between_fields(
+    values: Tensor,  # [R / 2 rounded up, P], of the fields of a chessboard
+    rays: int,
+    columns: int,
+) -> Tensor:  # [R, P]
+    """Values of all rays of a picture: those beside the fields get the mean of their neighbours."""
+    on = chessboard(rays, columns).to(values.device)
+    spread = values.new_zeros(rays, values.shape[1] + 1)
+    spread[on] = F.pad(values, (0, 1), value=1.0)  # the last number counts the neighbours
+    grid = F.pad(spread.view(-1, columns, spread.shape[1]), (0, 0, 1, 1, 1, 1))
+    around = grid[:-2, 1:-1] + grid[2:, 1:-1] + grid[1:-1, :-2] + grid[1:-1, 2:]
+    mean = around[..., :-1] / around[..., -1:].clamp(min=1.0)
+    return torch.where(on[:, None], spread[:, :-1], mean.view(rays, -1))

@@ -5,12 +5,18 @@ from __future__ import annotations
 import torch
 
 from shiftadd3d.kernels.cpu.isa import Isa
-from shiftadd3d.kernels.reference.gnt.sampling import EVEN_SHARE, LEAST_MASS, LEAST_WEIGHT, samples_around
+from shiftadd3d.kernels.reference.gnt.sampling import (
+    EVEN_SHARE,
+    LEAST_MASS,
+    LEAST_WEIGHT,
+    between_fields,
+    samples_around,
+)
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr
-from shiftadd3d.kernels.whole.parts import control_argument
+from shiftadd3d.kernels.whole.parts import control_argument, held, rows_of
 from shiftadd3d.kernels.whole.program import Function, Program
 
 # Rays of a task.
@@ -19,24 +25,60 @@ _RAYS = 64
 _BEYOND = 3.0e38
 
 
-def _build(target: CpuTarget) -> T.PrimFunc:
-    """The function ``(planes, weights, quantiles, control, depths)``; quantiles [S] are evenly spaced from 0 to 1."""
+def _build(target: CpuTarget, on_board: bool) -> T.PrimFunc:
+    """The function ``(planes, weights, quantiles, control, depths)``; quantiles [S] are evenly spaced from 0 to 1.
+
+    Args:
+        on_board: whether planes and weights are those of a chessboard's fields. Before `control` there is then one more
+            argument [rows, columns], of which the shape alone counts, and depths are [rows, columns, S].
+    """
     isa = Isa(target)
-    with T.function("around") as function:
-        R, P, S = T.sizes(3)
-        planes, weights = T.argument("planes", (R, P)), T.argument("weights", (R, P))
+    with T.function("between" if on_board else "around") as function:
+        N, P, S, rows, columns = T.sizes(5)
+        planes, weights = T.argument("planes", (N, P)), T.argument("weights", (N, P))
         quantiles = T.argument("quantiles", (S,))
+        if on_board:
+            T.argument("board", (rows, columns), "uint8")
         control_argument()
-        depths = T.argument("depths", (R, S))
+        depths = rows_of(T.argument("depths", (rows, columns, S) if on_board else (N, S)))
+        R = held(rows * columns) if on_board else N
         with T.parallel((R + (_RAYS - 1)) // _RAYS) as task:
             # Of each bin the share of all mass up to its end, and what its own is.
             ends, mass, total = T.alloc(P + isa.lanes), T.alloc(P), T.alloc(1)
+            mixed = T.alloc(2 if on_board else 1, P)
             with T.serial(T.min(T.int64(_RAYS), R - task * _RAYS)) as i:
                 ray = T.bind(task * _RAYS + i)
-                _add_up(isa, weights.part(ray), P, ends, mass, total)
+                if on_board:
+                    _mix(ray, rows, columns, planes, mixed.part(0))
+                    _mix(ray, rows, columns, weights, mixed.part(1))
+                own = (mixed.part(0), mixed.part(1)) if on_board else (planes.part(ray), weights.part(ray))
+                _add_up(isa, own[1], P, ends, mass, total)
                 with T.serial(S) as s:
-                    depths[ray, s] = _quantile(isa, planes.part(ray), P, ends, mass, quantiles[s])
+                    depths[ray, s] = _quantile(isa, own[0], P, ends, mass, quantiles[s])
     return function.get()
+
+
+def _mix(ray: Expr, rows: Expr, columns: Expr, fields: Buffer, out: Buffer) -> None:
+    """A row of a ray on a field; of one beside, the mean of those of its neighbours, which are on fields all."""
+    count, factor = out.shape[0], T.alloc(1, align=4)
+    row, column = T.bind(T.truncdiv(ray, columns)), T.bind(T.truncmod(ray, columns))
+    is_on = T.truncmod(row + column, T.int64(2)) == 0
+    with T.If(is_on):
+        with T.Then(), T.serial(count) as p:
+            out[p] = fields[T.truncdiv(ray, T.int64(2)), p]
+        with T.Else():
+            factor[0] = T.float32(0.0)
+            with T.serial(count) as p:
+                out[p] = T.float32(0.0)
+            there = (row > 0, row < rows - 1, column > 0, column < columns - 1)
+            for is_there, neighbour in zip(there, (ray - columns, ray + columns, ray - 1, ray + 1), strict=True):
+                with T.when(is_there):
+                    factor[0] = factor[0] + T.float32(1.0)
+                    with T.serial(count) as p:
+                        out[p] = out[p] + fields[T.truncdiv(neighbour, T.int64(2)), p]
+            factor[0] = T.float32(1.0) / factor[0]
+            with T.serial(count) as p:
+                out[p] = out[p] * factor[0]
 
 
 def _add_up(isa: Isa, weights: Buffer, P: Expr, ends: Buffer, mass: Buffer, total: Buffer) -> None:
@@ -73,15 +115,22 @@ def _quantile(isa: Isa, planes: Buffer, P: Expr, ends: Buffer, mass: Buffer, u: 
     return start + (u - left) / share * (end - start)
 
 
-def _try(function: Compiled) -> None:
+def _try(function: Compiled, on_board: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    planes = torch.rand(_RAYS + 3, 21, generator=generator).sort(dim=-1).values + 1.0
+    board = 7, _RAYS // 3
+    rays, fields = board[0] * board[1], -(-board[0] * board[1] // 2)
+    planes = torch.rand(fields if on_board else rays, 21, generator=generator).sort(dim=-1).values + 1.0
     weights = torch.rand(planes.shape, generator=generator) ** 8
     weights[0] = 0.0
     weights[1, 1:], weights[2, :-1] = 0.0, 0.0
-    quantiles, depths = torch.linspace(0, 1, 7), torch.empty(len(planes), 7)
-    function(planes, weights, quantiles, torch.tensor([0, 2], dtype=torch.int32), depths)
-    expected = samples_around(planes, weights, quantiles.expand(len(planes), -1))
+    quantiles, depths = torch.linspace(0, 1, 7), torch.empty(rays, 7)
+    control, of_all = torch.tensor([0, 2], dtype=torch.int32), (planes, weights)
+    if on_board:
+        function(planes, weights, quantiles, torch.empty(board, dtype=torch.uint8), control, depths.view(*board, 7))
+        of_all = between_fields(planes, rays, board[1]), between_fields(weights, rays, board[1])
+    else:
+        function(planes, weights, quantiles, control, depths)
+    expected = samples_around(*of_all, quantiles.expand(rays, -1))
     torch.testing.assert_close(depths, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -92,5 +141,18 @@ def around() -> Program:
     """A program of planes [R, P], weights [R, P] and quantiles [S] evenly from 0 to 1: depths [R, S], increasing."""
     program = Program()
     inputs = [program.input("rays", "planes"), program.input("rays", "planes"), program.input("samples")]
-    program.output(program.call(AROUND, inputs, ("rays", "samples")))
+    program.output(program.call(AROUND, inputs, ("rays", "samples"), on_board=False))
+    return program
+
+
+def between() -> Program:
+    """The same of a picture of whose rays only those on a chessboard's fields, R of them, have planes and weights.
+
+    The fourth input is [rows, columns] uint8, of which the shape alone counts. Depths are [rows, columns, S]; see
+    `shiftadd3d.kernels.reference.gnt.sampling.between_fields`.
+    """
+    program = Program()
+    inputs = [program.input("fields", "planes"), program.input("fields", "planes"), program.input("samples")]
+    inputs.append(program.input("rows", "columns", dtype="uint8"))
+    program.output(program.call(AROUND, inputs, ("rows", "columns", "samples"), on_board=True))
     return program

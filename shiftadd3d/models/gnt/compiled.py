@@ -32,7 +32,7 @@ from shiftadd3d.kernels.whole.background import Supply
 from shiftadd3d.kernels.whole.gnt import blocks, head, rays
 from shiftadd3d.kernels.whole.gnt.perceptrons import Perceptron, perceptron_of, perceptrons, shift_perceptron_of
 from shiftadd3d.kernels.whole.gnt.rays import Rays, Shown
-from shiftadd3d.kernels.whole.gnt.samples import around
+from shiftadd3d.kernels.whole.gnt.samples import around, between
 from shiftadd3d.kernels.whole.program import Exactness, Program, Value
 from shiftadd3d.models.gnt.frozen import (
     FrozenGNT,
@@ -219,7 +219,8 @@ def _sweep(e: Emission, proposal: PlaneSweepProposal) -> None:
 def programs_of(model: GNTModel, exactness: Exactness) -> dict[str, Program]:
     """The programs of a frozen GNT.
 
-    They are ``"sweep"`` and ``"around"`` if it has a proposal, ``"coarse"``, and ``"fine"`` of two networks.
+    They are ``"sweep"``, ``"around"`` and ``"between"`` if it has a proposal, ``"coarse"``, and ``"fine"`` of two
+    networks.
 
     Raises:
         Unserved: something in it is not registered, or someone watches it.
@@ -239,7 +240,7 @@ def programs_of(model: GNTModel, exactness: Exactness) -> dict[str, Program]:
         raise Emission(model).refusal(model.look_up, "which is not registered")
     if model.proposal is not None:
         emit("sweep", model.proposal, _sweep)
-        programs["around"] = around()
+        programs |= {"around": around(), "between": between()}
     for name, net in (("coarse", model.net_coarse), ("fine", model.net_fine)):
         if net is not None:
             emit(name, net, _network, form=form, channels=channels, canonical=canonical)
@@ -321,13 +322,23 @@ class CompiledGNT(GNTModel):
         rgb, weights, seen = found
         return rgb, weights, seen.view(torch.bool)
 
-    def _samples_around(self, planes: Tensor, weights: Tensor, num_samples: int, *, stratified: bool) -> Tensor:
+    def _samples_around(
+        self, planes: Tensor, weights: Tensor, num_samples: int, *, stratified: bool, board: tuple[int, int] | None
+    ) -> Tensor:
+        def in_torch() -> Tensor:
+            return super(CompiledGNT, self)._samples_around(
+                planes, weights, num_samples, stratified=stratified, board=board
+            )
+
         if stratified or not self._is_wanted(planes):
-            return super()._samples_around(planes, weights, num_samples, stratified=stratified)
-        found = self._run("around", [planes.contiguous(), weights.contiguous(), torch.linspace(0, 1, num_samples)])
-        if found is None:
-            return super()._samples_around(planes, weights, num_samples, stratified=stratified)
-        return found[0]
+            return in_torch()
+        given = [planes.contiguous(), weights.contiguous(), torch.linspace(0, 1, num_samples)]
+        name = "around"
+        if board is not None:
+            rays, columns = board
+            name, given = "between", [*given, torch.empty(rays // columns, columns, dtype=torch.uint8)]
+        found = self._run(name, given)
+        return in_torch() if found is None else found[0].view(-1, num_samples)
 
     def _render(
         self, net: GNT, sources: SourceViews, origins: Tensor, directions: Tensor, depths: Tensor, feature_maps: Tensor
@@ -422,7 +433,7 @@ class _Executables:
         outcome = function(*inputs, self._control.tensor, weights)
         if self._control.overflowed:
             return None
-        return [torch.from_dlpack(outcome)] if name == "around" else [torch.from_dlpack(x) for x in outcome]
+        return [torch.from_dlpack(x) for x in ([outcome] if name in ("around", "between") else outcome)]
 
 
 def compile_gnt(model: nn.Module, numerics: Numerics, background: bool = False) -> CompiledGNT:

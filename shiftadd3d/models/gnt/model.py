@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.reference.gnt.sampling import chessboard
 from shiftadd3d.models.gnt.feature_net import ResUNet
 from shiftadd3d.models.gnt.projection import Cameras, PointLookUp, SourceViews, empty_views
 from shiftadd3d.models.gnt.proposal import PlaneSweepProposal
@@ -114,6 +115,7 @@ class GNTModel(nn.Module):
         inverse_depth: bool = False,
         num_importance: int = 0,
         stratified: bool = False,
+        columns: int = 0,
     ) -> dict[str, Any]:
         """Render rays.
 
@@ -125,12 +127,20 @@ class GNTModel(nn.Module):
             inverse_depth: space them evenly in 1 / depth.
             num_importance: N further samples for a second pass; 0 for none.
             stratified: draw samples at random within their strata (training).
+            columns: of a picture whose rows the rays are, one after the other: the plane sweep then looks along every
+                other ray, as on a chessboard, and the rays between get the mean of what their neighbours have seen.
+                0: along each.
 
         Returns:
             `rgb` [R, 3], `depth` [R], `accumulation` [R] (the weight on samples that some source view can see),
             `weights` [R, S], `sample_depths` [R, S]; with importance sampling those of the second pass (S + N samples),
-            and the first pass's under `coarse`. Under `proposal` the plane sweep's, if there is one.
+            and the first pass's under `coarse`. Under `proposal` the plane sweep's, if it looks along all rays.
+
+        Raises:
+            UserError: rays that are no whole rows.
         """
+        if columns and len(origins) % columns:
+            raise UserError(f"{len(origins)} rays are no rows of {columns}; expected a multiple, or columns=0")
         near, far = (torch.as_tensor(x).to(origins).expand(origins.shape[0]) for x in (near, far))
         unit = torch.ones((), dtype=origins.dtype, device=origins.device)
         if self.config.canonical and len(origins):
@@ -143,11 +153,18 @@ class GNTModel(nn.Module):
         if self.proposal is None:
             depths = sample_depths(near, far, num_samples, inverse_depth=inverse_depth, stratified=stratified)
         else:
+            board = (len(origins), columns) if columns else None
+            swept = slice(None) if board is None else chessboard(*board).to(origins.device)
             planes = sample_depths(
-                near, far, self.config.proposal_samples, inverse_depth=inverse_depth, stratified=stratified
+                near[swept],
+                far[swept],
+                self.config.proposal_samples,
+                inverse_depth=inverse_depth,
+                stratified=stratified,
             )
-            proposed = _outputs(*self._propose(self.proposal, *rays, planes), planes, unit)
-            depths = self._samples_around(planes, proposed["weights"], num_samples, stratified=stratified)
+            seen = self._propose(self.proposal, sources, origins[swept], directions[swept], planes)
+            proposed = _outputs(*seen, planes, unit) if board is None else {}
+            depths = self._samples_around(planes, seen[1], num_samples, stratified=stratified, board=board)
         coarse = self._render(self.net_coarse, *rays, depths, sources.features[0])
         outputs = _outputs(*coarse, depths, unit)
         if num_importance == 0:
@@ -195,8 +212,10 @@ class GNTModel(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         return proposal.sweep(origins[:, None] + planes[..., None] * directions[:, None], origins, sources)
 
-    def _samples_around(self, planes: Tensor, weights: Tensor, num_samples: int, *, stratified: bool) -> Tensor:
-        return sample_around(planes, weights, num_samples, stratified=stratified)
+    def _samples_around(
+        self, planes: Tensor, weights: Tensor, num_samples: int, *, stratified: bool, board: tuple[int, int] | None
+    ) -> Tensor:
+        return sample_around(planes, weights, num_samples, stratified=stratified, board=board)
 
 
 def canonical_frame(

@@ -101,20 +101,27 @@ def sample_importance(
     return torch.sort(torch.cat([depths, new], dim=-1), dim=-1).values
 
 
-def sample_around(planes: Tensor, weights: Tensor, num_samples: int, *, stratified: bool = False) -> Tensor:
+def sample_around(
+    planes: Tensor, weights: Tensor, num_samples: int, *, stratified: bool = False, board: tuple[int, int] | None = None
+) -> Tensor:
     """A few samples where a plane sweep sees surfaces, and a few everywhere.
 
     Args:
         planes: [R, P], depths that were looked at, increasing.
         weights: [R, P], what was seen there; no gradient flows through them.
         num_samples: S, at least 2.
+        board: rays of a picture and its columns, if only those on a chessboard's fields were looked along: R is half of
+            all, rounded up. Those beside them get the mean of what their neighbours have.
 
     Returns:
-        [R, S], increasing.
+        [R, S], increasing; of all rays of the picture.
 
     Raises:
         UserError: fewer than two samples.
     """
     _check_count(num_samples)
+    weights = weights.detach()
+    if board is not None:
+        planes, weights = (reference_sampling.between_fields(x, *board) for x in (planes, weights))
     quantiles = _quantiles(planes, num_samples, stratified=stratified)
-    return reference_sampling.samples_around(planes, weights.detach(), quantiles)
+    return reference_sampling.samples_around(planes, weights, quantiles)

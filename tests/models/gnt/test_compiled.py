@@ -114,6 +114,22 @@ def test_numerics_round_as_kernels_one_by_one_do(config, views, name: str, exact
     assert (found["rgb"] - expected["rgb"]).abs().mean() < 2e-2
 
 
+@pytest.mark.parametrize("columns", [8, 5])
+def test_a_picture_is_swept_along_every_other_ray(config, views, columns: int, no_kernels: None) -> None:
+    model = make(config, "mult")
+    sources = views(model)
+    found = render(compiled_quietly(model, "exact"), sources, columns=columns)
+    assert not found["proposal"]
+    with numerics("twin"):
+        assert_same_picture(found, render(model, sources, columns=columns), share=0.999)
+        everywhere = render(model, sources)
+    number = torch.arange(RAYS)
+    fields = (number // columns + number % columns) % 2 == 0
+    depths = found["sample_depths"], everywhere["sample_depths"]
+    assert torch.allclose(*(x[fields] for x in depths), atol=1e-3)
+    assert not torch.allclose(*(x[~fields] for x in depths), atol=1e-3)
+
+
 def test_experts_whose_weights_are_bfloat16_are_multiplied_so(config) -> None:
     if panel_form(current(), "fast") != "bfloat16":
         pytest.skip("products of bfloat16 take AMX")

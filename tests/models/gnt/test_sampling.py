@@ -6,6 +6,7 @@ import torch
 
 from bounds import sum_bound
 from shiftadd3d import UserError
+from shiftadd3d.kernels.reference.gnt.sampling import between_fields, chessboard
 from shiftadd3d.models.gnt.sampling import sample_around, sample_depths, sample_importance, sample_pdf
 
 NEAR, FAR = torch.tensor([1.0, 0.5]), torch.tensor([3.0, 100.0])
@@ -140,6 +141,32 @@ def test_proposed_samples_gather_at_the_weight_and_leave_a_tenth_everywhere(stra
     share = float(at_the_weight.float().mean())
     # At the grid's ten quantiles two lie on the ends.
     assert share == pytest.approx(0.8 if not stratified else 0.9 + 0.1 / 32, abs=0.03)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(4, 6), (5, 7), (1, 4), (3, 1), (1, 1)])
+def test_rays_beside_a_chessboards_fields_get_the_mean_of_their_neighbours(rows, columns):
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    is_field = (row + column) % 2 == 0
+    assert torch.equal(chessboard(rows * columns, columns), is_field.flatten())
+    picture = torch.rand(rows, columns, 3)
+    spread = between_fields(picture[is_field], rows * columns, columns).view(rows, columns, 3)
+    assert torch.equal(spread[is_field], picture[is_field])
+    for i, j in (~is_field).nonzero().tolist():
+        around = [(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)]
+        neighbours = [picture[at] for at in around if 0 <= at[0] < rows and 0 <= at[1] < columns]
+        assert torch.allclose(spread[i, j], torch.stack(neighbours).mean(0))
+
+
+def test_samples_on_a_chessboard_are_those_of_the_fields_and_between_them():
+    planes = sample_depths(NEAR[:1], FAR[:1], 16).repeat(6, 1)
+    weights = torch.rand(6, 16)
+    depths = sample_around(planes, weights, 8, board=(12, 4))
+    fields = chessboard(12, 4)
+    assert depths.shape == (12, 8) and increasing(depths)
+    assert torch.equal(depths[fields], sample_around(planes, weights, 8))
+    corner = (weights[0] + weights[3]) / 2  # the last of the first row: beside its third, above the second row's last
+    assert torch.allclose(depths[3:4], sample_around(planes[:1], ((weights[1] + weights[3]) / 2)[None], 8), atol=1e-5)
+    assert not torch.allclose(depths[3:4], sample_around(planes[:1], corner[None], 8), atol=1e-5)
 
 
 def test_no_gradient_flows_through_proposed_samples():
