@@ -19,6 +19,9 @@ pip_index = $(BIN)/python -m pip config list 2>/dev/null | sed -n "s/^global.ind
 export_index = index="$${UV_DEFAULT_INDEX:-$${UV_INDEX_URL:-$${PIP_INDEX_URL:-$$($(pip_index))}}}"; \
 	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi
 
+# Whose byte code is written once: where Python is told to write none, parsing takes as long as all else of a start.
+IMPORTED := import shiftadd3d.configs.methods, shiftadd3d.nerf.movie, shiftadd3d.vision.evaluate
+
 # A process that the system kills says nothing itself, and make's own line is easily taken for the work's.
 say_killed = [ $$code -le 128 ] || [ $$code -eq 130 ] || \
 	echo "error: signal $$((code - 128)) ended this; 9 is what the system sends when memory runs out" >&2
@@ -69,6 +72,7 @@ clean: ## remove .venv, build output and caches
 $(INSTALLED): requirements.lock pyproject.toml | $(UV)
 	@$(export_index); $(UV) pip sync --python $(BIN)/python --require-hashes requirements.lock
 	@$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation --offline --editable .
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -W ignore -c "$(IMPORTED)"
 	@touch $@
 
 # A Debian without python3-venv has no ensurepip: there the machine's own pip fills the environment.
