@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from shiftadd3d.kernels.cpu.blocks import copy_row
+from shiftadd3d.kernels.cpu.forms import panels as forms
+from shiftadd3d.kernels.cpu.forms.panels import panel_product
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import ROW_PADDING, product
 from shiftadd3d.kernels.pack.gnt.view_embedding import panels, sizes
+from shiftadd3d.kernels.pack.shift import GRANULE
 from shiftadd3d.kernels.reference.gnt.view_embedding import LEAST_VARIANCE, random_views, view_embedding_twin
 from shiftadd3d.kernels.runtime import memory
 from shiftadd3d.kernels.runtime import tir as T
@@ -73,16 +76,22 @@ class Embedding:
 
     Args:
         rows, points: as many as there may be.
+        shifts: panels of both layers, `tile_sizes`, whose products are those of matrix tiles in bfloat16, rather than
+            in float32.
 
     Attributes:
         shown: [rows, inputs and zeros up to whole vectors], to be filled in.
         seen: [rows], 1 where the view sees the point, else 0, to be filled in.
     """
 
-    def __init__(self, isa: Isa, layers: Layers, rows: Index, points: Index) -> None:
-        self._isa, self._layers = isa, layers
+    def __init__(self, isa: Isa, layers: Layers, rows: Index, points: Index, shifts: Sequence[Buffer] = ()) -> None:
+        self._isa, self._layers, self._shifts = isa, layers, shifts
         long, deep, wide = isa.padded(layers.inputs), isa.padded(layers.hidden), isa.padded(layers.width)
         room = rows + ROW_PADDING
+        if shifts:
+            long, room = tile_sizes(layers.inputs, layers.hidden, layers.width)[0][0], rows + forms.ROW_PADDING
+            self._product = panel_product(isa.target, "bfloat16")
+            self._staged = self._product.staged(rows, long), self._product.staged(rows, layers.hidden)
         self.shown, self.seen = T.alloc(room, long), T.alloc(room)
         self._activation, self._embedded = T.alloc(room, deep), T.alloc(room, wide)
         # Vectors reach beyond the statistics.
@@ -95,13 +104,16 @@ class Embedding:
         """Embed what V views show of so many points: the first rows of both [*, width]."""
         isa, layers, shown, embedded, queries = self._isa, self._layers, self.shown, self._embedded, self._queries
         rows, wide = T.bind(points * V), embedded.extent(1)
-        first = layers.inputs, shown, layers.first
-        product(isa, rows, self._activation.extent(1), layers.first_bias, [first], self._activation, isa.relu)
-        product(isa, rows, wide, layers.second_bias, [(layers.hidden, self._activation, layers.second)], embedded)
-        with T.serial(rows) as r:
-            copy_row(isa, embedded.part(r), embedding.part(r), layers.width)
+        if self._shifts:
+            self._multiply_tiles(rows, embedding)
+        else:
+            first = layers.inputs, shown, layers.first
+            product(isa, rows, self._activation.extent(1), layers.first_bias, [first], self._activation, isa.relu)
+            product(isa, rows, wide, layers.second_bias, [(layers.hidden, self._activation, layers.second)], embedded)
+            with T.serial(rows) as r:
+                copy_row(isa, embedded.part(r), embedding.part(r), layers.width)
         with T.serial(points) as p:
-            _largest(isa, embedded, p * V, V, queries.part(p))
+            _largest(isa, embedding if self._shifts else embedded, p * V, V, queries.part(p))
             if layers.statistics:
                 _moments(isa, layers.inputs, shown, self.seen, p * V, V, self._summary.part(p))
         if layers.statistics:
@@ -116,6 +128,32 @@ class Embedding:
             )
         with T.serial(points) as p:
             copy_row(isa, queries.part(p), query.part(p), layers.width)
+
+    def _multiply_tiles(self, rows: Expr, embedding: Buffer) -> None:
+        isa, layers, hidden, (of_shown, of_hidden) = self._isa, self._layers, self._activation, self._staged
+        multiply, stage, last = self._product.multiply, self._product.stage, rows - 1
+
+        def keep(r: Expr, c: int, x: Expr) -> None:
+            hidden[r, isa.at(c)] = isa.relu(x)
+
+        def leave(r: Expr, c: int, x: Expr) -> None:
+            with T.when(r < rows):
+                embedding[r, isa.at(c)] = x
+
+        stage(of_shown, rows, lambda r, c: self.shown[T.min(r, last), isa.at(c)])
+        multiply(rows, of_shown, self._shifts[0], layers.first_bias, keep)
+        stage(of_hidden, rows, lambda r, c: hidden[T.min(r, last), isa.at(c)])
+        multiply(rows, of_hidden, self._shifts[1], layers.second_bias, leave)
+
+    def finish(self, control: Buffer) -> None:
+        """Emit what a task has to do last: tell of what tiles cannot express."""
+        if self._shifts:
+            self._product.finish(control)
+
+
+def tile_sizes(inputs: int, hidden: int, width: int) -> list[tuple[int, int]]:
+    """Inputs and outputs of the panels for matrix tiles, of which each takes as many inputs."""
+    return [(-(-inputs // GRANULE) * GRANULE, hidden), (hidden, width)]
 
 
 def _largest(isa: Isa, embedded: Buffer, row: Expr, V: Expr, out: Buffer) -> None:

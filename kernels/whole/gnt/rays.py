@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d.kernels.cpu.blocks import copy_row
+from shiftadd3d.kernels.cpu.forms.panels import error_bound, panel_arguments
 from shiftadd3d.kernels.cpu.gnt import plane_sweep, view_embedding
 from shiftadd3d.kernels.cpu.gnt.gather import Lookup, Places, Views
 from shiftadd3d.kernels.cpu.isa import Isa
+from shiftadd3d.kernels.cpu.trials import Draw
 from shiftadd3d.kernels.pack.gnt import plane_sweep as pack_plane_sweep
 from shiftadd3d.kernels.pack.gnt import view_embedding as pack_view_embedding
 from shiftadd3d.kernels.pack.gnt.gather import beside_validity, pixels_of
+from shiftadd3d.kernels.pack.shift import GRANULE, WholeWeights, shift_panel
 from shiftadd3d.kernels.reference.gnt.gather import VALID, Scene, point_samples_twin
 from shiftadd3d.kernels.reference.gnt.plane_sweep import plane_sweep_twin, random_sweep
 from shiftadd3d.kernels.reference.gnt.view_embedding import random_views, view_embedding_twin
@@ -112,7 +116,7 @@ def _try_sweep(function: Compiled, channels: int, hidden: int) -> None:
 def _on_rays(scene: Scene) -> tuple[Tensor, Tensor, Scene]:
     """Directions and depths, and a scene of points there."""
     rays, samples = scene.points.shape[:2]
-    directions = torch.nn.functional.normalize(scene.points[:, 0], dim=-1) + torch.tensor([0.0, 0.0, 0.5])
+    directions = F.normalize(scene.points[:, 0], dim=-1) + torch.tensor([0.0, 0.0, 0.5])
     depths = torch.linspace(0.5, 4.0, samples).repeat(rays, 1) + 0.1 * scene.points[..., 0]
     points = scene.origins[:, None] + depths[..., None] * directions[:, None]
     return directions, depths, scene._replace(points=points)
@@ -156,7 +160,9 @@ class Shown(NamedTuple):
     mask: Value
 
 
-def _build_views(target: CpuTarget, inputs: int, hidden: int, width: int, with_moments: bool) -> T.PrimFunc:
+def _build_views(
+    target: CpuTarget, inputs: int, hidden: int, width: int, with_moments: bool, tiles: bool
+) -> T.PrimFunc:
     """The function ``(Rays, panels, control, values, ray_diff, mask, embedding, query)``."""
     isa = Isa(target)
     with T.function("views") as function:
@@ -164,7 +170,9 @@ def _build_views(target: CpuTarget, inputs: int, hidden: int, width: int, with_m
         origins, directions, depths = _rays_argument(R, S)
         scene = Views.of_pixels(V)
         layers = view_embedding.Layers.argument(isa, inputs, hidden, width, with_moments=with_moments)
-        control_argument()
+        sizes = view_embedding.tile_sizes(inputs, hidden, width) if tiles else []
+        shifts = panel_arguments("bfloat16", sizes)
+        control = control_argument()
         values, ray_diff = T.argument("values", (R, S, V, inputs)), T.argument("ray_diff", (R, S, V, 4))
         mask = T.argument("mask", (R, S, V), "uint8")
         embedding, query = T.argument("embedding", (R, S, V, width)), T.argument("query", (R, S, width))
@@ -180,7 +188,7 @@ def _build_views(target: CpuTarget, inputs: int, hidden: int, width: int, with_m
         span = isa.lanes * _BLOCKS_A_TASK
         with T.parallel((points + (span - 1)) // span) as task:
             lookup = Lookup(isa, scene, images, maps)
-            block = view_embedding.Embedding(isa, layers, V * isa.lanes, isa.lanes)
+            block = view_embedding.Embedding(isa, layers, V * isa.lanes, isa.lanes, shifts)
             left = T.bind(T.min(T.int64(span), points - task * span))
             with T.serial((left + (isa.lanes - 1)) // isa.lanes) as number:
                 first = T.bind(task * span + number * isa.lanes)
@@ -199,6 +207,7 @@ def _build_views(target: CpuTarget, inputs: int, hidden: int, width: int, with_m
                 with T.serial(count * V) as row:
                     copy_row(isa, block.shown.part(row), values.part(first * V + row), inputs)
                 block.emit(count, V, embedding.below(first * V), query.below(first))
+            block.finish(control)
     return function.get()
 
 
@@ -212,23 +221,36 @@ def _show(isa: Isa, lookup: Lookup, view: Expr, lane: Expr, row: Buffer, inputs:
         row[4 + c] = lookup.feature(view, lane, c)
 
 
-def _try_views(function: Compiled, inputs: int, hidden: int, width: int, with_moments: bool) -> None:
+def _try_views(function: Compiled, inputs: int, hidden: int, width: int, with_moments: bool, tiles: bool) -> None:
     scene, _ = random_sweep(0, rays=5, samples=7, views=3, channels=inputs - 7, hidden=4, with_valid=True)
     directions, depths, scene = _on_rays(scene)
     sizes = {"inputs": inputs - 1, "hidden": hidden, "width": width}
     _, _, weights, biases = random_views(0, points=1, views=1, **sizes, with_moments=with_moments)
+    shifts: list[Tensor] = []
+    if tiles:
+        draw = Draw()
+        layers = [draw.whole(inputs - 1, hidden), draw.whole(hidden, width)]
+        weights[:2] = [layer.integers * layer.unit[:, None] for layer in layers]
+        shifts = embedding_tiles(layers)
     shape = 5, 7, 3
     values, ray_diff = torch.empty(*shape, inputs), torch.empty(*shape, 4)
     mask = torch.empty(shape, dtype=torch.bool)
     embedding, query = torch.empty(*shape, width), torch.empty(5, 7, width)
     packed = embedding_panels(weights, biases, current().lanes)
-    outcome = values, ray_diff, mask.view(torch.uint8), embedding, query
-    function(*_tensors(scene, directions, depths), *packed, _control(), *outcome)
+    control, outcome = _control(), (values, ray_diff, mask.view(torch.uint8), embedding, query)
+    function(*_tensors(scene, directions, depths), *packed, *shifts, control, *outcome)
+    assert control[0] == 0, "it found an activation that it cannot express"
     shown = values[..., [0, 1, 2, *range(4, inputs)]]
     for out, expected in zip((shown, ray_diff, mask), point_samples_twin(*scene), strict=True):
         torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
-    for out, expected in zip((embedding, query), view_embedding_twin(shown, mask, weights, biases), strict=True):
-        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    expected = view_embedding_twin(shown, mask, weights, biases)
+    error = 0.0
+    if tiles:  # of both layers, and what the second makes of the first one's
+        most = [shown.abs().max(), F.relu(F.linear(shown, weights[0], biases[0])).max()]
+        sums = [weight.abs().sum(1).max() for weight in weights[:2]]
+        error = error_bound("bfloat16") * float((1.01 * most[0] * sums[0] + most[1]) * sums[1])
+    for out, one in zip((embedding, query), expected, strict=True):
+        torch.testing.assert_close(out, one, rtol=1e-4, atol=1e-4 + error)
 
 
 VIEWS = Function("views", _build_views, _try_views)
@@ -241,13 +263,30 @@ def embedding_panels(weights: Sequence[Tensor], biases: Sequence[Tensor], lanes:
     return pack_view_embedding.panels(spread, biases, lanes)
 
 
-def views(program: Program, rays: Rays, panels: pack_view_embedding.Panels, width: int) -> tuple[Shown, Value, Value]:
-    """What views show of samples, embedded [R, S, V, width], and the first queries [R, S, width]."""
+def embedding_tiles(layers: Sequence[WholeWeights]) -> list[Tensor]:
+    """Panels for matrix tiles, of both layers; none where their sizes do not fit."""
+    first, second = layers
+    integers = beside_validity(first.integers, (0,))
+    if second.integers.shape[1] % GRANULE:
+        return []
+    integers = F.pad(integers, (0, -integers.shape[1] % GRANULE))
+    return [shift_panel(layer, "bfloat16") for layer in (first._replace(integers=integers), second)]
+
+
+def views(
+    program: Program, rays: Rays, panels: pack_view_embedding.Panels, width: int, tiles: Sequence[Tensor] = ()
+) -> tuple[Shown, Value, Value]:
+    """What views show of samples, embedded [R, S, V, width], and the first queries [R, S, width].
+
+    Args:
+        tiles: of `embedding_tiles`; without, products are those of float32.
+    """
     inputs, hidden = panels.first.shape[0], panels.second.shape[0]
     shape = (*rays.samples, rays.centers.shape[0])
     floats = [(shape, inputs), (shape, 4), (shape, width), (rays.samples, width)]
     outcomes: list[Any] = [((*leading, size), "float32") for leading, size in floats]
     outcomes.insert(2, (shape, "uint8"))
     spec = {"inputs": inputs, "hidden": hidden, "width": width, "with_moments": bool(panels.moments.numel())}
-    *shown, embedding, query = program.call_for(VIEWS, [*rays, *map(program.weight, panels)], outcomes, **spec)
+    arguments = [*rays, *map(program.weight, (*panels, *tiles))]
+    *shown, embedding, query = program.call_for(VIEWS, arguments, outcomes, **spec, tiles=bool(tiles))
     return Shown(*shown), embedding, query

@@ -20,7 +20,7 @@ from shiftadd3d.kernels.pack.gnt import position_layer as pack_position_layer
 from shiftadd3d.kernels.pack.gnt import ray_block as pack_ray_block
 from shiftadd3d.kernels.pack.gnt import view_attention as pack_view_attention
 from shiftadd3d.kernels.pack.gnt.gather import pixels_of
-from shiftadd3d.kernels.pack.shift import as_bfloat16, panel_form
+from shiftadd3d.kernels.pack.shift import WholeWeights, as_bfloat16, panel_form
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS
 from shiftadd3d.kernels.runtime import kernel
@@ -148,11 +148,17 @@ def _perceptron(e: Emission, module: nn.Module, form: AnyForm) -> Perceptron:
         weights, biases = weights_and_biases(layers)
     except UserError as error:
         raise e.refusal(module, str(error)) from None
-    whole = whole_layers(layers.values()) if form != "float32" else None
-    if whole is None and form == "bfloat16":
-        whole = as_bfloat16(weights)
+    whole = _whole([*layers.values()], weights, form)
     made = None if whole is None else shift_perceptron_of(whole, biases, form)
     return made or perceptron_of(weights, biases, current().lanes)
+
+
+def _whole(layers: Sequence[nn.Module], weights: Sequence[Tensor], form: AnyForm) -> list[WholeWeights] | None:
+    """The layers' weights for panels of a form; None where it would round one."""
+    if form == "float32":
+        return None
+    found = whole_layers(layers)
+    return as_bfloat16(weights) if found is None and form == "bfloat16" else found
 
 
 def _emit_position_layer(e: Emission, layer: FrozenPositionLayer, x: Value, *, rays: Rays, canonical: bool) -> Value:
@@ -187,8 +193,12 @@ def _network(e: Emission, net: GNT, form: AnyForm, *, channels: int, canonical: 
     if width % current().lanes:
         raise e.refusal(net, f"of {width} channels, which are no whole vectors")
     of_rays, routed = Rays.inputs(e.program, channels), list[Value]()
-    panels = rays.embedding_panels(*_all(net.embedding_layers()), current().lanes)
-    shown, embedding, x = rays.views(e.program, of_rays, panels, width)
+    layers = net.embedding_layers()
+    weights, biases = _all(layers)
+    panels = rays.embedding_panels(weights, biases, current().lanes)
+    whole = _whole([*layers.values()][:2], weights[:2], form) if form == "bfloat16" else None
+    tiles = [] if whole is None else rays.embedding_tiles(whole)
+    shown, embedding, x = rays.views(e.program, of_rays, panels, width, tiles)
     for i, (of_views, of_ray) in enumerate(zip(net.view_crosstrans, net.view_selftrans, strict=True)):
         x = e.emit(of_views, x, shown=shown, embedding=embedding, form=form, routed=routed)
         if i % 2 == 0:

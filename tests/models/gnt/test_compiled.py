@@ -40,12 +40,12 @@ def render(model: GNTModel, sources: SourceViews, rays: int = RAYS, **options) -
         return model(sources, origins, directions, 2.0, 6.0, 6, **options)
 
 
-def make(config, name: str, **changes) -> GNTModel:
+def make(config, name: str, other_linear: str = "mult", **changes) -> GNTModel:
     model = GNTModel(config(**{"color_head": True, "proposal_samples": 12, "canonical": True, "width": 32} | changes))
     for parameter in model.parameters():
         if not parameter.any():  # heads that start at zero would hide mistakes
             nn.init.normal_(parameter, std=0.1)
-    reparameterize_(model, recipe(name, dwconv=3, latencies=(1.0, 1.0)), verbose=False)
+    reparameterize_(model, recipe(name, dwconv=3, other_linear=other_linear, latencies=(1.0, 1.0)), verbose=False)
     for module in model.modules():
         if hasattr(module, "router"):  # so that both experts get something to do
             nn.init.normal_(module.router.weight)
@@ -102,9 +102,9 @@ def test_networks_render_what_plain_torch_does(config, views, network: str, no_k
 
 
 @pytest.mark.parametrize("exactness", ["fast", "int8"])
-@pytest.mark.parametrize("name", ["mult", "add+shift-attn+moe"])
-def test_numerics_round_as_kernels_one_by_one_do(config, views, name: str, exactness: str) -> None:
-    model = make(config, name)
+@pytest.mark.parametrize(("name", "other"), [("mult", "mult"), ("add+shift-attn+moe", "mult"), ("add+shift", "shift")])
+def test_numerics_round_as_kernels_one_by_one_do(config, views, name: str, other: str, exactness: str) -> None:
+    model = make(config, name, other)
     sources = views(model)
     found = render(compiled_quietly(model, exactness), sources)
     with numerics(exactness):
@@ -145,6 +145,20 @@ def test_experts_whose_weights_are_bfloat16_are_multiplied_so(config) -> None:
         for layer in (mixture.experts[0].fc1, mixture.experts[0].fc2):
             layer.weight.data = layer.weight.data.bfloat16().float()
     assert forms() == {"bfloat16"}
+
+
+def test_views_are_embedded_in_tiles_where_no_weight_is_rounded(config) -> None:
+    if panel_form(current(), "fast") != "bfloat16":
+        pytest.skip("products of bfloat16 take AMX")
+
+    def in_tiles(exactness: str, other_linear: str = "shift") -> bool:
+        calls = programs_of(make(config, "add+shift", other_linear), exactness)["coarse"].calls
+        [found] = [spec["tiles"] for spec in (dict(call.spec) for call in calls) if "tiles" in spec]
+        return found
+
+    assert in_tiles("fast") and in_tiles("int8")
+    assert not in_tiles("exact") and not in_tiles("safe")
+    assert not in_tiles("fast", "mult"), "weights would be rounded"
 
 
 def test_several_calls_make_one_picture_and_threads_make_no_difference(config, views, monkeypatch) -> None:
