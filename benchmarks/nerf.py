@@ -597,13 +597,10 @@ class Memory:
             jobs += [("render", rays, self.chunks) for rays in self.render_rays]
             if method in self.whole_frames:
                 jobs.append(("render", 0, 0))
-            for what, rays, chunks in jobs:
-                words = ["memory-point", "--method", method, "--what", what, "--rays", str(rays)]
-                words += ["--chunks", str(chunks), "--threads", str(self.threads)]
-                done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True)
-                if done.returncode != 0:
-                    sys.exit(f"{shlex.join(words)} ended with {done.returncode}")
-                points.append(json.loads(done.stdout.splitlines()[-1]))
+            if self.render_rays or method in self.whole_frames:
+                self._point(method, "render", min(RENDER_RAYS), 1)  # compiles, which takes memory of its own
+            for job in jobs:
+                points.append(self._point(method, *job))
                 print(points[-1], flush=True)
         facts = {
             "kind": "memory",
@@ -616,6 +613,15 @@ class Memory:
             "command": self.command(),
         }
         write_result(self.out / "nerf-memory.json", facts)
+
+    def _point(self, method: str, what: str, rays: int, chunks: int) -> dict[str, Any]:
+        """What `MemoryPoint` prints, in a process of its own."""
+        words = ["memory-point", "--method", method, "--what", what, "--rays", str(rays)]
+        words += ["--chunks", str(chunks), "--threads", str(self.threads)]
+        done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True)
+        if done.returncode != 0:
+            sys.exit(f"{shlex.join(words)} ended with {done.returncode}")
+        return json.loads(done.stdout.splitlines()[-1])
 
 
 @dataclass
@@ -649,7 +655,6 @@ class MemoryPoint:
             rays = rays or config.pipeline.datamanager.train_num_rays_per_batch  # type: ignore[attr-defined]
         else:
             rays = rays or model.config.eval_num_rays_per_chunk
-        began = time.perf_counter()
         whole = False
         if self.what == "train":
             model.train()
@@ -682,7 +687,6 @@ class MemoryPoint:
             "whole_frame": whole,
             "peak_bytes": peak_memory(),
             "peak_bytes_before": imported,
-            "seconds": round(time.perf_counter() - began, 2),
         }
         print(json.dumps(facts))
 
@@ -1107,12 +1111,8 @@ def memory_verdict(memory: dict[str, Any] | None) -> str:
     whole = (
         [point for point in memory["points"] if point["what"] == "render" and point["whole_frame"]] if memory else []
     )
-    rows = [
-        [f"`{p['method']}`", f"{p['rays']:,}", f"{p['peak_bytes'] / 1e9:.2f}", f"{p['seconds']:.0f}"]
-        for p in whole
-        if p["own_setting"]
-    ]
-    return markdown_table(["whole frame", "rays a chunk", "peak GB", "seconds"], rows)
+    rows = [[f"`{p['method']}`", f"{p['rays']:,}", f"{p['peak_bytes'] / 1e9:.2f}"] for p in whole if p["own_setting"]]
+    return markdown_table(["whole frame", "rays a chunk", "peak GB"], rows)
 
 
 def plot_memory(memory: dict[str, Any], path: Path) -> None:
