@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from shiftadd3d.kernels.cpu.decode import interleaved
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.runtime import tir as T
@@ -198,6 +199,16 @@ def layer_norm(
     Args:
         source: ``source(row, column)``: numbers or, for an index of vectors, vectors.
     """
+    if width % isa.lanes == 0:
+        with T.serial((rows + (isa.lanes - 1)) // isa.lanes) as batch:
+            top = T.bind(batch * isa.lanes)
+
+            def store(i: Expr, c: int, x: Expr) -> None:
+                out[top + i, isa.at(c)] = x
+
+            here = T.bind(T.min(T.int64(isa.lanes), rows - top))
+            normalize(isa, here, width, lambda i, c: source(top + i, isa.at(c)), store, eps)
+        return
     end = width // isa.lanes * isa.lanes
     whole, rest = range(0, end, isa.lanes), range(end, width)
 
@@ -224,6 +235,55 @@ def layer_norm(
             out[r, isa.at(c)] = apart(isa.at(c), True) * isa.splat(factor[0])
         for c in rest:
             out[r, c] = apart(c, False) * factor[0]
+
+
+def normalize(
+    isa: Isa,
+    rows: Expr,
+    width: int,
+    source: Callable[[Expr, int], Expr],
+    store: Callable[[Expr, int, Expr], None],
+    eps: Expr,
+) -> None:
+    """`layer_norm` of rows of whole vectors, of no more rows than a vector has lanes: their sums are taken together.
+
+    Args:
+        source: ``source(row, column)``: the vector from a column on.
+        store: ``store(row, column, x)``: what to do with such a vector of the outcome.
+    """
+    sums, means, factors = T.alloc(isa.lanes, isa.lanes), T.alloc(isa.lanes), T.alloc(isa.lanes)
+    columns, share = range(0, width, isa.lanes), isa.splat(1.0 / width)
+
+    def total(value: Callable[[Expr, int], Expr]) -> Expr:
+        """The sums over all rows."""
+        with T.serial(rows) as i:
+            vectors = value(i, 0)
+            for c in columns[1:]:
+                vectors = vectors + value(i, c)
+            sums[i, isa.at(0)] = vectors
+        return folded_each(isa, sums, lambda a, b: a + b)
+
+    def square(i: Expr, c: int) -> Expr:
+        apart = isa.keep(source(i, c) - isa.splat(means[i]))
+        return apart * apart
+
+    means[isa.at(0)] = total(source) * share
+    factors[isa.at(0)] = isa.splat(1.0) / isa.square_root(total(square) * share + isa.splat(eps))
+    with T.serial(rows) as i:
+        for c in columns:
+            store(i, c, (source(i, c) - isa.splat(means[i])) * isa.splat(factors[i]))
+
+
+def folded_each(isa: Isa, rows: Buffer, fold: Callable[[Expr, Expr], Expr], *, integer: bool = False) -> Expr:
+    """The lanes of each of as many vectors as they have lanes, rows of a buffer, folded into one: a vector of these."""
+    kept = [isa.keep(rows[i, isa.at(0)], integer=integer) for i in range(isa.lanes)]
+    while len(kept) > 1:
+        half = len(kept) // 2
+        kept = [
+            isa.keep(fold(*(T.shuffle([a, b], interleaved(part, isa.lanes)) for part in range(2))), integer=integer)
+            for a, b in zip(kept[:half], kept[half:], strict=True)
+        ]
+    return kept[0]
 
 
 def copy_row(isa: Isa, source: Buffer, out: Buffer, count: int) -> None:

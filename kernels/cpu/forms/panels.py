@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from shiftadd3d.kernels.cpu.decode import interleaved
+from shiftadd3d.kernels.cpu.blocks import folded_each
 from shiftadd3d.kernels.cpu.forms.base import HIGHEST, LOWEST
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import Tile, Vectors
@@ -99,7 +99,7 @@ class IntegerProduct(PanelProduct):
                 for c in range(isa.lanes, staged.inputs, isa.lanes):
                     peak.value = T.max(peak.value, isa.magnitude_bits(source(top + i, c)))
                 self._peaks[i, isa.at(0)] = peak.value
-            peaks = largest_of_each(isa, [self._peaks[i, isa.at(0)] for i in range(isa.lanes)])
+            peaks = folded_each(isa, self._peaks, T.max, integer=True)
             low, high = isa.splat_int(LOWEST), isa.splat_int(HIGHEST)
             zero, one = isa.splat_int(0), isa.splat_int(1)
             too_low = T.select(peaks < low, T.min(peaks, one), zero)
@@ -154,7 +154,10 @@ class IntegerProduct(PanelProduct):
 
 
 class TileProduct(PanelProduct):
-    """Matrix tiles of bfloat16 (AMX), two by two: 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights."""
+    """Matrix tiles of bfloat16 (AMX), two by two: 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights.
+
+    A panel of more inputs than there are activations holds weights in pieces, of which each is multiplied.
+    """
 
     def __init__(self, target: CpuTarget, form: PanelForm) -> None:
         super().__init__(target, form)
@@ -173,31 +176,33 @@ class TileProduct(PanelProduct):
         self._unfit.value = T.max(self._unfit.value, largest.value - isa.splat_int(HIGHEST - 1))
 
     def multiply(self, rows: Index, staged: Staged, panel: Buffer, bias: Vectors | Buffer, sink: Sink) -> None:
-        isa, of_column = self.isa, self.bias_of(bias)
-        width, pitch = panel.extent(1), 4 * staged.words.extent(1)
+        isa, of_column, sums = self.isa, self.bias_of(bias), self._sums
+        width, words, pitch = panel.extent(1), staged.inputs // 2, 4 * staged.words.extent(1)
         with T.serial((rows + 31) // 32) as number:
             top = T.bind(number * 32)
+            here = T.bind(T.min(T.int64(32), rows - top))
             for left in range(0, width, 32):
                 halves = [j for j in range(2) if left + 16 * j < width]
                 for i in range(2):
                     for j in halves:
                         isa.zero_tile(2 * i + j)
-                for k in range(0, staged.inputs // 2, 16):
+                for k in range(0, words, 16):
                     for i in range(2):
                         isa.load_tile(4 + i, staged.words.address(top + 16 * i, k), pitch)
-                    for j in halves:
-                        isa.load_tile(6 + j, panel.address(k, left + 16 * j), 4 * width)
-                    for i in range(2):
+                    for piece in range(0, panel.extent(0) - 1, words):
                         for j in halves:
-                            isa.multiply_tiles(2 * i + j, 4 + i, 6 + j)
+                            isa.load_tile(6 + j, panel.address(piece + k, left + 16 * j), 4 * width)
+                        for i in range(2):
+                            for j in halves:
+                                isa.multiply_tiles(2 * i + j, 4 + i, 6 + j)
                 for i in range(2):
                     for j in halves:
-                        isa.store_tile(2 * i + j, self._sums.address(16 * i, 16 * j), 128)
-                with T.serial(32) as r:
+                        isa.store_tile(2 * i + j, sums.address(16 * i, 16 * j), 128)
+                with T.serial(here) as i:
+                    r = T.bind(top + i)
                     for j in halves:
                         c = left + 16 * j
-                        x = self._sums[r, isa.at(16 * j)]
-                        sink(top + r, c, isa.fma(x, self.unit(panel, c), of_column(top + r, c)))
+                        sink(r, c, isa.fma(sums[i, isa.at(16 * j)], self.unit(panel, c), of_column(r, c)))
 
     def finish(self, flag: Buffer) -> None:
         self.isa.release_tiles()
@@ -218,15 +223,3 @@ def panel_product(target: CpuTarget, form: PanelForm) -> PanelProduct:
 def error_bound(form: PanelForm) -> float:
     """What an activation may be off by, as a multiple of the largest magnitude of its row."""
     return {"int16": 1 / 65534, "int8": 1 / 254, "bfloat16": 2.0**-9}[form] * 1.001
-
-
-def largest_of_each(isa: Isa, vectors: list[Expr]) -> Expr:
-    """The largest lane of each of as many vectors of int32 as they have lanes, in one vector, in order."""
-    kept = [isa.keep(x, integer=True) for x in vectors]
-    while len(kept) > 1:
-        half = len(kept) // 2
-        kept = [
-            isa.keep(T.max(*(T.shuffle([a, b], interleaved(part, isa.lanes)) for part in range(2))), integer=True)
-            for a, b in zip(kept[:half], kept[half:], strict=True)
-        ]
-    return kept[0]

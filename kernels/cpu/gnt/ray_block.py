@@ -39,7 +39,7 @@ from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
 # Rows of activations at once, at least one ray: enough to fill the tiles of the products.
-_ROWS = 48
+_ROWS = 64
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shiftadd3d.kernels.cpu.blocks import activate
+from shiftadd3d.kernels.cpu.blocks import activate, folded_each, normalize
 from shiftadd3d.kernels.cpu.forms import panels as forms
 from shiftadd3d.kernels.cpu.forms.panels import AnyForm, panel_arguments, panel_product
 from shiftadd3d.kernels.cpu.isa import Isa
@@ -31,13 +31,13 @@ from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr
-from shiftadd3d.kernels.whole.mixtures import gate_of, route
+from shiftadd3d.kernels.whole.mixtures import gate_of
 from shiftadd3d.kernels.whole.parts import Norm, control_argument, held, rows_of
 from shiftadd3d.kernels.whole.program import Dim, Function, Program, Value
 
 # Tokens of a task, and those that go through an expert at once: what lies between the layers stays in the first-level
-# cache. A multiple of all tiles' heights.
-_TOKENS, _ROWS = 192, 48
+# cache. A multiple of all tiles' heights but those of float32, which have 4 or 6 rows.
+_TOKENS, _ROWS = 192, 64
 
 
 class Perceptron(NamedTuple):
@@ -164,26 +164,47 @@ class _Tokens(NamedTuple):
         Args:
             routing: of several experts, the router's weight and bias, and where the number of each token's goes.
         """
-        experts, width = self.counts.extent(0), self.packed.extent(1)
-        normal, logits = T.alloc(width), T.alloc(experts)
-        chosen, best = T.alloc(1, dtype="int64"), T.alloc(1)
+        experts, width, lanes = self.counts.extent(0), self.packed.extent(1), isa.lanes
+        normal, sums, table = T.alloc(lanes, width), T.alloc(lanes, lanes), T.alloc(experts, lanes)
+        logits, chosen, best = T.alloc(experts), T.alloc(1, dtype="int64"), T.alloc(1)
         for number in range(experts):
             self.counts[number] = T.int64(0)
-        with T.serial(count) as token:
-            norm.emit(isa, isa.reader(x, lambda row: top + row), token, T.int64(width), normal)
-            chosen[0] = T.int64(0)
+
+        def keep(i: Expr, c: int, x: Expr) -> None:
+            normal[i, isa.at(c)] = isa.fma(x, norm.gain[isa.at(c)], norm.shift[isa.at(c)])
+
+        with T.serial((count + (lanes - 1)) // lanes) as batch:
+            first = T.bind(top + batch * lanes)
+            here = T.bind(T.min(T.int64(lanes), top + count - first))
+            normalize(isa, here, width, lambda i, c: x[first + i, isa.at(c)], keep, T.float32(norm.eps))
             if routing is not None:
-                weight, bias, assignment = routing
-                route(isa, normal, T.int64(width), weight, bias, logits)
-                choose(logits, experts, chosen, best)
-                assignment[top + token] = chosen[0]
-            place = T.bind(chosen[0] * _TOKENS + self.counts[chosen[0]])
-            self.counts[chosen[0]] = self.counts[chosen[0]] + 1
-            self.origin[place] = top + token
-            if gated:
-                self.gates[place] = gate_of(logits, experts)
-            for c in range(0, width, isa.lanes):
-                self.packed[place, isa.at(c)] = normal[isa.at(c)]
+                for number in range(experts):
+                    _score(isa, here, normal, routing[0].part(number), sums)
+                    scores = folded_each(isa, sums, lambda a, b: a + b)
+                    table[number, isa.at(0)] = scores + isa.splat(routing[1][number])
+            with T.serial(here) as i:
+                chosen[0] = T.int64(0)
+                if routing is not None:
+                    for number in range(experts):
+                        logits[number] = table[number, i]
+                    choose(logits, experts, chosen, best)
+                    routing[2][first + i] = chosen[0]
+                place = T.bind(chosen[0] * _TOKENS + self.counts[chosen[0]])
+                self.counts[chosen[0]] = self.counts[chosen[0]] + 1
+                self.origin[place] = first + i
+                if gated:
+                    self.gates[place] = gate_of(logits, experts)
+                for c in range(0, width, lanes):
+                    self.packed[place, isa.at(c)] = normal[i, isa.at(c)]
+
+
+def _score(isa: Isa, rows: Expr, x: Buffer, weight: Buffer, sums: Buffer) -> None:
+    """Products of rows by a weight [width], whose sums over each row's lanes are left to be taken."""
+    with T.serial(rows) as i:
+        total = isa.splat(0.0)
+        for c in range(0, x.extent(1), isa.lanes):
+            total = isa.fma(x[i, isa.at(c)], weight[isa.at(c)], total)
+        sums[i, isa.at(0)] = total
 
 
 def _build(
