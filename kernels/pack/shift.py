@@ -63,6 +63,13 @@ def as_bfloat16(weights: Sequence[Tensor]) -> list[WholeWeights] | None:
     return [WholeWeights(weight.detach(), weight.new_ones(len(weight))) for weight in weights]
 
 
+def in_pieces(weight: Tensor) -> WholeWeights:
+    """A weight [outputs, inputs] in two pieces of bfloat16, one behind the other: to 2**-17 of each number."""
+    first = weight.bfloat16().to(weight)
+    pieces = torch.cat([first, (weight - first).bfloat16().to(weight)], dim=1)
+    return WholeWeights(pieces, weight.new_ones(len(weight)))
+
+
 def panel_forms(target: CpuTarget) -> tuple[PanelForm, ...]:
     """The forms that there are on a CPU."""
     if target.has_amx:

@@ -13,6 +13,8 @@ another one is a power of two, but a sum of them is not::
 
     k_v = W_k x_v                                       key
     (u_v, h_v) = (W_v, A_1) k_v + R' p_v + b            row, and what `row` above has for p_v
+
+Matrix tiles can have the products of weights in two pieces of bfloat16 instead, and need no key.
 """
 
 from __future__ import annotations
@@ -84,9 +86,16 @@ class Weights(NamedTuple):
     shifts: list[Buffer]
 
     @classmethod
-    def argument(cls, isa: Isa, width: int, hidden: int, form: AnyForm) -> Weights:
-        """The next arguments of a function."""
+    def argument(cls, isa: Isa, width: int, hidden: int, form: AnyForm, *, merged: bool = False) -> Weights:
+        """The next arguments of a function.
+
+        Args:
+            merged: of bfloat16, whether the key and what is made of it are one product, whose weights are two pieces.
+        """
         wide, narrow = isa.padded(width), isa.padded(hidden)
+        sizes = shift_sizes(width, hidden, isa.lanes)
+        if merged:
+            sizes[1] = 2 * width, wide + narrow
         return cls(
             row=T.panel("w_row", width + hidden, wide + narrow),
             row_bias=T.panel("b_row", wide + narrow),
@@ -96,7 +105,7 @@ class Weights(NamedTuple):
             score=T.panel("w_score", hidden, wide),
             out=T.panel("w_out", width, wide),
             out_bias=T.panel("b_out", wide),
-            shifts=[] if form == "float32" else panel_arguments(form, shift_sizes(width, hidden, isa.lanes)),
+            shifts=[] if form == "float32" else panel_arguments(form, sizes[1:] if merged else sizes),
         )
 
 
@@ -195,11 +204,11 @@ class _Shifts:
 
     Args:
         product: of the weights' form.
-        key, row, out: panels.
+        panels: key, row and out; without a key, the row takes the views themselves.
     """
 
-    def __init__(self, product: PanelProduct, width: int, key: Buffer, row: Buffer, out: Buffer) -> None:
-        self.product, self._key, self._row, self._out = product, key, row, out
+    def __init__(self, product: PanelProduct, width: int, *panels: Buffer) -> None:
+        self.product, (*self._key, self._row, self._out) = product, panels
         self._keys, self._staged = T.alloc(_ROWS + forms.ROW_PADDING, width), product.staged(_ROWS, width)
         self._isa, self._width = product.isa, width
 
@@ -214,8 +223,9 @@ class _Shifts:
             sums[r, isa.at(c)] = x
 
         self.product.stage(self._staged, rows, lambda r, c: view(r, isa.at(c)))
-        self.product.multiply(rows, self._staged, self._key, lambda r, c: isa.splat(0.0), keep)
-        self.product.stage(self._staged, rows, lambda r, c: self._keys[T.min(r, last), isa.at(c)])
+        for key in self._key:
+            self.product.multiply(rows, self._staged, key, lambda r, c: isa.splat(0.0), keep)
+            self.product.stage(self._staged, rows, lambda r, c: self._keys[T.min(r, last), isa.at(c)])
         self.product.multiply(rows, self._staged, self._row, lambda r, c: sums[r, isa.at(c)], add)
 
     def leave(self, points: Expr, pooled: Buffer, bias: Buffer, out: Buffer) -> None:

@@ -137,8 +137,7 @@ class Embedding:
             hidden[r, isa.at(c)] = isa.relu(x)
 
         def leave(r: Expr, c: int, x: Expr) -> None:
-            with T.when(r < rows):
-                embedding[r, isa.at(c)] = x
+            embedding[r, isa.at(c)] = x
 
         stage(of_shown, rows, lambda r, c: self.shown[T.min(r, last), isa.at(c)])
         multiply(rows, of_shown, self._shifts[0], layers.first_bias, keep)

@@ -17,7 +17,7 @@ from shiftadd3d.kernels.cpu.trials import Draw, check_within
 from shiftadd3d.kernels.pack.gnt import position_layer as pack_position_layer
 from shiftadd3d.kernels.pack.gnt import ray_block as pack_ray_block
 from shiftadd3d.kernels.pack.gnt import view_attention as pack_view_attention
-from shiftadd3d.kernels.pack.shift import shift_panel
+from shiftadd3d.kernels.pack.shift import in_pieces, shift_panel
 from shiftadd3d.kernels.reference.gnt.position_layer import position_layer_twin, random_samples
 from shiftadd3d.kernels.reference.gnt.ray_block import random_block, ray_block_twin, samples_of_certain_codes
 from shiftadd3d.kernels.reference.gnt.view_attention import random_attention, view_attention_twin
@@ -42,7 +42,8 @@ def _build_view_attention(target: CpuTarget, width: int, hidden: int, form: AnyF
         R, S, V = T.sizes(3)
         x, embedding = T.argument("x", (R, S, width)), T.argument("embedding", (R, S, V, width))
         ray_diff, mask = T.argument("ray_diff", (R, S, V, 4)), T.argument("mask", (R, S, V), "uint8")
-        weights = view_attention.Weights.argument(Isa(target), width, hidden, form)
+        merged = form == "bfloat16"
+        weights = view_attention.Weights.argument(Isa(target), width, hidden, form, merged=merged)
         control = control_argument()
         y = T.argument("y", (R, S, width))
         x, y, embedding, ray_diff = map(rows_of, (x, y, embedding, ray_diff))
@@ -66,6 +67,7 @@ def _try_view_attention(function: Compiled, width: int, hidden: int, form: AnyFo
         x, views, ray_diff, mask = problem.inputs
         normal = F.layer_norm(x, (width,), gain, shift, eps)
         panels, shifts = problem.panels, [shift_panel(layer, form) for layer in problem.shifts.values()]
+        shifts = without_key(panels, shifts) if form == "bfloat16" else shifts
         attended = problem._replace(inputs=(normal, views, ray_diff, mask)).rounded(form)
         expected, bound = x + attended, forms.error_bound(form) * 4 * attended.abs().amax() + 1e-4
     control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty(1, *x.shape)
@@ -86,6 +88,12 @@ def behind_norm(panels: pack_view_attention.Panels, gain: Tensor, shift: Tensor)
     return panels._replace(query=query.float().contiguous(), query_bias=bias.float().contiguous())
 
 
+def without_key(panels: pack_view_attention.Panels, shifts: Sequence[Tensor]) -> list[Tensor]:
+    """Panels of bfloat16, of key, row and out, with products of weights in the place of the first two."""
+    width = panels.query.shape[0]
+    return [shift_panel(in_pieces(panels.row[:width].mT), "bfloat16"), shifts[2]]
+
+
 def view_block(
     program: Program,
     x: Value,
@@ -99,9 +107,10 @@ def view_block(
     """``x + view attention of norm(x)`` [R, S, C].
 
     Args:
-        shifts: panels of integers of a form other than float32.
+        shifts: panels of a form other than float32, of key, row and out.
     """
     gain, shift, eps = norm
+    shifts = without_key(panels, shifts) if form == "bfloat16" else shifts
     tensors = [*behind_norm(panels, gain, shift), *shifts]
     arguments = [x, embedding, shown.ray_diff, shown.mask, *map(program.weight, tensors)]
     width, hidden = panels.query.shape[0], panels.score.shape[0]
