@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,10 +34,19 @@ from shiftadd3d.models.gnt.projection import Silhouettes
 from shiftadd3d.nerf.compiled import compiled_where_it_can_be
 from shiftadd3d.nerf.feature_cache import FeatureCache
 from shiftadd3d.nerf.foreign_rays import group_rays
-from shiftadd3d.nerf.source_bank import PROJECTIONS, DrawnSources, SourceBank, mend_fisheye_rays, opencv_cameras
+from shiftadd3d.nerf.source_bank import PROJECTIONS, DrawnSources, SourceBank, camera_rays, opencv_cameras
 from shiftadd3d.nerf.source_bank import SourceViews as BankViews
 from shiftadd3d.nerf.warm_start import load_dense_weights
-from shiftadd3d.nn import FrozenModule, MoE, Recipe, collect_moe_losses, freeze_, reparameterize_, router_statistics
+from shiftadd3d.nn import (
+    FrozenModule,
+    FrozenMoE,
+    MoE,
+    Recipe,
+    collect_moe_losses,
+    freeze_,
+    reparameterize_,
+    router_statistics,
+)
 from shiftadd3d.nn.routing import keep_routing, ray_shares
 
 if TYPE_CHECKING:
@@ -137,7 +146,7 @@ class GNTNerfModel(Model):
         self._drawn: Callable[[], DrawnSources | None] = lambda: None
         self._encoded: tuple[tuple[int, ...], SourceViews] | None = None
         self._features = FeatureCache()
-        self._is_frozen = False
+        self._is_frozen, self._shows_routing = False, True
         # In a tuple, so that torch takes it for no part of this model.
         self._frozen_copy: tuple[GNTModel, ...] = ()
         self._compiled: tuple[Numerics, GNTModel, GNTModel] | None = None
@@ -220,6 +229,20 @@ class GNTNerfModel(Model):
         if self._compiled is None or self._compiled[0] != chosen or self._compiled[1] is not network:
             self._compiled = chosen, network, compiled_where_it_can_be(network, CONSOLE)
         return self._compiled[2]
+
+    @contextlib.contextmanager
+    def without_routing(self) -> Iterator[None]:
+        """A block within which outputs lack `routing`, which takes time and which a film seldom shows."""
+        mixtures = [module for module in self.gnt.modules() if isinstance(module, FrozenMoE) and module.keep_assignment]
+        for mixture in mixtures:
+            keep_routing(mixture, keep=False)
+        before, self._shows_routing = self._shows_routing, False
+        try:
+            yield
+        finally:
+            self._shows_routing = before
+            for mixture in mixtures:
+                keep_routing(mixture)
 
     def warm_start(self, path: Path) -> None:
         """Start from a trained dense GNT, reparameterized: of a `gnt` run, or an official checkpoint.
@@ -394,7 +417,8 @@ class GNTNerfModel(Model):
             "depth": out["depth"][:, None] * length,
             "accumulation": out["accumulation"][:, None],
         }
-        if not self.training and (shares := ray_shares(network, len(origins))):
+        shown = self._shows_routing and not self.training
+        if shown and (shares := ray_shares(network, len(origins))):
             outputs["routing"] = torch.stack(list(shares.values())).mean(dim=0)[:, None]
         if self.training:
             for name in ("coarse", "proposal"):
@@ -450,8 +474,7 @@ class GNTNerfModel(Model):
             camera: one, perspective or fisheye.
             size: rows and columns of rays, evenly over the picture.
         """
-        rays = camera.generate_rays(camera_indices=0, keep_shape=True)
-        mend_fisheye_rays(rays, camera)
+        rays = camera_rays(camera)
         rows, columns = (
             torch.linspace(0, length - 1, count).round().long() for length, count in zip(rays.shape, size, strict=True)
         )
@@ -480,12 +503,11 @@ class GNTNerfModel(Model):
             camera: one, of any type. Panoramas look everywhere: each ray of theirs has the views nearest to it.
             obb_box: a crop. Pixels whose surface lies outside become background: what it hides stays hidden.
         """
-        rays = camera.generate_rays(camera_indices=0, keep_shape=True)
+        rays = camera_rays(camera)
         if int(camera.camera_type) in PROJECTIONS:
             ids = self._get_bank().nearest(
                 opencv_cameras(camera)[1][0], self._num_source_views, exclude_same_pose=not self.use_own_view
             )
-            mend_fisheye_rays(rays, camera)
             rays.metadata["source_ids"] = ids.to(rays.origins.device).expand(*rays.shape, -1)
         else:
             rays.camera_indices = None  # 0 is no training view's

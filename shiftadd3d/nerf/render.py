@@ -276,7 +276,8 @@ def render_frames(
         UserError: an output that the model does not have.
     """
     near, far = model.near_far.tolist()
-    with progress("Rendering", len(cameras), unit="frames", console=CONSOLE) as shown:
+    routed = contextlib.nullcontext() if "routing" in names else model.without_routing()
+    with routed, progress("Rendering", len(cameras), unit="frames", console=CONSOLE) as shown:
         for index in range(len(cameras)):
             outputs = model.get_outputs_for_camera(cameras[index : index + 1].to(model.device))
             shown.advance()

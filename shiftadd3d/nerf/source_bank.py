@@ -57,6 +57,41 @@ def opencv_cameras(cameras: Cameras) -> tuple[Float[Tensor, "n 3 3"], Float[Tens
     return intrinsics, camera_to_world @ _OPENGL_TO_OPENCV.to(device)
 
 
+def camera_rays(camera: Cameras) -> RayBundle:
+    """Rays through all pixels of one camera of any type, [h, w], those of fisheye cameras mended.
+
+    Those of a plain pinhole are made here: nerfstudio looks up a camera for each of them, and takes ten times as long.
+    Pixel areas are zeros then, as nothing asks for them.
+
+    Args:
+        camera: batch shape [1].
+    """
+    distortion = camera.distortion_params
+    if (
+        int(camera.camera_type) != CameraType.PERSPECTIVE.value
+        or (distortion is not None and bool(distortion.any()))
+        or camera.metadata
+        or camera.times is not None
+    ):
+        rays = camera.generate_rays(camera_indices=0, keep_shape=True)
+        mend_fisheye_rays(rays, camera)
+        return rays
+    fx, fy, cx, cy = (x.flatten()[0] for x in (camera.fx, camera.fy, camera.cx, camera.cy))
+    height, width = int(camera.height), int(camera.width)
+    pose = camera.camera_to_worlds.reshape(3, 4)
+    x = (torch.arange(width, device=pose.device) + 0.5 - cx) / fx
+    y = (torch.arange(height, device=pose.device) + 0.5 - cy) / fy
+    across, up, back = pose[:, :3].unbind(dim=1)
+    directions = (x[:, None] * across)[None] - (y[:, None] * up)[:, None] - back
+    length = directions.norm(dim=-1, keepdim=True)
+    return RayBundle(
+        origins=pose[:, 3].expand_as(directions),
+        directions=directions / length,
+        pixel_area=torch.zeros_like(length),
+        metadata={"directions_norm": length},
+    )
+
+
 def mend_fisheye_rays(rays: RayBundle, camera: Cameras) -> None:
     """Gives a fisheye camera's rays, in place, what nerfstudio leaves out; those of other cameras stay as they are.
 

@@ -58,11 +58,12 @@ def ray_shares(model: nn.Module, rays: int) -> dict[str, Tensor]:
     }
 
 
-def keep_routing(model: nn.Module) -> None:
-    """Let frozen mixtures note where they send tokens; others always do."""
+def keep_routing(model: nn.Module, *, keep: bool = True) -> None:
+    """Let frozen mixtures note where they send tokens, or no longer; others always do."""
     for module in model.modules():
         if isinstance(module, FrozenMoE):
-            module.keep_assignment = True
+            module.keep_assignment = keep
+            module.last_assignment = module.last_assignment if keep else None
 
 
 def _as_square(tokens: Tensor, prefix: int) -> Tensor | None:

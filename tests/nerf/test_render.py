@@ -81,6 +81,22 @@ def test_routing_is_the_share_of_samples_at_the_multiplying_expert(run: Run, tin
     assert float(shown.flatten()[at]) == pytest.approx(float(torch.stack(shares).mean()), abs=0.05)
 
 
+def test_a_film_keeps_no_account_of_routing_unless_it_shows_it(run: Run):
+    model, cameras = run.pipeline.model, run.pipeline.datamanager.train_dataset.cameras[:1]
+    mixtures = [module for module in model.gnt.modules() if isinstance(module, FrozenMoE)]
+    for names in (["rgb"], ["rgb", "routing"]):
+        for mixture in mixtures:
+            mixture.last_assignment = None
+        frames = rendering.render_frames(model, cameras, names)
+        next(frames)
+        noted = [module.last_assignment is not None for module in mixtures]
+        assert noted == [names[-1] == "routing"] * len(mixtures)
+        frames.close()
+    with model.without_routing():
+        assert "routing" not in model.get_outputs_for_camera(cameras)
+    assert "routing" in model.get_outputs_for_camera(cameras)
+
+
 def test_a_network_without_mixtures_has_no_routing(run: Run):
     with pytest.raises(UserError, match="--outputs routing: a run without mixtures of experts has no such output"):
         rendering.picture({"rgb": torch.zeros(2, 2, 3)}, ["routing"], (1.0, 2.0))

@@ -15,7 +15,7 @@ from nerfstudio.data.datasets.base_dataset import InputDataset
 
 from shiftadd3d import UserError
 from shiftadd3d.nerf.dataparsers import AutoDataParserConfig
-from shiftadd3d.nerf.source_bank import SourceBank, distort, opencv_cameras, undistort
+from shiftadd3d.nerf.source_bank import SourceBank, camera_rays, distort, mend_fisheye_rays, opencv_cameras, undistort
 
 PERSPECTIVE, FISHEYE = CameraType.PERSPECTIVE.value, CameraType.FISHEYE.value
 BARREL = [-0.15, 0.02, 0.004, -0.003, 0.002, -0.001]
@@ -282,3 +282,21 @@ def test_spare_views_vary_the_choice_but_keep_the_order(orbit_poses):
     assert all(sorted(choice, key=ranking.index) == choice for choice in choices)
     assert len({tuple(choice) for choice in choices}) > 10
     assert bank.nearest(target, 4, exclude=7).tolist() == ranking[:4]
+
+
+@pytest.mark.parametrize("kind", [CameraType.PERSPECTIVE, CameraType.FISHEYE, CameraType.EQUIRECTANGULAR])
+@pytest.mark.parametrize("distortion", [None, 0.1])
+def test_a_pictures_rays_are_those_that_nerfstudio_makes(kind: CameraType, distortion: float | None):
+    pose = torch.eye(4)[:3]
+    pose[:, :3] = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0))).Q
+    pose[:, 3] = torch.tensor([1.0, -2.0, 3.0])
+    lens = None if distortion is None else torch.tensor([[distortion, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    sizes = {"width": 11, "height": 7, "camera_type": kind, "distortion_params": lens}
+    camera = Cameras(pose[None], fx=9.0, fy=8.0, cx=5.0, cy=3.0, **sizes)
+    found, expected = camera_rays(camera), camera.generate_rays(camera_indices=0, keep_shape=True)
+    mend_fisheye_rays(expected, camera)
+    assert found.shape == expected.shape == (7, 11)
+    for name in ("origins", "directions"):
+        assert torch.allclose(getattr(found, name), getattr(expected, name), atol=1e-6)
+    lengths = found.metadata["directions_norm"], expected.metadata["directions_norm"]
+    assert torch.allclose(*lengths, atol=1e-6)

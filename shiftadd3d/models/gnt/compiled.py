@@ -284,6 +284,7 @@ class CompiledGNT(GNTModel):
         self._programs: dict[Exactness, dict[str, Program]] = {}
         self._executables: dict[Exactness, _Executables] = {}
         self._of_views: dict[str, tuple[list[Tensor | None], Tensor]] = {}
+        self._found_in: dict[int, list[nn.Module]] = {}  # modules of a part, by its id
 
     @property
     def is_compiled(self) -> bool:
@@ -347,7 +348,7 @@ class CompiledGNT(GNTModel):
         if board is not None:
             rays, columns = board
             name, given = "between", [*given, torch.empty(rays // columns, columns, dtype=torch.uint8)]
-        found = self._run(name, given)
+        found = self._run(name, given, 1)
         return in_torch() if found is None else found[0].view(-1, num_samples)
 
     def _render(
@@ -356,11 +357,13 @@ class CompiledGNT(GNTModel):
         if not self._serves(net, sources, origins):
             return super()._render(net, sources, origins, directions, depths, feature_maps)
         name = "coarse" if net is self.net_coarse else "fine"
-        found = self._call(name, sources, feature_maps, origins, directions, depths)
+        mixtures = [mixture for mixture in _mixtures(net) if mixture.keep_assignment]
+        wanted = 3 + len(_mixtures(net)) if mixtures else 3
+        found = self._call(name, sources, feature_maps, origins, directions, depths, outcomes=wanted)
         if found is None:
             return super()._render(net, sources, origins, directions, depths, feature_maps)
         rgb, weights, seen, *routed = found
-        for mixture, assignment in zip(_mixtures(net), routed, strict=True):
+        for mixture, assignment in zip(_mixtures(net), routed, strict=bool(mixtures)):
             if mixture.keep_assignment:
                 mixture.last_assignment = assignment
         return rgb, weights, seen.view(torch.bool)
@@ -370,15 +373,19 @@ class CompiledGNT(GNTModel):
         if origins.device.type != "cpu":
             raise UserError(f"a compiled GNT takes rays on the CPU, not on {origins.device}")
         known = origins.dtype == torch.float32 and 0 < len(sources.images) <= MAX_VIEWS
-        return known and self._is_wanted(origins) and not has_hooks(*part.modules())
+        if id(part) not in self._found_in:
+            self._found_in[id(part)] = [*part.modules()]
+        return known and self._is_wanted(origins) and not has_hooks(*self._found_in[id(part)])
 
     def _is_wanted(self, of_rays: Tensor) -> bool:
         """Whether there are rays, and nothing else than inference in numerics with kernels is asked for."""
         used = self.is_compiled and not self.training and uses_kernels("view_attention", of_rays)
         return used and len(of_rays) > 0
 
-    def _call(self, name: str, sources: SourceViews, feature_maps: Tensor, *of_rays: Tensor) -> list[Tensor] | None:
-        """The outcomes of a program, for as many rays at a time as caches hold; None where there is none yet."""
+    def _call(
+        self, name: str, sources: SourceViews, feature_maps: Tensor, *of_rays: Tensor, outcomes: int = 3
+    ) -> list[Tensor] | None:
+        """The first outcomes of a program, for as many rays at a time as caches hold; None where there is none yet."""
         views = (
             projection_matrices(sources.cameras),
             sources.cameras.camera_to_world[:, :3, 3],
@@ -390,11 +397,11 @@ class CompiledGNT(GNTModel):
         chunks = zip(*(x.detach().contiguous().split(at_once) for x in of_rays), strict=True)
         parts: list[list[Tensor]] = []
         for chunk in chunks:
-            found = self._run(name, [*chunk, *ready])
+            found = self._run(name, [*chunk, *ready], outcomes)
             if found is None:
                 return None
             parts.append(found)
-        return [torch.cat(some) for some in zip(*parts, strict=True)]
+        return parts[0] if len(parts) == 1 else [torch.cat(some) for some in zip(*parts, strict=True)]
 
     def _derived(self, name: str, given: list[Tensor | None], make: Callable[..., Tensor]) -> Tensor:
         """What `make` makes of source views; that of the views asked for last is kept."""
@@ -403,21 +410,22 @@ class CompiledGNT(GNTModel):
             known = self._of_views[name] = given, make(*given)
         return known[1]
 
-    def _run(self, name: str, inputs: Sequence[Tensor]) -> list[Tensor] | None:
-        """The outcomes of one call; None where there is no executable yet."""
+    def _run(self, name: str, inputs: Sequence[Tensor], outcomes: int) -> list[Tensor] | None:
+        """The first outcomes of one call; None where there is no executable yet."""
         with self._lock:
             if not self._ready(self.numerics):
                 return None
-            outcome = self._executables[self.numerics].run(name, inputs)
+            outcome = self._executables[self.numerics].run(name, inputs, outcomes)
             if outcome is None:
                 self.overflows += 1
-                outcome = self._executables["safe"].run(name, inputs) if self._ready("safe") else None
+                outcome = self._executables["safe"].run(name, inputs, outcomes) if self._ready("safe") else None
         return outcome
 
     def __getstate__(self) -> dict[str, Any]:
         # What is compiled comes from the cache again.
         supply = Supply(self._supply.background)
-        return {**vars(self), "_lock": None, "_executables": {}, "_programs": {}, "_supply": supply, "_of_views": {}}
+        of_process = {"_lock": None, "_executables": {}, "_programs": {}, "_supply": supply}
+        return {**vars(self), **of_process, "_of_views": {}, "_found_in": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -435,15 +443,17 @@ class _Executables:
         self._functions = {name: (library[name], executable.weights_of(one)) for name, one in programs.items()}
         self._control = executable.Control()
 
-    def run(self, name: str, inputs: Sequence[Tensor]) -> list[Tensor] | None:
-        """The outcomes of one; None if it met an activation that it cannot express."""
+    def run(self, name: str, inputs: Sequence[Tensor], outcomes: int) -> list[Tensor] | None:
+        """The first outcomes of one; None if it met an activation that it cannot express."""
         function, weights = self._functions[name]
         follow_torch()
         self._control.reset(torch.get_num_threads())
         outcome = function(*inputs, self._control.tensor, weights)
         if self._control.overflowed:
             return None
-        return [torch.from_dlpack(x) for x in ([outcome] if name in ("around", "between") else outcome)]
+        return (
+            [torch.from_dlpack(outcome)] if outcomes == 1 else [torch.from_dlpack(outcome[i]) for i in range(outcomes)]
+        )
 
 
 def compile_gnt(model: nn.Module, numerics: Numerics, background: bool = False) -> CompiledGNT:
