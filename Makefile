@@ -19,8 +19,10 @@ pip_index = $(BIN)/python -m pip config list 2>/dev/null | sed -n "s/^global.ind
 export_index = index="$${UV_DEFAULT_INDEX:-$${UV_INDEX_URL:-$${PIP_INDEX_URL:-$$($(pip_index))}}}"; \
 	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi
 
-# Whose byte code is written once: where Python is told to write none, parsing takes as long as all else of a start.
-IMPORTED := import shiftadd3d.configs.methods, shiftadd3d.nerf.movie, shiftadd3d.vision.evaluate
+# Whose byte code is written once: where Python is told to write none, parsing takes as long as all else of a start. The
+# last one, and sympy with it, torch imports when it first broadcasts shapes.
+IMPORTED := import shiftadd3d.configs.methods, shiftadd3d.nerf.movie, shiftadd3d.vision.evaluate, \
+    torch.fx.experimental.symbolic_shapes
 
 # A process that the system kills says nothing itself, and make's own line is easily taken for the work's.
 say_killed = [ $$code -le 128 ] || [ $$code -eq 130 ] || \
