@@ -70,7 +70,6 @@ def test_a_search_that_was_not_timed_has_no_seconds(layers: ModuleType):
     for facts in layers.read_results(RESULTS / "data"):  # what cannot be measured is absent, not empty
         times = [facts["search"].get("seconds", 1), *(row.get("calibration_seconds", 1) for row in facts["rows"])]
         assert None not in times
-        assert ("--no-times" in facts["command"]) == ("seconds" not in facts["search"])
 
 
 def test_no_times_are_taken_where_none_are_asked_for(layers: ModuleType):
