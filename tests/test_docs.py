@@ -18,7 +18,18 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 @pytest.mark.parametrize(
     "page",
-    ["calibration", "classification", "compile", "index", "kernels", "movie", "own-model", "photos", "recipes"],
+    [
+        "calibration",
+        "classification",
+        "compile",
+        "index",
+        "kernels",
+        "movie",
+        "own-model",
+        "photos",
+        "profile",
+        "recipes",
+    ],
 )
 def test_the_code_of_a_page_runs_from_top_to_bottom(
     page: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

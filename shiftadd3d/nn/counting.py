@@ -234,6 +234,8 @@ class _Watch(TorchDispatchMode):
             if rules.products is _attention:
                 q, k = args[:2]
                 self._add(work, q, _SOFTMAX.times(q.shape[:-1].numel() * k.shape[-2]), (0, 0))
+            elif rules.products is _recurrent:
+                self._add(work, args[0], _LSTM_CELL.times(results[0].numel()), (0, 0))
         elif rules.arithmetic is not None and results:
             floats = [tensor for tensor in tensors if tensor.is_floating_point()] or tensors
             if floats:
@@ -471,6 +473,17 @@ def _attention(of: _Operands, args: tuple, kwargs: dict, out: Any) -> Iterator[P
     yield _matrix_product(plain, groups, rows, k.shape[-2], v.shape[-1], y)
 
 
+def _recurrent(of: _Operands, args: tuple, kwargs: dict, out: Any) -> Iterator[Product]:
+    """One layer of an LSTM, in one direction: inputs of all steps at once, then the state step by step."""
+    x, weight, recurrent, state = args[0], args[1], args[2], args[5]
+    steps, batch, inputs = x.shape
+    y = out[0]
+    yield _matrix_product(of, 1, steps * batch, inputs, weight.shape[0], y)
+    for _ in range(steps):
+        step = of._replace(left=state, right=recurrent)
+        yield _matrix_product(step, 1, batch, recurrent.shape[1], recurrent.shape[0], y)
+
+
 # Where the two operands stand in those operators that may meet binary codes.
 _FIRST_OPERAND = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}
 _PRODUCTS: dict[str, Callable[[_Operands, tuple, dict, Any], Iterator[Product]]] = {
@@ -488,6 +501,7 @@ _PRODUCTS: dict[str, Callable[[_Operands, tuple, dict, Any], Iterator[Product]]]
     "_scaled_dot_product_flash_attention": _attention,
     "_scaled_dot_product_efficient_attention": _attention,
     "_scaled_dot_product_cudnn_attention": _attention,
+    "mkldnn_rnn_layer": _recurrent,
 }
 
 
@@ -497,6 +511,8 @@ _PRODUCTS: dict[str, Callable[[_Operands, tuple, dict, Any], Iterator[Product]]]
 
 _Formula = Callable[[tuple, dict, Tensor], Elementwise]
 _SOFTMAX = Elementwise(add=2, compare=1, special=2)  # the largest, the difference to it, exp, the sum, the division
+# Four sums of input and state, three sigmoids and two tanh, two gated products and their sum, and one more product.
+_LSTM_CELL = Elementwise(mult=3, add=8, special=8)
 
 
 def _each(**counts: int) -> _Formula:

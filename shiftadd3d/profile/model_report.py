@@ -28,6 +28,13 @@ RECIPES = ("mult", "add", "add+shift", "add+shift-attn+moe")
 """What is compared where nothing else is asked for; the first is what the others are compared with."""
 
 
+UNCHANGED = (
+    "no attention and no perceptron of this model is of a class that recipes know. `register_attention` and "
+    "`register_mlp` name more (docs/own-model.md)."
+)
+"""What to say of recipes that leave a model as it was."""
+
+
 @dataclass(frozen=True)
 class Routing:
     """What one mixture's router did with the input."""
@@ -57,6 +64,12 @@ class Profile:
     latency: dict[str, Latency] = field(default_factory=dict)
     """By form."""
     quality: Quality | None = None
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether a recipe found nothing to change: every product still multiplies."""
+        is_dense = self.operations.mult == self.operations.add
+        return self.recipe != "mult" and is_dense and not self.routing  # a router may send all tokens to Mult
 
     @property
     def work(self) -> dict[str, float]:
@@ -129,6 +142,7 @@ class ProfileReport(RichReport):
                     "model": each.model,
                     "recipe": each.recipe,
                     "weights": each.weights,
+                    "is_unchanged": each.is_unchanged,
                     "work": each.work,
                     "bytes": _bytes(each),
                     "energy": {
@@ -159,6 +173,9 @@ class ProfileReport(RichReport):
             parts += [_work_table(chosen), self._energy_table(chosen), _levels_table(chosen)]
             if self.peak is not None:
                 parts.append(self._latency_table(chosen, self.peak))
+            if same := [each.recipe for each in chosen if each.is_unchanged]:
+                verb = "change" if len(same) > 1 else "changes"
+                parts.append(f"{' and '.join(same)} {verb} nothing here: {UNCHANGED}\n")
         notes = [f"{account}: {found.assumptions}" for account, found in self.profiles[0].energy.items()]
         if self.peak is not None:
             notes.append(

@@ -10,6 +10,7 @@ from functools import reduce
 from typing import Any
 
 from shiftadd3d.profile import charts
+from shiftadd3d.profile.model_report import UNCHANGED
 
 _TEMPLATE = "page.html.jinja"
 
@@ -43,7 +44,9 @@ def render_page(facts: dict[str, Any]) -> str:
             drawn += [charts.latency(facts, model), charts.latency_by_part(facts, model)]
         routed = [at for at in numbers if any(router["map"] for router in facts["profiles"][at]["routing"])]
         drawn += [charts.routing(facts, at) for at in routed]
-        by_model.append({"name": model, "numbers": numbers, "charts": drawn, "best": _best(facts, numbers)})
+        same = [facts["profiles"][at]["recipe"] for at in numbers if facts["profiles"][at]["is_unchanged"]]
+        best = _best(facts, numbers)
+        by_model.append({"name": model, "numbers": numbers, "charts": drawn, "best": best, "same": same})
     forms = list(dict.fromkeys(form for each in facts["profiles"] for form in each["latency"]))
     measured = [
         form for form in forms if any(each["latency"].get(form, {}).get("joules") for each in facts["profiles"])
@@ -57,6 +60,7 @@ def render_page(facts: dict[str, Any]) -> str:
         measured=measured,
         levels=charts.LEVELS,
         operations=charts.OPERATIONS,
+        unchanged=UNCHANGED,
         has_quality=has_quality,
         pareto=charts.pareto(facts) if has_quality else None,
         svg=Markup,

@@ -18,6 +18,7 @@ from shiftadd3d.kernels.ops.moe import moe_mlp
 from shiftadd3d.nn import (
     AddAttention,
     MoELinear,
+    OperationReport,
     PackedShiftLinear,
     ShiftConv2d,
     ShiftLinear,
@@ -223,3 +224,24 @@ def test_products_of_classifiers_are_those_that_torch_counts(name: str) -> None:
     report = count_operations(model, x)
     assert report.products == report.mult == products_by_torch(model, lambda model: model(x))
     assert report.moved_bytes["weight_bytes"] < sum(p.numel() for p in model.parameters()) * 4  # norms and biases
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True, "bias": False}])
+def test_a_recurrent_layer_counts_by_hand_and_as_its_steps(options: dict) -> None:
+    layer = nn.LSTM(16, 32, batch_first=True, **options).eval()
+    layers, directions = options.get("num_layers", 1), 1 + options.get("bidirectional", False)
+    batch = (torch.randn(3, 10, 16), *torch.randn(2, layers * directions, 3, 32))
+
+    def count() -> OperationReport:
+        return count_operations(layer, batch, forward=lambda model, given: model(given[0], given[1:]), inputs=1)
+
+    fused = count()
+    with torch.backends.mkldnn.flags(enabled=False):  # step by step
+        steps = count()
+    widths = [16] + (layers - 1) * [32]
+    assert fused.products == steps.products == sum(directions * 30 * 4 * 32 * (width + 32) for width in widths)
+    done, expected = fused.elementwise["float32"], steps.elementwise["float32"]
+    cells = layers * directions * 30 * 32
+    assert done["mult"] == 3 * cells <= expected["mult"] and done["special"] == expected["special"] == 8 * cells
+    assert 8 * cells <= done["add"] <= expected["add"]
+    assert fused.moved_bytes["weight_bytes"] == steps.moved_bytes["weight_bytes"]

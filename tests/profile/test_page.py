@@ -188,6 +188,16 @@ def test_routing_is_shown_where_there_is_a_mixture(facts: dict[str, Any], page: 
     assert len(cells) == 16 and router["share"] == pytest.approx(sum(cells) / 16)
 
 
+def test_a_recipe_that_changes_nothing_is_said_to(facts: dict[str, Any], page: str) -> None:
+    assert not any(each["is_unchanged"] for each in facts["profiles"]) and "nothing" not in page
+    still = Subject("still", lambda recipe: make("mult"), lambda model: torch.randn(1, 16, 24), 1, "picture", "16 px")
+    report = profile([still], ("mult", "add", "moe"), accelerator=load_accelerator())
+    unchanged = [each["is_unchanged"] for each in report.as_dict()["profiles"]]
+    assert unchanged == [False, True, True]
+    for text in (str(report), render_page(report.as_dict())):
+        assert "add and moe change nothing here" in " ".join(re.sub("<[^>]*>", "", text).split())
+
+
 def test_names_of_mixtures_are_told_apart() -> None:
     short = ["blocks.0", "blocks.1"]
     assert _told_apart(short, 22) == short
