@@ -126,8 +126,9 @@ class Report:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All drawings, by name."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("gallery-*.json"))]
+    """All drawings, the most faithful one first."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("gallery-*.json"))]
+    return sorted(results, key=lambda facts: -facts["psnr"]["shiftadd-gnt-tiny"])
 
 
 def render_report(results: list[dict[str, Any]], template: str) -> str:
@@ -140,7 +141,7 @@ def render_report(results: list[dict[str, Any]], template: str) -> str:
         parts.append(
             f"## {name.replace('_', ' ').capitalize()}\n\n"
             f"{width} x {height} pixels. `gnt-tiny` {dense:.1f} dB, `shiftadd-gnt-tiny` {ours:.1f} dB.\n\n"
-            f"![{name}](pictures/gallery-{name}.jpg)"
+            f"[![{name}](pictures/gallery-{name}.jpg)](pictures/gallery-{name}.jpg)"
         )
     commands = [{"command": result["made_by"]} for result in results if result["made_by"]]
     filled = {

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from energy import MODELS
 from reporting import (
     DATA,
     NOT_MEASURED,
@@ -288,9 +289,9 @@ class Report:
     """Show speeds of code that has changed since, too."""
 
     def __call__(self) -> None:
+        """Write the page."""
         if not self.old:
             refuse_old(DATA.glob(FILES.format("*")))
-        """Write the page."""
         write_page("peers", lambda template: render_report(read_results(DATA), template))
 
 
@@ -341,18 +342,30 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
                 place_of(row),
                 f"{int8:,.1f}",
                 f"{ms[EAGER] / int8:.2f}",
-                f"{time / int8:.2f} ({name})",
+                f"{time / int8:.2f}",
+                short_name(name),
                 f"{exact:,.1f}",
                 f"{ms[f'{OPENVINO}f32'] / exact:.2f}",
             ]
         )
-    header = ["model, pictures, threads", "int8, ms", "torch / int8", "fastest peer / int8", "exact, ms"]
+    header = ["add+shift", "int8, ms", "torch / int8", "fastest peer / int8", "that peer", "exact, ms"]
     return markdown_table([*header, "OpenVINO f32 / exact"], shown)
+
+
+def short_name(solution: str) -> str:
+    """Of a peer: its engine, and what numbers it multiplies its weights as."""
+    engine, numbers = solution.split(", ")[:2]
+    return f"{engine} {numbers.removeprefix('NNCF ')}"
+
+
+def pictures_of(row: dict[str, Any]) -> str:
+    """The model of a row, and how many pictures at once."""
+    return f"{MODELS.get(row['model'], row['model'])}, {row['batch']} picture{'s' * (row['batch'] > 1)}"
 
 
 def place_of(row: dict[str, Any]) -> str:
     """What a row is about."""
-    return f"{row['model']}, {row['batch']}, {row['threads']}"
+    return f"{pictures_of(row)}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
 
 
 def full_table(row: dict[str, Any]) -> str:

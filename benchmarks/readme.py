@@ -84,29 +84,23 @@ def speed_table() -> str:
         ]
     ]
     for facts in peers.read_results(DATA):
-        cells: dict[tuple[str, int], list[dict[str, float]]] = {}
+        cells: dict[str, list[dict[str, float]]] = {}
         for row in sorted(facts["rows"], key=lambda row: row["threads"]):
-            cells.setdefault((row["model"], row["batch"]), []).append(row["ms"])
-        for (model, batch), times in cells.items():
+            cells.setdefault(peers.pictures_of(row), []).append(row["ms"])
+        for pictures, times in cells.items():
             ours = [ms[PEERS_FORM] for ms in times]
             best = [peers.best_peer(ms) for ms in times]
             rows.append(
                 [
-                    f"{MODELS[model]}, {batch} picture{'s' * (batch > 1)}, {CPUS[facts['instructions']]}",
+                    f"{pictures}, {CPUS[facts['instructions']]}",
                     " / ".join(f"{time:,.0f}" for time in ours),
                     " / ".join(f"{ms[peers.EAGER] / time:.1f}" for ms, time in zip(times, ours, strict=True)),
                     " / ".join(f"{peer / time:.2f}" for (_, peer), time in zip(best, ours, strict=True)),
-                    " / ".join(dict.fromkeys(short_name(name) for name, _ in best)),
+                    " / ".join(dict.fromkeys(peers.short_name(name) for name, _ in best)),
                 ]
             )
     header = ["one thread / two threads", "ms", "times faster than torch", "than the fastest other", "that is"]
     return markdown_table(header, rows)
-
-
-def short_name(solution: str) -> str:
-    """Of a peer: its engine, and what numbers its weights are."""
-    engine, numbers = solution.split(", ")[:2]
-    return f"{engine} {numbers.removeprefix('NNCF ')}"
 
 
 def accuracy_table() -> str:

@@ -213,7 +213,7 @@ class Movie(Verb):
     out: Annotated[Path, tyro.conf.arg(metavar="PATH")]
     """Where to: a .mp4 or .gif file, or a folder (no suffix) for numbered PNG frames."""
     scene: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder for the scene that is made of photos or a video; what is there from an earlier time serves again. If not
+    """Folder for the scene that is made of photos or a video; one that is there already is used again. If not
     set, NAME-scene beside NAME.mp4."""
     minutes: Annotated[float, tyro.conf.arg(metavar="N")] = 0.0
     """Train on the scene for so long first, from the same network."""
@@ -668,7 +668,7 @@ class Bench(Verb):
     kernels: time them against torch in float32, bfloat16 and int8, compiled and not.
 
     Everything that solves a problem takes turns; tables show speedups, times with quartiles, shares of what the machine
-    does at best, and what was to be reached. Takes a quarter of an hour for each number of threads.
+    does at best, and targets. Takes a quarter of an hour for each number of threads.
     """
 
     what: Annotated[Literal["kernels"], tyro.conf.Positional]
@@ -796,8 +796,8 @@ class Scenes(Verb):
 class Profile(Verb):
     """Count what models do and move, and what that takes in energy by three accounts, recipe by recipe.
 
-    Weights are random but in folders, which changes nothing but which expert of a mixture a token goes to. The first
-    recipe is what the others are compared with.
+    Named models have random weights. These change nothing but the expert of a mixture that a token goes to. All
+    recipes are compared with the first.
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]

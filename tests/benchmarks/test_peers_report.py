@@ -45,7 +45,7 @@ def test_ratios_are_against_the_fastest_of_the_others(benchmark):
     ms = {"torch, float32, eager": 30.0, "OpenVINO, f32": 20.0, "OpenVINO, NNCF int8, f32": 12.0}
     ms |= {"shiftadd3d, add+shift, int8": 6.0, "shiftadd3d, add+shift, exact": 16.0, "shiftadd3d, add, exact": 1.0}
     table = benchmark.summary_table([{"model": "m", "batch": 1, "threads": 2, "ms": ms}])
-    assert "| m, 1, 2 | 6.0 | 5.00 | 2.00 (OpenVINO, NNCF int8, f32) | 16.0 | 1.25 |" in table
+    assert "| m, 1 picture, 2 threads | 6.0 | 5.00 | 2.00 | OpenVINO int8 | 16.0 | 1.25 |" in table
 
 
 @pytest.mark.skipif(
