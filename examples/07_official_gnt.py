@@ -11,6 +11,8 @@ from shiftadd3d.models.gnt import Cameras, load_official_checkpoint, render_rays
 from shiftadd3d.models.gnt.presets import gnt_recipe, may_change
 from shiftadd3d.nn import freeze_, reparameterize_
 
+if len(sys.argv) != 2:
+    sys.exit("usage: python examples/07_official_gnt.py CHECKPOINT.pth")
 model = load_official_checkpoint(sys.argv[1]).eval()  # only tensors are read from the file, no code is run
 print(model.config)
 

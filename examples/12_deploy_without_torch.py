@@ -16,6 +16,8 @@ import numpy as np
 import tvm_ffi
 from PIL import Image, ImageOps
 
+if len(sys.argv) != 3:
+    sys.exit("usage: python 12_deploy_without_torch.py DIR/so PICTURE")
 folder = Path(sys.argv[1]).resolve()
 about = json.loads((folder / "executable.json").read_text(encoding="utf-8"))
 lacking = set(about["cpu"]) - set(Path("/proc/cpuinfo").read_text().split())

@@ -41,6 +41,16 @@ def test_every_example_is_tried_and_listed_in_the_docs(repository: Path):
         assert f"examples/{script}.py" in page
 
 
+@pytest.mark.parametrize("name", ["07_official_gnt", "12_deploy_without_torch"])
+def test_an_example_that_needs_a_file_says_so(name: str, repository: Path, monkeypatch: pytest.MonkeyPatch):
+    if name == "12_deploy_without_torch":
+        pytest.importorskip("tvm_ffi")
+    script = repository / "examples" / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    with pytest.raises(SystemExit, match=f"^usage: python .*{name}"):
+        runpy.run_path(str(script), run_name="__main__")
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs(
     name: str,
