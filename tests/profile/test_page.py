@@ -137,10 +137,11 @@ def test_energies_and_times_of_every_recipe_are_there(facts: dict[str, Any], pag
 
 def test_bars_are_as_long_as_the_numbers_that_they_stand_for(facts: dict[str, Any], page: str) -> None:
     tree = Tree(page).root
-    seen = 0
+    seen = touching = 0
     for drawing in (element for element in tree.everything() if element.tag == "svg"):
         # Bars of one kind, such as energies by one account, are drawn to one scale.
         scales: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        stacks: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for bar in drawing.everything():
             place = bar.attributes.get("data-place", "")
             if not place or bar.inside[0].tag != "path":
@@ -149,12 +150,18 @@ def test_bars_are_as_long_as_the_numbers_that_they_stand_for(facts: dict[str, An
             kind = re.search(r"(energy\.\w+|pj|work|seconds|latency)", place.replace("roofline_", ""))
             assert kind is not None
             scales[kind[1].replace("latency", "seconds")].append((look_up(facts, place), max(steps) - min(steps)))
+            if kind[1] not in ("seconds", "latency"):  # stacked, those of a row one after the other
+                stacks[place.rpartition(".")[0]].append((min(steps), max(steps)))
         for bars in scales.values():
             longest = max(bars)
             for value, length in bars:
                 assert length == pytest.approx(longest[1] * value / longest[0], rel=1e-3, abs=2e-3)
                 seen += 1
-    assert seen > 100
+        for stack in stacks.values():
+            for (_, end), (start, _) in itertools.pairwise(sorted(stack)):
+                assert start == pytest.approx(end, abs=0.05)
+                touching += 1
+    assert seen > 100 and touching > 100
 
 
 def test_parts_add_up_to_the_model(facts: dict[str, Any]) -> None:
