@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from shiftadd3d.kernels.cpu.forms.base import ShiftProduct
 from shiftadd3d.kernels.pack.shift import panel_forms
 from shiftadd3d.kernels.pack.whole import ordinary
 from shiftadd3d.kernels.runtime import targets
-from shiftadd3d.kernels.whole import executable, products
+from shiftadd3d.kernels.whole import executable
 from shiftadd3d.kernels.whole.gnt.blocks import POSITION, RAY_BLOCK, VIEW_ATTENTION
 from shiftadd3d.kernels.whole.gnt.head import COLORS
 from shiftadd3d.kernels.whole.gnt.perceptrons import PERCEPTRONS
@@ -63,12 +64,14 @@ MIXED_FORMS = {"activation": "relu", "gated": True}
 GNT_CASES: list[tuple[Function, dict[str, Any]]] = [
     (SWEEP, {"channels": 8, "hidden": 32}),
     (SWEEP, {"channels": 5, "hidden": 12}),
-    (VIEWS, {"inputs": 36, "hidden": 32, "width": 32, "with_moments": True}),
-    (VIEWS, {"inputs": 13, "hidden": 16, "width": 16, "with_moments": False}),
+    (VIEWS, {"inputs": 36, "hidden": 32, "width": 32, "with_moments": True, "tiles": False}),
+    (VIEWS, {"inputs": 13, "hidden": 16, "width": 16, "with_moments": False, "tiles": False}),
+    (VIEWS, {"inputs": 36, "hidden": 32, "width": 32, "with_moments": True, "tiles": True}),
     (VIEW_ATTENTION, BLOCK | {"hidden": 4}),
     (RAY_BLOCK, RAY | {"hidden": 0}),
     (RAY_BLOCK, RAY | {"attention": "softmax", "kernel": 0, "hidden": 128}),
-    (AROUND, {}),
+    (AROUND, {"on_board": False}),
+    (AROUND, {"on_board": True}),
     (POSITION, {"width": 32, "hidden": 32, "outputs": 32, "canonical": True}),
     (POSITION, {"width": 32, "hidden": 20, "outputs": 32, "canonical": False}),
     (COLORS, {"width": 32, "inputs": 36, "hidden": 16, "eps": 1e-5}),
@@ -99,6 +102,8 @@ def test_functions_of_gnts_compute_what_torch_does(
     here = targets.current()
     if function is POSITION and not here.has_fma:
         pytest.skip("sines take fused multiply-adds")
+    if spec.get("tiles") and not here.has_amx:
+        pytest.skip("no matrix tiles")
     forms = ("float32", *panel_forms(here)) if function in (VIEW_ATTENTION, RAY_BLOCK, PERCEPTRONS) else (None,)
     for form in forms:
         one = spec if form is None else spec | {"form": form}
@@ -164,8 +169,7 @@ def test_several_programs_in_one_executable(empty_cache: Path) -> None:
 
 
 def test_a_function_that_fails_its_trial_is_not_kept(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    activate = products.activate
-    monkeypatch.setattr(products, "activate", lambda isa, name, x: activate(isa, name, x) + isa.splat(1.0))
+    monkeypatch.setattr(ShiftProduct, "activation", lambda product, name: lambda x: x + product.isa.splat(1.0))
     with pytest.raises(AssertionError, match=r"^linear: it is off by"):
         run(small_program(torch.randn(7, 24)), torch.randn(1, 3, 24))
     assert not any("whole" in record.read_text() for record in empty_cache.glob("*.json"))
