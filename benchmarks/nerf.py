@@ -734,7 +734,6 @@ def peak_memory() -> int:
 # Speed
 # --------------------------------------------------------------------------------------------------------------------
 
-SPEED_FILES = {False: "nerf-speed.json", True: "nerf-speed-kept-memory.json"}
 FORMS = {
     "torch": "plain torch",
     "compile": "plain torch, torch.compile",
@@ -822,7 +821,8 @@ class Speed:
             "code": code_digest(),
             "command": self.command(),
         }
-        write_result(self.out / SPEED_FILES[self.keep_memory], facts)
+        threads, kept = f"-{self.threads}-threads" * (self.threads > 1), "-kept-memory" * self.keep_memory
+        write_result(self.out / f"nerf-speed{threads}{kept}.json", facts)
 
 
 def frame_renderer(method: str, form: Form, width: int, height: int) -> Callable[[], Any]:
@@ -880,7 +880,7 @@ class Report:
 
     def __call__(self) -> None:
         if not self.old:
-            refuse_old(DATA / name for name in ("nerf-memory.json", *SPEED_FILES.values()))
+            refuse_old([*DATA.glob("nerf-memory.json"), *DATA.glob("nerf-speed*.json")])
         results = read_results(DATA)
         if results["memory"]:
             plot_memory(results["memory"][0], PICTURES / "nerf-memory.png")

@@ -20,6 +20,7 @@ from reporting import DATA, REPOSITORY, markdown_table, run_command
 README = REPOSITORY / "README.md"
 ENERGY_MODELS = ("pvt_v2_b0", "deit_tiny_patch16_224", "gnt-big")
 PEERS_FORM = f"{peers.OURS}add+shift, int8"
+FRAME_FORM = "executable-int8"
 CPUS = {"amx": "AMX", "avx512_vnni": "AVX-512 VNNI", "avx512": "AVX-512", "avx2": "AVX2"}
 """What instructions of `shiftadd3d.kernels.runtime.targets` are called elsewhere."""
 CLASSIFIERS = {"deit": "small DeiT", "pvt": "small PVT v2"}
@@ -70,16 +71,22 @@ def quality_table() -> str:
 
 def speed_table() -> str:
     """Rows: what runs; columns: its time, how many times faster it is than torch and than the fastest other engine."""
-    (nerf,) = read("nerf-speed.json")
-    seconds = {(row["method"], row["form"]): row["seconds"][0] for row in nerf["rows"]}
-    frame = seconds["shiftadd-gnt-tiny", "fast"]
-    width, height = nerf["frame"]
+    frames = [facts for facts in read("nerf-speed*.json") if not facts["keep_memory"]]
+    frames.sort(key=lambda facts: facts["threads"])
+    seconds = [{(row["method"], row["form"]): row["seconds"][0] for row in facts["rows"]} for facts in frames]
+    ours = [times["shiftadd-gnt-tiny", FRAME_FORM] for times in seconds]
+    width, height = frames[0]["frame"]
+
+    def ratios(form: str, digits: int) -> str:
+        pairs = zip(seconds, ours, strict=True)
+        return " / ".join(f"{times['gnt-tiny', form] / time:.{digits}f}" for times, time in pairs)
+
     rows = [
         [
             f"`shiftadd-gnt-tiny`, a frame of {width} x {height}",
-            f"{1000 * frame:,.0f}",
-            f"{seconds['gnt-tiny', 'torch'] / frame:.1f}",
-            f"{seconds['gnt-tiny', 'compile'] / frame:.2f}",
+            " / ".join(f"{1000 * time:,.0f}" for time in ours),
+            ratios("torch", 1),
+            ratios("compile", 2),
             "torch.compile",
         ]
     ]
