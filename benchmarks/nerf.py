@@ -1082,8 +1082,9 @@ def speed_table(results: list[dict[str, Any]]) -> str:
             )
         width, height = facts["frame"]
         kept = ", memory kept" * facts.get("keep_memory", False)
+        place = f"{facts['threads']} thread{'s' * (facts['threads'] > 1)}{kept}, {facts['machine']['cpu']}"
         header = [
-            f"{width} x {height}, {facts['threads']} thread{'s' * (facts['threads'] > 1)}{kept}",
+            f"{width} x {height}, {place}",
             "seconds a frame",
             "times faster than plain torch",
             "than torch.compile",

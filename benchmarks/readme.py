@@ -21,6 +21,8 @@ README = REPOSITORY / "README.md"
 ENERGY_MODELS = ("pvt_v2_b0", "deit_tiny_patch16_224", "gnt-big")
 PEERS_FORM = f"{peers.OURS}add+shift, int8"
 FRAME_FORM = "executable-int8"
+FRAME_PEERS = {"torch": "torch", "compile": "torch.compile"}
+"""Forms of the dense network that others offer, and what they are called."""
 CPUS = {"amx": "AMX", "avx512_vnni": "AVX-512 VNNI", "avx512": "AVX-512", "avx2": "AVX2"}
 """What instructions of `shiftadd3d.kernels.runtime.targets` are called elsewhere."""
 CLASSIFIERS = {"deit": "small DeiT", "pvt": "small PVT v2"}
@@ -77,17 +79,15 @@ def speed_table() -> str:
     ours = [times["shiftadd-gnt-tiny", FRAME_FORM] for times in seconds]
     width, height = frames[0]["frame"]
 
-    def ratios(form: str, digits: int) -> str:
-        pairs = zip(seconds, ours, strict=True)
-        return " / ".join(f"{times['gnt-tiny', form] / time:.{digits}f}" for times, time in pairs)
-
+    pairs = list(zip(seconds, ours, strict=True))
+    best = [min((times["gnt-tiny", form], name) for form, name in FRAME_PEERS.items()) for times in seconds]
     rows = [
         [
             f"`shiftadd-gnt-tiny`, a frame of {width} x {height}",
             " / ".join(f"{1000 * time:,.0f}" for time in ours),
-            ratios("torch", 1),
-            ratios("compile", 2),
-            "torch.compile",
+            " / ".join(f"{times['gnt-tiny', 'torch'] / time:.1f}" for times, time in pairs),
+            " / ".join(f"{peer / time:.2f}" for (peer, _), time in zip(best, ours, strict=True)),
+            " / ".join(dict.fromkeys(name for _, name in best)),
         ]
     ]
     for facts in peers.read_results(DATA):
