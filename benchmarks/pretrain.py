@@ -3,6 +3,7 @@
     shiftadd3d scenes make-factory FACTORY --count 134 --seed 1
     python benchmarks/pretrain.py train --factory FACTORY      # hours; goes on where it stopped
     python benchmarks/pretrain.py pack --factory FACTORY       # into shiftadd3d/nerf/weights
+    python benchmarks/pretrain.py sharpen --by 1.5             # once, on top
     python benchmarks/pretrain.py evaluate --scene fern --method shiftadd-gnt-tiny
     python benchmarks/pretrain.py held-out --factory HELD_OUT --method shiftadd-gnt-tiny
     python benchmarks/pretrain.py report
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shlex
 import sys
@@ -159,6 +161,25 @@ class Pack:
         for file in sorted(WEIGHTS.glob("*.safetensors")):
             print(f"{file.relative_to(REPOSITORY)}: {file.stat().st_size / 1e6:.2f} MB")
         print(f"{len(report.layers)} layers of shifts, calibrated on {BATCHES} steps")
+
+
+@dataclass
+class Sharpen:
+    """Have both files' colour heads prefer the views nearest to the target more strongly."""
+
+    by: float
+    """What the scale of angles is multiplied by."""
+
+    def __call__(self) -> None:
+        """Write both files again."""
+        from safetensors.torch import save_file
+
+        from shiftadd3d.nerf.weights import pretrained_file, pretrained_methods, read_weights
+
+        for method in pretrained_methods():
+            tensors, facts = read_weights(pretrained_file(method))
+            tensors["net_coarse.color_head.log_angle_scale"] += math.log(self.by)
+            save_file(tensors, pretrained_file(method), facts)
 
 
 def calibration_batches(factory: Path, gnt: GNTModel) -> list[tuple[Any, ...]]:
@@ -355,7 +376,7 @@ def held_out_table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     run_command(
-        {"train": Train, "pack": Pack, "evaluate": Evaluate, "held-out": HeldOut, "report": Report},
+        {"train": Train, "pack": Pack, "sharpen": Sharpen, "evaluate": Evaluate, "held-out": HeldOut, "report": Report},
         __doc__,
     )
 

@@ -12,7 +12,7 @@ from shiftadd3d.kernels.cpu.gnt.color_blend import KERNEL
 from shiftadd3d.kernels.ops.gnt import color_blend as ops_color_blend
 from shiftadd3d.kernels.pack.gnt.color_blend import color_blend_of_panels, panels
 from shiftadd3d.kernels.pack.panel import lanes_on
-from shiftadd3d.kernels.reference.gnt.color_blend import color_blend_twin, random_blend
+from shiftadd3d.kernels.reference.gnt.color_blend import Scales, angle_prior, color_blend_twin, random_blend
 from shiftadd3d.kernels.runtime import targets
 
 SIZES = {"rays": 5, "samples": 7, "views": 4, "width": 16, "inputs": 11, "hidden": 8}
@@ -51,6 +51,43 @@ def test_a_colour_is_a_mixture_of_what_views_show():
     torch.testing.assert_close(weights.sum(-1), torch.ones(30))
     lowest, highest = arguments[1][..., :3].amin(dim=(1, 2)), arguments[1][..., :3].amax(dim=(1, 2))
     assert bool(((rgb >= lowest - 1e-6) & (rgb <= highest + 1e-6)).all())
+
+
+def test_without_a_spread_views_weigh_by_their_angle_alone():
+    cosine, mask = torch.tensor([[0.9, 0.99, 0.5]]), torch.tensor([[True, True, False]])
+    prior = angle_prior(cosine, mask, Scales(*torch.tensor([20.0, 1.0, 0.0])))
+    torch.testing.assert_close(prior, 20.0 * (cosine - 1.0))
+
+
+def test_with_a_spread_the_nearest_view_counts_more_however_close_together_views_lie():
+    off = torch.tensor([[0.01, 0.03, 0.05]])
+    scales = Scales(*torch.tensor([50.0, 1.0, 0.03]))
+    shares = [
+        torch.softmax(angle_prior(1.0 - off / closer, torch.ones(1, 3, dtype=torch.bool), scales), dim=-1)[0, 0]
+        for closer in (1.0, 10.0, 100.0)
+    ]
+    assert min(shares) > 0.55  # by the angle alone: 0.34 where views lie a hundred times as close
+    # At the mean that the spread names, twice the scale.
+    prior = angle_prior(1.0 - off, torch.ones(1, 3, dtype=torch.bool), scales)
+    torch.testing.assert_close(prior, -100.0 * off)
+
+
+def test_views_that_do_not_see_a_sample_say_nothing_of_the_spread():
+    arguments = problem(11)
+    arguments[3][..., 2] = False
+    expected = op(*arguments)
+    arguments[2][..., 2, 3] = -1.0
+    arguments[4][1][:, 11 + 3] = 0.0  # the hidden layer's look at cosines
+    again = op(*arguments)
+    arguments[2][..., 2, 3] = 0.5
+    assert all(map(torch.equal, again, op(*arguments))) and expected[0].shape == again[0].shape
+
+
+def test_views_in_the_target_s_own_place_are_finite():
+    arguments = problem(12)
+    arguments[2][..., 3] = 1.0
+    assert_same(arguments)
+    assert all(bool(out.isfinite().all()) for out in op(*arguments))
 
 
 def test_rays_that_nothing_sees_weigh_everything_the_same():

@@ -13,7 +13,7 @@ from shiftadd3d.kernels.cpu.blocks import blend_colors, softmax_of_row
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import ROW_PADDING, Scalars, product
 from shiftadd3d.kernels.pack.gnt.color_blend import panels, sizes
-from shiftadd3d.kernels.reference.gnt.color_blend import MAX_VIEWS, color_blend_twin, random_blend
+from shiftadd3d.kernels.reference.gnt.color_blend import LEAST_ANGLE, MAX_VIEWS, color_blend_twin, random_blend
 from shiftadd3d.kernels.reference.gnt.plane_sweep import MASKED_LOGIT
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
@@ -32,17 +32,24 @@ class _Views:
     values: Buffer  # [rows, inputs]
     ray_diff: Buffer  # [rows, 4]
     mask: Buffer  # [rows] uint8
-    scales: Buffer  # [2], of angles and of agreement
+    scales: Buffer  # [3], `shiftadd3d.kernels.reference.gnt.color_blend.Scales`
     V: Expr
     logits: Buffer  # [V and more]
     seen: Buffer  # [1]: how many views see the sample
+    off: Buffer  # [1]: the sum of 1 - cosine over these
 
     def shares(self, row: Expr) -> Expr:
         """The softmax of the logits, angles added, but for the division by what is returned; counts who sees."""
-        self.seen[0] = T.float32(0.0)
+        one = T.float32(1.0)
+        self.seen[0] = self.off[0] = T.float32(0.0)
         with T.serial(self.V) as v:
-            self.seen[0] = self.seen[0] + T.cast(self.mask[row + v], "float32")
-            angle = self.scales[0] * (self.ray_diff[row + v, 3] - T.float32(1.0))
+            sees = T.cast(self.mask[row + v], "float32")
+            self.seen[0] = self.seen[0] + sees
+            self.off[0] = self.off[0] + sees * (one - self.ray_diff[row + v, 3])
+        mean = T.max(self.off[0] / T.max(self.seen[0], one), T.float32(LEAST_ANGLE))
+        scale = T.bind(self.scales[0] * (one + self.scales[2] / mean))
+        with T.serial(self.V) as v:
+            angle = scale * (self.ray_diff[row + v, 3] - one)
             sees = self.mask[row + v] != T.number("uint8", 0)
             self.logits[v] = T.select(sees, self.logits[v] + angle, T.float32(MASKED_LOGIT))
         return softmax_of_row(self.isa, self.logits, self.V)
@@ -161,7 +168,8 @@ def emit(
         points, activation = T.alloc(S + ROW_PADDING, own), T.alloc(_ROWS + ROW_PADDING, deep)
         apart, colors = T.alloc(_ROWS + ROW_PADDING, inputs), T.alloc(S, 4)
         logits, scores = T.alloc(isa.padded(MAX_VIEWS)), T.alloc(S + isa.lanes)
-        views = _Views(isa, values, ray_diff, mask, weights.scales, V, logits, T.alloc(1, align=4))
+        counts = T.alloc(1, align=4), T.alloc(1, align=4)
+        views = _Views(isa, values, ray_diff, mask, weights.scales, V, logits, *counts)
         product(isa, S, own, weights.own_bias, [(weights.width, features(r), weights.own)], points)
         with T.serial(S) as s:
             scores[s] = points[s, hidden]

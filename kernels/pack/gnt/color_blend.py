@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shiftadd3d.kernels.pack.panel import across, padded, row, stored
-from shiftadd3d.kernels.reference.gnt.color_blend import color_blend_twin
+from shiftadd3d.kernels.reference.gnt.color_blend import Scales, color_blend_twin
 
 
 class Panels(NamedTuple):
@@ -20,7 +20,7 @@ class Panels(NamedTuple):
         own_bias: [D + 1], that of the views' part taken in.
         view: [2 K + 4, D], from what a view shows.
         view_logit: [D]; its bias, which all views have alike, drops out of the softmax.
-        scales: [2], of angles and of agreement.
+        scales: [3], `Scales`.
     """
 
     own: Tensor
@@ -30,9 +30,7 @@ class Panels(NamedTuple):
     scales: Tensor
 
 
-def panels(
-    weights: Sequence[Tensor], biases: Sequence[Tensor], angle_scale: Tensor, agreement_scale: Tensor, lanes: int
-) -> Panels:
+def panels(weights: Sequence[Tensor], biases: Sequence[Tensor], scales: Scales, lanes: int) -> Panels:
     """What the kernel reads, of weights, biases and scales as `color_blend_twin` takes them."""
     point, view, view_logit, sample_logit = weights
     point_bias, view_bias, _, sample_logit_bias = biases
@@ -41,7 +39,7 @@ def panels(
         own_bias=row(torch.cat([point_bias + view_bias, sample_logit_bias]), lanes),
         view=across(view, lanes=lanes),
         view_logit=row(view_logit[0], lanes),
-        scales=torch.stack([angle_scale, agreement_scale]),
+        scales=torch.stack(scales),
     )
     return Panels(*map(stored, packed))
 
@@ -49,7 +47,7 @@ def panels(
 def sizes(lanes: int, width: int, inputs: int, hidden: int) -> list[tuple[int, ...]]:
     """Of the panels for so many features, channels of a view, and hidden units."""
     own, deep = padded(hidden + 1, lanes), padded(hidden, lanes)
-    return [(width, own), (own,), (2 * inputs + 4, deep), (deep,), (2,)]
+    return [(width, own), (own,), (2 * inputs + 4, deep), (deep,), (3,)]
 
 
 def color_blend_of_panels(
@@ -60,4 +58,4 @@ def color_blend_of_panels(
     weights = [own[:, :hidden].mT, view[:, :hidden].mT, view_logit[None, :hidden], own[:, hidden : hidden + 1].mT]
     none = own_bias.new_zeros(hidden)
     biases = [own_bias[:hidden], none, none[:1], own_bias[hidden : hidden + 1]]
-    return color_blend_twin(x, values, ray_diff, mask, weights, biases, *scales.to(x.dtype).unbind())
+    return color_blend_twin(x, values, ray_diff, mask, weights, biases, Scales(*scales.to(x.dtype).unbind()))

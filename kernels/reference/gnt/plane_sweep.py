@@ -21,13 +21,11 @@ MASKED_LOGIT = -1e4
 
 def view_agreement(
     values: Tensor,  # [*, V, C]
-    cosine: Tensor,  # [*, V]
+    prior: Tensor,  # [*, V], a logit
     mask: Tensor,  # [*, V] bool
-    angle_scale: Tensor,  # scalar
 ) -> tuple[Tensor, Tensor]:
-    """Mean and mean absolute deviation over the views, [*, C] each; views that look the target's way count more."""
-    logits = (angle_scale * (cosine - 1.0)).masked_fill(~mask, MASKED_LOGIT)
-    share = torch.softmax(logits, dim=-1).unsqueeze(-1)
+    """Mean and mean absolute deviation over the views, [*, C] each; views with a higher prior count more."""
+    share = torch.softmax(prior.masked_fill(~mask, MASKED_LOGIT), dim=-1).unsqueeze(-1)
     mean = (share * values).sum(dim=-2)
     return mean, (share * (values - mean.unsqueeze(-2)).abs()).sum(dim=-2)
 
@@ -41,7 +39,7 @@ def plane_sweep(
     score: Layer,  # of 3 (C + 1) inputs
 ) -> tuple[Tensor, Tensor]:
     """Colours [R, 3] and weights [R, P] of rays: a softmax over the points of score and agreement in colour."""
-    mean, deviation = view_agreement(values, cosine, mask, angle_scale)
+    mean, deviation = view_agreement(values, angle_scale * (cosine - 1.0), mask)
     scores = score(_evidence(deviation, mask))[..., 0]
     logits = scores - agreement_scale * deviation[..., :3].mean(dim=-1)
     # One view alone always agrees with itself: that says nothing about the depth.

@@ -13,7 +13,7 @@ from shiftadd3d.kernels.cpu.tile import ROW_PADDING, Scalars
 from shiftadd3d.kernels.pack.gnt import color_blend as pack_color_blend
 from shiftadd3d.kernels.pack.gnt.gather import beside_validity
 from shiftadd3d.kernels.pack.panel import padded
-from shiftadd3d.kernels.reference.gnt.color_blend import color_blend_twin, random_blend
+from shiftadd3d.kernels.reference.gnt.color_blend import Scales, color_blend_twin, random_blend
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
@@ -75,16 +75,16 @@ class _Regression:
 
 def _try(function: Compiled, width: int, inputs: int, hidden: int, eps: float) -> None:
     sizes = {"rays": 5, "samples": 19, "views": 5, "width": width, "inputs": inputs - 1, "hidden": hidden}
-    x, values, ray_diff, mask, weights, biases, angle_scale, agreement_scale = random_blend(0, **sizes)
+    x, values, ray_diff, mask, weights, biases, scales = random_blend(0, **sizes)
     generator = torch.Generator().manual_seed(0)
     gain, shift, regress, bias = (
         torch.randn(*size, generator=generator) for size in ((width,), (width,), (3, width), (3,))
     )
     normal = F.layer_norm(x, (width,), gain, shift, eps)
-    rgb, shares = color_blend_twin(normal, values, ray_diff, mask, weights, biases, angle_scale, agreement_scale)
+    rgb, shares = color_blend_twin(normal, values, ray_diff, mask, weights, biases, scales)
     expected = rgb + F.linear(normal.mean(1), regress, bias), shares, mask.any(-1)
     beside = torch.cat([values[..., :3], mask[..., None].float(), values[..., 3:]], dim=-1)
-    panels = blend_panels(weights, biases, angle_scale, agreement_scale, current().lanes)
+    panels = blend_panels(weights, biases, scales, current().lanes)
     tensors = behind_norm(panels, regress, bias, gain, shift)
     control, outcome = torch.tensor([0, 2], dtype=torch.int32), [torch.empty(5, 3), torch.empty(5, 19)]
     seen = torch.empty(5, 19, dtype=torch.bool)
@@ -96,13 +96,11 @@ def _try(function: Compiled, width: int, inputs: int, hidden: int, eps: float) -
 COLORS = Function("colors", _build, _try)
 
 
-def blend_panels(
-    weights: list[Tensor], biases: list[Tensor], angle_scale: Tensor, agreement_scale: Tensor, lanes: int
-) -> pack_color_blend.Panels:
+def blend_panels(weights: list[Tensor], biases: list[Tensor], scales: Scales, lanes: int) -> pack_color_blend.Panels:
     """`pack.gnt.color_blend.panels`, for values that have validity behind the colour."""
     point, view, *logits = weights
     view = beside_validity(view, (0, (view.shape[1] - 4) // 2 + 4))
-    return pack_color_blend.panels([point, view, *logits], biases, angle_scale, agreement_scale, lanes)
+    return pack_color_blend.panels([point, view, *logits], biases, scales, lanes)
 
 
 def behind_norm(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from shiftadd3d.kernels.reference.gnt.color_blend import color_blend
+from shiftadd3d.kernels.reference.gnt.color_blend import Scales, color_blend
 from shiftadd3d.models.gnt.projection import PointSamples
 
 
@@ -25,10 +25,12 @@ class ImageColorHead(nn.Module):
     Args:
         width: channels of the ray transformer's output.
         feature_dim: channels of the source feature maps.
+        angle_spread: see `GNTConfig`.
     """
 
-    def __init__(self, width: int, feature_dim: int) -> None:
+    def __init__(self, width: int, feature_dim: int, angle_spread: float = 0.0) -> None:
         super().__init__()
+        self.angle_spread = angle_spread
         channels = feature_dim + 3
         hidden = width // 2
         # How well the views agree at each sample, as a feature added to the first query.
@@ -60,6 +62,11 @@ class ImageColorHead(nn.Module):
         rgb, weights = self.blend(x, samples)
         return rgb + self.regressed_scale * regressed, weights
 
+    def scales(self) -> Scales:
+        """How much the priors count, scalars."""
+        spread = self.log_angle_scale.new_tensor(self.angle_spread)
+        return Scales(self.log_angle_scale.exp(), self.log_agreement_scale.exp(), spread)
+
     def blend(self, x: Tensor, samples: PointSamples) -> tuple[Tensor, Tensor]:
         """Colours [R, 3], mixed of what the views show, and sample weights [R, S], for features x [R, S, width]."""
         return color_blend(
@@ -67,8 +74,7 @@ class ImageColorHead(nn.Module):
             samples.values,
             samples.ray_diff,
             samples.mask[..., 0],
-            self.log_angle_scale.exp(),
-            self.log_agreement_scale.exp(),
+            self.scales(),
             point=self.point_fc,
             view=self.view_fc,
             view_logit=self.view_logit_fc,

@@ -205,7 +205,7 @@ def _network(e: Emission, net: GNT, form: AnyForm, *, channels: int, canonical: 
             x = e.emit(net.q_fcs[i], x, rays=of_rays, canonical=canonical)
         x = e.emit(of_ray, x, form=form, routed=routed)
     gain, shift, eps = _norm(e, net.norm)
-    blend = head.blend_panels(*_all(color_head.blend_layers()), *color_head.scales(), current().lanes)
+    blend = head.blend_panels(*_all(color_head.blend_layers()), color_head.scales(), current().lanes)
     weight, bias = (color_head.regressed_scale * x for x in (net.rgb_fc.weight, net.rgb_fc.bias))
     tensors = head.behind_norm(blend, weight, bias, gain, shift)
     e.program.output(*head.colors(e.program, x, shown, tensors, color_head.hidden, eps), *routed)

@@ -175,15 +175,11 @@ class FrozenImageColorHead(FrozenModule, ImageColorHead):
         names = ("point_fc", "view_fc", "view_logit_fc", "sample_logit_fc")
         return {name: self.get_submodule(name) for name in names}
 
-    def scales(self) -> tuple[Tensor, Tensor]:
-        """Of angles and of agreement."""
-        return self.log_angle_scale.exp(), self.log_agreement_scale.exp()
-
     def derive(self) -> Mapping[str, Tensor]:
         weights, biases = weights_and_biases(self.blend_layers())
         self.hidden = weights[0].shape[0]
         lanes = lanes_on(weights[0].device)
-        return pack_color_blend.panels(weights, _given(biases), *self.scales(), lanes)._asdict()
+        return pack_color_blend.panels(weights, _given(biases), self.scales(), lanes)._asdict()
 
     def blend(self, x: Tensor, samples: PointSamples) -> tuple[Tensor, Tensor]:
         if not self.runs("color_blend", x, samples.values):

@@ -45,6 +45,9 @@ class GNTConfig:
     """One network for coarse and fine samples; otherwise two."""
     color_head: bool = False
     """Blend source colours instead of regressing the colour alone."""
+    angle_spread: float = 0.0
+    """How close together views lie when the blend prefers the nearest one twice as strongly, as the mean of 1 - cosine
+    of their angles to the target, 0 or more. 0: it prefers it by the angle alone, however close they lie."""
     proposal_samples: int = 0
     """Depths a ray at which a plane sweep looks first, to propose the samples for the transformers; 0: no proposal."""
     proposal_features: int = 8
@@ -63,9 +66,8 @@ class GNTModel(nn.Module):
         self.config = config = config or GNTConfig()
 
         def net() -> GNT:
-            return GNT(
-                config.depth, config.width, config.feature_dim, config.num_heads, config.dropout, config.color_head
-            )
+            sizes = config.depth, config.width, config.feature_dim, config.num_heads
+            return GNT(*sizes, config.dropout, config.color_head, config.angle_spread)
 
         self.net_coarse = net()
         self.net_fine = None if config.single_net else net()

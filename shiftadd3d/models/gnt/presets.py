@@ -22,10 +22,11 @@ TINY = GNTConfig(
     color_head=True,
     proposal_samples=48,
     canonical=True,
+    angle_spread=0.03,
 )
 #: The released network's sizes, with a colour head and a plane sweep in front. For the same minutes 16 samples behind a
 #: sweep reach what 64 alone do, at half the time a step (docs/results/nerf.md, "Samples of a ray").
-BASE = GNTConfig(depth=4, color_head=True, canonical=True, proposal_samples=48)
+BASE = GNTConfig(depth=4, color_head=True, canonical=True, proposal_samples=48, angle_spread=0.03)
 #: The paper's network: eight blocks, colours regressed.
 BIG = GNTConfig(depth=8)
 

@@ -162,6 +162,7 @@ class GNT(nn.Module):
         num_heads: heads of the ray transformers.
         dropout: rate in attention and feed-forward networks while training.
         color_head: blend the projected source colours (`ImageColorHead`) instead of regressing the colour alone.
+        angle_spread: of the colour head, see `GNTConfig`.
     """
 
     def __init__(
@@ -172,6 +173,7 @@ class GNT(nn.Module):
         num_heads: int = 4,
         dropout: float = 0.1,
         color_head: bool = False,
+        angle_spread: float = 0.0,
     ) -> None:
         super().__init__()
         self.rgbfeat_fc = nn.Sequential(nn.Linear(feature_dim + 3, width), nn.ReLU(), nn.Linear(width, width))
@@ -181,7 +183,7 @@ class GNT(nn.Module):
         self.q_fcs = nn.ModuleList(PositionLayer(width) if i % 2 == 0 else nn.Identity() for i in range(depth))
         self.norm = nn.LayerNorm(width)
         self.rgb_fc = nn.Linear(width, 3)
-        self.color_head = ImageColorHead(width, feature_dim) if color_head else None
+        self.color_head = ImageColorHead(width, feature_dim, angle_spread) if color_head else None
 
     def forward(self, samples: PointSamples, points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         """Colours and weights of rays.

@@ -41,7 +41,12 @@ def render(model: GNTModel, sources: SourceViews, rays: int = RAYS, **options) -
 
 
 def make(config, name: str, other_linear: str = "mult", **changes) -> GNTModel:
-    model = GNTModel(config(**{"color_head": True, "proposal_samples": 12, "canonical": True, "width": 32} | changes))
+    model = GNTModel(
+        config(
+            **{"color_head": True, "angle_spread": 0.03, "proposal_samples": 12, "canonical": True, "width": 32}
+            | changes
+        )
+    )
     for parameter in model.parameters():
         if not parameter.any():  # heads that start at zero would hide mistakes
             nn.init.normal_(parameter, std=0.1)

@@ -42,7 +42,7 @@ def render(model: GNTModel, sources, num_samples: int = 6) -> dict[str, torch.Te
 
 
 def make(config, name: str, **changes) -> GNTModel:
-    model = GNTModel(config(color_head=True, proposal_samples=12, **changes))
+    model = GNTModel(config(color_head=True, angle_spread=0.03, proposal_samples=12, **changes))
     for parameter in model.parameters():
         if not parameter.any():  # heads that start at zero would hide mistakes
             nn.init.normal_(parameter, std=0.1)
@@ -156,7 +156,7 @@ def test_a_network_without_values_gets_them_from_a_state_dict(config, views):
 
 
 def make_empty(config) -> GNTModel:
-    model = GNTModel(config(color_head=True, proposal_samples=12))
+    model = GNTModel(config(color_head=True, angle_spread=0.03, proposal_samples=12))
     reparameterize_(model, recipe("add+shift", dwconv=3), verbose=False)
     return model.eval()
 
