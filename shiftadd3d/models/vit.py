@@ -339,6 +339,18 @@ def _emit_attention(
     return e.linear(layer.out_fc, out, None, residual)
 
 
+def _emit_softmax(
+    e: Emission, layer: Attention, x: Value, *, norm: Norm | None, residual: Value, grid: tuple[int, int]
+) -> Value:
+    for part in (layer.q_norm, layer.k_norm, layer.norm):
+        if type(part) is not nn.Identity:
+            raise e.refusal(part, "which is not registered")
+    if layer.gate is not None:
+        raise e.refusal(layer.gate, "which is not registered")
+    out = e.softmax_attention(layer, [e.linear(layer.qkv, x, norm)], layer.num_heads)
+    return e.linear(layer.proj, out, None, residual)
+
+
 def _emit_mlp(e: Emission, mlp: Mlp, x: Value, *, norm: Norm | None, residual: Value) -> Value:
     if type(mlp.norm) is not nn.Identity or type(mlp.fc1) is nn.Conv2d:
         raise e.refusal(mlp, "with a norm in it, or convolutions")
@@ -405,6 +417,20 @@ def _emit_spatial_reduction(
     return e.linear(layer.out_fc, out, None, residual)
 
 
+def _emit_softmax_reduction(
+    e: Emission, layer: pvt_v2.Attention, x: Value, *, norm: Norm | None, residual: Value, grid: tuple[int, int]
+) -> Value:
+    if layer.pool is not None or layer.act is not None:
+        raise e.refusal(layer, "with pooling")
+    q = e.linear(layer.q, x, norm)
+    if layer.sr is None or layer.norm is None:
+        kv = e.linear(layer.kv, x, norm)
+    else:
+        reduced, _ = e.convolution(layer.sr, x, grid, False, norm, e.norm(layer.norm))
+        kv = e.linear(layer.kv, reduced)
+    return e.linear(layer.proj, e.softmax_attention(layer, [q, kv], layer.num_heads), None, residual)
+
+
 def _emit_conv_mlp(
     e: Emission,
     mlp: pvt_v2.MlpWithDepthwiseConv,
@@ -427,6 +453,8 @@ register_emitter(pvt_v2.MlpWithDepthwiseConv, _emit_conv_mlp)
 register_emitter(VisionTransformer, _emit_vit)
 register_emitter(Block, _emit_block)
 register_emitter(ViTAddAttention, _emit_attention)
+register_emitter(Attention, _emit_softmax)
+register_emitter(pvt_v2.Attention, _emit_softmax_reduction)
 register_harmless_hook(_TellGrid)
 
 

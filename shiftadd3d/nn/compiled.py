@@ -24,7 +24,7 @@ from shiftadd3d.kernels.runtime import kernel, targets
 from shiftadd3d.kernels.runtime.numerics import Numerics, check_numerics, get_numerics, numerics
 from shiftadd3d.kernels.runtime.recording import is_exported
 from shiftadd3d.kernels.runtime.threads import follow_torch
-from shiftadd3d.kernels.whole import deployment, executable, grids, mixtures, products, tokens
+from shiftadd3d.kernels.whole import deployment, executable, grids, mixtures, products, softmax, tokens
 from shiftadd3d.kernels.whole.background import Supply
 from shiftadd3d.kernels.whole.grids import Window
 from shiftadd3d.kernels.whole.program import Dim, Exactness, Program, Value
@@ -210,6 +210,12 @@ class Emission:
         columns = _width(module.v_fc) // heads
         return tokens.attention(self.program, parts, contrast, features, columns, float(LOW[module.q_code.codes]))
 
+    def softmax_attention(self, module: nn.Module, parts: Sequence[Value], heads: int) -> Value:
+        """Softmax attention of projected queries, keys and values; see `softmax.softmax_attention`."""
+        if _columns(parts[0]) // (3 if len(parts) == 1 else 1) // heads % targets.current().lanes:
+            raise self.refusal(module, "with heads that are no whole vectors")
+        return softmax.softmax_attention(self.program, parts, heads)
+
 
 Emitter = Callable[..., Value]
 Compiler = Callable[[nn.Module, Numerics, bool], Any]
@@ -255,6 +261,10 @@ def _is_watched(module: nn.Module) -> bool:
     """Whether someone sees or changes what goes into a module and comes out."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return has_own_forward(module) or not all(type(hook) in _harmless_hooks for hook in hooks)
+
+
+def _columns(x: Value) -> int:
+    return cast(int, x.shape[-1])
 
 
 def _width(layer: nn.Module) -> int:

@@ -24,6 +24,7 @@ from shiftadd3d.kernels.whole.grids import CONVOLUTION, SPREAD, Window
 from shiftadd3d.kernels.whole.mixtures import MIXTURE
 from shiftadd3d.kernels.whole.products import LINEAR, PERCEPTRON, linear
 from shiftadd3d.kernels.whole.program import Function, Program
+from shiftadd3d.kernels.whole.softmax import SOFTMAX_ATTENTION
 from shiftadd3d.kernels.whole.tokens import ATTENTION, DEPTHWISE, PATCHES, POOL
 
 tvm = pytest.importorskip("tvm")
@@ -44,6 +45,8 @@ CASES: list[tuple[Function, dict[str, Any]]] = [
     (ATTENTION, {"features": 64, "columns": 64, "parts": 1, "low": -1.0}),
     (ATTENTION, {"features": 20, "columns": 12, "parts": 2, "low": 0.0}),
     (ATTENTION, {"features": 16, "columns": 32, "parts": 3, "low": -1.0}),
+    (SOFTMAX_ATTENTION, {"heads": 3, "width": 32, "keys": 70, "joint": True}),
+    (SOFTMAX_ATTENTION, {"heads": 2, "width": 64, "keys": 49, "joint": False}),
     (DEPTHWISE, {"kernel_size": 3, "grid": (5, 14), "activation": "none", "added": True, "last": True}),
     (DEPTHWISE, {"kernel_size": 5, "grid": (3, 2), "activation": "gelu", "added": False, "last": False}),
     (CONVOLUTION, DENSE | {"window": Window(True, 3, 19, 22, 7, 4, 3), "eps_before": None, "eps_behind": 1e-5}),

@@ -91,6 +91,7 @@ VARIANTS = {
     "norm before pooling": {"global_pool": "avg", "fc_norm": False, "pool_include_prefix": True, "qkv_bias": True},
 }
 RECIPES = [
+    recipe("mult"),
     recipe("add"),
     recipe("add+shift"),
     recipe("add+shift-attn"),
@@ -121,6 +122,7 @@ def test_recipes_compute_what_they_did(given: Recipe) -> None:
 
 
 PVT_RECIPES = [
+    recipe("mult"),
     recipe("add"),
     recipe("add+shift"),
     recipe("add+shift", other_linear="shift", dwconv2d=0),
@@ -240,6 +242,8 @@ def test_a_part_that_has_to_be_told_more_than_values_runs_as_before() -> None:
     [
         ({"init_values": 0.1}, "blocks.0.ls1"),
         ({"qk_norm": True}, "blocks.0.attn.q_norm"),
+        ({"given": "mult", "qk_norm": True}, "blocks.0.attn.q_norm"),
+        ({"given": "mult", "embed_dim": 36}, "blocks.0.attn"),
         ({"pre_norm": True}, "the model"),
         ({"global_pool": "max"}, "the model"),
         ({"dynamic_img_size": True}, "patch_embed"),
@@ -256,7 +260,11 @@ def test_other_variants_run_as_before(options: dict, named: str) -> None:
 @pytest.mark.filterwarnings("ignore:not compiled")
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"linear": True}, "stages.0.blocks.0.attn"), ({"embed_dims": (8, 16)}, "stages.0.blocks.0.attn.dwconv")],
+    [
+        ({"linear": True}, "stages.0.blocks.0.attn"),
+        ({"given": "mult", "linear": True}, "stages.0.blocks.0.attn"),
+        ({"embed_dims": (8, 16)}, "stages.0.blocks.0.attn.dwconv"),
+    ],
 )
 def test_other_pyramids_run_as_before(options: dict, named: str) -> None:
     model, x = frozen_pvt(**options), torch.randn(1, 3, 64, 64)
