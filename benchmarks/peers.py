@@ -2,10 +2,12 @@
 
     make peers                      # OpenVINO and NNCF, into .venv
     python benchmarks/peers.py run
+    python benchmarks/peers_rays.py run
     python benchmarks/peers.py report
 
-The first installs what to compare with, the second writes docs/results/data/peers-SET.json, where SET are the
-instructions that our kernels use on this CPU, and the last one makes docs/results/peers.md from all of these files.
+The first installs what to compare with. The second writes docs/results/data/peers-SET.json, where SET are the
+instructions that our kernels use on this CPU, and the third rays-SET.json beside it. The last makes
+docs/results/peers.md from all of these files.
 """
 
 from __future__ import annotations
@@ -43,10 +45,12 @@ if TYPE_CHECKING:
 
 FILES = "peers-{}.json"
 """One for each set of instructions that our kernels use (`shiftadd3d.kernels.runtime.targets`)."""
+RAYS_FILES = "rays-{}.json"
+"""The like, of `benchmarks/peers_rays.py`."""
 EAGER = "torch, float32, eager"
 OPENVINO = "OpenVINO, "
 OURS = "shiftadd3d, "
-RECIPES = ("add", "add+shift", "add+shift-attn+moe")
+RECIPES = ("mult", "add", "add+shift", "add+shift-attn+moe")
 NUMERICS = ("exact", "fast", "int8")
 Solution = Callable[[], Any]
 SAME = (f"{OPENVINO}f32", "ONNX Runtime, float32")
@@ -73,12 +77,9 @@ class Run:
     def __call__(self) -> None:
         """Write the JSON file."""
         hold_to(self.instructions)
-        from shiftadd3d._errors import UserError
         from shiftadd3d.kernels.runtime import targets
 
-        missing = [name for name in ("openvino", "nncf", "onnxruntime") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise UserError(f"{', '.join(missing)}: not installed; expected what `make peers` brings")
+        check_installed()
         commit, instructions, rows = git_commit(), targets.current().name, []
         for model in self.models:
             with tempfile.TemporaryDirectory() as folder:
@@ -126,6 +127,15 @@ def hold_to(instructions: str | None) -> None:
         raise UserError(f"--instructions {instructions}: expected one of {', '.join(LIMITS)}")
     os.environ[targets.ENVIRONMENT_VARIABLE] = instructions
     os.environ[ONEDNN_LIMIT] = LIMITS[instructions]
+
+
+def check_installed() -> None:
+    """Raise `UserError` unless the other engines are there."""
+    from shiftadd3d._errors import UserError
+
+    missing = [name for name in ("openvino", "nncf", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: not installed; expected what `make peers` brings")
 
 
 def versions() -> dict[str, str]:
@@ -215,13 +225,7 @@ def openvino_solutions(dense: Path, images: Tensor, threads: int) -> Iterator[tu
     forms = ["f32"] + ["bf16"] * has_bfloat16
 
     def compiled(model: Any, form: str) -> Solution:
-        settings = {
-            "INFERENCE_PRECISION_HINT": form,
-            "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        request = core.compile_model(model, "CPU", settings).create_infer_request()
+        request = core.compile_model(model, "CPU", openvino_settings(form, threads)).create_infer_request()
         return lambda: request.infer({0: array})
 
     for form in forms:
@@ -234,6 +238,16 @@ def openvino_solutions(dense: Path, images: Tensor, threads: int) -> Iterator[tu
     )
     for form in forms:
         yield f"{OPENVINO}NNCF int8, {form}", compiled(quantized, form)
+
+
+def openvino_settings(form: str, threads: int) -> dict[str, Any]:
+    """For the least time of a call."""
+    return {
+        "INFERENCE_PRECISION_HINT": form,
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
 
 
 def onnxruntime_solutions(dense: Path, images: Tensor, threads: int) -> Iterator[tuple[str, Solution]]:
@@ -249,13 +263,20 @@ def onnxruntime_solutions(dense: Path, images: Tensor, threads: int) -> Iterator
             :
         ]  # it infers shapes itself, and takes what torch wrote of weights for a contradiction
         quantize_dynamic(model, small, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+    for form, path in (("float32", dense), ("dynamic int8", small)):
+        session = onnxruntime.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
+        feed = {session.get_inputs()[0].name: images.numpy()}
+        yield f"ONNX Runtime, {form}", lambda session=session, feed=feed: session.run(None, feed)
+
+
+def session_options(threads: int) -> Any:
+    """Of ONNX Runtime, whose threads do not spin between calls."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    for form, path in (("float32", dense), ("dynamic int8", small)):
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        feed = {session.get_inputs()[0].name: images.numpy()}
-        yield f"ONNX Runtime, {form}", lambda session=session, feed=feed: session.run(None, feed)
+    return options
 
 
 def our_solutions(name: str, images: Tensor) -> Iterator[tuple[str, Solution]]:
@@ -291,13 +312,17 @@ class Report:
     def __call__(self) -> None:
         """Write the page."""
         if not self.old:
-            refuse_old(DATA.glob(FILES.format("*")))
-        write_page("peers", lambda template: render_report(read_results(DATA), template))
+            refuse_old([*DATA.glob(FILES.format("*")), *DATA.glob(RAYS_FILES.format("*"))])
+        write_page("peers", lambda template: render_report(*read_results(DATA), template))
 
 
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """What `run` wrote on each kind of machine, sorted by its instructions."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(FILES.format("*")))]
+def read_results(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Of pictures and of rays, what was written on each kind of machine, sorted by its instructions."""
+
+    def read(files: str) -> list[dict[str, Any]]:
+        return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(files.format("*")))]
+
+    return read(FILES), read(RAYS_FILES)
 
 
 def best_peer(ms: dict[str, float]) -> tuple[str, float]:
@@ -305,15 +330,17 @@ def best_peer(ms: dict[str, float]) -> tuple[str, float]:
     return min(((name, time) for name, time in ms.items() if not name.startswith(OURS)), key=lambda pair: pair[1])
 
 
-def render_report(results: list[dict[str, Any]], template: str) -> str:
+def render_report(results: list[dict[str, Any]], rays: list[dict[str, Any]], template: str) -> str:
     """The page: its template with the tables filled in."""
-    versions = dict.fromkeys(", ".join(map(" ".join, facts["versions"].items())) for facts in results)
+    everything = [*results, *rays]
+    versions = dict.fromkeys(", ".join(map(" ".join, facts["versions"].items())) for facts in everything)
     filled = {
         "SUMMARY": by_machine(results, lambda facts: summary_table(facts["rows"])),
         "TABLES": by_machine(results, lambda facts: "\n\n".join(map(full_table, facts["rows"]))),
+        "RAYS": by_machine(rays, lambda facts: "\n\n".join(map(rays_table, facts["rows"]))),
         "VERSIONS": "; ".join(versions) or NOT_MEASURED,
-        "COMMANDS": command_block("peers", results),
-        "MACHINES": machine_list(results),
+        "COMMANDS": command_block("peers", everything),
+        "MACHINES": machine_list(everything),
     }
     for name, text in filled.items():
         template = template.replace("{{" + name + "}}", text)
@@ -373,6 +400,17 @@ def full_table(row: dict[str, Any]) -> str:
     header = [place_of(row), "ms", "times faster than torch"]
     pairs = sorted(row["ms"].items(), key=lambda pair: -pair[1])
     return markdown_table(header, [[name, f"{ms:,.1f}", f"{row['ms'][EAGER] / ms:.2f}"] for name, ms in pairs])
+
+
+def rays_table(row: dict[str, Any]) -> str:
+    """All solutions of a chunk of rays, the slowest first."""
+    threads = f"1,024 rays, {row['threads']} thread{'s' * (row['threads'] > 1)}"
+    pairs = sorted(row["ms"].items(), key=lambda pair: -pair[1])
+    rows = [
+        [name, f"{ms:,.1f}", f"{row['ms'][EAGER] / ms:.2f}", f"{row['off'][name]:.4f}" if name in row["off"] else ""]
+        for name, ms in pairs
+    ]
+    return markdown_table([threads, "ms", "times faster than torch", "colours off by"], rows)
 
 
 def main() -> None:

@@ -101,7 +101,8 @@ def speed_table() -> str:
             " / ".join(dict.fromkeys(name for _, name in best)),
         ]
     ]
-    for facts in peers.read_results(DATA):
+    machines, _ = peers.read_results(DATA)
+    for facts in machines:
         cells: dict[str, list[dict[str, float]]] = {}
         for row in sorted(facts["rows"], key=lambda row: row["threads"]):
             cells.setdefault(peers.pictures_of(row), []).append(row["ms"])

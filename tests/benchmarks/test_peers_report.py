@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from shiftadd3d._errors import UserError
 
@@ -21,14 +22,14 @@ def benchmark(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
 def test_the_page_is_what_the_results_make_of_the_template(benchmark, repository: Path):
     folder = repository / "docs" / "results"
     made = benchmark.render_report(
-        benchmark.read_results(folder / "data"), (folder / "peers.template.md").read_text(encoding="utf-8")
+        *benchmark.read_results(folder / "data"), (folder / "peers.template.md").read_text(encoding="utf-8")
     )
     assert (folder / "peers.md").read_text(encoding="utf-8") == made, "run: python benchmarks/peers.py report"
 
 
 def test_each_kind_of_machine_has_its_tables(benchmark, repository: Path):
-    results = benchmark.read_results(repository / "docs" / "results" / "data")
-    page = benchmark.render_report(results, "{{SUMMARY}}{{TABLES}}{{COMMANDS}}{{MACHINES}}")
+    results, _ = benchmark.read_results(repository / "docs" / "results" / "data")
+    page = benchmark.render_report(results, [], "{{SUMMARY}}{{TABLES}}{{COMMANDS}}{{MACHINES}}")
     assert len(results) > 1
     for facts in results:
         assert page.count(f"**`{facts['instructions']}`**, {facts['machine']['cpu']}") == 2
@@ -38,7 +39,32 @@ def test_each_kind_of_machine_has_its_tables(benchmark, repository: Path):
 
 
 def test_what_no_machine_has_measured_is_said_so(benchmark):
-    assert benchmark.render_report([], "{{SUMMARY}} {{TABLES}}") == " ".join(2 * ["*Not measured yet.*"])
+    page = benchmark.render_report([], [], "{{SUMMARY}} {{RAYS}} {{TABLES}}")
+    assert page == " ".join(3 * ["*Not measured yet.*"])
+
+
+def test_rays_say_how_far_engines_are_off(benchmark):
+    ms = {"torch, float32, eager": 200.0, "OpenVINO, bf16": 80.0, "shiftadd3d, gnt-tiny, exact": 40.0}
+    table = benchmark.rays_table({"threads": 1, "ms": ms, "off": {"OpenVINO, bf16": 0.0132}})
+    assert table.splitlines()[0] == "| 1,024 rays, 1 thread | ms | times faster than torch | colours off by |"
+    assert table.splitlines()[2:] == [
+        "| torch, float32, eager | 200.0 | 1.00 |  |",
+        "| OpenVINO, bf16 | 80.0 | 2.50 | 0.0132 |",
+        "| shiftadd3d, gnt-tiny, exact | 40.0 | 5.00 |  |",
+    ]
+
+
+def test_what_onnx_is_given_computes_what_the_network_does(load_benchmark):
+    rays = load_benchmark("peers_rays")
+    chunk, (origins, directions, depths) = rays.dense_chunk()
+    network, (plain_origins, plain_directions) = chunk.network, rays.camera_rays()
+    with torch.no_grad():
+        rgb, weights = chunk(origins, directions, depths)
+        sources = rays.source_views(network)
+        arguments = (sources, plain_origins, plain_directions, rays.NEAR, rays.FAR, rays.SAMPLES)
+        whole = network(*arguments, inverse_depth=True)
+    torch.testing.assert_close(weights, whole["proposal"]["weights"], rtol=1e-3, atol=1e-4)
+    assert rgb.shape == whole["rgb"].shape and bool(rgb.isfinite().all())
 
 
 def test_ratios_are_against_the_fastest_of_the_others(benchmark):
@@ -74,6 +100,6 @@ def test_instructions_that_engines_have_no_name_for_are_refused(benchmark):
 
 
 def test_a_page_says_that_a_cpu_was_held_to_less(benchmark, repository: Path):
-    facts, *_ = benchmark.read_results(repository / "docs" / "results" / "data")
+    (facts, *_), _ = benchmark.read_results(repository / "docs" / "results" / "data")
     assert ", held to these instructions\n" in benchmark.by_machine([facts | {"held": True}], lambda _: "")
     assert "held" not in benchmark.by_machine([facts | {"held": False}], lambda _: "")
