@@ -181,19 +181,19 @@ class Train(_OnScene):
     """Rays a training step. If not set, the method's own number."""
     samples: tuple[int, int] | None = None
     """Depths of the proposal (0: none), and samples of a ray that transformers see. If not set, the method's own."""
-    judged_views: int = 0
-    """As --pipeline.datamanager.judged-views."""
-    spare_source_views: int = 0
-    """As --pipeline.datamanager.spare-source-views."""
-    average_weights: float = 0.0
-    """As --average-weights."""
+    judged_views: int | None = None
+    """As --pipeline.datamanager.judged-views. If not set, the method's own number."""
+    spare_source_views: int | None = None
+    """As --pipeline.datamanager.spare-source-views. If not set, the method's own number."""
+    average_weights: float | None = None
+    """As --average-weights. If not set, the method's own."""
 
     def __call__(self) -> None:
         commit = git_commit()  # now: it may move on while this runs
         self._use_threads()
         name, folder, embedded = find_scene_folder(self.scene)
         config: Any = self._config(self.method, folder)
-        against = {key: getattr(self, key) for key in AGAINST_OVERFITTING if getattr(self, key)}
+        against = {key: getattr(self, key) for key in AGAINST_OVERFITTING if getattr(self, key) is not None}
         for key, value in against.items():
             setattr(config if key == "average_weights" else config.pipeline.datamanager, key, value)
         if self.samples is not None:
@@ -231,7 +231,7 @@ class Train(_OnScene):
 
         # The photos of other scenes are not ours to publish.
         pictures = PICTURES if embedded and self.out.resolve() == DATA else OUTPUTS / "pictures"
-        method = self.method + "-random" * from_random_weights(self.method, warm_start) + "-kept" * bool(against)
+        method = self.method + "-random" * from_random_weights(self.method, warm_start)
         pictures = pictures / f"{name}-{method}.png"
         with kept_weights(trainer):
             quality = evaluate(pipeline, pictures)
@@ -928,11 +928,11 @@ def render_report(results: dict[str, list[dict[str, Any]]], template: str) -> st
 METHOD_ORDER = ("gnt-tiny", "shiftadd-gnt-tiny", "gnt", "shiftadd-gnt", "nerfacto")
 
 
-#: Settings of training that no preset has, and how a table names them.
+#: Settings of training against overfitting, what -tiny methods have, and how a table names something else.
 AGAINST_OVERFITTING = {
-    "judged_views": "{} judged views",
-    "spare_source_views": "{} spare source views",
-    "average_weights": "averaged ({:g})",
+    "judged_views": (2, "{} judged views"),
+    "spare_source_views": (4, "{} spare source views"),
+    "average_weights": (0.99, "averaged ({:g})"),
 }
 
 
@@ -950,7 +950,8 @@ def run_label(facts: dict[str, Any]) -> str:
     """The method, and what it started from where there is a choice. Older results say nothing of that: random."""
     random_weights = from_random_weights(facts["method"], facts.get("warm_start", "none"))
     against = facts.get("against_overfitting", {})
-    measures = "".join(f", {AGAINST_OVERFITTING[key].format(value)}" for key, value in against.items())
+    changed = ((AGAINST_OVERFITTING[key], value) for key, value in against.items())
+    measures = "".join(f", {text.format(value)}" for (own, text), value in changed if value != own)
     return f"`{facts['method']}`" + ", from random weights" * random_weights + measures
 
 
@@ -1054,7 +1055,6 @@ def picture_list(trained: list[dict[str, Any]]) -> str:
     for facts in sorted(trained, key=run_order):
         scene, method = facts["scene"], facts["method"]
         file = f"{scene}-{method}" + "-random" * from_random_weights(method, facts.get("warm_start", ""))
-        file += "-kept" * bool(facts.get("against_overfitting"))
         blocks.append(f"{run_label(facts)}:\n\n![{scene} by {method}](pictures/{file}.png)")
     return "\n\n".join(blocks) or NOT_MEASURED
 

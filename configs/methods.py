@@ -77,7 +77,7 @@ def _trainer(
 
 
 def _tiny(method: PretrainedMethod) -> GNTTrainerConfig:
-    return _trainer(
+    trainer = _trainer(
         method.name,
         copy.deepcopy(method.model),
         num_source_views=method.num_source_views,
@@ -88,6 +88,11 @@ def _tiny(method: PretrainedMethod) -> GNTTrainerConfig:
         eval_every=500,
         warm_start=PRETRAINED,
     )
+    # Against overfitting: weights that are trained already render scenes with few views, far apart, worse by training.
+    trainer.average_weights = 0.99
+    trainer.pipeline.datamanager.judged_views = 2
+    trainer.pipeline.datamanager.spare_source_views = 4
+    return trainer
 
 
 def _base(name: str, recipe: str) -> GNTTrainerConfig:

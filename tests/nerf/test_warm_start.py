@@ -12,7 +12,7 @@ from nerfstudio.configs.method_configs import all_methods
 
 from shiftadd3d import UserError
 from shiftadd3d.models.gnt import GNTModel
-from shiftadd3d.nerf.checkpoint import latest_checkpoint, network_of, read_checkpoint
+from shiftadd3d.nerf.checkpoint import latest_checkpoint, read_checkpoint
 from shiftadd3d.nerf.datamanager import GNTDataManager
 from shiftadd3d.nerf.optimizers import StartAdamConfig
 from shiftadd3d.nerf.trainer import GNTTrainer
@@ -91,7 +91,7 @@ def test_a_checkpoint_to_go_on_from_wins(tiny_run, make_config, ns_train, tiny_s
     config = make_config(tiny_scene, tmp_path, steps=5)  # of a network that the weights do not fit
     config.pipeline.warm_start = PRETRAINED
     config.load_dir = tiny_run.parent / MODELS
-    before = network_of(read_checkpoint(latest_checkpoint(config.load_dir))["pipeline"])
+    before = read_checkpoint(latest_checkpoint(config.load_dir))["training"]["weights"]
     began = []
     iterate = GNTTrainer.train_iteration
 
