@@ -16,8 +16,8 @@ from torch import Tensor
 
 from shiftadd3d.kernels.pack.panel import padded
 from shiftadd3d.kernels.reference import power_of_two
-from shiftadd3d.kernels.runtime.numerics import Numerics, check_numerics
-from shiftadd3d.kernels.runtime.targets import CpuTarget, current
+from shiftadd3d.kernels.runtime.numerics import Numerics
+from shiftadd3d.kernels.runtime.targets import CpuTarget
 
 PanelForm = Literal["int16", "int8", "bfloat16"]
 
@@ -36,11 +36,11 @@ UNSIGNED = 128
 
 
 class WholeWeights(NamedTuple):
-    """The weights of a shift layer; or of any other in bfloat16, see `as_bfloat16`.
+    """The weights of a shift layer; or of any other in bfloat16 (`as_bfloat16`) or 16 bits (`in_int16`).
 
     Attributes:
-        integers: [outputs, inputs], from -64 to 64; or the weights themselves.
-        unit: [outputs], the powers of two that they count in; or ones.
+        integers: [outputs, inputs], from -64 to 64; or the weights themselves; or integers of 16 bits.
+        unit: [outputs], what they count in, of a shift layer powers of two.
     """
 
     integers: Tensor
@@ -68,6 +68,18 @@ def in_pieces(weight: Tensor) -> WholeWeights:
     first = weight.bfloat16().to(weight)
     pieces = torch.cat([first, (weight - first).bfloat16().to(weight)], dim=1)
     return WholeWeights(pieces, weight.new_ones(len(weight)))
+
+
+def in_int16(weight: Tensor) -> WholeWeights:
+    """A weight [outputs, inputs] in integers that sum up with rows of ``"int16"`` within 32 bits.
+
+    Rounding the weights of an output moves it by at most ``inputs / 65534`` of the largest activation times their
+    absolute sum.
+    """
+    size = weight.abs()
+    unit = torch.maximum(size.sum(1) / (2**16 - weight.shape[1] / 2), size.amax(1) / 32767)
+    unit = torch.where(unit > 0, unit, 1.0).float()
+    return WholeWeights((weight / unit[:, None]).round(), unit)
 
 
 def panel_forms(target: CpuTarget) -> tuple[PanelForm, ...]:
@@ -144,10 +156,9 @@ def find_panels(panels: Sequence[Tensor], form: PanelForm, sizes: Sequence[tuple
 
 
 def forms_of(
-    numerics: str, panels: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
+    form: PanelForm | None, panels: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[PanelForm | Literal["float32"], list[Tensor]]]:
-    """The forms to try with such numerics, and their panels among those of all forms; the last one is float32."""
-    form = panel_form(current(), check_numerics(numerics))
+    """The forms to try where one is wanted, and their panels among those of all forms; the last one is float32."""
     found = None if form is None else find_panels(panels, form, sizes)
     if form is not None and found is not None:
         yield form, found

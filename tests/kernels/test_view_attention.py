@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 
 from shiftadd3d import UserError, kernels
 from shiftadd3d import nn as sa
-from shiftadd3d.kernels.cpu.forms.panels import error_bound
 from shiftadd3d.kernels.cpu.gnt.shift_problems import ShiftAttention, random_shift_attention
-from shiftadd3d.kernels.cpu.gnt.view_attention import KERNEL
-from shiftadd3d.kernels.pack.gnt.view_attention import panels, shift_forms, view_attention_of_panels
+from shiftadd3d.kernels.cpu.gnt.view_attention import KERNEL, error_bound
+from shiftadd3d.kernels.pack.gnt.view_attention import panels, shift_form, shift_forms, view_attention_of_panels
 from shiftadd3d.kernels.pack.panel import lanes_on
-from shiftadd3d.kernels.pack.shift import panel_form, panels_of_forms
+from shiftadd3d.kernels.pack.shift import in_int16, panels_of_forms
 from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS, blend_views, view_attention_twin
 from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.models.gnt.transformer import ViewAttention
@@ -219,8 +218,7 @@ def test_more_views_than_fit_go_through_plain_torch():
 
 def form_of(numerics: str) -> str | None:
     """What computes with such numerics here, but float32."""
-    form = panel_form(targets.current(), numerics)
-    return form if form in shift_forms(targets.current()) else None
+    return shift_form(targets.current(), numerics)
 
 
 def with_shifts(problem: ShiftAttention, numerics: str, *inputs: torch.Tensor) -> torch.Tensor:
@@ -242,10 +240,20 @@ def test_shift_weights_meet_activations_that_are_rounded_as_stated(numerics, poi
         assert torch.equal(out, with_shifts(problem, "exact"))
         return
     expected = problem.rounded(form)
-    bound = 4 * error_bound(form) * expected.abs().max() + 1e-4
+    bound = 4 * error_bound(form, width) * expected.abs().max() + 1e-4
     assert (out - expected).abs().max() <= bound
     # And these are the roundings that make the difference.
     assert not torch.equal(out, with_shifts(problem, "exact"))
+
+
+def test_products_of_weights_in_16_bits_sum_up_within_32():
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(9, 64, generator=draw, dtype=torch.float64)
+    weight[1], weight[2], weight[3, 1:] = 0.0, 1e-9, 0.0
+    layer = in_int16(weight)
+    assert layer.integers.abs().max() <= 32767 and (layer.integers.abs().sum(1) * 32767 < 2**31).all()
+    off = (layer.integers * layer.unit[:, None] - weight).abs().sum(1)
+    assert (off <= 64 / 65534 * weight.abs().sum(1) * 1.00001).all()
 
 
 @pytest.mark.parametrize("numerics", ["fast", "int8"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from shiftadd3d.kernels.cpu.forms.base import ShiftProduct
+from shiftadd3d.kernels.pack.gnt.view_attention import shift_forms
 from shiftadd3d.kernels.pack.shift import panel_forms
 from shiftadd3d.kernels.pack.whole import ordinary
 from shiftadd3d.kernels.runtime import targets
@@ -107,7 +108,8 @@ def test_functions_of_gnts_compute_what_torch_does(
         pytest.skip("sines take fused multiply-adds")
     if spec.get("tiles") and not here.has_amx:
         pytest.skip("no matrix tiles")
-    forms = ("float32", *panel_forms(here)) if function in (VIEW_ATTENTION, RAY_BLOCK, PERCEPTRONS) else (None,)
+    found = shift_forms(here) if function is VIEW_ATTENTION else panel_forms(here)
+    forms = ("float32", *found) if function in (VIEW_ATTENTION, RAY_BLOCK, PERCEPTRONS) else (None,)
     for form in forms:
         one = spec if form is None else spec | {"form": form}
         if function is PERCEPTRONS:

@@ -18,9 +18,10 @@ from shiftadd3d.kernels.pack.gnt.ray_block import (
     ray_block_of_panels,
     shift_sizes,
 )
-from shiftadd3d.kernels.pack.shift import forms_of
+from shiftadd3d.kernels.pack.shift import forms_of, panel_form
 from shiftadd3d.kernels.reference.gnt.ray_block import Attention
 from shiftadd3d.kernels.runtime.numerics import get_numerics
+from shiftadd3d.kernels.runtime.targets import current
 
 
 class RayBlock(NamedTuple):
@@ -52,7 +53,7 @@ def _cpu(given: RayBlock) -> tuple[Tensor, Tensor] | None:
     spec = {"width": width, "heads": num_heads, "hidden": hidden, "attention": attention, "kernel": kernel}
     ordinary, others = panels[: len(Panels._fields)], panels[len(Panels._fields) :]
     sizes = shift_sizes(width, hidden, layout_of(lanes, width, num_heads))
-    for form, shifts in forms_of(get_numerics(), others[1:], sizes):
+    for form, shifts in forms_of(panel_form(current(), get_numerics()), others[1:], sizes):
         function = packed_function(KERNEL, lanes, **spec, return_weights=return_weights, form=form)
         if function is None:
             continue

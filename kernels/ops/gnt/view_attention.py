@@ -21,12 +21,14 @@ from shiftadd3d.kernels.pack.gnt.view_attention import (
     Panels,
     check_panels,
     hidden_of,
+    shift_form,
     shift_sizes,
     view_attention_of_panels,
 )
 from shiftadd3d.kernels.pack.shift import forms_of
 from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS
 from shiftadd3d.kernels.runtime.numerics import get_numerics
+from shiftadd3d.kernels.runtime.targets import current
 
 
 class ViewAttention(NamedTuple):
@@ -67,7 +69,8 @@ def _cpu(given: ViewAttention) -> Tensor | None:
     if query.dtype not in (torch.float32, torch.bfloat16) or views.shape[-2] > MAX_VIEWS:
         return None
     ordinary, others = panels[: len(Panels._fields)], panels[len(Panels._fields) :]
-    for form, shifts in forms_of(get_numerics(), others, shift_sizes(width, hidden, lanes)):
+    target = current()
+    for form, shifts in forms_of(shift_form(target, get_numerics()), others, shift_sizes(target, width, hidden)):
         function = packed_function(KERNEL, lanes, width=width, hidden=hidden, form=form)
         if function is None:
             continue

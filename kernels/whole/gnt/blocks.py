@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shiftadd3d.kernels.cpu.forms import panels as forms
 from shiftadd3d.kernels.cpu.forms.panels import AnyForm
 from shiftadd3d.kernels.cpu.gnt import position_layer, ray_block, view_attention
 from shiftadd3d.kernels.cpu.gnt.shift_problems import random_ray_block, random_shift_attention
@@ -69,7 +68,7 @@ def _try_view_attention(function: Compiled, width: int, hidden: int, form: AnyFo
         panels, shifts = problem.panels, [shift_panel(layer, form) for layer in problem.shifts.values()]
         shifts = without_key(panels, shifts) if form == "bfloat16" else shifts
         attended = problem._replace(inputs=(normal, views, ray_diff, mask)).rounded(form)
-        expected, bound = x + attended, forms.error_bound(form) * 4 * attended.abs().amax() + 1e-4
+        expected, bound = x + attended, view_attention.error_bound(form, width) * 4 * attended.abs().amax() + 1e-4
     control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty(1, *x.shape)
     tensors = [tensor[None] for tensor in (x, views, ray_diff, mask.view(torch.uint8))]
     function(*tensors, *behind_norm(panels, gain, shift), *shifts, control, y)
