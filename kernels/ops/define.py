@@ -52,7 +52,6 @@ def define_op(
     *,
     twin: Callable[..., Outcome],
     check: Callable[[Given], object] | None = None,
-    check_values: Callable[[Given], object] | None = None,
     cpu: Callable[[Given], Outcome | None],
     cuda: Callable[[Given], Outcome | None] | None = None,
     fake: Callable[[Given], Outcome],
@@ -68,7 +67,6 @@ def define_op(
             which are checked.
         twin: what is computed, a function of all arguments one by one.
         check: raises `UserError` for arguments that do not fit together.
-        check_values: the same, by what tensors hold: where they are more than shapes.
         cpu: what runs on CPU tensors: fresh tensors that share no memory with its arguments, or None where the twin has
             to do. How exactly, it asks `get_numerics`, as the setting is no argument of any op.
         cuda: the same for CUDA tensors.
@@ -95,8 +93,6 @@ def define_op(
     def compiled(backend: Callable[[Given], Outcome | None]) -> Callable[Taken, Outcome]:
         def run(*args: Taken.args, **kwargs: Taken.kwargs) -> Outcome:
             given = checked(*args, **kwargs)
-            if check_values is not None:
-                check_values(given)
             outcome = None if get_numerics() == "twin" else backend(given)
             return twin(*given) if outcome is None else outcome
 

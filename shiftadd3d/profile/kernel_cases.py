@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels import COMPILED, Numerics, matshift, numerics, shift_mlp
-from shiftadd3d.kernels.ops import literal as ops_literal
 from shiftadd3d.kernels.ops import matadd as ops_matadd
 from shiftadd3d.kernels.ops.gnt import gather as ops_gather
 from shiftadd3d.kernels.ops.gnt import ray_block as ops_ray_block
@@ -229,12 +228,6 @@ def _matshift_case(x: Tensor, trained: Tensor, setup: Setup) -> Case:
         for dtype in setup.narrow
         for form in ("exact", "fast")
     }
-    literal: dict[str, Run] = {}
-    if device == "cpu":  # there is no such kernel for GPUs
-        whole = torch.randint(-128, 128, x.shape, dtype=torch.int32)
-        codes, offset, _ = power_of_two.encode(trained, 4)
-        packed = power_of_two.pack(codes, 4)
-        literal["MatShift literal >>"] = lambda: ops_literal.matshift_literal(whole, packed, offset)
     return Case(
         group="matshift",
         name=f"{rows} x {inputs} x {outputs}",
@@ -247,11 +240,10 @@ def _matshift_case(x: Tensor, trained: Tensor, setup: Setup) -> Case:
             **narrow_ours,
             "MatShift fast, 5 bits": ours(x, 5, 1, "fast"),
             "MatShift exact, 2 terms": ours(x, 4, 2, "exact"),
-            **literal,
         },
         others=others,
         reference=F.linear(x.double(), weight.double()),
-        inexact=frozenset({"MatShift fast, 5 bits", "MatShift exact, 2 terms", "MatShift literal >>"}),
+        inexact=frozenset({"MatShift fast, 5 bits", "MatShift exact, 2 terms"}),
     )
 
 

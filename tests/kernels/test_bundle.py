@@ -14,23 +14,23 @@ from typing import Any
 import pytest
 
 from shiftadd3d import UserError, cli
-from shiftadd3d.kernels.cpu.literal import LITERAL
+from shiftadd3d.kernels.cpu.depthwise import DEPTHWISE_CONV
 from shiftadd3d.kernels.runtime import bundle, targets
 from shiftadd3d.kernels.runtime.bundle import Bundle
 from shiftadd3d.kernels.runtime.kernel import KERNELS, Kernel
 
 pytest.importorskip("tvm")
 
-SPEC = {"bits": 4, "terms": 1}
+SPEC = {"dtype": "float32", "kernel_size": 3, "activation": "none", "added": False}
 
 
 @pytest.fixture(scope="module")
 def bundled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A bundle with one kernel in it, made by the command."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LITERAL, "variants", lambda target: [SPEC])
+        patch.setattr(DEPTHWISE_CONV, "variants", lambda target: [SPEC])
         folder = tmp_path_factory.mktemp("bundle") / "kernels"
-        assert cli.main(["kernels", "build", "matshift_literal", "--out", str(folder)]) == 0
+        assert cli.main(["kernels", "build", "depthwise_conv", "--out", str(folder)]) == 0
         yield folder
 
 
@@ -75,14 +75,12 @@ import importlib.util, sys, warnings
 warnings.simplefilter("error", RuntimeWarning)
 assert importlib.util.find_spec("tvm") is None
 import torch
-from shiftadd3d.kernels.cpu.literal import LITERAL
-from shiftadd3d.kernels.ops import literal
-from shiftadd3d.kernels.reference import power_of_two
-codes, offset, _ = power_of_two.encode(torch.randn(24, 48))
-x = torch.randint(-50, 50, (100, 48), dtype=torch.int32)
-y = literal.matshift_literal(x, power_of_two.pack(codes, 4), offset)
-assert torch.equal(y, x.float() @ power_of_two.decode(codes, offset, 4).T)
-assert LITERAL.function(bits=4, terms=1) is not None
+from shiftadd3d.kernels.cpu.depthwise import DEPTHWISE_CONV
+from shiftadd3d.kernels.ops.depthwise import depthwise_conv
+from shiftadd3d.kernels.reference.depthwise import depthwise_conv_twin
+given = torch.randn(2, 20, 48), torch.randn(48, 1, 3, 3), None, 4, 5
+torch.testing.assert_close(depthwise_conv(*given), depthwise_conv_twin(*given))
+assert DEPTHWISE_CONV.function(dtype="float32", kernel_size=3, activation="none", added=False) is not None
 print("ran")
 """
     environment = {
@@ -103,26 +101,26 @@ def test_a_kernel_has_to_pass_its_trial_where_it_is_run(copy: Path, monkeypatch:
     def trial(function: Any, **spec: Any) -> None:
         raise AssertionError("it computes nonsense here")
 
-    monkeypatch.setattr(LITERAL, "trial", trial)
+    monkeypatch.setattr(DEPTHWISE_CONV, "trial", trial)
     with pytest.raises(AssertionError, match="nonsense"):
-        LITERAL.load(targets.current(), **SPEC)
+        DEPTHWISE_CONV.load(targets.current(), **SPEC)
 
 
 def test_a_damaged_library_is_not_loaded(copy: Path):
-    (library,) = copy.glob("matshift_literal-*.so")
+    (library,) = copy.glob("depthwise_conv-*.so")
     library.write_bytes(library.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"matshift_literal-.*\.so is damaged or missing: build the bundle again"):
-        LITERAL.load(targets.current(), **SPEC)
+    with pytest.raises(UserError, match=r"depthwise_conv-.*\.so is damaged or missing: build the bundle again"):
+        DEPTHWISE_CONV.load(targets.current(), **SPEC)
 
 
 def test_what_it_does_not_hold_is_compiled(copy: Path, monkeypatch: pytest.MonkeyPatch):
     for change in ({"sources_digest": lambda: "newer"}, {}):
         with monkeypatch.context() as patch:
             for name, value in change.items():
-                patch.setattr(LITERAL, name, value)
-            spec = SPEC if change else {"bits": 5, "terms": 1}
+                patch.setattr(DEPTHWISE_CONV, name, value)
+            spec = SPEC if change else SPEC | {"kernel_size": 5}
             with pytest.raises(pytest.fail.Exception, match="compiled"):
-                LITERAL.load(targets.current(), **spec)
+                DEPTHWISE_CONV.load(targets.current(), **spec)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +157,7 @@ def test_a_folder_that_is_no_bundle_is_said_once_and_the_twin_computes(
 ):
     monkeypatch.setenv("SHIFTADD3D_BUNDLE", str(tmp_path))
     bundle._open.cache_clear()
-    kernel = Kernel("test_bundle", LITERAL.build, LITERAL.trial, LITERAL.variants)
+    kernel = Kernel("test_bundle", DEPTHWISE_CONV.build, DEPTHWISE_CONV.trial, DEPTHWISE_CONV.variants)
     try:
         with pytest.warns(RuntimeWarning, match="is no bundle of kernels: manifest.json cannot be read"):
             assert kernel.function(**SPEC) is None
