@@ -17,7 +17,7 @@ from shiftadd3d._progress import progress
 from shiftadd3d._report import write_json
 from shiftadd3d.kernels.cuda.driver import CUDA_KERNELS
 from shiftadd3d.kernels.runtime import bundle, cache, targets
-from shiftadd3d.kernels.runtime.kernel import KERNELS, Kernel, packed_launcher, runtime_library
+from shiftadd3d.kernels.runtime.kernel import KERNELS, Kernel, Spec, packed_launcher, runtime_library
 from shiftadd3d.kernels.runtime.targets import CpuTarget, CudaTarget
 
 
@@ -27,7 +27,7 @@ class Variant:
 
     kernel: Kernel
     target: CpuTarget | CudaTarget
-    spec: dict[str, Any]
+    spec: Spec
 
     @property
     def entry(self) -> str:

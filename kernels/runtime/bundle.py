@@ -73,7 +73,7 @@ class Bundle:
             raise UserError(f"the bundle {folder} does not fit this machine: it has {'; '.join(differing)}")
         return cls(folder, manifest["libraries"])
 
-    def find(self, **identity: Any) -> Packed | None:
+    def find(self, **identity: object) -> Packed | None:
         """The library of this identity, whole.
 
         Raises:
@@ -90,7 +90,7 @@ class Bundle:
         return None
 
 
-def find(**identity: Any) -> Packed | None:
+def find(**identity: object) -> Packed | None:
     """What the bundle that the environment names has of this identity; None without a bundle."""
     name = os.environ.get(ENVIRONMENT_VARIABLE)
     return _open(name).find(**identity) if name else None

@@ -45,7 +45,7 @@ def folder() -> Path:
     return _prepare(named)
 
 
-def key(**facts: Any) -> str:
+def key(**facts: object) -> str:
     """A name for what is determined by `facts`, numbers and strings or lists and tuples of such."""
     return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:32]
 

@@ -51,6 +51,15 @@ class PrimFunc(Protocol):
     def with_attr(self, name: str, value: object) -> PrimFunc: ...
 
 
+class TvmBuffer(Protocol):
+    """What TVM itself calls a buffer."""
+
+    data: Expr
+
+    def __getitem__(self, index: tuple[Index, ...], /) -> Expr: ...
+    def access_ptr(self, access_mask: str, *, ptr_type: str, offset: Index) -> Expr: ...
+
+
 class Buffer:
     """Memory of compiled code: reading an element gives an expression, assigning to one emits a store.
 
@@ -63,7 +72,7 @@ class Buffer:
     """
 
     def __init__(
-        self, data: Any, shape: Sequence[Index], dtype: str, leading: tuple[Index, ...] = (), row: Index = 0
+        self, data: TvmBuffer, shape: Sequence[Index], dtype: str, leading: tuple[Index, ...] = (), row: Index = 0
     ) -> None:
         self.data, self.shape, self.dtype, self._leading, self._row = data, tuple(shape), dtype, leading, row
 

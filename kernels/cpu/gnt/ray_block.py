@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from shiftadd3d.kernels.reference.gnt.ray_block import (
 from shiftadd3d.kernels.reference.linear_angular import LEAST_ROW_SUM
 from shiftadd3d.kernels.runtime import memory
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
@@ -491,7 +491,7 @@ def _trial(
         torch.testing.assert_close(first[certain[:, 0]], twins_first[certain[:, 0]], rtol=1e-3, atol=1e-4)
 
 
-def _variants(target: CpuTarget) -> Iterator[dict[str, Any]]:
+def _variants(target: CpuTarget) -> Iterator[Spec]:
     for width in (32, 64):
         for attention, hidden in (("softmax", 4 * width), ("pm1", 0), ("pm1", 4 * width)):
             for form in ("float32", *panel_forms(target)):

@@ -42,7 +42,7 @@ from shiftadd3d.kernels.reference.gnt.view_attention import (
 )
 from shiftadd3d.kernels.runtime import memory
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
@@ -319,7 +319,7 @@ def run(
     return None if flag.item() else out.to(query.dtype)
 
 
-def _variants(target: CpuTarget) -> Iterator[dict[str, Any]]:
+def _variants(target: CpuTarget) -> Iterator[Spec]:
     for width in (32, 64):
         for form in ("float32", *shift_forms(target)):
             yield {"width": width, "hidden": width // 8, "form": form}
