@@ -106,10 +106,11 @@ def run(
 def division_of(form: Form, rows: int, inputs: int, outputs: int) -> tuple[int, int]:
     """Rows of a block, and shares of the outputs, for as many tasks as there are threads, or a multiple.
 
-    Two threads do the same work as one (bytes, 32768 x 64 x 64: 2,810 and 2,830 microseconds of processor time). What
-    they gain less than torch's product is what one of them does alone: a call costs 16 microseconds in Python, 45 with
-    cold caches, of 196 x 192 x 768 as much as a quarter of 160. Outputs are no cause: memory for up to 32 MiB comes
-    back written, and of 32 MiB huge pages take 530 faults where torch's take 8,193.
+    Two threads do the same work as one: 2,810 and 2,830 microseconds of processor time for bytes, 32768 x 64 x 64 (what
+    both at once do to shared caches is not in that). What they gain less than torch's product is in part what one of
+    them does alone: a call costs 16 microseconds in Python, and 45 with cold caches, beside 160 of 196 x 192 x 768.
+    Fresh pages of outputs cost little: below 32 MiB the C library mostly hands out memory that was written before (no
+    faults beside torch's calls, 300 to 470 a call in a row), from 32 MiB on huge pages take 530 faults, torch's 8,193.
     """
     target = targets.current()
     block = rows_of_block(target, form, rows, inputs, BLOCK_BYTES)
