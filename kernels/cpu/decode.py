@@ -24,8 +24,10 @@ class Weights:
     """Buffers of codes as `power_of_two.pack` stores them: what a product is multiplied by.
 
     Attributes:
-        codes: [terms, outputs, bytes of a row] uint8; of ordinary weights themselves, [outputs, inputs] float32.
-        offset: [terms, outputs] int8; None of ordinary weights.
+        codes: [terms, outputs, bytes of a row] uint8; of ordinary weights themselves, [outputs, inputs] float32, or in
+            panels [panels, inputs, columns].
+        offset: [terms, outputs] int8; None of ordinary weights, in panels the largest magnitude of each output's
+            [outputs] float32.
         bias: [outputs] float32.
         inputs, outputs: their numbers, int64.
     """
@@ -61,7 +63,8 @@ class Scratch:
     bias: Buffer  # [columns] float32
     factors: Buffer  # [columns] float32: what sums of a channel are multiplied by
     sums: Buffer  # [rows, columns] float32
-    scales: Buffer  # [rows] float32: what sums of integers are multiplied by
+    scales: Buffer  # [rows and a vector] float32: what sums of integers are multiplied by
+    starts: Buffer  # [blocks * rows and a vector] int32: what sums of integers begin with, if not with zero
 
 
 class Decoder(ABC):

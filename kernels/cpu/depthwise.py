@@ -76,6 +76,7 @@ class Row:
     i: Expr
     height: Expr
     width: Expr
+    coarse: bool = False  # whether what follows rounds by more than a coarse activation function does
 
     @property
     def _reach(self) -> int:
@@ -129,7 +130,7 @@ class Row:
                         total.value = isa.fma(values[k], of_column, total.value)
         for number, total in enumerate(sums):
             token = T.bind(self._prefix + self.i * self.width + j + number)
-            self._store(token, start, activate(isa, self.activation, T.bind(total.value)))
+            self._store(token, start, activate(isa, self.activation, T.bind(total.value), coarse=self.coarse))
 
     def _store(self, token: Expr, start: Expr, y: Expr) -> None:
         isa, addend = self.isa, self.tensors.addend

@@ -46,7 +46,7 @@ def emit_layers(
     load: Load,
     store: Store,
     flag: Buffer,
-    before_row: Callable[[Expr], None] | None = None,
+    before_rows: Callable[[Expr, Expr], None] | None = None,
 ) -> None:
     """Emit what takes a block of tokens through linear layers with an activation function between them.
 
@@ -54,7 +54,7 @@ def emit_layers(
         products: of each layer.
         block: rows to allocate memory for.
         rows: how many there are.
-        load, store, flag, before_row: see `ShiftProduct.stage` and `ShiftProduct.panels`.
+        load, store, flag, before_rows: see `ShiftProduct.stage` and `ShiftProduct.panels`.
     """
     staged = None  # where the layer before has stored its outputs in the form that the next one takes
     for product, following, weights in zip(products, [*products[1:], None], layers, strict=True):
@@ -63,7 +63,7 @@ def emit_layers(
             product.finish_stage(scratch, rows, weights.inputs)
         else:
             scratch = _scratch(product, block, weights.inputs)
-            product.stage(scratch, rows, weights.inputs, load, flag, before_row)
+            product.stage(scratch, rows, weights.inputs, load, flag, before_rows)
         apply, sink = product.activation(activation if following else "none"), store
         if isinstance(following, Float32Product):
             staged = _scratch(following, block, weights.outputs)
@@ -71,7 +71,7 @@ def emit_layers(
         elif following:
             # Activations have to be complete before these forms stage them.
             hidden = T.alloc(block, weights.outputs)
-            before_row = None
+            before_rows = None
             load, sink = product.isa.reader(hidden, lambda row: row), product.isa.writer(hidden, lambda row: row)
         panels = T.bind((weights.outputs + (product.columns - 1)) // product.columns)
         product.panels(scratch, rows, weights, T.int64(0), panels, apply, sink)

@@ -10,20 +10,22 @@ from torch import Tensor
 
 from shiftadd3d.kernels.pack.panel import filled, padded, stored
 
+_LEAST_PEAK = 2.0**-64  # so that it has a reciprocal
+
 
 class LinearWeights(NamedTuple):
     """A linear layer as the functions of a program take it.
 
     Attributes:
         weight: codes [terms, outputs, bytes] of powers of two, or panels [panels, inputs, columns] of ordinary weights.
-        offset: of the codes [terms, outputs]; None of ordinary weights.
+        offset: of the codes [terms, outputs]; of ordinary weights the largest magnitude of each output's [outputs].
         bias: [outputs] float32.
         inputs: their number.
         bits, terms: of the codes; 0 of ordinary weights.
     """
 
     weight: Tensor
-    offset: Tensor | None
+    offset: Tensor
     bias: Tensor
     inputs: int
     bits: int
@@ -44,14 +46,15 @@ def ordinary(weight: Tensor, bias: Tensor | None, columns: int) -> LinearWeights
     """A layer of ordinary weights [outputs, inputs], in panels of so many columns, zeros behind the last one."""
     outputs, inputs = weight.shape
     panels = filled(weight.mT, padded(outputs, columns)).unflatten(1, (-1, columns)).transpose(0, 1)
-    return LinearWeights(stored(panels), None, _bias(bias, outputs, weight), inputs, 0, 0)
+    peaks = stored(weight.abs().amax(1).clamp(min=_LEAST_PEAK))
+    return LinearWeights(stored(panels), peaks, _bias(bias, outputs, weight), inputs, 0, 0)
 
 
 def side_by_side(layers: Sequence[LinearWeights]) -> LinearWeights:
     """Layers of powers of two in one format that take the same inputs, as one with the outputs of all."""
     first = layers[0]
     weight = torch.cat([layer.weight for layer in layers], 1)
-    offset = torch.cat([layer.offset for layer in layers if layer.offset is not None], 1)
+    offset = torch.cat([layer.offset for layer in layers], 1)
     return first._replace(weight=weight, offset=offset, bias=torch.cat([layer.bias for layer in layers]))
 
 

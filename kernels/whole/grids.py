@@ -76,8 +76,8 @@ class Window(NamedTuple):
 class _Padded:
     """What a convolution looks at with zeros around it, in memory of a function."""
 
-    def __init__(self, window: Window, batch: Expr) -> None:
-        self._window, self._batch = window, batch
+    def __init__(self, window: Window, batch: Expr, lanes: int) -> None:
+        self._window, self._batch, self._lanes = window, batch, lanes
         self.height = window.height + 2 * window.padding
         # Of pictures, room for the last run.
         self.width = window.width + 2 * window.padding + (window.run - window.kernel if window.pictures else 0)
@@ -109,30 +109,31 @@ class _Padded:
                     self._clear(start, self._line)
 
     def _normalise(self, isa: Isa, x: Buffer, norm: Norm, first: Expr, start: Expr) -> None:
-        channels = self._window.channels
-        row = T.alloc(channels)
-        with T.serial(self._window.width) as token:
-            norm.emit(
-                isa, lambda r, c, count: x[T.at((first + r) * channels + c, count)], token, T.int64(channels), row
-            )
-            with T.serial(channels) as c:
-                self.memory[start + token * channels + c] = row[c]
+        channels, width, lanes = self._window.channels, self._window.width, isa.lanes
+
+        def load(token: Index, c: Index, count: int) -> Expr:
+            return x[T.at((first + token) * channels + c, count)]
+
+        def store(token: Index, c: Index, value: Expr, count: int) -> None:
+            self.memory[T.at(start + token * channels + c, count)] = value
+
+        with T.serial(-(-width // lanes)) as batch:
+            token = T.bind(batch * lanes)
+            norm.emit(isa, load, token, T.bind(T.min(T.int64(lanes), width - token)), T.int64(channels), store)
 
     def _clear(self, start: Expr, count: int) -> None:
         with T.serial(count) as i:
             self.memory[start + i] = T.float32(0)
 
-    def corner(self, image: Expr, i: Expr, j: Expr) -> Expr:
-        """Where the first number of a kernel lies whose outcome has a place."""
-        stride = self._window.stride
-        return image * (self._planes * self.height * self._line) + (i * self._line + j * self._pixel) * stride
-
-    def offset(self, run: Expr) -> Expr:
-        """Where one of the kernel's runs begins, counted from its corner."""
-        if self._planes == 1:
-            return run * self._line
-        kernel = T.int64(self._window.kernel)
-        return T.truncdiv(run, kernel) * (self.height * self._line) + T.truncmod(run, kernel) * self._line
+    def copy(self, image: Expr, i: Expr, j: Expr, out: Buffer) -> None:
+        """Write to out [inputs] what the kernel looks at whose outcome has a place."""
+        window = self._window
+        run, kernel, plane = window.run, window.kernel, self.height * self._line
+        corner = image * (self._planes * plane) + (i * self._line + j * self._pixel) * window.stride
+        corner, piece = T.bind(corner), math.gcd(run, self._lanes)
+        with T.serial(self._planes) as channel, T.serial(kernel) as row, T.serial(run // piece) as part:
+            start = corner + channel * plane + row * self._line + part * piece
+            out[T.at((channel * kernel + row) * run + part * piece, piece)] = self.memory[T.at(start, piece)]
 
 
 def _build_convolution(
@@ -162,42 +163,38 @@ def _build_convolution(
         control = control_argument()
         y = T.argument("y", (batch, height * width, outputs))
         x, y = x.flat(), rows_of(y)
-        padded = _Padded(window, batch)
+        padded = _Padded(window, batch, isa.lanes)
         padded.fill(isa, x, before)
         rows = held(batch * (height * width))
         block = block_of(rows, longest, product.rows, threads_of(control))
         with T.parallel((rows + block - 1) // block) as task:
             top = held(task * block)
             count = held(T.min(block, rows - top))
-            corner = T.alloc(1, dtype="int64")
+            patches = T.alloc(isa.lanes, inputs)
 
-            def before_row(row: Expr) -> None:
-                number = T.bind(top + row)
-                image, place = T.truncdiv(number, T.int64(height * width)), T.truncmod(number, T.int64(height * width))
-                i, j = T.truncdiv(place, T.int64(width)), T.truncmod(place, T.int64(width))
-                corner[0] = padded.corner(image, i, j)
+            def before_rows(first: Expr, some: Expr) -> None:
+                size = T.int64(height * width)
+                with T.serial(some) as row:
+                    number = T.bind(top + first + row)
+                    image, place = T.truncdiv(number, size), T.bind(T.truncmod(number, size))
+                    i, j = T.truncdiv(place, T.int64(width)), T.truncmod(place, T.int64(width))
+                    padded.copy(image, i, j, patches.part(row))
 
             def load(row: Index, start: Index, lanes: int) -> Expr:
-                piece = math.gcd(window.run, lanes)
-                pieces = []
-                for k in range(0, lanes, piece):
-                    run = T.truncdiv(start + k, T.int64(window.run))
-                    inside = T.truncmod(start + k, T.int64(window.run))
-                    pieces.append(padded.memory[T.at(corner[0] + padded.offset(run) + inside, piece)])
-                return pieces[0] if len(pieces) == 1 else T.shuffle(pieces, range(lanes))
+                return patches[row % isa.lanes, T.at(start, lanes)]
 
             scratch = product.scratch(longest, inputs)
-            product.stage(scratch, count, inputs, load, control, before_row)
+            product.stage(scratch, count, inputs, load, control, before_rows)
             panels = T.bind((outputs + (product.columns - 1)) // product.columns)
             store = isa.writer(y, lambda row: top + row)
             product.panels(scratch, count, weights, T.int64(0), panels, lambda x: x, store)
             product.release()
             if behind is not None:
-                normal = T.alloc(outputs)
-                with T.serial(count) as row:
-                    behind.emit(isa, isa.reader(y, lambda row: top + row), row, outputs, normal)
-                    with T.serial(outputs) as c:
-                        y[top + row, c] = normal[c]
+                lines = isa.reader(y, lambda row: top + row), isa.writer(y, lambda row: top + row)
+                with T.serial((count + (isa.lanes - 1)) // isa.lanes) as batch:
+                    first = T.bind(batch * isa.lanes)
+                    some = T.bind(T.min(T.int64(isa.lanes), count - first))
+                    behind.emit(isa, lines[0], first, some, outputs, lines[1])
     return function.get()
 
 

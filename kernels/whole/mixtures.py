@@ -73,11 +73,16 @@ def _build(
         x, y, added = rows_of(x), rows_of(y), None if added is None else rows_of(added)
         normal = x if norm is None else T.alloc(count, inputs)
         logits, assignment, gates = T.alloc(count, len(experts)), T.alloc(count, dtype="int64"), T.alloc(count)
-        with T.parallel(count) as token:
+        with T.parallel((count + (isa.lanes - 1)) // isa.lanes) as batch:
+            first = held(batch * isa.lanes)
+            some = held(T.min(T.int64(isa.lanes), count - first))
             if norm is not None:
-                norm.emit(isa, isa.reader(x, lambda row: row), token, inputs, normal.part(token))
-            route(isa, normal.part(token), inputs, router, router_bias, logits.part(token))
-            gates[token] = gate_of(logits.part(token), len(experts)) if gated else T.float32(1)
+                reader, writer = isa.reader(x, lambda row: row), isa.writer(normal, lambda row: row)
+                norm.emit(isa, reader, first, some, inputs, writer)
+            with T.serial(some) as i:
+                token = T.bind(first + i)
+                route(isa, normal.part(token), inputs, router, router_bias, logits.part(token))
+                gates[token] = gate_of(logits.part(token), len(experts)) if gated else T.float32(1)
         rows = held(count)
         share = held(T.truncdiv(rows + (len(experts) - 1), T.int64(len(experts))))
         tile, _ = tile_shape(target, form)

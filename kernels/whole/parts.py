@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from shiftadd3d.kernels.cpu.blocks import folded_each
 from shiftadd3d.kernels.cpu.forms import even_blocks
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.runtime import tir as T
-from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Load
+from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index, Load, Store
 
 
 def control_argument() -> Buffer:
@@ -48,43 +50,51 @@ class Norm:
         """The next two arguments of a function."""
         return cls(T.argument(f"gain{name}", (width,)), T.argument(f"shift{name}", (width,)), eps)
 
-    def emit(self, isa: Isa, load: Load, row: Expr, width: Expr, out: Buffer) -> None:
-        """Write a row, normalised, to out [width].
+    def emit(self, isa: Isa, load: Load, first: Expr, count: Index, width: Expr, store: Store) -> None:
+        """Normalise `count` rows from the first one on, no more than a vector has lanes: all their sums are taken at
+        once, lane by lane.
 
         Args:
             load: as of `ShiftProduct.stage`.
+            store: as of `ShiftProduct.panels`.
         """
         lanes = isa.lanes
         whole = T.bind(T.truncdiv(width, T.int64(lanes)))
         rest, behind = T.bind(width - whole * lanes), T.bind(whole * lanes)
-        vector, single = isa.register(), T.alloc(1, align=4)
-        mean, factor = T.alloc(1, align=4), T.alloc(1, align=4)
+        vector, sums = isa.register(), T.alloc(lanes, lanes)
+        means, factors = T.alloc(lanes), T.alloc(lanes)
 
-        vector.value = isa.splat(0.0)
-        with T.serial(whole) as j:
-            vector.value = vector.value + load(row, j * lanes, lanes)
-        single[0] = isa.total(vector.value)
-        with T.serial(rest) as j:
-            single[0] = single[0] + load(row, behind + j, 1)
-        mean[0] = single[0] / T.cast(width, "float32")
+        def mean_of(value: Callable[[Expr, Index, int], Expr]) -> Expr:
+            """Of ``value(row, column, count)``, the mean of each row."""
+            with T.serial(count) as i:
+                vector.value = isa.splat(0.0)
+                with T.serial(whole) as j:
+                    vector.value = vector.value + value(i, j * lanes, lanes)
+                sums[i, isa.at(0)] = vector.value
+                with T.serial(rest) as j:
+                    sums[i, 0] = sums[i, 0] + value(i, behind + j, 1)
+            with T.serial(lanes - count) as i:
+                sums[count + i, isa.at(0)] = isa.splat(0.0)
+            return folded_each(isa, sums, lambda a, b: a + b) / isa.splat(T.cast(width, "float32"))
 
-        vector.value = isa.splat(0.0)
-        with T.serial(whole) as j:
-            apart = isa.keep(load(row, j * lanes, lanes) - isa.splat(mean[0]))
-            vector.value = isa.fma(apart, apart, vector.value)
-        single[0] = isa.total(vector.value)
-        with T.serial(rest) as j:
-            apart = T.bind(load(row, behind + j, 1) - mean[0])
-            single[0] = single[0] + apart * apart
-        factor[0] = T.float32(1) / T.sqrt(single[0] / T.cast(width, "float32") + T.float32(self.eps))
+        def apart(i: Expr, column: Index, lanes: int) -> Expr:
+            return load(first + i, column, lanes) - (means[i] if lanes == 1 else isa.splat(means[i]))
 
-        with T.serial(whole) as j:
-            at = isa.at(j * lanes)
-            normed = (load(row, j * lanes, lanes) - isa.splat(mean[0])) * isa.splat(factor[0])
-            out[at] = isa.fma(normed, self.gain[at], self.shift[at])
-        with T.serial(rest) as j:
-            normed = (load(row, behind + j, 1) - mean[0]) * factor[0]
-            out[behind + j] = normed * self.gain[behind + j] + self.shift[behind + j]
+        def square(i: Expr, column: Index, lanes: int) -> Expr:
+            x = apart(i, column, lanes)
+            x = T.bind(x) if lanes == 1 else isa.keep(x)
+            return x * x
+
+        means[isa.at(0)] = mean_of(lambda i, column, lanes: load(first + i, column, lanes))
+        factors[isa.at(0)] = isa.splat(1.0) / isa.square_root(mean_of(square) + isa.splat(self.eps))
+        with T.serial(count) as i:
+            with T.serial(whole) as j:
+                at = isa.at(j * lanes)
+                normed = apart(i, j * lanes, lanes) * isa.splat(factors[i])
+                store(first + i, j * lanes, isa.fma(normed, self.gain[at], self.shift[at]), lanes)
+            with T.serial(rest) as j:
+                c = T.bind(behind + j)
+                store(first + i, c, apart(i, c, 1) * factors[i] * self.gain[c] + self.shift[c], 1)
 
 
 def block_of(rows: Expr, longest: int, tile: int, threads: Expr) -> Expr:

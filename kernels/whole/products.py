@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from shiftadd3d.kernels.cpu.decode import Weights
 from shiftadd3d.kernels.cpu.forms import Form, error_bound, forms, longest_block, shift_product, tile_shape
 from shiftadd3d.kernels.cpu.forms.base import ShiftProduct
 from shiftadd3d.kernels.cpu.forms.float32 import PanelProduct
+from shiftadd3d.kernels.cpu.forms.int16 import OrdinaryInt16Product
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.matshift import BLOCK_BYTES
 from shiftadd3d.kernels.cpu.mlp import BLOCK_BYTES as PERCEPTRON_BYTES
@@ -33,28 +34,33 @@ from shiftadd3d.kernels.whole.program import Exactness, Function, Program, Value
 
 def form_of(target: CpuTarget, exactness: Exactness, bits: int, terms: int) -> Form:
     """How products with such weights are formed; 0 terms are ordinary weights."""
-    if exactness in ("safe", "twin") or not terms:
+    if exactness in ("safe", "twin"):
         return "float32"
+    if not terms:
+        # On Sapphire Rapids, where float32 takes twice as much in a cycle, nobody has measured it.
+        return "int16" if exactness == "int8" and target.has_vnni and not target.has_amx else "float32"
     return forms(target, exactness, bits, terms, "float32")[0]
 
 
 def product_of(target: CpuTarget, form: Form, bits: int, terms: int) -> ShiftProduct:
-    """The code of such a product."""
-    return shift_product(target, form, bits, terms, "float32") if terms else PanelProduct(target)
+    """The code of such a product. Among experts, ordinary weights are in float32, whatever the form of the others."""
+    if terms:
+        return shift_product(target, form, bits, terms, "float32")
+    return OrdinaryInt16Product(target) if form == "int16" and not bits else PanelProduct(target)
 
 
 def weights_argument(product: ShiftProduct, name: str, terms: int, inputs: Expr, outputs: Expr) -> Weights:
-    """The next arguments of a function: codes and offset, or panels; and bias."""
+    """The next arguments of a function: codes and offset, or panels and largest magnitudes; and bias."""
     if terms:
         return Weights.argument(name, terms, inputs, outputs)
     panels = T.argument(f"panels{name}", (*T.sizes(1), inputs, product.columns))
-    return Weights(panels, None, T.argument(f"bias{name}", (outputs,)), inputs, outputs)
+    peaks = T.argument(f"peaks{name}", (outputs,))
+    return Weights(panels, peaks, T.argument(f"bias{name}", (outputs,)), inputs, outputs)
 
 
 def weight_values(program: Program, layer: LinearWeights) -> list[Value]:
     """What `weights_argument` is given."""
-    tensors = (layer.weight, layer.offset, layer.bias)
-    return [program.weight(tensor) for tensor in tensors if tensor is not None]
+    return [program.weight(tensor) for tensor in tensors_of(layer)]
 
 
 # One layer
@@ -96,10 +102,10 @@ def _build_linear(
             first = held(T.truncmod(task, shares) * share)
             last = held(T.max(first, T.min(first + share, panels)))
             scratch = product.scratch(longest, inputs)
-            load, before_row = isa.reader(x, lambda row: top + row), None
+            load, before_rows = isa.reader(x, lambda row: top + row), None
             if norm is not None:
-                load, before_row = normed(isa, norm, load, inputs)
-            product.stage(scratch, height, inputs, load, control, before_row)
+                load, before_rows = normed(isa, norm, load, inputs)
+            product.stage(scratch, height, inputs, load, control, before_rows)
 
             def store(row: Index, column: Index, value: Expr, count: int) -> None:
                 at = top + row, T.at(column, count)
@@ -110,12 +116,16 @@ def _build_linear(
     return function.get()
 
 
-def normed(isa: Isa, norm: Norm, load: T.Load, width: Expr) -> tuple[T.Load, Any]:
-    """`load` and `before_row` of rows that are normalised as they are staged, in memory that stays in the cache."""
-    row_of_one = T.alloc(width)
+def normed(isa: Isa, norm: Norm, load: T.Load, width: Expr) -> tuple[T.Load, Callable[[Expr, Expr], None]]:
+    """`load` and `before_rows` of rows that are normalised as they are staged, in memory that stays in the cache."""
+    rows = T.alloc(isa.lanes, width)
+
+    def store(row: Index, column: Index, value: Expr, count: int) -> None:
+        rows[row % isa.lanes, T.at(column, count)] = value
+
     return (
-        lambda row, start, count: row_of_one[T.at(start, count)],
-        lambda row: norm.emit(isa, load, row, width, row_of_one),
+        lambda row, start, count: rows[row % isa.lanes, T.at(start, count)],
+        lambda first, count: norm.emit(isa, load, first, count, width, store),
     )
 
 
@@ -217,15 +227,15 @@ def _build_perceptron(
         with T.parallel((rows + block - 1) // block) as task:
             top = held(task * block)
             height = held(T.min(block, rows - top))
-            load, before_row = isa.reader(x, lambda row: top + row), None
+            load, before_rows = isa.reader(x, lambda row: top + row), None
             if norm is not None:
-                load, before_row = normed(isa, norm, load, inputs)
+                load, before_rows = normed(isa, norm, load, inputs)
 
             def store(row: Index, column: Index, value: Expr, count: int) -> None:
                 at = top + row, T.at(column, count)
                 y[at] = value if added is None else value + added[at]
 
-            emit_layers(products, layers, activation, longest, height, load, store, control, before_row)
+            emit_layers(products, layers, activation, longest, height, load, store, control, before_rows)
     return function.get()
 
 
@@ -304,7 +314,7 @@ def random_layer(draw: Draw, inputs: int, outputs: int, bits: int, terms: int) -
 
 
 def tensors_of(layer: LinearWeights) -> Sequence[Tensor]:
-    return [tensor for tensor in (layer.weight, layer.offset, layer.bias) if tensor is not None]
+    return layer.weight, layer.offset, layer.bias
 
 
 def _bound(form: Form, bits: int, x: Tensor, weight: Tensor) -> Tensor:

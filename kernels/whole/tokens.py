@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shiftadd3d.kernels.cpu.blocks import COARSE_GELU_ERROR
 from shiftadd3d.kernels.cpu.depthwise import Row, Tensors
 from shiftadd3d.kernels.cpu.forms import Form, error_bound, longest_block
 from shiftadd3d.kernels.cpu.isa import Isa
@@ -46,7 +47,7 @@ def _build_patches(
 
     images [B, channels, H, W], prefix [P, outputs], added [patches, outputs], y [B, P + patches, outputs].
     """
-    product = product_of(target, form, bits, terms)
+    isa, product = Isa(target), product_of(target, form, bits, terms)
     high, wide = patch
     with T.function("patches") as function:
         batch, height, width, outputs, prefixes, patches, tokens = T.sizes(7)
@@ -69,25 +70,20 @@ def _build_patches(
                 """The picture that a row belongs to, and its number in there."""
                 return T.truncdiv(top + row, patches), T.truncmod(top + row, patches)
 
-            corner = T.alloc(3, dtype="int64")  # picture, row and column of the pixel that the patch at hand begins at
+            rows_at_hand = T.alloc(isa.lanes, inputs)
+            piece = math.gcd(wide, isa.lanes)
 
-            def before_row(row: Expr) -> None:
-                b, number = place(row)
-                corner[0] = b
-                corner[1] = T.truncdiv(number, across) * high
-                corner[2] = T.truncmod(number, across) * wide
+            def before_rows(first: Expr, some: Expr) -> None:
+                # Channels first within a patch, then its rows.
+                with T.serial(some) as i:
+                    b, number = (T.bind(part) for part in place(first + i))
+                    up, left = T.truncdiv(number, across) * high, T.truncmod(number, across) * wide
+                    with T.serial(channels) as c, T.serial(high) as y_of, T.serial(wide // piece) as part:
+                        pixels = images[b, c, up + y_of, T.at(left + part * piece, piece)]
+                        rows_at_hand[i, T.at((c * high + y_of) * wide + part * piece, piece)] = pixels
 
             def load(row: Index, start: Index, lanes: int) -> Expr:
-                # Channels first within a patch, then its rows.
-                run = math.gcd(wide, lanes)
-                runs = []
-                for i in range(0, lanes, run):
-                    k = T.bind(start + i)
-                    channel, inside = T.truncdiv(k, T.int64(high * wide)), T.truncmod(k, T.int64(high * wide))
-                    y_of, x_of = T.truncdiv(inside, T.int64(wide)), T.truncmod(inside, T.int64(wide))
-                    at = corner[0], channel, corner[1] + y_of, T.at(corner[2] + x_of, run)
-                    runs.append(images[at])
-                return runs[0] if len(runs) == 1 else T.shuffle(runs, range(lanes))
+                return rows_at_hand[row % isa.lanes, T.at(start, lanes)]
 
             def store(row: Index, column: Index, value: Expr, lanes: int) -> None:
                 b, number = place(row)
@@ -95,7 +91,7 @@ def _build_patches(
                 y[b, prefixes + number, at] = value + added[number, at]
 
             scratch = product.scratch(longest, inputs)
-            product.stage(scratch, count, inputs, load, control, before_row)
+            product.stage(scratch, count, inputs, load, control, before_rows)
             panels = T.bind((outputs + (product.columns - 1)) // product.columns)
             product.panels(scratch, count, weights, T.int64(0), panels, lambda x: x, store)
             product.release()
@@ -244,7 +240,13 @@ def attention(
 
 
 def _build_depthwise(
-    target: CpuTarget, kernel_size: int, grid: tuple[int, int], activation: Activation, added: bool, last: bool
+    target: CpuTarget,
+    kernel_size: int,
+    grid: tuple[int, int],
+    activation: Activation,
+    added: bool,
+    last: bool,
+    coarse: bool,
 ) -> T.PrimFunc:
     """The function ``(x, weight, bias, what is added, control, y)``.
 
@@ -266,12 +268,24 @@ def _build_depthwise(
         with T.parallel(batch * height) as number:
             image, i = T.bind(T.truncdiv(number, height)), T.bind(T.truncmod(number, height))
             tensors = Tensors(x, weight, bias, addend, y)
-            Row(Isa(target), tensors, kernel_size, activation, image, i, height, width).emit()
+            Row(Isa(target), tensors, kernel_size, activation, image, i, height, width, coarse).emit()
     return function.get()
 
 
+def _resolve_depthwise(target: CpuTarget, exactness: Exactness, spec: dict[str, Any]) -> dict[str, Any]:
+    bits, terms = spec.pop("behind")
+    product = product_of(target, form_of(target, exactness, bits, terms), bits, terms)
+    return spec | {"coarse": product.coarse}
+
+
 def _try_depthwise(
-    function: Compiled, kernel_size: int, grid: tuple[int, int], activation: Activation, added: bool, last: bool
+    function: Compiled,
+    kernel_size: int,
+    grid: tuple[int, int],
+    activation: Activation,
+    added: bool,
+    last: bool,
+    coarse: bool,
 ) -> None:
     draw, channels, (height, width) = Draw(), 35, grid
     tokens = 2 + height * width
@@ -282,10 +296,10 @@ def _try_depthwise(
     taps = weight.flatten(1).T.contiguous()
     function(wide if last else x.contiguous(), taps, bias, *([addend] if added else []), control, y)
     expected = depthwise_conv_twin(x, weight, bias, height, width, activation, addend if added else None)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=COARSE_GELU_ERROR + 2e-5 if coarse else 2e-5)
 
 
-DEPTHWISE = Function("depthwise", _build_depthwise, _try_depthwise)
+DEPTHWISE = Function("depthwise", _build_depthwise, _try_depthwise, _resolve_depthwise)
 
 
 def depthwise(
@@ -297,12 +311,15 @@ def depthwise(
     *,
     activation: Activation = "none",
     added: Value | None = None,
+    behind: LinearWeights | None = None,
 ) -> Value:
     """``activation(convolution of x + bias) + added``, over a grid that the last tokens lie on.
 
     Args:
         x: [B, tokens, C], or wider: then its last C columns count.
         weight: [C, 1, k, k].
+        behind: the layer that alone takes the outcome, whose product may round by more than a coarse activation
+            function does.
     """
     channels, kernel_size = weight.shape[0], weight.shape[-1]
     taps = weight.detach().float().flatten(1).T.contiguous()
@@ -316,6 +333,7 @@ def depthwise(
         activation=activation,
         added=added is not None,
         last=x.shape[-1] != channels,
+        behind=(0, 0) if behind is None else (behind.bits, behind.terms),
     )
 
 
@@ -337,26 +355,31 @@ def _build_pool(target: CpuTarget, mean: bool, eps: float | None) -> T.PrimFunc:
         y = T.argument("y", (batch, 1, width))
         tokens_of = rows_of(x)
         with T.parallel(batch) as b:
-            row, out = T.alloc(width), y.part(b, 0)
+            out, lanes = y.part(b, 0), isa.lanes
+            rows = T.alloc(lanes, width)
             load = isa.reader(tokens_of, lambda token: b * tokens + token)
 
-            def take(token: Expr) -> Buffer:
+            def take(first: Expr, count: Index, use: Callable[[Expr, Expr], None]) -> None:
+                """Emit ``use(column, x)`` for all columns of some tokens, no more than a vector has lanes."""
                 if norm is not None:
-                    norm.emit(isa, load, token, width, row)
-                    return row
-                return tokens_of.part(b * tokens + token)
+                    norm.emit(isa, load, first, count, width, isa.writer(rows, lambda token: token - first))
+                with T.serial(count) as i, T.serial(width) as c:
+                    use(c, tokens_of[b * tokens + first + i, c] if norm is None else rows[i, c])
+
+            def copy(c: Expr, x: Expr) -> None:
+                out[c] = x
+
+            def add(c: Expr, x: Expr) -> None:
+                out[c] = out[c] + x
 
             if not mean:
-                one = take(skipped)
-                with T.serial(width) as c:
-                    out[c] = one[c]
+                take(skipped, 1, copy)
             else:
                 with T.serial(width) as c:
                     out[c] = T.float32(0)
-                with T.serial(tokens - skipped) as token:
-                    one = take(T.bind(skipped + token))
-                    with T.serial(width) as c:
-                        out[c] = out[c] + one[c]
+                with T.serial(T.truncdiv(tokens - skipped + (lanes - 1), T.int64(lanes))) as batch:
+                    first = T.bind(skipped + batch * lanes)
+                    take(first, T.bind(T.min(T.int64(lanes), tokens - first)), add)
                 with T.serial(width) as c:
                     out[c] = out[c] / T.cast(tokens - skipped, "float32")
     return function.get()

@@ -160,8 +160,13 @@ class Emission:
         if not (isinstance(conv, nn.Conv2d) and is_depthwise(conv) and conv.out_channels >= targets.current().lanes):
             raise self.refusal(conv, "which is not registered, or has fewer channels than a vector")
         hidden = self.linear(first, x, norm)
-        hidden = tokens.depthwise(self.program, hidden, conv.weight, conv.bias, grid, activation=activation)
-        return self.linear(second, hidden, None, residual)
+        behind = None if isinstance(second, FrozenMoE) else self.weights(second)
+        hidden = tokens.depthwise(
+            self.program, hidden, conv.weight, conv.bias, grid, activation=activation, behind=behind
+        )
+        if behind is None:
+            return self.linear(second, hidden, None, residual)
+        return products.linear(self.program, hidden, behind, residual=residual)
 
     def convolution(
         self,

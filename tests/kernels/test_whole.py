@@ -33,6 +33,9 @@ tvm = pytest.importorskip("tvm")
 LAYER = {"bits": 4, "terms": 1, "eps": 1e-6, "activation": "gelu", "residual": True}
 BARE = {"eps": None, "activation": "none", "residual": False}
 SHIFT, DENSE = {"bits": 4, "terms": 1}, {"bits": 0, "terms": 0}
+DENSE_BEHIND = {"behind": (0, 0)}
+GELU = {"activation": "gelu", "added": False, "last": False}
+VALUES = DENSE_BEHIND | {"activation": "none", "added": True, "last": True}
 MIXED = {"experts": (0, 1), "bits": 4, "residual": True}
 CASES: list[tuple[Function, dict[str, Any]]] = [
     (LINEAR, LAYER | {"inputs": 325}),
@@ -48,8 +51,9 @@ CASES: list[tuple[Function, dict[str, Any]]] = [
     (ATTENTION, {"features": 16, "columns": 32, "parts": 3, "low": -1.0}),
     (SOFTMAX_ATTENTION, {"heads": 3, "width": 32, "keys": 70, "joint": True}),
     (SOFTMAX_ATTENTION, {"heads": 2, "width": 64, "keys": 49, "joint": False}),
-    (DEPTHWISE, {"kernel_size": 3, "grid": (5, 14), "activation": "none", "added": True, "last": True}),
-    (DEPTHWISE, {"kernel_size": 5, "grid": (3, 2), "activation": "gelu", "added": False, "last": False}),
+    (DEPTHWISE, VALUES | {"kernel_size": 3, "grid": (5, 14)}),
+    (DEPTHWISE, GELU | DENSE_BEHIND | {"kernel_size": 5, "grid": (3, 2)}),
+    (DEPTHWISE, GELU | {"kernel_size": 3, "grid": (4, 9), "behind": (4, 1)}),
     (CONVOLUTION, DENSE | {"window": Window(True, 3, 19, 22, 7, 4, 3), "eps_before": None, "eps_behind": 1e-5}),
     (CONVOLUTION, DENSE | {"window": Window(False, 24, 9, 6, 3, 2, 1), "eps_before": 1e-6, "eps_behind": None}),
     (CONVOLUTION, SHIFT | {"window": Window(False, 20, 9, 6, 2, 2, 0), "eps_before": 1e-6, "eps_behind": 1e-5}),

@@ -7,6 +7,8 @@ A power of two is exact in every format here, so only activations may round. The
   pairs of products in 32-bit integers. With e the exponent of a row's largest magnitude, each activation is off by at
   most ``2**(e - 15)``, and by ``2**(e - 11)`` with codes of 5 bits, whose 15 powers leave less room for sums. The
   largest magnitude has to be zero or within ``2**-64`` and ``2**64``; infinity and NaN have no place in such a row.
+  Ordinary weights, of 0 bits, are rounded, too: each is off by at most 1/4094 of the largest of its output, each
+  activation by 1/8190 of the largest of its row.
 - ``"int8"``: the same with integers up to 127, which stand for a row's largest magnitude, so that each activation is
   off by at most 1/254 of that, and with weights of up to 4 bits, which are bytes then: twice as many products in an
   instruction.
@@ -78,10 +80,11 @@ def all_forms(target: CpuTarget, bits: int, terms: int, dtype: Dtype) -> tuple[F
 def error_bound(form: Form, bits: int) -> float:
     """What an output may be off by before its activation, as a multiple of ``max |row of x| * sum |row of W|``.
 
-    On top of that comes the rounding of float32 sums, which all forms share.
+    On top of that comes the rounding of float32 sums, which all forms share. Of ordinary weights as integers, the bound
+    holds where an output's largest weight is no more than 7 times the mean magnitude of all.
     """
     if form == "int16":
-        return 2.0**-15 if bits <= 4 else 2.0**-11
+        return 2.0**-15 if 0 < bits <= 4 else 2.0**-11 if bits else 2.0**-9
     if form == "int8":
         return 1 / 253  # 1/254, and what rounding the scale makes of it
     return 2.0**-8 if form == "bfloat16x1" else 0.0

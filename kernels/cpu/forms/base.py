@@ -86,7 +86,8 @@ class ShiftProduct(Decoder):
             bias=T.alloc(self.columns),
             factors=T.alloc(self.columns),
             sums=T.alloc(rows, self.columns),
-            scales=T.alloc(rows),
+            scales=T.alloc(rows + self.isa.lanes),
+            starts=T.alloc(blocks * rows + self.isa.lanes, dtype="int32"),
         )
 
     def release(self) -> None:
@@ -99,7 +100,7 @@ class ShiftProduct(Decoder):
         inputs: Expr,
         load: Load,
         flag: Buffer,
-        before_row: Callable[[Expr], None] | None = None,
+        before_rows: Callable[[Expr, Expr], None] | None = None,
     ) -> None:
         """Bring `rows` rows of `inputs` activations into `scratch.activations`.
 
@@ -107,13 +108,23 @@ class ShiftProduct(Decoder):
             load: ``load(row, start, count)``: `count` float32 activations of a row from input `start` on, a vector, or
                 a scalar if `count` is 1.
             flag: its first number, an int32, is set to 1 if the form cannot express an activation.
-            before_row: ``before_row(row)`` emits what prepares a row that is loaded next.
+            before_rows: ``before_rows(first, count)`` emits what prepares rows that are loaded next, as many as a
+                vector has lanes or, of the last ones, fewer.
         """
-        with T.serial(rows) as row:
-            if before_row is not None:
-                before_row(row)
-            self.stage_row(scratch, row, inputs, load, flag)
+        lanes = self.isa.lanes
+        with T.serial((rows + (lanes - 1)) // lanes) as batch:
+            first = T.bind(batch * lanes)
+            count = T.bind(T.min(T.int64(lanes), rows - first))
+            if before_rows is not None:
+                before_rows(first, count)
+            self.stage_rows(scratch, first, count, inputs, load, flag)
         self.fill_up(scratch, rows)
+
+    def stage_rows(self, scratch: Scratch, first: Expr, count: Expr, inputs: Expr, load: Load, flag: Buffer) -> None:
+        """`stage` of `count` rows, no more than a vector has lanes. Blocks of inputs are filled up with zeros as far as
+        `multiply` reads them."""
+        with T.serial(count) as i:
+            self.stage_row(scratch, T.bind(first + i), inputs, load, flag)
 
     def fill_up(self, scratch: Scratch, rows: Expr) -> None:
         """Stage rows of zeros up to the end of the last tile: their sums go nowhere, but must not be slow to form."""
@@ -163,16 +174,20 @@ class ShiftProduct(Decoder):
             inside, output = start + column < weights.outputs, start + column
             scratch.bias[column] = T.if_then_else(inside, weights.bias[output], T.float32(0))
             if self.has_factors:
-                exponent = T.if_then_else(inside, self.factor(weights, output), T.int32(0))
-                scratch.factors[column] = T.reinterpret("float32", (exponent + EXPONENT_BIAS) << FRACTION_BITS)
+                scratch.factors[column] = self.factor(weights, output, inside)
 
-    def factor(self, weights: Weights, output: Expr) -> Expr:
-        """Where `has_factors`: the exponent, int32, of what a channel's sums are multiplied by."""
+    def factor(self, weights: Weights, output: Expr, inside: Expr) -> Expr:
+        """Where `has_factors`: what a channel's sums are multiplied by, if there is one."""
+        exponent = T.if_then_else(inside, self.exponent(weights, output), T.int32(0))
+        return T.reinterpret("float32", (exponent + EXPONENT_BIAS) << FRACTION_BITS)
+
+    def exponent(self, weights: Weights, output: Expr) -> Expr:
+        """Of that factor, if it is a power of two: int32."""
         raise NotImplementedError
 
-    @abstractmethod
     def stage_row(self, scratch: Scratch, row: Expr, inputs: Expr, load: Load, flag: Buffer) -> None:
-        """See `stage`. Blocks are filled up with zeros as far as `multiply` reads them."""
+        """`stage_rows` of one row, for forms that have nothing to gain from more."""
+        raise NotImplementedError
 
     @abstractmethod
     def multiply(self, scratch: Scratch, row: Expr, turn: Expr, count: Expr) -> Tile | None:
@@ -209,22 +224,27 @@ class ShiftProduct(Decoder):
         return peak
 
     def groups_of_vectors(
-        self, row: Expr, first: Expr, count: Expr, load: Load, use: Callable[[list[Expr], Expr], None]
+        self, row: Expr, first: Expr, count: Expr, load: Load, use: Callable[[list[Expr], Expr], None], group: int
     ) -> None:
-        """Emit ``use(vectors, part)`` for `count` activations of a row, `pair` vectors at a time, then zeros."""
-        isa, size = self.isa, self.pair * self.isa.lanes
-        starts = range(0, size, isa.lanes)
+        """Emit ``use(vectors, part)`` for `count` activations of a row, `group` vectors at a time, the last ones, with
+        zeros behind them, first: LLVM makes a call of copying those, across which no vector stays in a register."""
+        isa, lanes, size = self.isa, self.isa.lanes, group * self.isa.lanes
+        starts = range(0, size, lanes)
         rest = T.alloc(size)
-        part = T.bind(count // size)
-        with T.serial(part) as i:
-            position = T.bind(first + i * size)
-            use([T.bind(load(row, position + j, isa.lanes)) for j in starts], i)
-        with T.when(count % size > 0):
+        part, left = T.bind(count // size), T.bind(count % size)
+        with T.when(left > 0):
+            behind = T.bind(first + part * size)
             for j in starts:
                 rest[isa.at(j)] = isa.splat(0)
-            with T.serial(count % size) as i:
-                rest[i] = load(row, first + part * size + i, 1)
+            with T.serial(left // lanes) as i:
+                rest[isa.at(i * lanes)] = load(row, behind + i * lanes, lanes)
+            with T.serial(left % lanes) as i:
+                position = left // lanes * lanes + i
+                rest[position] = load(row, behind + position, 1)
             use([T.bind(rest[isa.at(j)]) for j in starts], part)
+        with T.serial(part) as i:
+            position = T.bind(first + i * size)
+            use([T.bind(load(row, position + j, lanes)) for j in starts], i)
 
     def each_block(self, scratch: Scratch, inputs: Expr, use: Callable[[Expr, Expr, Expr], None]) -> None:
         """Emit ``use(block, first input, number of inputs)`` for all blocks of inputs."""

@@ -36,12 +36,12 @@ class Bfloat16Product(ShiftProduct):
     def release(self) -> None:
         self.isa.release_tiles()
 
-    def factor(self, weights: Weights, output: Expr) -> Expr:
+    def exponent(self, weights: Weights, output: Expr) -> Expr:
         offsets = [self.offset(weights, term, output) for term in range(self.terms)]
         return T.max(offsets[0], offsets[-1])
 
     def unit(self, weights: Weights, term: Index, output: Expr) -> Expr:
-        return super().unit(weights, term, output) - self.factor(weights, output)
+        return super().unit(weights, term, output) - self.exponent(weights, output)
 
     def expand_pairs(self, scratch: Scratch, count: Expr, load: Callable[[int, Expr], Expr]) -> None:
         # A byte holds a pair of codes, as an entry of a tile does. The pairs change places four at a time, and a table
@@ -103,7 +103,7 @@ class Bfloat16Product(ShiftProduct):
                     if piece + 1 < self.pieces:
                         low, high = self._minus(T.bind(scratch.activations[place, at]), low, high)
 
-            self.groups_of_vectors(row, first, count, load, use)
+            self.groups_of_vectors(row, first, count, load, use, self.pair)
 
         self.each_block(scratch, inputs, convert)
         # Pieces of these are no denormals, or too small to count.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from shiftadd3d.kernels.cpu.blocks import folded_each
 from shiftadd3d.kernels.cpu.decode import (
     EXPONENT_BIAS,
     FRACTION_BITS,
@@ -13,7 +14,8 @@ from shiftadd3d.kernels.cpu.decode import (
     steps_of_32,
     transpose,
 )
-from shiftadd3d.kernels.cpu.forms.base import LOWEST, Form, ShiftProduct
+from shiftadd3d.kernels.cpu.forms.base import HIGHEST, LOWEST, Form, ShiftProduct
+from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import Tile
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.memory import Dtype
@@ -30,7 +32,7 @@ class Int16Product(ShiftProduct):
         self.by_pairs = bits == 4
         super().__init__(target, form, bits, terms, dtype, block)
 
-    def factor(self, weights: Weights, output: Expr) -> Expr:
+    def exponent(self, weights: Weights, output: Expr) -> Expr:
         """The weight of level 1, which integers count in."""
         return self.offset(weights, 0, output) - (self.levels - 1)
 
@@ -58,45 +60,95 @@ class Int16Product(ShiftProduct):
             for half in (0, 8)
         ]
 
-    def stage_row(self, scratch: Scratch, row: Expr, inputs: Expr, load: Load, flag: Buffer) -> None:
+    def stage(
+        self,
+        scratch: Scratch,
+        rows: Expr,
+        inputs: Expr,
+        load: Load,
+        flag: Buffer,
+        before_rows: Callable[[Expr, Expr], None] | None = None,
+    ) -> None:
+        lanes = self.isa.lanes
+        self._of_rows, self._factors = T.alloc(lanes, lanes, dtype="int32"), T.alloc(lanes)
+        super().stage(scratch, rows, inputs, load, flag, before_rows)
+
+    def stage_rows(self, scratch: Scratch, first: Expr, count: Expr, inputs: Expr, load: Load, flag: Buffer) -> None:
         isa = self.isa
-        largest = isa.register(0, integer=True)
 
-        def compare(xs: list[Expr], part: Expr) -> None:
-            for x in xs:
-                largest.value = T.max(largest.value, isa.magnitude_bits(x))
+        def peaks_of(i: Expr) -> Expr:
+            largest = isa.register(0, integer=True)
 
-        self.groups_of_vectors(row, T.int64(0), inputs, load, compare)
+            def compare(xs: list[Expr], part: Expr) -> None:
+                largest.value = T.max(largest.value, isa.magnitude_bits(xs[0]))
+
+            self.groups_of_vectors(T.bind(first + i), T.int64(0), inputs, load, compare, 1)
+            return largest.value
+
+        peaks = self.of_each_row(count, peaks_of, T.max)
+        self._refuse_extremes_of_any(peaks, flag)
         # Within these bounds neither the scale, nor its reciprocal, nor sums times either overflow.
-        peak = self.refuse_extremes(largest.value, flag)
-        scale, reciprocal = self.scale(T.bind(T.max(peak, T.int32(LOWEST))))
-        scratch.scales[row] = scale
-        factor = T.bind(isa.splat(T.bind(reciprocal)))
+        scale, reciprocal = self.scale(isa.keep(T.max(peaks, isa.splat_int(LOWEST)), integer=True))
+        scratch.scales[isa.at(first)] = scale
+        self._factors[isa.at(0)] = reciprocal
 
-        def convert(block: Expr, first: Expr, count: Expr) -> None:
-            self.convert(scratch, T.bind(block * scratch.rows + row), row, first, count, load, factor)
+        def convert(block: Expr, start: Expr, length: Expr) -> None:
+            place = T.bind(block * scratch.rows + first)
+
+            def row(i: Expr) -> Expr:
+                factor = T.bind(isa.splat(self._factors[i]))
+                return self.convert(scratch, T.bind(place + i), T.bind(first + i), start, length, load, factor)
+
+            self.convert_rows(scratch, place, count, row)
 
         self.each_block(scratch, inputs, convert)
 
-    def scale(self, peak: Expr) -> tuple[Expr, Expr]:
-        """What the integers of a row count in, and its reciprocal; `peak` is its largest magnitude, as int32 bits."""
-        fraction = self.activation_bits - 1
-        exponent = T.bind(peak >> FRACTION_BITS)
-        bits = (exponent - fraction, 2 * EXPONENT_BIAS + fraction - exponent)
-        scale, reciprocal = (T.reinterpret("float32", part << FRACTION_BITS) for part in bits)
+    def of_each_row(self, count: Expr, vector: Callable[[Expr], Expr], fold: Callable[[Expr, Expr], Expr]) -> Expr:
+        """The lanes of ``vector(i)``, int32, folded into one, for `count` rows: a vector of these, then of zeros."""
+        at = self.isa.at(0)
+        with T.serial(count) as i:
+            self._of_rows[i, at] = vector(i)
+        with T.serial(self.isa.lanes - count) as i:
+            self._of_rows[count + i, at] = self.isa.splat_int(0)
+        return folded_each(self.isa, self._of_rows, fold, integer=True)
+
+    def _refuse_extremes_of_any(self, peaks: Expr, flag: Buffer) -> None:
+        """`refuse_extremes` of the largest magnitudes of rows, as int32 bits."""
+        zero, one = self.isa.splat_int(0), self.isa.splat_int(1)
+        low = T.select(peaks < self.isa.splat_int(LOWEST), T.min(peaks, one), zero)
+        high = T.select(peaks < self.isa.splat_int(HIGHEST), zero, one)
+        with T.when(self.isa.largest_int(T.max(low, high)) > 0):
+            flag[0] = T.int32(1)
+
+    def scale(self, peaks: Expr) -> tuple[Expr, Expr]:
+        """What the integers of rows count in, and its reciprocal; of their largest magnitudes, as int32 bits."""
+        isa, fraction = self.isa, self.activation_bits - 1
+        exponents = isa.keep(peaks >> isa.splat_int(FRACTION_BITS), integer=True)
+        bits = (exponents - isa.splat_int(fraction), isa.splat_int(2 * EXPONENT_BIAS + fraction) - exponents)
+        scale, reciprocal = (isa.as_float(part << isa.splat_int(FRACTION_BITS)) for part in bits)
         return scale, reciprocal
+
+    def convert_rows(self, scratch: Scratch, place: Expr, count: Expr, convert: Callable[[Expr], Expr]) -> None:
+        """``convert(i)`` of `count` rows that begin at a place of `scratch.activations`."""
+        with T.serial(count) as i:
+            convert(i)
 
     def convert(
         self, scratch: Scratch, place: Expr, row: Expr, first: Expr, count: Expr, load: Load, factor: Expr
-    ) -> None:
-        """Store `count` activations of a row, times `factor`, at a place of `scratch.activations`."""
+    ) -> Expr:
+        """Store `count` activations of a row, times `factor`, at a place of `scratch.activations`.
+
+        Returns:
+            What the lanes of a vector of int32 have to be known of.
+        """
         isa = self.isa
 
         def use(xs: list[Expr], part: Expr) -> None:
             low, high = [isa.to_nearest(x * factor) for x in xs]
             scratch.activations[place, isa.at(part * isa.lanes)] = isa.to_int16(low, high)
 
-        self.groups_of_vectors(row, first, count, load, use)
+        self.groups_of_vectors(row, first, count, load, use, self.pair)
+        return isa.splat_int(0)
 
     def multiply(self, scratch: Scratch, row: Expr, turn: Expr, count: Expr) -> Tile:
         isa = self.isa
@@ -114,5 +166,41 @@ class Int16Product(ShiftProduct):
         return self.isa.dot_int16(x, weights, sums)
 
     def start(self, scratch: Scratch, place: Expr) -> Index:
-        """What the sums of a row begin with, which lies at a place of `scratch.activations`."""
+        """What the sums of a row begin with that lies at a place of `scratch.activations`."""
         return 0
+
+
+class OrdinaryInt16Product(Int16Product):
+    """A product with ordinary weights that lie in panels ready made, [panels, inputs, columns], rounded as they are
+    copied."""
+
+    # What stands for the largest magnitude of a row, and of an output's weights: sums of 256 inputs stay below 2**31.
+    _MOST, _MOST_WEIGHT, _BLOCK = 4095, 2047, 256
+
+    def __init__(self, target: CpuTarget) -> None:
+        # No codes are ever looked at.
+        ShiftProduct.__init__(self, target, "int16", bits=4, terms=1, dtype="float32", block=self._BLOCK)
+
+    def scale(self, peaks: Expr) -> tuple[Expr, Expr]:
+        return linear_scale(self.isa, peaks, self._MOST)
+
+    def factor(self, weights: Weights, output: Expr, inside: Expr) -> Expr:
+        assert weights.offset is not None
+        return T.if_then_else(inside, weights.offset[output], T.float32(1)) * T.float32(1 / self._MOST_WEIGHT)
+
+    def decode(self, scratch: Scratch, weights: Weights, start: Expr, turn: Expr, count: Expr) -> None:
+        isa, first = self.isa, T.bind(turn * self.block)
+        panel = weights.codes.part(T.bind(T.truncdiv(start, T.int64(self.columns))))
+        for j in self.vectors:
+            reciprocal = isa.keep(isa.splat(1.0) / scratch.factors[isa.at(j)])
+            with T.serial((count + 1) // 2) as pair:
+                # Behind the last input is an activation of zero.
+                rows = (first + pair * 2, first + T.min(pair * 2 + 1, count - 1))
+                low, high = (isa.to_nearest(panel[row, isa.at(j)] * reciprocal) for row in rows)
+                scratch.panel[pair, isa.at(j)] = (low & isa.splat_int(0xFFFF)) | (high << isa.splat_int(16))
+
+
+def linear_scale(isa: Isa, peaks: Expr, most: int) -> tuple[Expr, Expr]:
+    """What integers count in of which `most` stands for peaks, given as int32 bits, and its reciprocal."""
+    largest = isa.keep(isa.as_float(peaks))
+    return largest / isa.splat(most), isa.splat(most) / largest

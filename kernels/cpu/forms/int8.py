@@ -7,8 +7,10 @@ which 16 bits hold.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from shiftadd3d.kernels.cpu.decode import GROUP, Scratch
-from shiftadd3d.kernels.cpu.forms.int16 import Int16Product
+from shiftadd3d.kernels.cpu.forms.int16 import Int16Product, linear_scale
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.tir import Expr, Load
 
@@ -19,9 +21,8 @@ class Int8Product(Int16Product):
     pair = 4
     coarse = True
 
-    def scale(self, peak: Expr) -> tuple[Expr, Expr]:
-        largest = T.bind(T.reinterpret("float32", peak))
-        return largest / T.float32(127), T.float32(127) / largest
+    def scale(self, peaks: Expr) -> tuple[Expr, Expr]:
+        return linear_scale(self.isa, peaks, 127)
 
     def store_weights(self, scratch: Scratch, codes: list[Expr], group: Expr, column: Expr, add: bool) -> None:
         lowest = self.isa.splat_int(_LOWEST_WEIGHT)
@@ -34,9 +35,14 @@ class Int8Product(Int16Product):
     def words(self, pairs: Expr) -> list[Expr]:
         return [T.bind(T.reinterpret("int32x4", part)) for part in self.look_up(pairs, _LOWEST_WEIGHT)]
 
+    def convert_rows(self, scratch: Scratch, place: Expr, count: Expr, convert: Callable[[Expr], Expr]) -> None:
+        totals = self.of_each_row(count, convert, lambda a, b: a + b)
+        scratch.starts[self.isa.at(place)] = totals * self.isa.splat_int(_LOWEST_WEIGHT)
+
     def convert(
         self, scratch: Scratch, place: Expr, row: Expr, first: Expr, count: Expr, load: Load, factor: Expr
-    ) -> None:
+    ) -> Expr:
+        """As that of 16-bit integers; returns a vector of sums of the activations."""
         isa = self.isa
         total = isa.register(0, integer=True)
 
@@ -46,16 +52,11 @@ class Int8Product(Int16Product):
             total.value = total.value + four
             scratch.activations[place, isa.at(part * isa.lanes)] = isa.to_int8(integers)
 
-        self.groups_of_vectors(row, first, count, load, use)
-        scratch.activations[place, self._start] = isa.total_int(total.value) * T.int32(_LOWEST_WEIGHT)
-
-    @property
-    def _start(self) -> int:
-        """Where a row of staged activations holds what its sums begin with: behind its block of inputs."""
-        return self.block // self.pair
+        self.groups_of_vectors(row, first, count, load, use, self.pair)
+        return total.value
 
     def start(self, scratch: Scratch, place: Expr) -> Expr:
-        return scratch.activations[place, self._start]
+        return scratch.starts[place]
 
     def dot(self, x: Expr, weights: Expr, sums: Expr) -> Expr:
         return self.isa.dot_int8(x, weights, sums)
