@@ -64,7 +64,7 @@ class Scratch:
     factors: Buffer  # [columns] float32: what sums of a channel are multiplied by
     sums: Buffer  # [rows, columns] float32
     scales: Buffer  # [rows and a vector] float32: what sums of integers are multiplied by
-    starts: Buffer  # [blocks * rows and a vector] int32: what sums of integers begin with, if not with zero
+    starts: Buffer  # [blocks, rows and a vector] int32: what sums of integers begin with, if not with zero
 
 
 class Decoder(ABC):

@@ -87,7 +87,7 @@ class ShiftProduct(Decoder):
             factors=T.alloc(self.columns),
             sums=T.alloc(rows, self.columns),
             scales=T.alloc(rows + self.isa.lanes),
-            starts=T.alloc(blocks * rows + self.isa.lanes, dtype="int32"),
+            starts=T.alloc(blocks, rows + self.isa.lanes, dtype="int32"),
         )
 
     def release(self) -> None:

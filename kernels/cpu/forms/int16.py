@@ -99,7 +99,7 @@ class Int16Product(ShiftProduct):
                 factor = T.bind(isa.splat(self._factors[i]))
                 return self.convert(scratch, T.bind(place + i), T.bind(first + i), start, length, load, factor)
 
-            self.convert_rows(scratch, place, count, row)
+            self.convert_rows(scratch, block, first, count, row)
 
         self.each_block(scratch, inputs, convert)
 
@@ -128,8 +128,10 @@ class Int16Product(ShiftProduct):
         scale, reciprocal = (isa.as_float(part << isa.splat_int(FRACTION_BITS)) for part in bits)
         return scale, reciprocal
 
-    def convert_rows(self, scratch: Scratch, place: Expr, count: Expr, convert: Callable[[Expr], Expr]) -> None:
-        """``convert(i)`` of `count` rows that begin at a place of `scratch.activations`."""
+    def convert_rows(
+        self, scratch: Scratch, block: Expr, first: Expr, count: Expr, convert: Callable[[Expr], Expr]
+    ) -> None:
+        """``convert(i)`` of `count` rows from the first one on, a block of their inputs."""
         with T.serial(count) as i:
             convert(i)
 
@@ -154,8 +156,7 @@ class Int16Product(ShiftProduct):
         isa = self.isa
         totals = Tile(isa, self.rows, self.columns, "int32")
         sums = Tile(isa, self.rows, self.columns)
-        first = T.bind(turn * scratch.rows + row)
-        totals.fill(lambda i, j: isa.splat_int(self.start(scratch, first + i)))
+        totals.fill(lambda i, j: isa.splat_int(self.start(scratch, turn, row + i)))
         self.add_products(totals, scratch, row, turn, count, self.dot)
         scales = [T.bind(isa.splat(scratch.scales[row + i])) for i in range(self.rows)]
         sums.fill(lambda i, j: T.cast(totals.vector(i, j), isa.floats) * scales[i])
@@ -165,8 +166,8 @@ class Int16Product(ShiftProduct):
     def dot(self, x: Expr, weights: Expr, sums: Expr) -> Expr:
         return self.isa.dot_int16(x, weights, sums)
 
-    def start(self, scratch: Scratch, place: Expr) -> Index:
-        """What the sums of a row begin with that lies at a place of `scratch.activations`."""
+    def start(self, scratch: Scratch, block: Expr, row: Expr) -> Index:
+        """What the sums of a row over a block of inputs begin with."""
         return 0
 
 

@@ -35,9 +35,11 @@ class Int8Product(Int16Product):
     def words(self, pairs: Expr) -> list[Expr]:
         return [T.bind(T.reinterpret("int32x4", part)) for part in self.look_up(pairs, _LOWEST_WEIGHT)]
 
-    def convert_rows(self, scratch: Scratch, place: Expr, count: Expr, convert: Callable[[Expr], Expr]) -> None:
+    def convert_rows(
+        self, scratch: Scratch, block: Expr, first: Expr, count: Expr, convert: Callable[[Expr], Expr]
+    ) -> None:
         totals = self.of_each_row(count, convert, lambda a, b: a + b)
-        scratch.starts[self.isa.at(place)] = totals * self.isa.splat_int(_LOWEST_WEIGHT)
+        scratch.starts[block, self.isa.at(first)] = totals * self.isa.splat_int(_LOWEST_WEIGHT)
 
     def convert(
         self, scratch: Scratch, place: Expr, row: Expr, first: Expr, count: Expr, load: Load, factor: Expr
@@ -55,8 +57,8 @@ class Int8Product(Int16Product):
         self.groups_of_vectors(row, first, count, load, use, self.pair)
         return total.value
 
-    def start(self, scratch: Scratch, place: Expr) -> Expr:
-        return scratch.starts[place]
+    def start(self, scratch: Scratch, block: Expr, row: Expr) -> Expr:
+        return scratch.starts[block, row]
 
     def dot(self, x: Expr, weights: Expr, sums: Expr) -> Expr:
         return self.isa.dot_int8(x, weights, sums)
