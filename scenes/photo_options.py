@@ -1,4 +1,4 @@
-"""What one can choose when photos become a scene. Light to import, as the command line reads it for its help."""
+"""Options for turning photos into a scene. This imports nothing heavy, because the command line's help reads it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ LensModel = Literal["radial", "opencv", "pinhole"]
 
 @dataclass(frozen=True)
 class FromPhotosOptions:
-    """How photos become a scene. The docstrings are the command line's help."""
+    """How photos become a scene. The docstrings are the help of the command line."""
 
     max_side: int = 1600
-    """Pixels of the longer side; larger photos are shrunk."""
+    """Largest length of the longer side in pixels. Larger photos are shrunk."""
     frames: int | None = None
-    """Frames to take from a video. If not set, three a second, but 20 at least and 100 at most."""
+    """Number of frames to take from a video. If not set: three a second, at least 20 and at most 100."""
     lens: LensModel = "radial"
-    """Distortion to look for: one radial term, which few photos can tell; opencv's four; or none, pinhole."""
+    """Distortion terms to fit: one (radial, for few photos), four (opencv) or none (pinhole)."""
     own_cameras: bool = False
-    """Let every photo have a camera of its own, for photos from many devices without EXIF."""
+    """Give every photo its own camera, for photos from many devices without EXIF."""
     threads: int | None = None
-    """CPU threads. If not set, as many as there are cores."""
+    """CPU threads. If not set: as many as there are cores."""
     seed: int = 0
-    """Of the samples that robust estimators draw."""
+    """Seed of the samples that robust estimators draw."""

@@ -63,14 +63,13 @@ class Verb(ABC):
 
 @dataclass(frozen=True)
 class Info(Verb):
-    """Show what this installation and this machine offer.
+    """Show versions, processors, compilers, nerfstudio methods and embedded scenes.
 
-    Versions, processors and their instruction sets, compilers, nerfstudio methods and embedded scenes: what a bug
-    report or a benchmark needs to say about its machine.
+    A bug report or a benchmark needs these facts about its machine.
     """
 
     json: JsonFile = None
-    """Write the same facts to this JSON file, too."""
+    """Also write the same facts to this JSON file."""
 
     def run(self) -> None:
         """Print the facts as a table."""
@@ -87,32 +86,32 @@ class Info(Verb):
 class Render(Verb):
     """Render a trained run to a video or to frames.
 
-    Open only a config.yml of your own: nerfstudio's configurations name Python objects, and reading one can run code.
-    Ctrl-C keeps the frames rendered so far.
+    Open only a config.yml that you trust: nerfstudio's configurations name Python objects, and reading one can run
+    code. Ctrl-C keeps the frames rendered so far.
     """
 
     load_config: Annotated[Path, tyro.conf.arg(metavar="CONFIG.yml")]
     """The config.yml of a gnt or shiftadd-gnt run, in the folder that ns-train made for it."""
     out: Annotated[Path, tyro.conf.arg(metavar="PATH")]
-    """Where to: a .mp4 or .gif file, or a folder (no suffix) for numbered PNG frames."""
+    """Output: a .mp4 or .gif file, or a folder (no suffix) for numbered PNG frames."""
     path: Literal["interpolate", "spiral", "test", "train"] = "interpolate"
     """From view to view, around the first view, or the test or training views themselves."""
     views: Literal["test", "train"] | None = None
-    """Which views interpolate passes through, and spiral starts from. If not set, test, or train where there is only
-    one test view."""
+    """Views that interpolate passes and that spiral starts from.
+    If not set: test, or train if there is only one test view."""
     camera_path: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
     """A camera path exported from nerfstudio's viewer, instead of --path."""
     frames: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """How many frames, 2 or more. If not set, 120, or all test or training views."""
+    """Number of frames, 2 or more. If not set: 120, or all test or training views."""
     fps: Annotated[float | None, tyro.conf.arg(metavar="F")] = None
-    """Frames per second. If not set, 24, or what the camera path says."""
+    """Frames per second. If not set: 24, or the rate of the camera path."""
     scale: float = 1.0
-    """Pixels on a side, as a multiple of the photographs'."""
+    """Size of a frame, as a multiple of the size of the photos."""
     outputs: tuple[str, ...] = ("rgb",)
-    """What to show, side by side: rgb, depth, accumulation and, of a run with mixtures of experts, routing: how many of
-    a pixel's samples went to the multiplying expert (red) and to the shifting one (blue)."""
+    """What to show, side by side: rgb, depth, accumulation, and for a run with mixtures of experts, routing.
+    Routing shows how many samples of a pixel went to the multiplying expert (red) and to the shift expert (blue)."""
     compile: bool = True
-    """Make one executable of the network on a CPU, where that can be."""
+    """Compile the network into one executable if it is on a CPU and can be compiled."""
 
     def run(self) -> None:
         """Load the run, render, write."""
@@ -137,19 +136,19 @@ class Render(Verb):
 class EvalScenes(Verb):
     """Render the held-out views of many scenes with one network that is not trained on them, and make a table.
 
-    The network is the one that comes with the package, or a run's, such as one trained across other scenes.
+    The network is the one that comes with the package, or that of a run, such as one trained across other scenes.
     """
 
     scenes: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH")]
-    """Scene folders, folders of such (a factory, say), and .txt files with a path a line."""
+    """Scene folders, folders of scene folders (a factory, say), and .txt files with one path a line."""
     load_config: Annotated[Path | None, tyro.conf.arg(metavar="CONFIG.yml")] = None
-    """The config.yml of a run. If not set, the weights of --method that come with the package."""
+    """The config.yml of a run. If not set: the weights of --method that come with the package."""
     method: Literal["gnt-tiny", "shiftadd-gnt-tiny"] = "shiftadd-gnt-tiny"
-    """Whose weights, where no run is named."""
+    """The network of the package to use if --load-config is not set."""
     max_side: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = 252
-    """Longest side that pictures are shrunk to; None leaves them as they are."""
+    """Shrink pictures until their longer side has at most this many pixels. None leaves them as they are."""
     json: JsonFile = None
-    """Write the same facts to this JSON file, too."""
+    """Also write the same facts to this JSON file."""
 
     def run(self) -> None:
         """Print the table."""
@@ -176,19 +175,19 @@ class EvalScenes(Verb):
 class Demo(Verb):
     """Render the embedded scene without training, train on it, render it again, compare, and make a video.
 
-    The first pictures are of shiftadd-gnt-tiny with the weights that come with the package. It is then trained for some
-    minutes on a laptop CPU. Leaves video.mp4, comparison.png and metrics.json in the folder demo of the output folder.
-    Needs no download.
+    The first pictures show shiftadd-gnt-tiny with the weights that come with the package. Training takes some minutes
+    on a laptop CPU. The command writes video.mp4, comparison.png and metrics.json to the folder demo inside
+    --output-dir. It needs no download.
     """
 
     output_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("outputs")
-    """Where to."""
+    """Folder for the results."""
     steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Training steps. If not set, 600."""
+    """Training steps. If not set: 600."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Another scene than the embedded one, in any format that ns-train reads."""
+    """Another scene instead of the embedded one, in any format that ns-train reads."""
     frames: Annotated[int, tyro.conf.arg(metavar="N")] = 60
-    """Frames of the video, 2 or more."""
+    """Number of frames of the video, 2 or more."""
 
     def run(self) -> None:
         """Do it all."""
@@ -203,38 +202,38 @@ class Demo(Verb):
 class Movie(Verb):
     """Turn photos or a video into a camera flight, with a network that comes with the package.
 
-    Finds out where the photos were taken (which needs the extra `poses`: `pip install 'shiftadd3d[poses]'`), renders a
-    smooth path past the views without any training, and says where everything is. A scene that has cameras already is
-    taken as it is. Ctrl-C loses nothing: the same command goes on.
+    The command finds the poses of the photos, renders a smooth path past them without any training, and says where
+    everything is. Finding poses needs the extra `poses`: `pip install 'shiftadd3d[poses]'`. A scene that already has
+    cameras is used as it is. Ctrl-C loses nothing: the same command continues.
     """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")]
     """A folder of photos, a video file, or a scene in any format that ns-train reads."""
     out: Annotated[Path, tyro.conf.arg(metavar="PATH")]
-    """Where to: a .mp4 or .gif file, or a folder (no suffix) for numbered PNG frames."""
+    """Output: a .mp4 or .gif file, or a folder (no suffix) for numbered PNG frames."""
     scene: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder for the scene that is made of photos or a video; one that is there already is used again. If not
-    set, NAME-scene beside NAME.mp4."""
+    """Folder for the scene made from photos or a video. An existing one is used again.
+    If not set: NAME-scene beside NAME.mp4."""
     minutes: Annotated[float, tyro.conf.arg(metavar="N")] = 0.0
-    """Train on the scene for so long first, from the same network."""
+    """First train on the scene for this many minutes, from the same network."""
     size: Annotated[int, tyro.conf.arg(metavar="PIXELS")] = 252
-    """Longer side of a frame, and of the photos that it is made from; never more than the photos have."""
+    """Longer side of a frame, and of the photos that it is made from. It is at most that of the given photos."""
     path: Literal["interpolate", "spiral", "views"] = "interpolate"
-    """A smooth way past views, a spiral around the first view, or the views themselves in their order."""
+    """A smooth path past the views, a spiral around the first view, or the views themselves in their order."""
     frames: Annotated[int, tyro.conf.arg(metavar="N")] = 60
-    """How many frames, 2 or more. The more there are, the more views the way passes."""
+    """Number of frames, 2 or more. With more frames, the path passes more views."""
     fps: Annotated[float, tyro.conf.arg(metavar="F")] = 24.0
     """Frames per second."""
     outputs: tuple[Literal["rgb", "depth", "accumulation"], ...] = ("rgb",)
     """What to show, side by side."""
     preview: bool = False
-    """Write the first frame, small, as NAME.preview.png as soon as there are poses."""
+    """Write the first frame, small, to NAME.preview.png as soon as poses are known."""
     numerics: Literal["exact", "fast", "int8"] = "int8"
-    """What kernels compute in: float32 throughout, or numbers of 16 or 8 bits where that is faster."""
+    """Precision of the kernels: float32, or 16 or 8 bits where that is faster."""
     compile: bool = True
-    """Make one executable of the network on a CPU, where that can be."""
+    """Compile the network into one executable if it is on a CPU and can be compiled."""
     json: JsonFile = None
-    """Write where everything is, and how long each step took, to this JSON file, too."""
+    """Also write where everything is, and how long each step took, to this JSON file."""
 
     def run(self) -> None:
         """Make the movie."""
@@ -255,7 +254,8 @@ class Movie(Verb):
 class ImportGnt(Verb):
     """Turn a checkpoint of the original GNT code into a run that ns-eval, ns-render, ns-viewer and render open.
 
-    Only tensors are read from it, no code is run. Depth, widths and the number of networks are the checkpoint's.
+    Only tensors are read from the checkpoint; no code in it is run. The checkpoint decides the depth, the widths and
+    the number of networks.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT.pth")]
@@ -263,10 +263,10 @@ class ImportGnt(Verb):
     data: Annotated[Path, tyro.conf.arg(metavar="SCENE")]
     """The scene to render, in any format that ns-train reads."""
     out: Annotated[Path, tyro.conf.arg(metavar="RUN")]
-    """Folder for the run: new or empty."""
+    """Folder for the run, new or empty."""
     recipe: Annotated[str, tyro.conf.arg(metavar="RECIPE")] = "mult"
-    """What its layers become, calibrated on the scene's views without training: mult (nothing), add, add+shift-attn,
-    add+shift, add+shift-attn+moe or moe."""
+    """What its layers become: mult (no change), add, add+shift-attn, add+shift, add+shift-attn+moe or moe.
+    They are calibrated on the views of the scene, without training."""
 
     def run(self) -> None:
         """Write the run, say where it is and what comes next."""
@@ -284,20 +284,22 @@ class _Origin:
     """Where the defaults of all other options of `finetune` come from."""
 
     preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
-    """A model with settings that suit it, which further options change. All but digits and small start from timm's
-    pretrained weights, laptop at 112 px, the others at 224. If not set, digits without --data; with it deit-tiny on a
-    GPU and laptop on a CPU, or small, from random weights, where no pretrained ones can be had or are asked for."""
+    """A model with settings that suit it. Other options override these settings.
+    All presets but digits and small start from timm's pretrained weights: laptop at 112 px, the others at 224.
+    If not set: digits without --data; with --data, deit-tiny on a GPU and laptop on a CPU.
+    Without pretrained weights, it is small, from random weights."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
-    """Go on with an earlier run, in its folder, with its settings; options change what can still be changed."""
+    """Continue an earlier run in its folder, with its settings. Options override what can still be changed."""
 
 
 @dataclass(frozen=True)
 class Finetune(FinetuneSettings, _Origin, Verb):
     """Train an image classifier and turn it into shifts, adds and a mixture of experts, in the paper's stages.
 
-    Stage 0 trains the dense model (or loads it), stage 1 turns attention's products into additions, stage 2 linear
-    layers into shifts and mixtures. Without any option it trains on scikit-learn's digits, in under two minutes on two
-    cores. Ctrl-C saves the state, --resume goes on. Several processes: torchrun -m shiftadd3d.cli finetune ...
+    Stage 0 trains the dense model, or loads it. Stage 1 turns attention's products into additions. Stage 2 turns linear
+    layers into shifts and mixtures. Without any option, it trains on scikit-learn's digits, in under two minutes on two
+    cores. Ctrl-C saves the state, and --resume continues. For several processes, use
+    torchrun -m shiftadd3d.cli finetune ...
     """
 
     fallback: Annotated[FinetuneSettings | None, tyro.conf.Suppress] = None
@@ -393,27 +395,28 @@ Checkpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CLASSI
 class Evaluate(DataSettings, Verb):
     """Measure a classifier: top-1, top-5, per class, calibration, throughput.
 
-    Without --data it takes the pictures of the run that the classifier lies in, split as they were, unless
-    --val-fraction or --split-seed says otherwise.
+    Without --data it takes the pictures of the run that contains the classifier, with the same split unless
+    --val-fraction or --split-seed is set.
     """
 
     classifier: Checkpoint = field(kw_only=True)
     """A folder that finetune or export wrote, such as outputs/RUN/stage2-shift/best."""
     split: Literal["val", "test", "train"] = "val"
-    """Which pictures; val is the held-out part where there is no such folder, and train the rest."""
+    """Which pictures to use.
+    Without a folder val, val is the held-out part of the training pictures, and train the rest."""
     batch_size: int = 64
-    """Pictures at once."""
+    """Pictures in a batch."""
     workers: int | None = None
-    """Processes that read pictures. If not set, 0 on a CPU, up to 8 with a GPU."""
+    """Processes that read pictures. If not set: 0 on a CPU, up to 8 with a GPU."""
     device: str | None = None
-    """Where to compute: cpu, cuda, cuda:1. If not set, a GPU if there is one."""
+    """Where to compute: cpu, cuda, cuda:1. If not set: a GPU if there is one."""
     numerics: Literal["exact", "fast", "int8", "twin"] | None = None
-    """How exactly packed layers compute: as float32 does; with activations rounded to 16 bits, or to 8; or as plain
-    torch, without kernels. If not set, what $SHIFTADD3D_NUMERICS says, or exact."""
+    """Precision of packed layers: exact (as float32), fast (activations of 16 bits), int8 (of 8 bits), or twin.
+    With twin, plain torch runs instead of kernels. If not set: $SHIFTADD3D_NUMERICS, or else exact."""
     compile: bool = True
-    """Make one executable of a packed classifier on a CPU, where that can be."""
+    """Compile a packed classifier into one executable if it is on a CPU and can be compiled."""
     json: JsonFile = None
-    """Write the same facts, and the confusion matrix, to this JSON file, too."""
+    """Also write the same facts, and the confusion matrix, to this JSON file."""
 
     def run(self) -> None:
         """Print the metrics as a table."""
@@ -442,7 +445,7 @@ class Evaluate(DataSettings, Verb):
 
 @dataclass(frozen=True)
 class Predict(Verb):
-    """Say what is on pictures, and show which patches went to which expert.
+    """Classify pictures, and show which patches went to which expert.
 
     Pictures that cannot be read are skipped, counted and listed.
     """
@@ -450,19 +453,19 @@ class Predict(Verb):
     classifier: Checkpoint
     """A folder that finetune or export wrote, such as outputs/RUN/stage2-shift/best."""
     pictures: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE")]
-    """Files, folders of them, or camera:0 for a frame of the first camera."""
+    """Picture files, folders of pictures, or camera:0 for a frame of the first camera."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Write each picture with its labels into this folder, as NAME.label.png."""
+    """Write each picture with its labels to this folder, as NAME.label.png."""
     show_routing: bool = False
-    """Also write, for each picture, which patches each mixture of experts sent to the multiplying expert and which
-    went to the shifting one, as NAME.routing.png. If --out is not set, into the folder predictions."""
+    """Also write NAME.routing.png for each picture, to --out or else to the folder predictions.
+    It shows which patches each mixture of experts sent to the multiplying expert, and which to the shift expert."""
     device: str | None = None
-    """Where to compute: cpu, cuda, cuda:1. If not set, a GPU if there is one."""
+    """Where to compute: cpu, cuda, cuda:1. If not set: a GPU if there is one."""
     compile: bool = True
-    """Make one executable of a packed classifier on a CPU, where that can be. It takes some seconds the first time.
-    With --show-routing it stays as it is."""
+    """Compile a packed classifier into one executable if it is on a CPU and can be compiled.
+    This takes some seconds the first time. With --show-routing, nothing is compiled."""
     json: JsonFile = None
-    """Write labels, probabilities and routing to this JSON file, too."""
+    """Also write labels, probabilities and routing to this JSON file."""
 
     def run(self) -> None:
         """Print the labels."""
@@ -494,8 +497,8 @@ class Predict(Verb):
 class Export(DataSettings, Verb):
     """Write a classifier for use elsewhere: packed, as ONNX, as a torch.export program, or as an executable.
 
-    Every file is read back, and its outputs are compared with the classifier's. Packed weights take 4 bits each. An
-    executable (so) is native code for CPUs like this one. It runs without torch and without this package.
+    Every file is read back, and its outputs are compared with those of the classifier. Packed weights take 4 bits each.
+    An executable (so) is native code for CPUs like this one. It runs without torch and without this package.
     """
 
     classifier: Checkpoint = field(kw_only=True)
@@ -503,16 +506,17 @@ class Export(DataSettings, Verb):
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = field(kw_only=True)
     """Folder for packed/ (which shiftadd3d.load restores), model.onnx, model.pt2 and so/ (which predict runs)."""
     formats: tuple[Literal["packed", "onnx", "program", "so"], ...] = ("packed", "onnx", "program")
-    """Which of them. ONNX files and programs hold the dense equivalent: the same outputs from ordinary layers. An
-    executable (so) can also be made of what has been packed already."""
+    """What to write. ONNX files and programs hold the dense equivalent: the same outputs from ordinary layers.
+    An executable (so) can also be made from a packed classifier."""
     numerics: Literal["exact", "fast", "int8"] | None = None
-    """What the executable computes in: as float32 does, or with activations rounded to 16 bits, or to 8. If not set,
-    what $SHIFTADD3D_NUMERICS says, or exact."""
+    """Precision of the executable: exact (as float32), fast (activations of 16 bits) or int8 (of 8 bits).
+    If not set: $SHIFTADD3D_NUMERICS, or else exact."""
     recipe: str | None = None
-    """Turn a dense classifier into this recipe first, without training: weights are rounded so that outputs on some
-    training pictures change least. Without --data these are those of the run that the classifier lies in."""
+    """First convert a dense classifier to this recipe, without training.
+    Weights are rounded so that outputs on some training pictures change least.
+    Without --data, the pictures are those of the run that contains the classifier."""
     json: JsonFile = None
-    """Write the files, their sizes and how far their outputs differ to this JSON file, too."""
+    """Also write the files, their sizes and how far their outputs differ to this JSON file."""
 
     def run(self) -> None:
         """Write the files."""
@@ -563,11 +567,11 @@ class ListKernels(Verb):
     """Show the kernels and their variants, and which of these the cache holds for this machine."""
 
     names: _KernelNames = ()
-    """Which kernels; all if none is named."""
+    """Kernels to show. If not set: all."""
     target: str | None = None
-    """What they are for: a GPU's generation, such as cuda-sm_90. By default, this CPU."""
+    """What they are compiled for: a generation of GPUs, such as cuda-sm_90. If not set: this CPU."""
     json: JsonFile = None
-    """Write the same facts to this JSON file, too."""
+    """Also write the same facts to this JSON file."""
 
     def run(self) -> None:
         """Print the table."""
@@ -578,24 +582,24 @@ class ListKernels(Verb):
 
 @dataclass(frozen=True)
 class BuildKernels(Verb):
-    """Compile kernels now, so that nothing has to wait for it later; those for GPUs without a GPU, too.
+    """Compile kernels now, so that no later command has to wait. Kernels for GPUs compile without a GPU, too.
 
     With --model, compile packed classifiers instead, each as one executable, as predict and evaluate would.
     """
 
     names: _KernelNames = ()
-    """Which kernels; all if neither one is named nor a model."""
+    """Kernels to compile. If not set: all, unless --model is set."""
     target: str | None = None
-    """What they are for: a GPU's generation, such as cuda-sm_90. By default, this CPU."""
+    """What to compile for: a generation of GPUs, such as cuda-sm_90. If not set: this CPU."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Also put them into this folder, with all they need but torch, this package and apache-tvm-ffi. Where
-    SHIFTADD3D_BUNDLE names the folder, neither TVM nor a compiler has to be installed."""
+    """Also write a bundle to this folder, for machines without TVM and compiler: set SHIFTADD3D_BUNDLE to it there.
+    These machines need torch, this package and (for CPUs) apache-tvm-ffi."""
     model: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PACKED ...")] = ()
-    """Folders that export packed."""
+    """Folders of packed classifiers, which export wrote."""
     numerics: tuple[Literal["exact", "fast", "int8"], ...] = ()
-    """What models compute in. If not set, what $SHIFTADD3D_NUMERICS says, or exact."""
+    """Precision of the executables. If not set: $SHIFTADD3D_NUMERICS, or else exact."""
     json: JsonFile = None
-    """Write the same facts to this JSON file, too."""
+    """Also write the same facts to this JSON file."""
 
     def run(self) -> None:
         """Compile what the cache does not hold."""
@@ -603,14 +607,14 @@ class BuildKernels(Verb):
             self._build_models()
             return
         if self.numerics:
-            raise UserError("--numerics goes with --model: kernels are compiled for all of them")
+            raise UserError("--numerics: expected --model as well; kernels are compiled for all numerics")
         from shiftadd3d.kernels import manage
 
         manage.build_kernels(self.names, self.json, self.target, self.out)
 
     def _build_models(self) -> None:
         if self.names or self.target or self.out:
-            raise UserError("--model goes with --numerics and --json only: models are compiled whole, for this CPU")
+            raise UserError("--model: expected no other option but --numerics and --json; models are for this CPU")
         _need_vision()
         from rich.console import Console
 
@@ -624,14 +628,14 @@ class BuildKernels(Verb):
 
 @dataclass(frozen=True)
 class CheckKernels(Verb):
-    """Compare every kernel with its torch twin on this machine; exit code 1 if one differs."""
+    """Compare every kernel with its torch twin on this machine. The exit code is 1 if one differs."""
 
     names: _KernelNames = ()
-    """Which kernels; all if none is named."""
+    """Kernels to check. If not set: all."""
     target: str | None = None
-    """What they are for: a GPU's generation, such as cuda-sm_90. By default, this CPU."""
+    """What they are compiled for: a generation of GPUs, such as cuda-sm_90. If not set: this CPU."""
     json: JsonFile = None
-    """Write the same facts to this JSON file, too."""
+    """Also write the same facts to this JSON file."""
 
     def run(self) -> None:
         """Build what the cache does not hold, run everything on small problems."""
@@ -642,10 +646,11 @@ class CheckKernels(Verb):
 
 @dataclass(frozen=True)
 class Kernels(Verb):
-    """Look after the compiled kernels: list them, build them ahead, check them.
+    """List compiled kernels, build them ahead, or check them.
 
-    They are built on first use and kept for each user, in the folder that SHIFTADD3D_CACHE names or in the platform's
-    cache folder. SHIFTADD3D_TARGET chooses another instruction set than the best this CPU has.
+    Kernels are compiled on first use and kept in a cache for each user. SHIFTADD3D_CACHE names its folder. The default
+    is in the cache folder of the platform. SHIFTADD3D_TARGET sets the instruction set; the default is the best of this
+    CPU.
     """
 
     action: Annotated[
@@ -654,7 +659,7 @@ class Kernels(Verb):
         | Annotated[CheckKernels, tyro.conf.subcommand("check")],
         tyro.conf.arg(name=""),
     ]
-    """What to do with them."""
+    """What to do with the kernels."""
 
     def run(self) -> None:
         """Do it."""
@@ -663,24 +668,23 @@ class Kernels(Verb):
 
 @dataclass(frozen=True)
 class Bench(Verb):
-    """Measure how fast parts of this project are on the machine at hand.
+    """Measure the speed of kernels on this machine.
 
-    kernels: time them against torch in float32, bfloat16 and int8, compiled and not.
-
-    Everything that solves a problem takes turns; tables show speedups, times with quartiles, shares of what the machine
-    does at best, and targets. Takes a quarter of an hour for each number of threads.
+    The kernels are compared with torch in float32, bfloat16 and int8, compiled and not. All solutions of a problem take
+    turns. Tables show speedups, times with quartiles, shares of the machine's peak, and goals. This takes a quarter of
+    an hour for each number of threads.
     """
 
     what: Annotated[Literal["kernels"], tyro.conf.Positional]
-    """Which part."""
+    """What to measure."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
     threads: str = "1"
-    """Numbers of CPU threads to measure with, with commas between: 1,2."""
+    """Numbers of CPU threads to measure with, separated by commas: 1,2."""
     groups: Annotated[tuple[str, ...], tyro.conf.arg(metavar="GROUP ...")] = ()
-    """What to measure: matshift, matadd, mlp, moe, view-attention, ray-block, gather, gnt. If not set, everything."""
+    """Groups: matshift, matadd, mlp, moe, view-attention, ray-block, gather, gnt. If not set: all."""
     json: JsonFile = None
-    """Write everything measured to this JSON file, too."""
+    """Also write all measurements to this JSON file."""
 
     def run(self) -> None:
         """Measure, print tables."""
@@ -701,22 +705,22 @@ class Bench(Verb):
 class MakeFactory(Verb):
     """Make up scenes to train across: varied objects, textures, lights and cameras, with true depths.
 
-    Needs the extra `scenes` (`pip install 'shiftadd3d[scenes]'`). A scene depends on the seed, its number and --size
-    alone. Scenes that are there stay, so that the same command goes on after Ctrl-C and a larger --count adds scenes.
-    Each scene is a folder in nerfstudio's format; factory.json lists them, and pictures in contact-sheets show them.
+    This needs the extra `scenes` (`pip install 'shiftadd3d[scenes]'`). A scene depends only on the seed, its number and
+    --size. Existing scenes are kept. So the same command continues after Ctrl-C, and a larger --count adds scenes. Each
+    scene is a folder in nerfstudio's format. factory.json lists the scenes, and pictures in contact-sheets show them.
     """
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write to: new, empty, or a factory with the same seed and size."""
     count: Annotated[int, tyro.conf.arg(metavar="N")]
-    """How many scenes OUT shall hold."""
+    """Total number of scenes in OUT."""
     seed: int = 0
-    """Decides what the scenes show; the same seed gives the same scenes."""
+    """Random seed. The same seed gives the same scenes."""
     workers: Annotated[int, tyro.conf.arg(metavar="N")] = 1
-    """Processes that make scenes, one core and about 300 MB each."""
+    """Processes that make scenes. Each takes one core and about 300 MB."""
     size: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="W H")] = None
-    """Width and height of all pictures. If not set, each scene draws its own: 96 to 252 pixels on the longer side,
-    upright, square or wide."""
+    """Width and height of all pictures, in pixels.
+    If not set: each scene draws its own, 96 to 252 pixels on the longer side, upright, square or wide."""
 
     def run(self) -> None:
         """Make what is missing."""
@@ -745,18 +749,18 @@ class ContactSheets(Verb):
 
 @dataclass(frozen=True)
 class FromPhotos(FromPhotosOptions, Verb):
-    """Find out where photos, or frames of a video, were taken, and write a scene to train on.
+    """Find the camera poses of photos, or of frames of a video, and write a scene to train on.
 
-    Needs the extra `poses` (`pip install 'shiftadd3d[poses]'`), and neither COLMAP nor ffmpeg. The photos themselves
-    stay as they are. After Ctrl-C the same command goes on. Every nerfstudio method trains on the scene.
+    This needs the extra `poses` (`pip install 'shiftadd3d[poses]'`). It does not need COLMAP or ffmpeg. The photos are
+    not changed. After Ctrl-C the same command continues. Every nerfstudio method can train on the scene.
     """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PHOTOS")] = field(kw_only=True)
-    """A folder of photos, 10 to 300 of one scene from different places, or a video file."""
+    """A folder of 10 to 300 photos of one scene from different places, or a video file."""
     out: Annotated[Path, tyro.conf.arg(metavar="SCENE")] = field(kw_only=True)
-    """Folder to write: new or empty."""
+    """Folder for the scene, new or empty."""
     json: JsonFile = None
-    """Write what became of the photos to this JSON file, too."""
+    """Also write to this JSON file which photos were placed, and which were not."""
 
     def run(self) -> None:
         """Make the scene, say what became of the photos."""
@@ -794,42 +798,44 @@ class Scenes(Verb):
 
 @dataclass(frozen=True)
 class Profile(Verb):
-    """Count what models do and move, and what that takes in energy by three accounts, recipe by recipe.
+    """Count the operations and data traffic of models, and estimate their energy by three accounts, recipe by recipe.
 
-    Named models have random weights. These change nothing but the expert of a mixture that a token goes to. All
-    recipes are compared with the first.
+    Named models have random weights. The weights only decide to which expert of a mixture a token goes. All recipes are
+    compared with the first.
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """gnt-tiny, gnt, gnt-big, timm's names, such as deit_tiny_patch16_224 or pvt_v2_b0; or what was saved: folders of
-    classifiers that `finetune` wrote, and folders or config.yml of nerfstudio runs (open only your own: reading one can
-    run code). These are in their own recipe, beside mult, with the routers that they have."""
+    """Named models: gnt-tiny, gnt, gnt-big, or timm's names, such as deit_tiny_patch16_224 or pvt_v2_b0.
+    Saved models: folders of classifiers that `finetune` wrote, and folders or config.yml of nerfstudio runs.
+    Open only runs that you trust: reading a config.yml can run code.
+    Saved models keep their own recipe and routers, and are compared with mult."""
     recipes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RECIPE")] = (
         "mult",
         "add",
         "add+shift",
         "add+shift-attn+moe",
     )
-    """What becomes of their layers: mult (nothing), add, add+shift-attn, add+shift, add+shift-attn+moe or moe."""
+    """What layers become: mult (no change), add, add+shift-attn, add+shift, add+shift-attn+moe or moe."""
     accelerator: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml")] = None
-    """Elements, buffer and energies of another accelerator; shiftadd3d/profile/accelerator.toml is the one to start
-    from."""
+    """Elements, buffer and energies of another accelerator.
+    Start from a copy of shiftadd3d/profile/accelerator.toml."""
     rays: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Rays in a batch of a GNT. If not set, those of a training step, or some 800 of a run's first test view."""
+    """Rays in a batch of a GNT. If not set: those of a training step, or about 800 of a run's first test view."""
     latency: Annotated[tuple[Literal["eager", "frozen", "compiled"], ...] | None, tyro.conf.arg(metavar="FORM ...")] = (
         None
     )
-    """Also time them here, as a whole and part by part: as they are (eager), as `freeze_` leaves them (frozen), and
-    that as one executable (compiled), where it can be. If not set, the first two with --html, and nothing without."""
+    """Also time models on this machine, as a whole and part by part.
+    Forms: as they are (eager), frozen by `freeze_` (frozen), and as one executable if possible (compiled).
+    If not set: eager and frozen with --html, else none."""
     quality: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE.json ...")] = ()
-    """JSON files of evaluations (of `evaluate`, `eval-scenes` or ns-eval), to set quality against energy and latency;
-    RECIPE=FILE.json or MODEL:RECIPE=FILE.json where a file does not say what it is of."""
+    """JSON files from `evaluate`, `eval-scenes` or ns-eval, to compare quality with energy and latency.
+    Write RECIPE=FILE.json or MODEL:RECIPE=FILE.json if a file does not name its model."""
     modules: bool = False
-    """Show every module of every model, too."""
+    """Also show every module of every model."""
     html: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html")] = None
-    """Write a page with tables and charts to this file; it needs no network."""
+    """Write a page with tables and charts to this file. It needs no network."""
     json: JsonFile = None
-    """Write the same facts, module by module, to this JSON file, too."""
+    """Also write the same facts, module by module, to this JSON file."""
 
     def run(self) -> None:
         """Print the tables, write the files."""
@@ -839,7 +845,7 @@ class Profile(Verb):
             need("--html", "matplotlib", extra="vision")
 
         if self.html is not None and self.json is not None and self.html.resolve() == self.json.resolve():
-            raise UserError(f"--html and --json both name {self.html}: name two files")
+            raise UserError(f"--html and --json both name {self.html}; expected two different files")
         with contextlib.ExitStack() as places:  # what cannot be written is said before anything is counted
             for option in ("html", "json"):
                 file: Path | None = getattr(self, option)
@@ -863,7 +869,7 @@ class Profile(Verb):
         forms = self.latency if self.latency is not None else ("eager", "frozen") if self.html is not None else ()
         subjects = [_saved(Path(name), self.rays) or subject(name, self.rays) for name in self.models]
         if self.rays is not None and (other := next((each for each in subjects if each.unit != "ray"), None)):
-            raise UserError(f"--rays is for GNTs and runs; {other.name} sees {other.setting}")
+            raise UserError(f"--rays {self.rays}: {other.name} takes no rays but {other.setting}; leave out --rays")
         report = profile(subjects, self.recipes, accelerator=accelerator, forms=forms, evaluations=evaluations)
         console = Console()
         if self.modules:

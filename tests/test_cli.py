@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from shiftadd3d import UserError, _info, cli
+from shiftadd3d.scenes.photo_options import FromPhotosOptions
+from shiftadd3d.vision.settings import DataSettings, FinetuneSettings, StageSettings, TrainSettings
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
@@ -41,7 +43,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]):
         assert f"• {verb} " in text
 
 
-def option_docstrings(verb: type[cli.Verb]) -> dict[str, str]:
+def option_docstrings(verb: type) -> dict[str, str]:
     """Each field of a verb's dataclass that is an option, with the string below it, "" where there is none."""
     body = next(node for node in ast.walk(ast.parse(inspect.getsource(verb))) if isinstance(node, ast.ClassDef)).body
     found: dict[str, str] = {}
@@ -65,6 +67,30 @@ def test_help_of_a_verb_explains_the_verb_and_each_of_its_options(verb: str, cap
     for option, docstring in option_docstrings(cli.VERBS[verb]).items():
         assert docstring, f"{verb}: {option} is not explained"
         assert " ".join(docstring.split()[:3]) in words
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *cli.VERBS.values(),
+        cli.ListKernels,
+        cli.BuildKernels,
+        cli.CheckKernels,
+        cli.FromPhotos,
+        cli.MakeFactory,
+        cli._Origin,
+        DataSettings,
+        StageSettings,
+        TrainSettings,
+        FinetuneSettings,
+        FromPhotosOptions,
+    ],
+)
+def test_help_of_an_option_breaks_lines_only_between_sentences(options: type):
+    """tyro keeps the line breaks of an option's docstring, whatever the width of the terminal."""
+    for option, docstring in option_docstrings(options).items():
+        for line in docstring.splitlines():
+            assert line.endswith("."), f"{options.__name__}.{option}: {line}"
 
 
 @pytest.mark.parametrize(

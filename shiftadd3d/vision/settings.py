@@ -22,23 +22,24 @@ _KeyValues = Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE")]
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which pictures."""
+    """Which pictures to use."""
 
     data: _Path = None
-    """An ImageFolder (class folders, alone or in train/ and val/), a .zip of one, or a Hugging Face datasets folder
-    (saved to disk or of Parquet files; metadata beside pictures is not read). If not set, scikit-learn's digits."""
+    """An ImageFolder (class folders, alone or in train/ and val/), a .zip of one, or a Hugging Face datasets folder.
+    The latter is saved to disk or consists of Parquet files. Metadata beside pictures is not read.
+    If not set: scikit-learn's digits."""
     dataset: str = ""
-    """A torchvision set by timm's name, torch/cifar10 or the like, that lies in the folder --data."""
+    """A torchvision data set by timm's name, such as torch/cifar10. Its files are in the folder --data."""
     val_fraction: float | None = None
-    """Hold out this share of the training pictures, the same ones in every run. If not set, the data's own held-out
-    pictures, or 0.1 where there are none."""
+    """Hold out this share of the training pictures, the same ones in every run.
+    If not set: the data's own held-out pictures, or 0.1 if there are none."""
     split_seed: int = 0
-    """Which pictures are held out."""
+    """Seed that decides which pictures are held out."""
     check: bool = True
-    """Read every picture before training, and leave out and list what cannot be read. Switch it off for millions."""
+    """Read every picture before training, and leave out and list unreadable ones. Turn it off for millions."""
 
     def validate(self) -> None:
-        """Raise `UserError` for a value that cannot be."""
+        """Raise `UserError` for an impossible value."""
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise UserError(f"--val-fraction {self.val_fraction:g}: expected a number between 0 and 1")
         if self.dataset and not self.dataset.startswith("torch/"):
@@ -52,46 +53,46 @@ class StageSettings:
     """How one stage trains."""
 
     epochs: int = 10
-    """Passes over the training pictures; 0 leaves the stage out."""
+    """Passes over the training pictures. 0 leaves the stage out."""
     lr: float = 1e-3
-    """Highest learning rate; a cosine ends at 1% of it."""
+    """Highest learning rate. It falls to 1% of this along a cosine."""
     warmup_epochs: float = 1.0
-    """Epochs in which the learning rate climbs."""
+    """Epochs in which the learning rate rises."""
     layer_decay: float | None = None
-    """Learning rate of each block as a share of that of the block after it. If not set, all alike."""
+    """Learning rate of each block as a share of that of the block after it. If not set: the same for all blocks."""
     freeze_backbone: bool = False
-    """Train the classifier (the head) alone."""
+    """Train only the classifier (the head)."""
 
     def validate(self) -> None:
-        """Raise `UserError` for a value that cannot be."""
+        """Raise `UserError` for an impossible value."""
         if self.epochs < 0:
-            raise UserError(f"epochs must not be negative, not {self.epochs}")
+            raise UserError(f"epochs {self.epochs}: expected 0 or more")
         if not 0 < self.lr < float("inf"):
-            raise UserError(f"the learning rate must be positive, not {self.lr:g}")
+            raise UserError(f"lr {self.lr:g}: expected a positive number")
         if not 0 <= self.warmup_epochs < float("inf"):
-            raise UserError(f"warmup epochs must not be negative, not {self.warmup_epochs:g}")
+            raise UserError(f"warmup-epochs {self.warmup_epochs:g}: expected 0 or more")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
-            raise UserError(f"layer decay must be above 0 and at most 1, not {self.layer_decay:g}")
+            raise UserError(f"layer-decay {self.layer_decay:g}: expected a number above 0 and at most 1")
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What all stages of a training have in common."""
+    """Settings that all stages of a training share."""
 
     batch_size: int = 64
-    """Pictures a step, over all processes together."""
+    """Pictures in a step, over all processes together."""
     opt: str = "adamw"
     """timm's name of an optimizer."""
     weight_decay: float = 0.05
-    """Weight decay; biases, norms, and the shifts and signs of shift layers have none."""
+    """Weight decay. Biases, norms, and the shifts and signs of shift layers have none."""
     clip_grad: float | None = 1.0
     """Largest norm of a step's gradient."""
     label_smoothing: float = 0.1
-    """Share of the target that goes to all classes alike."""
+    """Share of the target that is spread evenly over all classes."""
     mixup: float = 0.0
-    """Mix pairs of pictures, with weights from Beta(this, this); 0 for none. The paper: 0.8."""
+    """Mix pairs of pictures, with weights from Beta(x, x) for this x. 0 turns it off. The paper uses 0.8."""
     cutmix: float = 0.0
-    """Paste a part of one picture into another; 0 for none. The paper: 1."""
+    """Paste a part of one picture into another. 0 turns it off. The paper uses 1."""
     hflip: float = 0.5
     """Probability of mirroring a picture."""
     min_scale: float = 0.08
@@ -103,26 +104,26 @@ class TrainSettings:
     random_erase: float = 0.0
     """Probability of erasing a rectangle."""
     ema: float | None = None
-    """Evaluate and keep a moving average of the weights with this decay, 0.9998 say."""
+    """Evaluate and save a moving average of the weights with this decay, such as 0.9998."""
     amp: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What to compute in; weights stay float32."""
+    """Number format of the computation. Weights stay float32."""
     moe_weight: float = 0.01
     """Weight of the mixtures' latency-aware balance losses."""
     distill_weight: float = 0.0
-    """Share of the loss in stages 1 and 2 that compares with the dense teacher's predictions; 0 for none."""
+    """Share of the loss in stages 1 and 2 that compares with the dense teacher's predictions. 0 turns it off."""
     distill_temperature: float = 2.0
     """Temperature of that comparison."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of all random numbers."""
     workers: int | None = None
-    """Processes that read pictures. If not set, 0 on a CPU, up to 8 with a GPU."""
+    """Processes that read pictures. If not set: 0 on a CPU, up to 8 with a GPU."""
     device: str | None = None
-    """Where to train: cpu, cuda, cuda:1. If not set, a GPU if there is one."""
+    """Where to train: cpu, cuda, cuda:1. If not set: a GPU if there is one."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """What several processes hold: each the whole model, or each a part of it, for models that are too large."""
+    """With several processes, each holds the whole model (ddp), or a part of it (fsdp, for large models)."""
 
     def validate(self) -> None:
-        """Raise `UserError` for a value that cannot be."""
+        """Raise `UserError` for an impossible value."""
         if self.parallel == "fsdp" and (self.ema is not None or self.amp == "float16"):
             raise UserError("--parallel fsdp: expected no --ema, and --amp float32 or bfloat16")
         if self.batch_size < 1:
@@ -150,46 +151,46 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class FinetuneSettings(TrainSettings, DataSettings):
-    """The whole way from pictures to a ShiftAdd classifier."""
+    """All settings of a run, from pictures to a ShiftAdd classifier."""
 
     model: str = "deit_tiny_patch16_224"
     """timm's name of the model."""
     model_args: _KeyValues = ()
     """Arguments for the model beyond timm's own: embed_dim=96 depth=6 drop_path_rate=0.1."""
     image_size: int = 224
-    """Pixels on a side of what the model sees."""
+    """Width and height in pixels of the pictures that the model sees."""
     pretrained: bool = False
-    """Start from timm's pretrained weights (a download, once)."""
+    """Start from timm's pretrained weights, which are downloaded once."""
     weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Start from pretrained weights in this file instead: .safetensors, or a state dict saved by torch, as timm
-    publishes them."""
+    """Start from pretrained weights in this file, as timm publishes them.
+    It is a .safetensors file, or a state dict saved by torch."""
     start_from: _Path = None
-    """Start from a saved classifier: a dense one saves stage 0, an additive one stages 0 and 1. Or start stage 0 from
-    weights of timm's training script, .pth.tar or .safetensors."""
+    """Start from a saved classifier. A dense one replaces stage 0, an additive one stages 0 and 1.
+    Or start stage 0 from weights of timm's training script, .pth.tar or .safetensors."""
     recipe: str = "add+shift-attn+moe"
     """What the model becomes: mult, add, add+shift-attn, add+shift, add+shift-attn+moe or moe."""
     recipe_args: _KeyValues = ()
-    """Changes to the recipe: bits=5 terms=2 mode=PS binarizer=hash."""
+    """Changes to the recipe, such as bits=5 terms=2 mode=PS binarizer=hash."""
     stage0: StageSettings = field(default_factory=StageSettings)
-    """Stage 0 trains the dense model, the one with multiplications."""
+    """Stage 0 trains the dense model, which has multiplications."""
     stage1: StageSettings = field(default_factory=StageSettings)
     """Stage 1 turns attention's products into additions."""
     stage2: StageSettings = field(default_factory=StageSettings)
     """Stage 2 turns linear layers into shifts and mixtures of experts."""
     output_dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("outputs")
-    """Where the run's folder goes."""
+    """Folder in which the run gets its own folder."""
     name: str | None = None
-    """Name of the run's folder. If not set, made of the data's, the model's and the recipe's."""
+    """Name of the run's folder. If not set: made of the names of data, model and recipe."""
 
     def validate(self) -> None:
-        """Raise `UserError` for a value that cannot be."""
+        """Raise `UserError` for an impossible value."""
         DataSettings.validate(self)
         TrainSettings.validate(self)
         for name in ("stage0", "stage1", "stage2"):
             try:
                 getattr(self, name).validate()
             except UserError as error:
-                raise UserError(f"--{name}: {error}") from None
+                raise UserError(f"--{name}.{error}") from None
         if self.image_size < 8:
             raise UserError(f"--image-size {self.image_size}: expected 8 or more")
         if self.pretrained and self.start_from is not None:
@@ -215,15 +216,15 @@ class FinetuneSettings(TrainSettings, DataSettings):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FinetuneSettings:
-        """The settings that `as_dict` made `values` of, also after a round through JSON.
+        """The settings in `values`, which come from `as_dict`, directly or through JSON.
 
         Raises:
-            UserError: for a field or a value that does not exist.
+            UserError: `values` has a name that is not a setting.
         """
         known = {option.name for option in fields(FinetuneSettings)}
         unknown = [key for key in values if key not in known]
         if unknown:
-            raise UserError(f"there are no settings {', '.join(unknown)}")
+            raise UserError(f"unknown settings {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
         values = dict(values)
         for key in ("data", "weights", "start_from", "output_dir"):
             if values.get(key) is not None:
@@ -237,7 +238,7 @@ class FinetuneSettings(TrainSettings, DataSettings):
 
 
 def check_workers(workers: int | None) -> None:
-    """Raise `UserError` for a number of processes that cannot be."""
+    """Raise `UserError` for a negative number of processes."""
     if workers is not None and workers < 0:
         raise UserError(f"--workers {workers}: expected 0 or more")
 
@@ -254,7 +255,7 @@ def read_settings(run: Path) -> FinetuneSettings:
     """The settings of an earlier run, in its folder.
 
     Raises:
-        UserError: it is no run's folder, or of another version.
+        UserError: it is not the folder of a run, or the run is of another version.
     """
     file = run / SETTINGS_FILE
     try:

@@ -189,7 +189,7 @@ def test_models_of_timm_that_see_something_else_are_not_compared(capsys: pytest.
     seen = "vit_tiny_patch16_224 sees batch 1, 224 x 224 px, but vit_tiny_patch16_384 batch 1, 384 x 384 px"
     assert seen in capsys.readouterr().err
     assert cli.main(["profile", "vit_tiny_patch16_224", "--rays", "4"]) == 1
-    assert "--rays is for GNTs and runs; vit_tiny_patch16_224 sees batch 1" in capsys.readouterr().err
+    assert "vit_tiny_patch16_224 takes no rays but batch 1" in capsys.readouterr().err
 
 
 def test_recipes_are_looked_up_before_any_is_counted(chip: Accelerator) -> None:

@@ -279,7 +279,7 @@ def test_a_place_that_cannot_be_written_is_one_line_before_anything_is_counted(
 def test_page_and_json_are_two_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "a"
     assert cli.main(["profile", "gnt-tiny", "--html", str(file), "--json", f"{tmp_path}/../{tmp_path.name}/a"]) == 1
-    assert capsys.readouterr().err == f"error: --html and --json both name {file}: name two files\n"
+    assert capsys.readouterr().err == f"error: --html and --json both name {file}; expected two different files\n"
     assert not list(tmp_path.iterdir())
 
 
