@@ -48,13 +48,17 @@ def _trainer(
     feature_adam: AdamOptimizerConfig,
     eval_every: int,
     warm_start: Path | None = None,
+    against_overfitting: bool = False,
 ) -> GNTTrainerConfig:
+    spare, judged, average = (4, 2, 0.99) if against_overfitting else (0, 0, 0.0)
+
     def optimizer(adam: AdamOptimizerConfig) -> dict:
         return {"optimizer": adam, "scheduler": WarmupCosineSchedulerConfig()}
 
     return GNTTrainerConfig(
         method_name=name,
         max_num_iterations=steps,
+        average_weights=average,
         steps_per_save=eval_every,
         steps_per_eval_batch=eval_every,
         steps_per_eval_image=eval_every,
@@ -65,7 +69,11 @@ def _trainer(
         machine=MachineConfig(device_type=_device_type()),  # type: ignore[arg-type]
         pipeline=GNTPipelineConfig(
             datamanager=GNTDataManagerConfig(
-                num_source_views=num_source_views, train_num_rays_per_batch=rays, eval_num_rays_per_batch=rays
+                num_source_views=num_source_views,
+                spare_source_views=spare,
+                judged_views=judged,
+                train_num_rays_per_batch=rays,
+                eval_num_rays_per_batch=rays,
             ),
             model=model,
             warm_start=warm_start,
@@ -77,7 +85,7 @@ def _trainer(
 
 
 def _tiny(method: PretrainedMethod) -> GNTTrainerConfig:
-    trainer = _trainer(
+    return _trainer(
         method.name,
         copy.deepcopy(method.model),
         num_source_views=method.num_source_views,
@@ -87,12 +95,9 @@ def _tiny(method: PretrainedMethod) -> GNTTrainerConfig:
         feature_adam=StartAdamConfig(),
         eval_every=500,
         warm_start=PRETRAINED,
+        # Trained weights soon render a scene of few views, far apart, worse than before.
+        against_overfitting=True,
     )
-    # Against overfitting: weights that are trained already render scenes with few views, far apart, worse by training.
-    trainer.average_weights = 0.99
-    trainer.pipeline.datamanager.judged_views = 2
-    trainer.pipeline.datamanager.spare_source_views = 4
-    return trainer
 
 
 def _base(name: str, recipe: str) -> GNTTrainerConfig:
