@@ -30,7 +30,8 @@ from shiftadd3d.kernels import Numerics, get_numerics
 from shiftadd3d.models.gnt import Cameras as PinholeCameras
 from shiftadd3d.models.gnt import GNTConfig, GNTModel, SourceViews
 from shiftadd3d.models.gnt.presets import gnt_recipe, may_change
-from shiftadd3d.models.gnt.projection import Silhouettes
+from shiftadd3d.models.gnt.projection import Silhouettes, sample_sources
+from shiftadd3d.nerf import exposure
 from shiftadd3d.nerf.compiled import compiled_where_it_can_be
 from shiftadd3d.nerf.feature_cache import FeatureCache
 from shiftadd3d.nerf.foreign_rays import group_rays
@@ -94,6 +95,9 @@ class GNTNerfModelConfig(ModelConfig):
     chessboard: bool = True
     """Of a whole picture, have the plane sweep look along every other ray, as on a chessboard, and take the mean of
     the neighbours between them. In evaluation only."""
+    match_exposure: bool = True
+    """With a colour head, bring the source views of a frame to one brightness, in evaluation: photos may differ in
+    exposure and white balance."""
     compile: bool = True
     """On a CPU, render with the frozen network as one executable, where that can be."""
     lpips: bool = True
@@ -306,8 +310,34 @@ class GNTNerfModel(Model):
 
         cameras = PinholeCameras(views.intrinsics, views.camera_to_world)
         sources = SourceViews(views.images, cameras, self._features.maps(key, compute), views.valid, views.empty)
+        if self.config.match_exposure and self.config.gnt.color_head and len(key) > 2:
+            gains = self._exposure_gains(sources)
+            sources = replace(sources, images=(sources.images * torch.exp(-gains)[:, None, None]).clamp(max=1.0))
         self._encoded = (key, sources)
         return sources
+
+    @torch.no_grad()
+    def _exposure_gains(self, sources: SourceViews) -> Float[Tensor, "views 3"]:
+        """See `exposure_gains`; of the surfaces that the first view shows, whose depths the others tell."""
+        cameras, (height, width) = sources.cameras, sources.images.shape[1:3]
+        y, x = (
+            torch.linspace(0.0, size - 1.0, count, device=self.device)
+            for size, count in zip((height, width), exposure.GRID, strict=True)
+        )
+        pixels = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).view(-1, 2)
+        origins, directions = PinholeCameras(cameras.intrinsics[0], cameras.camera_to_world[0]).rays(pixels)
+        others = SourceViews(
+            sources.images[1:],
+            PinholeCameras(cameras.intrinsics[1:], cameras.camera_to_world[1:]),
+            (sources.features[0][1:], sources.features[1][1:]),
+            None if sources.valid is None else sources.valid[1:],
+        )
+        near, far = self.near_far.expand(len(origins), 2).unbind(dim=1)
+        settings = {"inverse_depth": self.config.inverse_depth, "num_importance": self.config.num_importance}
+        depth = self._network()(others, origins, directions, near, far, self.config.num_samples, **settings)["depth"]
+        points = (origins + depth[:, None] * directions)[:, None]
+        shown = sample_sources(points, origins, sources, sources.features[0][:, :1])
+        return exposure.exposure_gains(shown.values[:, 0, :, :3], shown.mask[:, 0, :, 0])
 
     def _carved(self, ids: Tensor, origin: Tensor) -> SourceViews:
         """The source views of these ids with silhouettes from all around, of no view that stands at `origin` [3].

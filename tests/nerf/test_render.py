@@ -114,7 +114,8 @@ def test_while_a_network_trains_a_frozen_copy_of_it_renders(run: Run, tiny_run: 
         return model.get_outputs_for_camera(camera)["rgb"]
 
     before = evaluate()
-    torch.testing.assert_close(before, run.pipeline.model.get_outputs_for_camera(camera)["rgb"])
+    expected = run.pipeline.model.get_outputs_for_camera(camera)["rgb"]
+    torch.testing.assert_close(before, expected, rtol=2e-3, atol=2e-3)
     with torch.no_grad():
         renderer = model._network()
         assert any(isinstance(module, FrozenModule) for module in renderer.modules())

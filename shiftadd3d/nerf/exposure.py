@@ -1,0 +1,47 @@
+"""Photos taken with different exposures or white balances: how much brighter each view shows the same surfaces.
+
+A network that blends what source views show has to take them for photos of one light. Phones and cameras on automatic
+change exposure from photo to photo. Blending such photos makes blotches, and a plane sweep finds no depth at which they
+agree.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+#: Rows and columns of the surface points that views are compared at.
+GRID = (60, 80)
+#: Colours below count as this: their logarithms are noise.
+_DARKEST = 0.02
+#: The largest factor, as a logarithm: more is taken for a mistake.
+_LARGEST = 0.5
+#: Points that two views or more have to show, for a view to be changed.
+_FEWEST = 50
+_ROUNDS = 8
+
+
+def exposure_gains(
+    colors: Float[Tensor, "points views 3"], mask: Bool[Tensor, "points views"]
+) -> Float[Tensor, "views 3"]:
+    """How much brighter each view shows the points than the views do in the mean: natural logarithms, a channel each.
+
+    The median over points is taken, so that what some views do not see, or see in a highlight, does not count.
+
+    Args:
+        colors: what each view shows, 0..1.
+        mask: whether it can see the point.
+    """
+    logs = colors.clamp(min=_DARKEST).log()
+    share = mask.to(logs).unsqueeze(-1)
+    compared = mask & (mask.sum(dim=1, keepdim=True) >= 2)
+    gains = logs.new_zeros(logs.shape[1:])
+    for _ in range(_ROUNDS):
+        rest = logs - gains
+        apart = rest - (rest * share).sum(dim=1, keepdim=True) / share.sum(dim=1, keepdim=True).clamp(min=1.0)
+        for view in range(len(gains)):
+            points = compared[:, view]
+            if int(points.sum()) >= _FEWEST:
+                gains[view] += apart[points, view].median(dim=0).values
+        gains -= gains.mean(dim=0)
+    return gains.clamp(-_LARGEST, _LARGEST)
