@@ -150,6 +150,7 @@ class GNTNerfModel(Model):
         self._drawn: Callable[[], DrawnSources | None] = lambda: None
         self._encoded: tuple[tuple[int, ...], SourceViews] | None = None
         self._features = FeatureCache()
+        self._gains: dict[tuple[int, ...], Tensor] = {}
         self._is_frozen, self._shows_routing = False, True
         # In a tuple, so that torch takes it for no part of this model.
         self._frozen_copy: tuple[GNTModel, ...] = ()
@@ -278,6 +279,7 @@ class GNTNerfModel(Model):
     def _forget_what_was_made(self) -> None:
         self._encoded, self._frozen_copy, self._compiled = None, (), None
         self._features.clear()
+        self._gains.clear()
 
     def train(self, mode: bool = True) -> GNTNerfModel:
         compiled = self._compiled
@@ -311,7 +313,9 @@ class GNTNerfModel(Model):
         cameras = PinholeCameras(views.intrinsics, views.camera_to_world)
         sources = SourceViews(views.images, cameras, self._features.maps(key, compute), views.valid, views.empty)
         if self.config.match_exposure and self.config.gnt.color_head and len(key) > 2:
-            gains = self._exposure_gains(sources)
+            gains = self._gains.get(key)
+            if gains is None:
+                gains = self._gains[key] = self._exposure_gains(sources)
             sources = replace(sources, images=(sources.images * torch.exp(-gains)[:, None, None]).clamp(max=1.0))
         self._encoded = (key, sources)
         return sources

@@ -102,6 +102,32 @@ def test_a_network_without_mixtures_has_no_routing(run: Run):
         rendering.picture({"rgb": torch.zeros(2, 2, 3)}, ["routing"], (1.0, 2.0))
 
 
+@torch.no_grad()
+def test_photos_of_other_exposures_are_brought_to_one(run: Run, monkeypatch: pytest.MonkeyPatch):
+    model, counted = run.pipeline.model, []
+    find = GNTNerfModel._exposure_gains
+    monkeypatch.setattr(GNTNerfModel, "_exposure_gains", lambda *given: counted.append(1) or find(*given))
+    cameras = run.pipeline.datamanager.train_dataset.cameras
+    bank = model._get_bank()
+    ids = bank.nearest(bank.camera_to_world[0], 4, exclude=0)
+    monkeypatch.setattr(bank, "images", bank.images.clone())
+    model._forget_what_was_made()
+    plain = model._sources(ids).images.mean(dim=(1, 2, 3))
+    bank.images[ids[1]] = (0.7 * bank.images[ids[1]].float()).to(torch.uint8)
+    model._forget_what_was_made()
+    darker = bank.gather(ids).images.mean(dim=(1, 2, 3))
+    found = model._sources(ids).images.mean(dim=(1, 2, 3))
+    apart = [float((x / x.mean())[1]) for x in (plain, darker, found)]
+    assert abs(apart[2] - apart[0]) < 0.5 * abs(apart[1] - apart[0]), apart
+    model.get_outputs_for_camera(cameras[:1])
+    model._sources(ids)
+    assert len(counted) == 3, "once for each set of views"
+    model.config.match_exposure = False
+    model._forget_what_was_made()
+    assert torch.equal(model._sources(ids).images, bank.gather(ids).images)
+    model.config.match_exposure = True
+
+
 def test_while_a_network_trains_a_frozen_copy_of_it_renders(run: Run, tiny_run: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(GNTNerfModel, "freeze", lambda _: None)
     model = load_run(tiny_run).pipeline.model
