@@ -847,6 +847,7 @@ def frame_renderer(method: str, form: Form, width: int, height: int) -> Callable
     model.eval()
     exactness = "twin" if form in ("torch", "compile") else check_numerics(form.removeprefix("executable-"))
     model.config.compile = form.startswith("executable-")
+    model.config.match_exposure = False  # noise has none, and a film finds it once for many frames
     if form == "compile":
         freeze_(model.gnt, verbose=False)
         model.gnt.compile()

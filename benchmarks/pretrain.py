@@ -3,7 +3,7 @@
     shiftadd3d scenes make-factory FACTORY --count 134 --seed 1
     python benchmarks/pretrain.py train --factory FACTORY      # hours; goes on where it stopped
     python benchmarks/pretrain.py pack --factory FACTORY       # into shiftadd3d/nerf/weights
-    python benchmarks/pretrain.py sharpen --by 1.5             # once, on top
+    python benchmarks/pretrain.py sharpen                      # once, on top
     python benchmarks/pretrain.py evaluate --scene fern --method shiftadd-gnt-tiny
     python benchmarks/pretrain.py held-out --factory HELD_OUT --method shiftadd-gnt-tiny
     python benchmarks/pretrain.py report
@@ -167,7 +167,7 @@ class Pack:
 class Sharpen:
     """Have both files' colour heads prefer the views nearest to the target more strongly."""
 
-    by: float
+    by: float = 1.5
     """What the scale of angles is multiplied by."""
 
     def __call__(self) -> None:
