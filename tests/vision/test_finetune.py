@@ -339,7 +339,9 @@ def test_what_cannot_be_trained_is_said_in_one_line(settings: FinetuneSettings, 
         *(("weight_decay", float("nan")), ("moe_weight", -1.0), ("clip_grad", float("inf")), ("cutmix", -0.5)),
     ):
         assert complaint(**{name: number}).startswith(f"--{name.replace('_', '-')} {number:g}: expected ")
-    assert "--stage0: warmup epochs" in complaint(stage0=StageSettings(warmup_epochs=float("nan")))
+    assert "--stage0.warmup-epochs nan: expected 0 or more" in complaint(
+        stage0=StageSettings(warmup_epochs=float("nan"))
+    )
     (tmp_path / "file").write_text("")
     assert f"{tmp_path / 'file'} is a file; expected a folder" in complaint(output_dir=tmp_path / "file")
     assert "there is nothing to train" in complaint(stage0=none, stage1=none, stage2=none)
