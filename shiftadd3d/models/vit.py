@@ -324,14 +324,18 @@ def _emit_block(e: Emission, block: Block, x: Value, *, grid: tuple[int, int]) -
     return e.emit(block.mlp, x, norm=e.norm(block.norm2), residual=x)
 
 
-def _emit_attention(
-    e: Emission, layer: ViTAddAttention, x: Value, *, norm: Norm | None, residual: Value, grid: tuple[int, int]
-) -> Value:
+def _check_attention(e: Emission, layer: ViTAddAttention | Attention) -> None:
     for part in (layer.q_norm, layer.k_norm, layer.norm):
         if type(part) is not nn.Identity:
             raise e.refusal(part, "which is not registered")
     if layer.gate is not None:
         raise e.refusal(layer.gate, "which is not registered")
+
+
+def _emit_attention(
+    e: Emission, layer: ViTAddAttention, x: Value, *, norm: Norm | None, residual: Value, grid: tuple[int, int]
+) -> Value:
+    _check_attention(e, layer)
     qkv = e.project([layer.q_fc, layer.k_fc, layer.v_fc], x, norm)
     out = e.attention(layer, qkv)
     if layer.dwconv is not None:
@@ -342,11 +346,7 @@ def _emit_attention(
 def _emit_softmax(
     e: Emission, layer: Attention, x: Value, *, norm: Norm | None, residual: Value, grid: tuple[int, int]
 ) -> Value:
-    for part in (layer.q_norm, layer.k_norm, layer.norm):
-        if type(part) is not nn.Identity:
-            raise e.refusal(part, "which is not registered")
-    if layer.gate is not None:
-        raise e.refusal(layer.gate, "which is not registered")
+    _check_attention(e, layer)
     out = e.softmax_attention(layer, [e.linear(layer.qkv, x, norm)], layer.num_heads)
     return e.linear(layer.proj, out, None, residual)
 
