@@ -177,7 +177,6 @@ def make_config() -> Callable[..., GNTTrainerConfig]:
         config.logging.local_writer.enable = False
         datamanager, model = config.pipeline.datamanager, config.pipeline.model
         datamanager.num_source_views = 3
-        datamanager.judged_views = 0  # in a few steps nothing gets better, and the weights from before would be kept
         datamanager.train_num_rays_per_batch = datamanager.eval_num_rays_per_batch = 64
         model.gnt = dataclasses.replace(
             model.gnt, depth=1, width=16, proposal_samples=8, feature_widths=(8, 8, 8), feature_dim=8

@@ -32,6 +32,8 @@ def outputs_of(model: GNTNerfModel, opened) -> dict[str, torch.Tensor]:
 
 def test_a_frame_is_by_an_executable_and_the_same_as_without(opened) -> None:
     model = opened.model
+    # What is compared is the network. An exposure that it finds a little differently changes all pixels a little.
+    model.config.match_exposure = False
     found = outputs_of(model, opened)
     with torch.no_grad():
         network = model._network()
@@ -49,8 +51,7 @@ def test_a_frame_is_by_an_executable_and_the_same_as_without(opened) -> None:
     expected = outputs_of(model, opened)
     assert set(found) == set(expected) and "routing" in found
     for name, value in expected.items():
-        # A little more than for the network alone: the views' exposures, found by it, count for all pixels.
-        same = torch.isclose(found[name], value, rtol=2e-3, atol=2e-3).double().mean()
+        same = torch.isclose(found[name], value, rtol=1e-3, atol=1e-3).double().mean()
         assert same > 0.98, f"{name}: {same:.3f} are the same"
 
 

@@ -63,8 +63,11 @@ def test_a_network_that_is_only_to_render_is_frozen_and_shows_the_same_picture(
     assert torch.equal(shown, expected)
 
 
-def test_routing_is_the_share_of_samples_at_the_multiplying_expert(run: Run, tiny_run: Path):
+def test_routing_is_the_share_of_samples_at_the_multiplying_expert(
+    run: Run, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+):
     model = run.pipeline.model
+    monkeypatch.setattr(model.config, "chessboard", False)  # on which a ray's samples depend on its neighbours
     camera = run.pipeline.datamanager.train_dataset.cameras[:1]
     shown = model.get_outputs_for_camera(camera)["routing"]
     assert shown.shape == (int(camera.height), int(camera.width), 1)
@@ -133,6 +136,9 @@ def test_while_a_network_trains_a_frozen_copy_of_it_renders(run: Run, tiny_run: 
     model = load_run(tiny_run).pipeline.model
     names, kinds = list(model.state_dict()), [type(module) for module in model.modules()]
     camera = run.pipeline.datamanager.train_dataset.cameras[:1]
+    for one in (model, run.pipeline.model):  # an exposure that is found a little differently changes all pixels
+        monkeypatch.setattr(one.config, "match_exposure", False)
+        one._forget_what_was_made()
 
     def evaluate() -> torch.Tensor:
         model.train()
@@ -140,8 +146,7 @@ def test_while_a_network_trains_a_frozen_copy_of_it_renders(run: Run, tiny_run: 
         return model.get_outputs_for_camera(camera)["rgb"]
 
     before = evaluate()
-    expected = run.pipeline.model.get_outputs_for_camera(camera)["rgb"]
-    torch.testing.assert_close(before, expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(before, run.pipeline.model.get_outputs_for_camera(camera)["rgb"])
     with torch.no_grad():
         renderer = model._network()
         assert any(isinstance(module, FrozenModule) for module in renderer.modules())
