@@ -29,7 +29,7 @@ from shiftadd3d._errors import UserError
 from shiftadd3d.kernels import Numerics, get_numerics
 from shiftadd3d.models.gnt import Cameras as PinholeCameras
 from shiftadd3d.models.gnt import GNTConfig, GNTModel, SourceViews
-from shiftadd3d.models.gnt.presets import gnt_recipe, may_change
+from shiftadd3d.models.gnt.presets import SHIFTADD_RECIPE, gnt_recipe, may_change
 from shiftadd3d.models.gnt.projection import Silhouettes, sample_sources
 from shiftadd3d.nerf import exposure
 from shiftadd3d.nerf.compiled import compiled_where_it_can_be
@@ -37,7 +37,7 @@ from shiftadd3d.nerf.feature_cache import FeatureCache
 from shiftadd3d.nerf.foreign_rays import group_rays
 from shiftadd3d.nerf.source_bank import PROJECTIONS, DrawnSources, SourceBank, camera_rays, opencv_cameras
 from shiftadd3d.nerf.source_bank import SourceViews as BankViews
-from shiftadd3d.nerf.warm_start import load_dense_weights
+from shiftadd3d.nerf.warm_start import PRETRAINED, load_dense_weights, take_calibrated_weights
 from shiftadd3d.nn import (
     FrozenModule,
     FrozenMoE,
@@ -257,8 +257,11 @@ class GNTNerfModel(Model):
         """
         gnt = GNTModel(self.config.gnt)
         load_dense_weights(gnt, path)
+        self._reparameterized(gnt)
+        if path == PRETRAINED and self.config.recipe == SHIFTADD_RECIPE:
+            take_calibrated_weights(gnt)
         # In place: under DDP the parameters are already being watched.
-        self.gnt.load_state_dict(self._reparameterized(gnt).state_dict())
+        self.gnt.load_state_dict(gnt.state_dict())
 
     def set_sources(
         self,

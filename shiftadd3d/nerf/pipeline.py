@@ -36,9 +36,9 @@ class GNTPipelineConfig(VanillaPipelineConfig):
     model: GNTNerfModelConfig = field(default_factory=GNTNerfModelConfig)
     """Settings of the model."""
     warm_start: Path | None = None
-    """Start from a trained dense network, reparameterized: `pretrained` for the weights that come with the package, a
-    gnt run's nerfstudio_models folder or step-*.ckpt, or an official GNT checkpoint (.pth). `none`: random weights.
-    Going on from a checkpoint takes no notice."""
+    """Start from a trained dense network, reparameterized: `pretrained` for the weights that come with the package
+    (for shiftadd-gnt-tiny, those that its packed network has), a gnt run's nerfstudio_models folder or step-*.ckpt, or
+    an official GNT checkpoint (.pth). `none`: random weights. Going on from a checkpoint takes no notice."""
 
     @property
     def starts_trained(self) -> bool:

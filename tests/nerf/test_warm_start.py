@@ -17,7 +17,8 @@ from shiftadd3d.nerf.datamanager import GNTDataManager
 from shiftadd3d.nerf.optimizers import StartAdamConfig
 from shiftadd3d.nerf.trainer import GNTTrainer
 from shiftadd3d.nerf.warm_start import PRETRAINED
-from shiftadd3d.nerf.weights import TINY, pretrained_file, read_weights
+from shiftadd3d.nerf.weights import TINY, load_network, pretrained_file, read_weights
+from shiftadd3d.nn.shift import PackedShiftLinear
 
 MODELS = "nerfstudio_models"
 
@@ -47,17 +48,45 @@ def test_the_tiny_methods_alone_start_from_the_weights_that_come_with_the_packag
     assert all_methods["gnt-tiny"].pipeline.model.gnt == TINY
 
 
-@pytest.mark.parametrize("method", ["gnt-tiny", "shiftadd-gnt-tiny"])
-def test_training_starts_from_the_dense_weights_unless_it_is_told_not_to(shipped_config, method):
+def test_training_starts_from_the_weights_that_come_with_the_package_unless_it_is_told_not_to(shipped_config):
     shipped = read_weights(pretrained_file("gnt-tiny"))[0]
-    gnt = network(shipped_config(method)).state_dict()
+    gnt = network(shipped_config("gnt-tiny")).state_dict()
     for name, value in shipped.items():
         assert torch.equal(gnt[name], value.float()), name
-    config = shipped_config(method)
+    config = shipped_config("gnt-tiny")
     config.pipeline.warm_start = Path("none")
     random = network(config).state_dict()
     assert random.keys() == gnt.keys()
     assert not torch.equal(random["feature_net.conv1.weight"], gnt["feature_net.conv1.weight"])
+
+
+@pytest.mark.parametrize("second_stage_at", [0.5, 0.0])
+def test_layers_that_become_shifts_start_from_the_packed_network_and_all_others_from_the_dense(
+    shipped_config, second_stage_at
+):
+    config = shipped_config()
+    config.pipeline.model.second_stage_at = second_stage_at
+    gnt = dict(network(config).named_modules())
+    dense = read_weights(pretrained_file("gnt-tiny"))[0]
+    packed = {name: layer for name, layer in load_network().named_modules() if isinstance(layer, PackedShiftLinear)}
+    shared = packed.keys() & gnt.keys()
+    assert {"net_coarse.q_fcs.0.0", "net_coarse.view_selftrans.1.attn.q_fc", "proposal.score.0"} <= shared
+    for name in shared:
+        assert torch.equal(gnt[name].weight, packed[name].weight), name
+        own = dense.get(f"{name}.weight")
+        assert own is None or not torch.equal(gnt[name].weight, own.float()), name
+    assert torch.equal(gnt["feature_net.conv1"].weight, dense["feature_net.conv1.weight"].float())
+    if second_stage_at:
+        perceptron = "net_coarse.view_selftrans.0.ff.fc1"
+        assert torch.equal(gnt[perceptron].weight, dense[f"{perceptron}.weight"].float())
+
+
+def test_another_recipe_starts_from_the_dense_weights_alone(shipped_config):
+    config = shipped_config()
+    config.pipeline.model.recipe = "add"
+    gnt, dense = network(config).state_dict(), read_weights(pretrained_file("gnt-tiny"))[0]
+    for name, value in dense.items():
+        assert torch.equal(gnt[name], value.float()), name
 
 
 @pytest.mark.parametrize(
