@@ -180,10 +180,6 @@ class Isa:
         """The largest lane of a vector of int32."""
         return T.intrinsic("int32", f"vector.reduce.smax.v{self.lanes}i32", x)
 
-    def total_int(self, x: Expr) -> Expr:
-        """The sum of the lanes of a vector of int32."""
-        return T.intrinsic("int32", f"vector.reduce.add.v{self.lanes}i32", x)
-
     def sign_bits(self, x: Expr) -> Expr:
         """The signs of 8 lanes as the bits of an int32 (AVX)."""
         return T.intrinsic("int32", "x86.avx.movmsk.ps.256", T.reinterpret("float32x8", x))

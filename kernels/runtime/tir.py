@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
-from typing import Any, Protocol, TypeAlias, TypeVar
+from types import ModuleType
+from typing import Protocol, TypeAlias, TypeVar
+from typing import cast as typed
 
 
 class Expr(Protocol):
@@ -134,10 +136,15 @@ class Buffer:
 
 
 @lru_cache(maxsize=1)
-def _tirx() -> Any:
+def _tirx() -> ModuleType:
     import tvm.script
 
     return tvm.script.tirx
+
+
+def _expression(name: str) -> Callable[..., Expr]:
+    """What makes an expression of its arguments; `name` is TVM's."""
+    return lambda *arguments: getattr(_tirx(), name)(*arguments)
 
 
 # Functions.
@@ -157,11 +164,11 @@ def function(name: str) -> Iterator[Builder]:
     from tvm.script.ir_builder import IRBuilder
     from tvm.tirx.script.builder import prim_func
 
-    builder: Any = IRBuilder()
+    builder = IRBuilder()
     with builder, prim_func(s_tir=True):
         _tirx().func_name(name)
         _tirx().func_attr({"tirx.noalias": True})
-        yield builder
+        yield typed(Builder, builder)
 
 
 def sizes(count: int) -> list[Expr]:
@@ -275,9 +282,8 @@ def when(condition: Expr | bool) -> Iterator[None]:
         yield
 
 
-def bind(x: Expr) -> Expr:
-    """`x` computed here and now, once."""
-    return _tirx().bind(x)
+bind: Callable[[Expr], Expr] = _expression("bind")
+"""An expression computed here and now, once."""
 
 
 def evaluate(x: Expr) -> None:
@@ -298,16 +304,9 @@ def number(dtype: str, x: Number) -> Expr:
     return getattr(_tirx(), dtype)(x)
 
 
-def int32(x: int) -> Expr:
-    return _tirx().int32(x)
-
-
-def int64(x: int) -> Expr:
-    return _tirx().int64(x)
-
-
-def float32(x: float) -> Expr:
-    return _tirx().float32(x)
+int32: Callable[[int], Expr] = _expression("int32")
+int64: Callable[[int], Expr] = _expression("int64")
+float32: Callable[[float], Expr] = _expression("float32")
 
 
 def ramp(start: Index, count: int) -> Expr:
@@ -320,85 +319,51 @@ def at(start: Index, count: int) -> Index:
     return start if count == 1 else ramp(start, count)
 
 
-def broadcast(x: Expr, lanes: int) -> Expr:
-    return _tirx().broadcast(x, lanes)
-
-
 def shuffle(vectors: Sequence[Expr], order: Sequence[int]) -> Expr:
     """The vector of those lanes of all the vectors, counted on from one to the next."""
     return _tirx().Shuffle(list(vectors), list(order))
 
 
-def cast(x: Expr, dtype: str) -> Expr:
-    return _tirx().cast(x, dtype)
+broadcast: Callable[[Expr, int], Expr] = _expression("broadcast")
+"""A number in so many lanes."""
 
+cast: Callable[[Expr, str], Expr] = _expression("cast")
+"""The nearest number of another type."""
 
-def reinterpret(dtype: str, x: Expr) -> Expr:
-    """The bits of `x` taken for another type."""
-    return _tirx().reinterpret(dtype, x)
+reinterpret: Callable[[str, Expr], Expr] = _expression("reinterpret")
+"""``reinterpret(dtype, x)``: the bits of `x` taken for another type."""
 
+select: Callable[[Expr, Number, Number], Expr] = _expression("Select")
+"""``select(condition, x, y)``: `x` where the condition holds, else `y`; both are computed."""
 
-def select(condition: Expr, x: Number, y: Number) -> Expr:
-    """`x` where the condition holds, else `y`; both are computed."""
-    return _tirx().Select(condition, x, y)
+if_then_else: Callable[[Expr, Expr, Expr], Expr] = _expression("if_then_else")
+"""``if_then_else(condition, x, y)``: `x` if the condition holds, else `y`; only one is computed."""
 
+both: Callable[[Expr, Expr], Expr] = _expression("And")
+"""Whether two conditions hold."""
 
-def if_then_else(condition: Expr, x: Expr, y: Expr) -> Expr:
-    """`x` if the condition holds, else `y`; only one is computed."""
-    return _tirx().if_then_else(condition, x, y)
+either: Callable[[Expr, Expr], Expr] = _expression("Or")
+"""Whether one of two conditions holds."""
 
+negate: Callable[[Expr], Expr] = _expression("Not")
+"""Whether a condition does not hold."""
 
-def both(a: Expr, b: Expr) -> Expr:
-    """Whether two conditions hold."""
-    return _tirx().And(a, b)
+min: Callable[[Number, Number], Expr] = _expression("min")
+max: Callable[[Number, Number], Expr] = _expression("max")
 
+truncdiv: Callable[[Index, Index], Expr] = _expression("truncdiv")
+"""``a // b``, rounded towards zero: quick to compile, where the sign of a is not known."""
 
-def either(a: Expr, b: Expr) -> Expr:
-    """Whether one of two conditions holds."""
-    return _tirx().Or(a, b)
+truncmod: Callable[[Index, Index], Expr] = _expression("truncmod")
+"""What `truncdiv` leaves over."""
 
+exp: Callable[[Expr], Expr] = _expression("exp")
+sqrt: Callable[[Expr], Expr] = _expression("sqrt")
+erf: Callable[[Expr], Expr] = _expression("erf")
+floor: Callable[[Expr], Expr] = _expression("floor")
 
-def negate(condition: Expr) -> Expr:
-    return _tirx().Not(condition)
-
-
-def min(a: Number, b: Number) -> Expr:
-    return _tirx().min(a, b)
-
-
-def max(a: Number, b: Number) -> Expr:
-    return _tirx().max(a, b)
-
-
-def truncdiv(a: Index, b: Index) -> Expr:
-    """`a // b`, rounded towards zero: quick to compile, where the sign of `a` is not known."""
-    return _tirx().truncdiv(a, b)
-
-
-def truncmod(a: Index, b: Index) -> Expr:
-    """What `truncdiv` leaves over."""
-    return _tirx().truncmod(a, b)
-
-
-def exp(x: Expr) -> Expr:
-    return _tirx().exp(x)
-
-
-def sqrt(x: Expr) -> Expr:
-    return _tirx().sqrt(x)
-
-
-def erf(x: Expr) -> Expr:
-    return _tirx().erf(x)
-
-
-def floor(x: Expr) -> Expr:
-    return _tirx().floor(x)
-
-
-def nearbyint(x: Expr) -> Expr:
-    """The nearest whole number, ties to even."""
-    return _tirx().nearbyint(x)
+nearbyint: Callable[[Expr], Expr] = _expression("nearbyint")
+"""The nearest whole number, ties to even."""
 
 
 def intrinsic(dtype: str, name: str, *arguments: Expr) -> Expr:
