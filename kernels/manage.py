@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Generic, TypeAlias
 
 import shiftadd3d.kernels
 from shiftadd3d._errors import UserError
@@ -17,34 +16,54 @@ from shiftadd3d._progress import progress
 from shiftadd3d._report import write_json
 from shiftadd3d.kernels.cuda.driver import CUDA_KERNELS
 from shiftadd3d.kernels.runtime import bundle, cache, targets
-from shiftadd3d.kernels.runtime.kernel import KERNELS, Kernel, Spec, packed_launcher, runtime_library
+from shiftadd3d.kernels.runtime.kernel import KERNELS, DeviceKernel, Spec, Target, packed_launcher, runtime_library
 from shiftadd3d.kernels.runtime.targets import CpuTarget, CudaTarget
+
+Facts: TypeAlias = dict[str, object]
+"""What tables and JSON say of a variant."""
 
 
 @dataclass(frozen=True)
-class Variant:
+class Variant(Generic[Target]):
     """One specialisation of a kernel for one target."""
 
-    kernel: Kernel
-    target: CpuTarget | CudaTarget
+    kernel: DeviceKernel[Target]
+    target: Target
     spec: Spec
 
     @property
     def entry(self) -> str:
         """Its key in the cache."""
-        return self.kernel.entry(cast(Any, self.target), **self.spec)
+        return self.kernel.entry(self.target, **self.spec)
 
     @property
     def is_cached(self) -> bool:
         """Whether the cache has it, whole."""
         return cache.find(self.entry, self.kernel.suffix) is not None
 
-    def facts(self) -> dict[str, Any]:
-        """What tables and JSON say about it."""
+    def facts(self) -> Facts:
+        """What it is."""
         return {"kernel": self.kernel.name, "target": self.target.name, "spec": self.spec}
 
+    def load(self) -> None:
+        """Have the cache hold it."""
+        self.kernel.load(self.target, **self.spec)
 
-def all_variants(names: Iterable[str] = (), target: str | None = None) -> Iterator[Variant]:
+    def check(self) -> None:
+        """Compare it with its twin on this machine."""
+        self.kernel.check(self.target, **self.spec)
+
+    def packed(self) -> bundle.Packed:
+        """Its library, to be put into a bundle."""
+        return self.kernel.packed(self.target, **self.spec)
+
+
+AnyVariant: TypeAlias = Variant[CpuTarget] | Variant[CudaTarget]
+_Row: TypeAlias = tuple[AnyVariant, Facts]
+"""A variant, and what came of it."""
+
+
+def all_variants(names: Iterable[str] = (), target: str | None = None) -> Iterator[AnyVariant]:
     """The specialisations that are built ahead, of all kernels or of those named.
 
     Args:
@@ -57,15 +76,23 @@ def all_variants(names: Iterable[str] = (), target: str | None = None) -> Iterat
     for module in pkgutil.walk_packages(shiftadd3d.kernels.__path__, f"{shiftadd3d.kernels.__name__}."):
         importlib.import_module(module.name)
     chosen = targets.current() if target is None else targets.find(target)
-    if isinstance(chosen, CpuTarget) and chosen != targets.current():
+    if isinstance(chosen, CudaTarget):
+        yield from _variants(CUDA_KERNELS, chosen, names)
+    elif chosen == targets.current():
+        yield from _variants(KERNELS, chosen, names)
+    else:
         # Their trials run on this CPU, whose target is the process's.
         raise UserError(f"target {target!r} is not this process's: {targets.ENVIRONMENT_VARIABLE}={target} makes it so")
-    kernels: Mapping[str, Kernel] = CUDA_KERNELS if isinstance(chosen, CudaTarget) else KERNELS
+
+
+def _variants(
+    kernels: Mapping[str, DeviceKernel[Target]], target: Target, names: Iterable[str]
+) -> Iterator[Variant[Target]]:
     for name in list(names) or sorted(kernels):
         if name not in kernels:
             raise UserError(f"no kernel {name!r}: expected some of {', '.join(sorted(kernels))}")
-        for spec in kernels[name].variants(chosen):
-            yield Variant(kernels[name], chosen, dict(spec))
+        for spec in kernels[name].variants(target):
+            yield Variant(kernels[name], target, dict(spec))
 
 
 def list_kernels(names: Iterable[str] = (), json: Path | None = None, target: str | None = None) -> None:
@@ -74,8 +101,8 @@ def list_kernels(names: Iterable[str] = (), json: Path | None = None, target: st
     Raises:
         UserError: if there is no kernel or target of a name, or the file cannot be written.
     """
-    rows = [{**variant.facts(), "cached": variant.is_cached} for variant in all_variants(names, target)]
-    _show(rows, json, "cached", lambda row: "yes" if row["cached"] else "[dim]no[/dim]")
+    rows: list[_Row] = [(variant, {"cached": variant.is_cached}) for variant in all_variants(names, target)]
+    _show(rows, json, "cached", lambda facts: "yes" if facts["cached"] else "[dim]no[/dim]")
 
 
 def build_kernels(
@@ -90,20 +117,20 @@ def build_kernels(
         UserError: if there is no kernel or target of a name, if one could not be built, or the folder not be written.
     """
 
-    def build(variant: Variant) -> dict[str, Any]:
+    def build(variant: AnyVariant) -> Facts:
         if variant.is_cached:
             return {"built": False, "seconds": 0.0, "error": None}
-        return {"built": True, **_attempt(lambda: variant.kernel.load(cast(Any, variant.target), **variant.spec))}
+        return {"built": True, **_attempt(variant.load)}
 
     variants = list(all_variants(names, target))
-    rows = [{**variant.facts(), **build(variant)} for variant in _with_progress("building", variants)]
-    if out is not None and not any(row["error"] for row in rows):
-        libraries = [variant.kernel.packed(variant.target, **variant.spec) for variant in variants]
+    rows: list[_Row] = [(variant, build(variant)) for variant in _with_progress("building", variants)]
+    if out is not None and not any(facts["error"] for _, facts in rows):
+        libraries = [variant.packed() for variant in variants]
         on_cpu = [variant for variant in variants if isinstance(variant.target, CpuTarget)]
         if on_cpu:
             libraries.append(packed_launcher())
         bundle.write(out, libraries, runtime_library() if on_cpu else None)
-    _show(rows, json, "built", lambda row: f"{row['seconds']:.1f} s" if row["built"] else "[dim]was there[/dim]")
+    _show(rows, json, "built", lambda facts: f"{facts['seconds']:.1f} s" if facts["built"] else "[dim]was there[/dim]")
 
 
 def check_kernels(names: Iterable[str] = (), json: Path | None = None, target: str | None = None) -> None:
@@ -112,16 +139,12 @@ def check_kernels(names: Iterable[str] = (), json: Path | None = None, target: s
     Raises:
         UserError: if there is no kernel or target of a name, or if one differs from its twin or could not be built.
     """
-
-    def check(variant: Variant) -> None:
-        variant.kernel.check(cast(Any, variant.target), **variant.spec)
-
     variants = _with_progress("checking", all_variants(names, target))
-    rows = [{**variant.facts(), **_attempt(partial(check, variant))} for variant in variants]
-    _show(rows, json, "as its twin", lambda row: "yes")
+    rows: list[_Row] = [(variant, _attempt(variant.check)) for variant in variants]
+    _show(rows, json, "as its twin", lambda facts: "yes")
 
 
-def _with_progress(what: str, variants: Iterable[Variant]) -> Iterator[Variant]:
+def _with_progress(what: str, variants: Iterable[AnyVariant]) -> Iterator[AnyVariant]:
     from rich.console import Console
 
     variants = list(variants)
@@ -132,7 +155,7 @@ def _with_progress(what: str, variants: Iterable[Variant]) -> Iterator[Variant]:
             shown.advance()
 
 
-def _attempt(action: Callable[[], Any]) -> dict[str, Any]:
+def _attempt(action: Callable[[], None]) -> Facts:
     start = time.perf_counter()
     try:
         action()
@@ -142,22 +165,25 @@ def _attempt(action: Callable[[], Any]) -> dict[str, Any]:
     return {"seconds": round(time.perf_counter() - start, 3), "error": error}
 
 
-def _show(rows: list[dict[str, Any]], json: Path | None, column: str, value: Callable[[dict[str, Any]], str]) -> None:
+def _show(rows: Sequence[_Row], json: Path | None, column: str, value: Callable[[Facts], str]) -> None:
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     table = Table("kernel", "target", "variant", column, box=box.SIMPLE_HEAD)
-    for row in rows:
-        spec = ", ".join(f"{name} {setting}" for name, setting in row["spec"].items())
-        error = row.get("error")
-        outcome = "[red]" + escape(error.splitlines()[0]) if error else value(row)
-        table.add_row(row["kernel"], row["target"], spec, outcome)
+    listed, failed = [], []
+    for variant, facts in rows:
+        listed.append({**variant.facts(), **facts})
+        outcome = value(facts)
+        if error := facts.get("error"):
+            outcome = "[red]" + escape(str(error).splitlines()[0])
+            failed.append(variant.kernel.name)
+        spec = ", ".join(f"{name} {setting}" for name, setting in variant.spec.items())
+        table.add_row(variant.kernel.name, variant.target.name, spec, outcome)
     Console(highlight=False).print(table)
     if json is not None:
-        write_json(json, {"folder": str(cache.folder()), "variants": rows})
-    failed = [row for row in rows if row.get("error")]
+        write_json(json, {"folder": str(cache.folder()), "variants": listed})
     if failed:
-        kernels = ", ".join(sorted({row["kernel"] for row in failed}))
+        kernels = ", ".join(sorted(set(failed)))
         raise UserError(f"{len(failed)} of {len(rows)} variants failed, of {kernels}; plain torch stands in for them")

@@ -24,14 +24,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypedDict, cast
 
 import torch
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.runtime import bundle, cache, targets
-from shiftadd3d.kernels.runtime.kernel import Kernel, Spec, SpecValue
+from shiftadd3d.kernels.runtime.kernel import DeviceKernel, Spec, SpecValue
 from shiftadd3d.kernels.runtime.targets import CudaTarget
 
 CUDA_KERNELS: dict[str, CudaKernel] = {}
@@ -40,6 +40,7 @@ CUDA_KERNELS: dict[str, CudaKernel] = {}
 # Offsets within tensors are 32-bit numbers in the kernels.
 MAX_ELEMENTS = 2**31 - 1
 _SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)\) (\w+)\(([^)]*)\) \{')
+_Value: TypeAlias = ctypes.c_void_p | ctypes.c_int32 | ctypes.c_int64 | ctypes.c_float
 _NUMBERS = {"int": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
 
 # Merging buffers of several types into one defeats the checks on tensor-core fragments; compaction, the padding that
@@ -87,16 +88,30 @@ class Resources:
     shared_bytes: int
 
 
+class CubinRecord(TypedDict):
+    """What the cache keeps with a cubin, beside what it was made from and its `Resources`.
+
+    Attributes:
+        symbol, threads, parameters: as those of `CudaCode`.
+        passed_on: names of the GPUs on which it has passed its trial.
+    """
+
+    symbol: str
+    threads: int
+    parameters: list[tuple[str, str]]
+    passed_on: list[str]
+
+
 class CudaFunction:
     """A kernel that is ready to be started on one device.
 
     Args:
         cubin: the machine code.
-        record: what the cache has recorded with it: symbol, threads and parameters.
+        record: what the cache has recorded with it.
         device: the CUDA device.
     """
 
-    def __init__(self, cubin: bytes, record: Mapping[str, Any], device: torch.device) -> None:
+    def __init__(self, cubin: bytes, record: CubinRecord, device: torch.device) -> None:
         self.device = device
         self._threads, self._parameters = record["threads"], record["parameters"]
         self._context, module, self._function = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
@@ -123,9 +138,7 @@ class CudaFunction:
             _driver("cuLaunchKernel", self._function, *blocks, self._threads, 1, 1, 0, stream, pointers, None)
 
 
-def pack_arguments(
-    parameters: Iterable[tuple[str, str]], arguments: Mapping[str, Tensor | float]
-) -> list[ctypes._SimpleCData[Any]]:
+def pack_arguments(parameters: Iterable[tuple[str, str]], arguments: Mapping[str, Tensor | float]) -> list[_Value]:
     """C values of a kernel's arguments, in its order: the addresses of tensors, and numbers."""
     return [
         ctypes.c_void_p(arguments[name].data_ptr())  # pyright: ignore[reportAttributeAccessIssue]
@@ -135,9 +148,9 @@ def pack_arguments(
     ]
 
 
-class CudaKernel(Kernel):
-    """A kernel for GPUs; arguments as those of `Kernel`, but that ``build`` gets a `CudaTarget`, its function binds
-    ``blockIdx`` and ``threadIdx.x`` itself, and ``trial`` gets a `CudaFunction`, whose `device` says where to put
+class CudaKernel(DeviceKernel[CudaTarget]):
+    """A kernel for GPUs; arguments as those of `DeviceKernel`, but that ``build`` gets a `CudaTarget`, its function
+    binds ``blockIdx`` and ``threadIdx.x`` itself, and ``trial`` gets a `CudaFunction`, whose `device` says where to put
     tensors.
     """
 
@@ -176,7 +189,7 @@ class CudaKernel(Kernel):
         if cubin is None:
             packed = bundle.find(**self.identity(target, **spec))
             if packed is not None:
-                cubin = _store(entry, packed.file.read_bytes(), packed.facts | {"passed_on": []})
+                cubin = _store(entry, packed.file.read_bytes(), {**packed.facts, "passed_on": []})
         if cubin is None:
             code = self.compile(target, **spec)
             binary, resources = assemble(code.source, target.arch)
@@ -185,14 +198,14 @@ class CudaKernel(Kernel):
         device = device or _current_device(target)
         if device is None:
             return None
-        record, binary = cache.read_record(entry), cubin.read_bytes()
+        record, binary = cast("CubinRecord | None", cache.read_record(entry)), cubin.read_bytes()
         if record is None:
             raise RuntimeError("another process has just removed it from the cache")
         function = CudaFunction(binary, record, device)
         gpu = torch.cuda.get_device_name(device)
         if gpu not in record["passed_on"]:
             self._try(function, entry, spec)
-            _store(entry, binary, record | {"passed_on": [*record["passed_on"], gpu]})
+            _store(entry, binary, {**record, "passed_on": [*record["passed_on"], gpu]})
         return function
 
     def _try(self, function: CudaFunction, entry: str, spec: Spec) -> None:
@@ -220,10 +233,6 @@ class CudaKernel(Kernel):
         with tvm_target, options:
             executable = tvm.compile(tvm.IRModule({self.name: function}), target=tvm_target)
         return CudaCode.of(executable.mod.imports[0].inspect_source())
-
-    def assembly(self, target: CudaTarget, **spec: SpecValue) -> str:
-        """The PTX that nvcc makes of it, to read."""
-        return _nvcc(self.compile(target, **spec).source, target.arch, "ptx")[0].decode()
 
     def entry(self, target: CudaTarget, **spec: SpecValue) -> str:
         """The key in the cache. Versions of TVM are left out: where cubins are run, it need not be there."""
@@ -259,29 +268,25 @@ def assemble(source: str, arch: str) -> tuple[bytes, Resources]:
     Raises:
         RuntimeError: if there is no nvcc, or it refuses.
     """
-    binary, said = _nvcc(source, arch, "cubin")
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("no nvcc found to compile it with (CUDA_HOME names its toolkit)")
+    with tempfile.TemporaryDirectory() as folder:
+        text, cubin = Path(folder, "kernel.cu"), Path(folder, "kernel.cubin")
+        text.write_text(source)
+        command = [nvcc, "--cubin", "-O3", "-arch", arch, "-std=c++17", "--ptxas-options=-v", "-o", cubin, text]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+            raise RuntimeError(f"nvcc: {next((line for line in said if 'error' in line), said[-1] if said else '')}")
+        binary, said = cubin.read_bytes(), done.stderr
     spilled = sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", said))
     used = re.search(r"Used (\d+) registers", said)
     shared = re.search(r"(\d+) bytes smem", said)
     return binary, Resources(int(used[1]) if used else 0, spilled, int(shared[1]) if shared else 0)
 
 
-def _nvcc(source: str, arch: str, form: str) -> tuple[bytes, str]:
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise RuntimeError("no nvcc found to compile it with (CUDA_HOME names its toolkit)")
-    with tempfile.TemporaryDirectory() as folder:
-        text, output = Path(folder, "kernel.cu"), Path(folder, f"kernel.{form}")
-        text.write_text(source)
-        command = [nvcc, f"--{form}", "-O3", "-arch", arch, "-std=c++17", "--ptxas-options=-v", "-o", output, text]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-            raise RuntimeError(f"nvcc: {next((line for line in said if 'error' in line), said[-1] if said else '')}")
-        return output.read_bytes(), done.stderr
-
-
-def _store(entry: str, binary: bytes, record: dict[str, Any]) -> Path:
+def _store(entry: str, binary: bytes, record: Mapping[str, object]) -> Path:
     with cache.scratch_file(".cubin") as file:
         file.write_bytes(binary)
         return cache.store(entry, file, {"passed_on": [], **record})
@@ -312,7 +317,7 @@ def _load_driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def _driver(name: str, *arguments: Any) -> None:
+def _driver(name: str, *arguments: object) -> None:
     """Call the CUDA driver.
 
     Raises:

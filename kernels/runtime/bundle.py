@@ -21,13 +21,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from shiftadd3d._claim import claimed
 from shiftadd3d._errors import UserError
 from shiftadd3d._report import write_json
+from shiftadd3d.kernels.runtime.cache import Record, version_of
 
 ENVIRONMENT_VARIABLE = "SHIFTADD3D_BUNDLE"
 MANIFEST = "manifest.json"
@@ -41,8 +41,17 @@ class Packed:
     """One library: its file, what it was compiled from, and what the cache is to record with it."""
 
     file: Path
-    identity: dict[str, Any]
-    facts: dict[str, Any]
+    identity: Mapping[str, object]
+    facts: Record
+
+
+class _Listed(TypedDict):
+    """A library in the manifest."""
+
+    file: str
+    sha256: str
+    identity: Record
+    facts: Record
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Bundle:
     """A folder that has been opened."""
 
     folder: Path
-    libraries: list[dict[str, Any]]
+    libraries: list[_Listed]
 
     @classmethod
     def open(cls, folder: Path) -> Bundle:
@@ -116,14 +125,14 @@ def write(folder: Path, libraries: list[Packed], tvm_runtime: Path | None) -> No
         raise UserError(f"{folder} holds other files: name a new folder for the bundle")
     if tvm_runtime is not None:
         libraries = [Packed(tvm_runtime, {"part": _RUNTIME}, {}), *libraries]
-    rows = []
+    rows: list[_Listed] = []
     with claimed(folder, "--out"):
         try:
             for one in libraries:
                 digest = hashlib.sha256(one.file.read_bytes()).hexdigest()
                 name = f"{one.identity.get('kernel', one.identity['part'])}-{digest[:16]}{one.file.suffix}"
                 shutil.copyfile(one.file, folder / name)
-                rows.append({"file": name, "sha256": digest, "identity": one.identity, "facts": one.facts})
+                rows.append({"file": name, "sha256": digest, "identity": dict(one.identity), "facts": one.facts})
         except OSError as error:
             raise UserError(f"cannot write the bundle {folder}: {error.strerror or error}") from error
         on_cpu = any(one.file.suffix != _GPU_CODE for one in libraries)
@@ -136,9 +145,5 @@ def _open(name: str) -> Bundle:
     return Bundle.open(Path(name))
 
 
-def _versions() -> Mapping[str, Any]:
-    try:
-        ffi = version("apache-tvm-ffi")
-    except PackageNotFoundError:
-        ffi = "none"
-    return {"format": _FORMAT, "machine": platform.machine(), "tvm_ffi": ffi}
+def _versions() -> Record:
+    return {"format": _FORMAT, "machine": platform.machine(), "tvm_ffi": version_of("apache-tvm-ffi")}

@@ -24,15 +24,20 @@ import stat
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 ENVIRONMENT_VARIABLE = "SHIFTADD3D_CACHE"
 
 # Entries of old versions are not found any more; those that nothing has used for so long go when one is added.
 _SECONDS_UNUSED = 90 * 24 * 3600
+
+
+Record: TypeAlias = dict[str, object]
+"""What is kept with an entry, as JSON has it."""
 
 
 def folder() -> Path:
@@ -48,6 +53,14 @@ def folder() -> Path:
 def key(**facts: object) -> str:
     """A name for what is determined by `facts`, numbers and strings or lists and tuples of such."""
     return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:32]
+
+
+def version_of(distribution: str) -> str:
+    """The version of an installed distribution, ``"none"`` where it is not installed."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "none"
 
 
 def find(entry: str, suffix: str = ".so") -> Path | None:
@@ -66,7 +79,7 @@ def find(entry: str, suffix: str = ".so") -> Path | None:
     return None
 
 
-def read_record(entry: str) -> dict[str, Any] | None:
+def read_record(entry: str) -> Record | None:
     """What was recorded with an entry, or None."""
     file = folder() / f"{entry}.json"
     try:
@@ -76,7 +89,7 @@ def read_record(entry: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def store(entry: str, library: Path, facts: dict[str, Any]) -> Path:
+def store(entry: str, library: Path, facts: Mapping[str, object]) -> Path:
     """Take a library that lies in the cache's folder into the cache, with what `facts` say about it."""
     digest = hashlib.sha256(library.read_bytes()).hexdigest()
     final = folder() / f"{entry}-{digest}{library.suffix}"

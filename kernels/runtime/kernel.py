@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib
 import os
 import platform
 import re
@@ -17,12 +18,12 @@ import shutil
 import sys
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import torch
 
@@ -39,12 +40,11 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__") and not hasattr(torch.
     # With an older torch it would compile an extension of torch first, for calls that are some microseconds faster.
     os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
 
-
 try:
-    import tvm_ffi  # the small library that calls compiled code; the compiler, `tvm`, is imported where it is needed
+    TVM_FFI: ModuleType | None = importlib.import_module("tvm_ffi")
 except ImportError:
-    tvm_ffi: Any = None
-
+    TVM_FFI = None
+"""The small library that calls compiled code; the compiler, `tvm`, is imported where it is needed."""
 
 PACKAGE = __name__.rpartition(".runtime")[0]
 FAILURES = (AssertionError, ImportError, OSError, RuntimeError, UserError)
@@ -59,8 +59,8 @@ SpecValue = str | int | bool | float
 Spec = dict[str, SpecValue]
 """What is compiled in, by the names of `build`'s arguments."""
 
-Target = CpuTarget | CudaTarget
-Function = TypeVar("Function")
+Target = TypeVar("Target", bound=CpuTarget | CudaTarget)
+Function = TypeVar("Function", bound=Compiled)
 Compiling = TypeVar("Compiling")
 Given = TypeVar("Given")
 Outcome = TypeVar("Outcome")
@@ -77,8 +77,8 @@ _lock = threading.RLock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
-class Kernel:
-    """One function in TIR, in as many specialisations as are asked for.
+class DeviceKernel(ABC, Generic[Target]):
+    """One function in TIR for one kind of device, in as many specialisations as are asked for.
 
     Args:
         name: what it is called everywhere: in the cache, on the command line, in messages.
@@ -90,7 +90,7 @@ class Kernel:
         variants: the specs that `shiftadd3d kernels build` compiles ahead, for a target.
     """
 
-    suffix = ".so"
+    suffix: str
     """Of its libraries in the cache."""
 
     def __init__(
@@ -101,13 +101,82 @@ class Kernel:
         variants: Callable[..., Iterable[Mapping[str, SpecValue]]],
     ) -> None:
         self.name, self.build, self.trial, self.variants = name, build, trial, variants
-        self._functions: dict[tuple[object, ...], Any] = {}
+        self._functions: dict[tuple[object, ...], Compiled | None] = {}
         self.register()
         if file := getattr(sys.modules[build.__module__], "__file__", None):
             _digest_of_text(Path(file))
 
+    @abstractmethod
     def register(self) -> None:
         """Let the command line find it."""
+
+    @abstractmethod
+    def load(self, target: Target, **spec: SpecValue) -> Compiled | None:
+        """Have the cache hold the compiled code for `target`, and load it where it can run.
+
+        Raises:
+            Exception: one of `FAILURES`; anything else is a bug.
+        """
+
+    @abstractmethod
+    def entry(self, target: Target, **spec: SpecValue) -> str:
+        """The key in the cache: everything that the machine code depends on."""
+
+    @abstractmethod
+    def check(self, target: Target, **spec: SpecValue) -> None:
+        """Run the trial once more on this machine.
+
+        Raises:
+            AssertionError: if the outcome is not the twin's.
+        """
+
+    def _once(self, known: tuple[object, ...], load: Callable[[], Function | None]) -> Function | None:
+        """What `load` makes, if that has not been tried before; None if one of `FAILURES` kept it from that."""
+        with _lock:
+            if known not in self._functions:
+                try:
+                    self._functions[known] = load()
+                except FAILURES as error:
+                    self.decline(first_line(error))
+                    self._functions[known] = None
+            return cast("Function | None", self._functions[known])
+
+    def decline(self, reason: str) -> None:
+        """Say, once, that the twin stands in, and why."""
+        _say_once(
+            f"kernel {self.name}: {reason}; plain torch stands in, correct but slower (`shiftadd3d kernels check` "
+            "tells more)"
+        )
+
+    def identity(self, target: Target, **spec: SpecValue) -> dict[str, object]:
+        """What a bundle knows it by: all that it was compiled from, but for the compiler."""
+        names = {"part": "kernel", "kernel": self.name, "target": target.name}
+        return {**names, "spec": spec, "sources": self.sources_digest()}
+
+    def packed(self, target: Target, **spec: SpecValue) -> bundle.Packed:
+        """The compiled library for `target`, to be put into a bundle.
+
+        Raises:
+            Exception: whatever kept it from being compiled.
+        """
+        self.load(target, **spec)
+        entry = self.entry(target, **spec)
+        library, record = cache.find(entry, self.suffix), cache.read_record(entry)
+        if library is None or record is None:
+            raise RuntimeError("it is not in the cache: a bundle takes a C compiler to make")
+        return bundle.Packed(library, self.identity(target, **spec), record)
+
+    def sources_digest(self) -> str:
+        """A digest of all source text of this package that it is built from."""
+        return sources_digest(sys.modules[self.build.__module__])
+
+
+class Kernel(DeviceKernel[CpuTarget]):
+    """A kernel for CPUs."""
+
+    suffix = ".so"
+
+    def register(self) -> None:
         KERNELS[self.name] = self
 
     def function(self, **spec: SpecValue) -> Compiled | None:
@@ -122,24 +191,6 @@ class Kernel:
         if known in self._functions:
             return self._functions[known]
         return self._once(known, lambda: _with_torch_threads(self.load(target, **spec)))
-
-    def _once(self, known: tuple[object, ...], load: Callable[[], Function | None]) -> Function | None:
-        """What `load` makes, if that has not been tried before; None if one of `FAILURES` kept it from that."""
-        with _lock:
-            if known not in self._functions:
-                try:
-                    self._functions[known] = load()
-                except FAILURES as error:
-                    self.decline(first_line(error))
-                    self._functions[known] = None
-            return self._functions[known]
-
-    def decline(self, reason: str) -> None:
-        """Say, once, that the twin stands in, and why."""
-        _say_once(
-            f"kernel {self.name}: {reason}; plain torch stands in, correct but slower (`shiftadd3d kernels check` "
-            "tells more)"
-        )
 
     def load(self, target: CpuTarget, **spec: SpecValue) -> Compiled:
         """The compiled function for `target`, from the cache or from the compiler, having passed its trial.
@@ -175,7 +226,6 @@ class Kernel:
         return self.compile(target, **spec).mod.inspect_source("asm")
 
     def entry(self, target: CpuTarget, **spec: SpecValue) -> str:
-        """The key in the cache: everything that the machine code depends on."""
         return cache.key(
             kernel=self.name,
             target=target.name,
@@ -184,34 +234,7 @@ class Kernel:
             **versions(),
         )
 
-    def identity(self, target: Target, **spec: SpecValue) -> dict[str, SpecValue | Spec]:
-        """What a bundle knows it by: all that it was compiled from, but for the compiler."""
-        names = {"part": "kernel", "kernel": self.name, "target": target.name}
-        return {**names, "spec": spec, "sources": self.sources_digest()}
-
-    def packed(self, target: Any, **spec: SpecValue) -> bundle.Packed:
-        """The compiled library for `target`, to be put into a bundle.
-
-        Raises:
-            Exception: whatever kept it from being compiled.
-        """
-        self.load(target, **spec)
-        entry = self.entry(target, **spec)
-        library, record = cache.find(entry, self.suffix), cache.read_record(entry)
-        if library is None or record is None:
-            raise RuntimeError("it is not in the cache: a bundle takes a C compiler to make")
-        return bundle.Packed(library, self.identity(target, **spec), record)
-
-    def sources_digest(self) -> str:
-        """A digest of all source text of this package that it is built from."""
-        return sources_digest(sys.modules[self.build.__module__])
-
     def check(self, target: CpuTarget, **spec: SpecValue) -> None:
-        """Run the trial once more on this machine.
-
-        Raises:
-            AssertionError: if the outcome is not the twin's.
-        """
         self.trial(self.load(target, **spec), **spec)
 
 
@@ -231,7 +254,7 @@ def obtain(
     compile: Callable[[], Executable],
     link: Callable[[Executable, Path], None],
     trial: Callable[[Module], None],
-    facts: dict[str, Any],
+    facts: Mapping[str, object],
     packed: Callable[[], Path | None] = lambda: None,
 ) -> Module:
     """The library of an entry of the cache, ready to be called: from there, or new, once it has passed its trial.
@@ -266,7 +289,7 @@ def obtain(
                     link(executable, library)
                 loaded = load_library(library)
                 trial(loaded)
-                cache.store(entry, library, facts | versions())
+                cache.store(entry, library, {**facts, **versions()})
             return loaded
 
 
@@ -295,11 +318,7 @@ def runtime_library() -> Path | None:
 
 def ffi_library() -> Path | None:
     """What TVM's runtime and compiled code are called through."""
-    if tvm_ffi is None:
-        return None
-    import tvm_ffi.libinfo as libinfo
-
-    return Path(libinfo.find_libtvm_ffi())
+    return None if TVM_FFI is None else Path(importlib.import_module("tvm_ffi.libinfo").find_libtvm_ffi())
 
 
 def packed_launcher() -> bundle.Packed:
@@ -321,12 +340,17 @@ def _launcher_identity() -> dict[str, str]:
 
 
 @functools.cache
-def _load_runtime() -> None:
-    """Load what compiled kernels are linked against, and not the rest of TVM, which takes seconds to import."""
+def _ffi() -> ModuleType:
+    """`TVM_FFI`, with what compiled kernels are linked against, but not the rest of TVM: that takes seconds to import.
+
+    Raises:
+        RuntimeError: where one of the two is missing.
+    """
     runtime = runtime_library() or bundle.runtime()
-    if tvm_ffi is None or runtime is None:
+    if TVM_FFI is None or runtime is None:
         raise RuntimeError(f"TVM is not installed, and {bundle.ENVIRONMENT_VARIABLE} names no bundle of kernels")
     ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
+    return TVM_FFI
 
 
 _launcher_is_installed = False
@@ -342,8 +366,7 @@ def install_launcher(neighbour: Executable | None = None, library: Path | None =
     global _launcher_is_installed
     if _launcher_is_installed:
         return
-    _load_runtime()
-    entry = _launcher_entry()
+    ffi, entry = _ffi(), _launcher_entry()
     library, module = library or cache.find(entry), None
     if library is None and (packed := bundle.find(**_launcher_identity())):
         library = packed.file
@@ -359,7 +382,7 @@ def install_launcher(neighbour: Executable | None = None, library: Path | None =
                 link(module, built)
                 library = cache.store(entry, built, {"kernel": threads.LAUNCHER_NAME} | versions())
     if library is not None:
-        module = tvm_ffi.load_module(str(library))
+        module = ffi.load_module(str(library))
     assert module is not None
     threads.install(module)
     _launcher_is_installed = True
@@ -373,7 +396,7 @@ def _machine_code(executable: Executable) -> Module:
 def load_library(library: Path) -> Module:
     """A compiled library, whose functions are items by name, ready to be called."""
     install_launcher()
-    return tvm_ffi.load_module(str(library))
+    return _ffi().load_module(str(library))
 
 
 def link(module: Module, library: Path) -> None:
@@ -418,13 +441,7 @@ def sources_digest(*modules: ModuleType) -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    def of(distribution: str) -> str:
-        try:
-            return version(distribution)
-        except PackageNotFoundError:
-            return "none"
-
-    return {"tvm": of("apache-tvm"), "tvm_ffi": of("apache-tvm-ffi")}
+    return {"tvm": cache.version_of("apache-tvm"), "tvm_ffi": cache.version_of("apache-tvm-ffi")}
 
 
 _said: set[str] = set()
