@@ -10,14 +10,16 @@ are constants here; training differentiates `shiftadd3d.nn.binarize`. `matadd` a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels.cpu import matadd as cpu_matadd
+from shiftadd3d.kernels.cpu import matadd_calls
+from shiftadd3d.kernels.cpu.matadd import MATADD, PRODUCTS, SUMS
+from shiftadd3d.kernels.cpu.matadd_calls import CODES
 from shiftadd3d.kernels.cuda import matadd as cuda_matadd
 from shiftadd3d.kernels.ops.define import define_op
 from shiftadd3d.kernels.reference.matadd import (
@@ -30,7 +32,9 @@ from shiftadd3d.kernels.reference.matadd import (
     matadd_kv_twin,
     matadd_q_twin,
 )
-from shiftadd3d.kernels.runtime.memory import empty_by_heads
+from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
+from shiftadd3d.kernels.runtime.memory import DTYPES, empty_by_heads
+from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 
 
 def _check_codes(x: Tensor, values: Tensor, features: int | None) -> None:
@@ -79,6 +83,48 @@ class _Backend(Protocol):
     def sums(self, given: MatAddKV) -> Tensor | None: ...  # [B, H, D, E] float32
     def products(self, given: MatAddQ) -> Tensor | None: ...  # [B, H, N, E]
     def attend(self, given: AddAttention) -> Tensor | None: ...  # [B, H, N, E]
+
+
+class _Cpu:
+    """What CPUs compute."""
+
+    def sums(self, given: MatAddKV) -> Tensor | None:
+        k, v, mask, *_ = given
+        widths = features_of(k, given.features), v.shape[-1]
+        function = _function(SUMS, current(), v.dtype, (k.dtype,), *widths, mask is not None)
+        return None if function is None else matadd_calls.sums(function, given)
+
+    def products(self, given: MatAddQ) -> Tensor | None:
+        q, kv, _ = given
+        function = _function(PRODUCTS, current(), kv.dtype, (q.dtype,), *kv.shape[-2:])
+        return None if function is None else matadd_calls.products(function, given)
+
+    def attend(self, given: AddAttention) -> Tensor | None:
+        q, k, v, mask, _, features, contrast, attention = given
+        widths, flags = (features_of(k, features), v.shape[-1]), (mask is not None, attention, contrast is not None)
+        function = _function(MATADD, current(), v.dtype, (q.dtype, k.dtype), *widths, *flags)
+        return None if function is None else matadd_calls.attend(function, given)
+
+
+_CPU = _Cpu()
+
+
+@cache
+def _function(
+    kernel: Kernel,
+    target: CpuTarget,  # this process's
+    values: torch.dtype,
+    signs: tuple[torch.dtype, ...],
+    features: int,
+    columns: int,
+    *flags: bool,
+) -> Compiled | None:
+    """The compiled function for values and signs of such dtypes, found quickly."""
+    if values not in DTYPES or any(dtype not in CODES for dtype in signs):
+        return None
+    codes = zip(("codes", "key_codes"), (CODES[dtype] for dtype in signs), strict=False)
+    spec: Spec = {**dict(codes), **dict(zip(("masked", "attention", "contrasted"), flags, strict=False))}
+    return kernel.function(**spec, dtype=CODES[values], features=features, columns=columns)
 
 
 def _kv(backend: _Backend, given: MatAddKV) -> Tensor | None:
@@ -153,7 +199,7 @@ matadd_kv = define_op(
     MatAddKV,
     twin=matadd_kv_twin,
     check=_check_kv,
-    cpu=partial(_kv, cpu_matadd),
+    cpu=partial(_kv, _CPU),
     cuda=partial(_kv, cuda_matadd),
     fake=_fake_kv,
     backward=_backward_kv,
@@ -165,7 +211,7 @@ matadd_q = define_op(
     MatAddQ,
     twin=matadd_q_twin,
     check=lambda given: _check_codes(given.q, given.kv, given.kv.shape[-2]),
-    cpu=partial(_q, cpu_matadd),
+    cpu=partial(_q, _CPU),
     cuda=partial(_q, cuda_matadd),
     fake=lambda given: _fake(given.q, given.kv),
     backward=_backward_q,
@@ -177,7 +223,7 @@ add_attention = define_op(
     AddAttention,
     twin=add_attention_twin,
     check=_check,
-    cpu=partial(_attention, cpu_matadd),
+    cpu=partial(_attention, _CPU),
     cuda=partial(_attention, cuda_matadd),
     fake=lambda given: _fake(given.q, given.v),
 )
