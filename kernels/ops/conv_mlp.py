@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shiftadd3d.kernels.ops.define import Size, define_op
 from shiftadd3d.kernels.ops.depthwise import depthwise_conv
-from shiftadd3d.kernels.ops.matshift import matshift_op
+from shiftadd3d.kernels.ops.matshift import matshift
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.conv_mlp import shift_conv_mlp_twin
 
@@ -58,9 +58,9 @@ class ShiftConvMlp(NamedTuple):
 
 def _steps(given: ShiftConvMlp) -> Tensor:
     """The three steps as the ops that there are for them, which check their arguments."""
-    hidden = matshift_op(*given[:4], given.bits)
+    hidden = matshift(*given[:4], given.bits)
     hidden = depthwise_conv(hidden, given.weight, given.conv_bias, given.height, given.width, given.activation)
-    return matshift_op(hidden, *given[6:9], given.bits)
+    return matshift(hidden, *given[6:9], given.bits)
 
 
 def _cpu(given: ShiftConvMlp) -> Tensor:

@@ -76,7 +76,7 @@ def define_op(
         activations: how many of the first arguments `torch.autocast` casts, as it does the input of a linear layer.
 
     Returns:
-        The op, ``torch.ops.shiftadd3d.<name>.default``.
+        The op, ``torch.ops.shiftadd3d.<name>.default``, with the docstring of its arguments.
     """
     types = get_type_hints(arguments, include_extras=True)
     names = [(i, field, get_args(kind)) for i, (field, kind) in enumerate(types.items()) if get_origin(kind) is Literal]
@@ -101,6 +101,7 @@ def define_op(
     plain = compiled(lambda given: None)
     _LIBRARY.define(_schema(name, arguments, types, twin), tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(getattr(torch.ops, OP_NAMESPACE), name).default
+    op.__doc__ = arguments.__doc__
     _LIBRARY.impl(name, compiled(cpu), "CPU")
     if cuda is not None:
         _LIBRARY.impl(name, _on_one_device(name, types, compiled(cuda)), "CUDA")
@@ -134,11 +135,18 @@ def _schema(name: str, arguments: Callable[..., tuple], types: dict[str, type], 
 
 
 def first_outcome(
-    kernel: Kernel, forms: Iterable[Form], run: Callable[[Compiled, Form], Outcome | None], **spec: SpecValue
+    choose: Callable[..., Compiled | None],
+    forms: Iterable[Form],
+    run: Callable[[Compiled, Form], Outcome | None],
+    **spec: SpecValue,
 ) -> Outcome | None:
-    """What the first form that can express all activations makes of them; None where there is none."""
+    """What the first form that can express all activations makes of them; None where there is none.
+
+    Args:
+        choose: `Kernel.function`, or what takes its place.
+    """
     for form in forms:
-        function = kernel.function(**spec, form=form)
+        function = choose(**spec, form=form)
         outcome = None if function is None else run(function, form)
         if outcome is not None:
             return outcome

@@ -32,39 +32,25 @@ from shiftadd3d.kernels.runtime.memory import DTYPES
 from shiftadd3d.kernels.runtime.numerics import get_numerics
 
 
-def matshift(
-    x: Tensor,  # [*, inputs]
-    codes: Tensor,  # [terms, outputs, ceil(inputs * bits / 8)] uint8
-    offset: Tensor,  # [terms, outputs] int8
-    bias: Tensor | None = None,  # [outputs]
-    bits: int = 4,
-    activation: Activation = "none",
-) -> Tensor:  # [*, outputs], dtype of x
+class MatShift(NamedTuple):
     """A linear layer with power-of-two weights, and an activation function if one is named.
 
     Runs compiled code on CPUs in float32 and bfloat16, on CUDA GPUs in these and float16 (see
     `shiftadd3d.kernels.cuda.product`), and `matshift_twin` everywhere else. Differentiable with respect to x and bias.
+    Raises `UserError` if shapes, dtypes or names do not fit together.
 
-    Args:
+    Attributes:
         x: activations, any leading shape.
         codes, offset: the weight, as `power_of_two.pack` and `power_of_two.encode` make them.
         bias: any floating dtype.
         bits: bits of one code, 2 to 6.
         activation: one of ``"none"``, ``"relu"``, ``"gelu"`` (with erf).
-
-    Raises:
-        UserError: if shapes, dtypes or names do not fit together.
     """
-    return matshift_op(x, codes, offset, bias, bits, activation)
 
-
-class MatShift(NamedTuple):
-    """The op's arguments."""
-
-    x: Tensor
-    codes: Tensor
-    offset: Tensor
-    bias: Tensor | None = None
+    x: Tensor  # [*, inputs]
+    codes: Tensor  # [terms, outputs, ceil(inputs * bits / 8)] uint8
+    offset: Tensor  # [terms, outputs] int8
+    bias: Tensor | None = None  # [outputs]
     bits: int = 4
     activation: Activation = "none"
 
@@ -108,7 +94,7 @@ def _cpu(given: MatShift) -> Tensor | None:
 
     found = forms(targets.current(), get_numerics(), bits, terms, dtype)
     spec = {"bits": bits, "terms": terms, "dtype": dtype, "activation": activation}
-    y = first_outcome(MATSHIFT, found, product_in, **spec)
+    y = first_outcome(MATSHIFT.function, found, product_in, **spec)
     return None if y is None else y.view(*x.shape[:-1], outputs)
 
 
@@ -134,7 +120,8 @@ def _backward(given: MatShift, gradient: Tensor, wanted: Sequence[bool]) -> tupl
     return of_x, None, None, of_bias, None, None
 
 
-matshift_op = define_op(
+#: [*, outputs] in the dtype of x.
+matshift = define_op(
     "matshift",
     MatShift,
     twin=matshift_twin,

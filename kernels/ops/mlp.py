@@ -15,7 +15,7 @@ from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.cpu.forms import Form, forms
 from shiftadd3d.kernels.cpu.mlp import MLP, block_rows, run
 from shiftadd3d.kernels.ops.define import define_op, first_outcome
-from shiftadd3d.kernels.ops.matshift import check_layer, matshift_op
+from shiftadd3d.kernels.ops.matshift import check_layer, matshift
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.mlp import shift_mlp_twin
 from shiftadd3d.kernels.runtime import targets
@@ -24,48 +24,29 @@ from shiftadd3d.kernels.runtime.memory import DTYPES
 from shiftadd3d.kernels.runtime.numerics import get_numerics
 
 
-def shift_mlp(
-    x: Tensor,  # [*, inputs]
-    hidden_codes: Tensor,  # [terms, hidden, ceil(inputs * bits / 8)] uint8
-    hidden_offset: Tensor,  # [terms, hidden] int8
-    hidden_bias: Tensor | None,  # [hidden]
-    codes: Tensor,  # [terms, outputs, ceil(hidden * bits / 8)] uint8
-    offset: Tensor,  # [terms, outputs] int8
-    bias: Tensor | None,  # [outputs]
-    bits: int = 4,
-    activation: Activation = "gelu",
-) -> Tensor:  # [*, outputs], dtype of x
+class ShiftMlp(NamedTuple):
     """Two linear layers with power-of-two weights and an activation function between them.
 
     Runs compiled code on CPUs in float32 and bfloat16, on CUDA GPUs as two calls of `matshift`, and `shift_mlp_twin`
-    everywhere else.
+    everywhere else. Raises `UserError` if shapes, dtypes or names do not fit together.
 
-    Args:
+    Attributes:
         x: activations, any leading shape.
         hidden_codes, hidden_offset, hidden_bias: the first layer, as `matshift` takes it.
         codes, offset, bias: the second layer.
         bits: bits of one code, 2 to 6, in both layers.
         activation: one of ``"none"``, ``"relu"``, ``"gelu"`` (with erf).
-
-    Raises:
-        UserError: if shapes, dtypes or names do not fit together.
     """
-    layers = (hidden_codes, hidden_offset, hidden_bias, codes, offset, bias)
-    return _mlp_op(x, *layers, bits, activation)
 
-
-class ShiftMlp(NamedTuple):
-    """The op's arguments."""
-
-    x: Tensor
-    hidden_codes: Tensor
-    hidden_offset: Tensor
-    hidden_bias: Tensor | None
-    codes: Tensor
-    offset: Tensor
-    bias: Tensor | None
-    bits: int
-    activation: Activation
+    x: Tensor  # [*, inputs]
+    hidden_codes: Tensor  # [terms, hidden, ceil(inputs * bits / 8)] uint8
+    hidden_offset: Tensor  # [terms, hidden] int8
+    hidden_bias: Tensor | None  # [hidden]
+    codes: Tensor  # [terms, outputs, ceil(hidden * bits / 8)] uint8
+    offset: Tensor  # [terms, outputs] int8
+    bias: Tensor | None  # [outputs]
+    bits: int = 4
+    activation: Activation = "gelu"
 
 
 def _check(given: ShiftMlp) -> None:
@@ -95,7 +76,7 @@ def _cpu(given: ShiftMlp) -> Tensor | None:
 
     found = forms(targets.current(), get_numerics(), bits, terms, dtype)
     spec = {"bits": bits, "terms": terms, "dtype": dtype, "activation": activation}
-    y = first_outcome(MLP, found, taken_through, **spec)
+    y = first_outcome(MLP.function, found, taken_through, **spec)
     return None if y is None else y.view(*x.shape[:-1], outputs)
 
 
@@ -105,11 +86,12 @@ def _cuda(given: ShiftMlp) -> Tensor:
     One kernel for both would have to keep all outputs of its tokens in registers, which 64 of them allow and 192 do
     not; and what lies between the products mostly stays in a GPU's second-level cache of tens of megabytes.
     """
-    hidden = matshift_op(*given[:4], given.bits, given.activation)
-    return matshift_op(hidden, *given[4:7], given.bits)
+    hidden = matshift(*given[:4], given.bits, given.activation)
+    return matshift(hidden, *given[4:7], given.bits)
 
 
-_mlp_op = define_op(
+#: [*, outputs] in the dtype of x.
+shift_mlp = define_op(
     "shift_mlp",
     ShiftMlp,
     twin=shift_mlp_twin,

@@ -37,21 +37,14 @@ from shiftadd3d.kernels.runtime.memory import DTYPES
 from shiftadd3d.kernels.runtime.numerics import get_numerics
 
 
-def moe_mlp(
-    x: Tensor,  # [*, inputs]
-    logits: Tensor,  # [*, E]
-    layers: list[Tensor | None],
-    depth: int = 2,
-    bits: int = 4,
-    activation: Activation = "gelu",
-    gated: bool = False,
-) -> tuple[Tensor, Tensor]:  # [*, outputs] in the dtype of x, [*] int64
+class MoeMlp(NamedTuple):
     """A mixture of perceptrons that sends each token to the expert with the largest logit.
 
-    Runs compiled code on CPUs in float32 and bfloat16, on CUDA GPUs in these and float16 (see
-    `shiftadd3d.kernels.cuda.moe`), and `moe_mlp_twin` everywhere else.
+    Gives the outcome, and the number of each token's expert; the first of equal logits wins. Runs compiled code on CPUs
+    in float32 and bfloat16, on CUDA GPUs in these and float16 (see `shiftadd3d.kernels.cuda.moe`), and `moe_mlp_twin`
+    everywhere else. Raises `UserError` if shapes, dtypes or names do not fit together.
 
-    Args:
+    Attributes:
         x: tokens, any leading shape.
         logits: of the router, floating point.
         layers: three tensors for each layer, expert by expert: ``weight [outputs, inputs], None, bias`` of an ordinary
@@ -60,26 +53,15 @@ def moe_mlp(
         bits: bits of one code, 2 to 6, in all layers.
         activation: between the layers of an expert, one of ``"none"``, ``"relu"``, ``"gelu"`` (with erf).
         gated: multiply each outcome by the softmax of the chosen logit.
-
-    Returns:
-        The outcome, and the number of each token's expert; the first of equal logits wins.
-
-    Raises:
-        UserError: if shapes, dtypes or names do not fit together.
     """
-    return _moe_op(x, logits, layers, depth, bits, activation, gated)
 
-
-class MoeMlp(NamedTuple):
-    """The op's arguments."""
-
-    x: Tensor
-    logits: Tensor
+    x: Tensor  # [*, inputs]
+    logits: Tensor  # [*, E]
     layers: list[Tensor | None]
-    depth: int
-    bits: int
-    activation: Activation
-    gated: bool
+    depth: int = 2
+    bits: int = 4
+    activation: Activation = "gelu"
+    gated: bool = False
 
 
 def _check(given: MoeMlp) -> None:
@@ -147,7 +129,7 @@ def _cpu(given: MoeMlp) -> tuple[Tensor, Tensor] | None:
         return run(function, rows, logits.reshape(len(rows), -1), layers, depth, gated, block)
 
     outcome = first_outcome(
-        MOE,
+        MOE.function,
         forms(targets.current(), get_numerics(), bits, terms, dtype),
         mixture_of,
         experts=",".join("mult" if kind == {True} else "shift" for kind in kinds),
@@ -176,4 +158,5 @@ def _fake(given: MoeMlp) -> tuple[Tensor, Tensor]:
     return x.new_empty((*leading, outputs_of(given.layers))), x.new_empty(leading, dtype=torch.int64)
 
 
-_moe_op = define_op("moe_mlp", MoeMlp, twin=moe_mlp_twin, check=_check, cpu=_cpu, cuda=_cuda, fake=_fake, activations=1)
+#: [*, outputs] in the dtype of x, and [*] int64.
+moe_mlp = define_op("moe_mlp", MoeMlp, twin=moe_mlp_twin, check=_check, cpu=_cpu, cuda=_cuda, fake=_fake, activations=1)

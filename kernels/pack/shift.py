@@ -8,7 +8,7 @@ their panels' heights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -157,9 +157,7 @@ def find_panels(panels: Sequence[Tensor], form: PanelForm, sizes: Sequence[tuple
 
 def forms_of(
     form: PanelForm | None, panels: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
-) -> Iterator[tuple[PanelForm | Literal["float32"], list[Tensor]]]:
+) -> dict[str, list[Tensor]]:
     """The forms to try where one is wanted, and their panels among those of all forms; the last one is float32."""
     found = None if form is None else find_panels(panels, form, sizes)
-    if form is not None and found is not None:
-        yield form, found
-    yield "float32", []
+    return {"float32": []} if form is None or found is None else {form: found, "float32": []}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.depthwise import depthwise_conv_twin
 from shiftadd3d.kernels.reference.matshift import matshift_twin
 
@@ -24,7 +25,7 @@ def shift_conv_mlp_twin(
     height: int,
     width: int,
     bits: int = 4,
-    activation: str = "gelu",
+    activation: Activation = "gelu",
 ) -> Tensor:
     """What `shift_conv_mlp` computes, in plain torch."""
     hidden = matshift_twin(x, hidden_codes, hidden_offset, hidden_bias, bits)

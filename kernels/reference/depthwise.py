@@ -6,8 +6,6 @@ convolution on the values of additive attention.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,7 +19,7 @@ def depthwise_conv_twin(
     bias: Tensor | None,
     height: int,
     width: int,
-    activation: str = "none",
+    activation: Activation = "none",
     addend: Tensor | None = None,
 ) -> Tensor:
     """What `depthwise_conv` computes, in plain torch."""
@@ -29,6 +27,6 @@ def depthwise_conv_twin(
     image = x[:, prefix:].transpose(1, 2).unflatten(-1, (height, width))
     bias = None if bias is None else bias.to(x.dtype)
     image = F.conv2d(image, weight.to(x.dtype), bias, padding=weight.shape[-1] // 2, groups=x.shape[-1])
-    y = activations.apply(cast(Activation, activation), image.flatten(2).transpose(1, 2))
+    y = activations.apply(activation, image.flatten(2).transpose(1, 2))
     y = F.pad(y, (0, 0, prefix, 0))
     return y if addend is None else y + addend

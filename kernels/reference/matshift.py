@@ -5,8 +5,6 @@ Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.2.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,11 +18,11 @@ def matshift_twin(
     offset: Tensor,
     bias: Tensor | None = None,
     bits: int = 4,
-    activation: str = "none",
+    activation: Activation = "none",
 ) -> Tensor:
     """What `matshift` computes, in plain torch."""
     bias = bias if bias is None else bias.to(x.dtype)
-    return activations.apply(cast(Activation, activation), F.linear(x, decoded_weight(x, codes, offset, bits), bias))
+    return activations.apply(activation, F.linear(x, decoded_weight(x, codes, offset, bits), bias))
 
 
 def decoded_weight(x: Tensor, codes: Tensor, offset: Tensor, bits: int) -> Tensor:

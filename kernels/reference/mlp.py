@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.matshift import matshift_twin
 
 
@@ -19,7 +20,7 @@ def shift_mlp_twin(
     offset: Tensor,
     bias: Tensor | None,
     bits: int = 4,
-    activation: str = "gelu",
+    activation: Activation = "gelu",
 ) -> Tensor:
     """What `shift_mlp` computes, in plain torch."""
     hidden = matshift_twin(x, hidden_codes, hidden_offset, hidden_bias, bits, activation)

@@ -9,7 +9,7 @@ Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,7 +28,7 @@ def moe_mlp_twin(
     layers: list[Tensor | None],
     depth: int = 2,
     bits: int = 4,
-    activation: str = "gelu",
+    activation: Activation = "gelu",
     gated: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What `moe_mlp` computes, in plain torch."""
@@ -44,7 +44,7 @@ def moe_mlp_twin(
             between = activation if layer + 1 < depth else "none"
             if offset is None:
                 bias = bias if bias is None else bias.to(x.dtype)
-                hidden = activations.apply(cast(Activation, between), F.linear(hidden, weight.to(x.dtype), bias))
+                hidden = activations.apply(between, F.linear(hidden, weight.to(x.dtype), bias))
             else:
                 hidden = matshift_twin(hidden, weight, offset, bias, bits, between)
         out[chosen] = hidden

@@ -297,7 +297,7 @@ def test_points_are_looked_up_among_valid_and_among_all_pixels(emulated_gpu: Non
 @pytest.mark.slow
 def test_a_perceptron_of_shifts_is_two_products(emulated_gpu: None, monkeypatch: pytest.MonkeyPatch):
     x, layers = torch.randn(3, 30, 33), random_layers("shift shift", {"shift shift": (33, 70, 9)})
-    monkeypatch.setattr(ops_mlp, "matshift_op", lambda *given: ops_matshift._cuda(ops_matshift.MatShift(*given)))
+    monkeypatch.setattr(ops_mlp, "matshift", lambda *given: ops_matshift._cuda(ops_matshift.MatShift(*given)))
     found = ops_mlp._cuda(ops_mlp.ShiftMlp(x, *layers, 4, "gelu"))
     torch.testing.assert_close(found, kernels.shift_mlp_twin(x, *layers, 4, "gelu"), rtol=1e-5, atol=1e-5)
 

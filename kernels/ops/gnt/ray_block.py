@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.cpu.gnt.ray_block import KERNEL, run
-from shiftadd3d.kernels.ops.define import define_op, packed_function
+from shiftadd3d.kernels.ops.define import define_op, first_outcome, packed_function
 from shiftadd3d.kernels.pack.gnt.ray_block import (
     Panels,
     check_panels,
@@ -20,6 +21,7 @@ from shiftadd3d.kernels.pack.gnt.ray_block import (
 )
 from shiftadd3d.kernels.pack.shift import forms_of, panel_form
 from shiftadd3d.kernels.reference.gnt.ray_block import Attention
+from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.numerics import get_numerics
 from shiftadd3d.kernels.runtime.targets import current
 
@@ -53,15 +55,14 @@ def _cpu(given: RayBlock) -> tuple[Tensor, Tensor] | None:
     spec = {"width": width, "heads": num_heads, "hidden": hidden, "attention": attention, "kernel": kernel}
     ordinary, others = panels[: len(Panels._fields)], panels[len(Panels._fields) :]
     sizes = shift_sizes(width, hidden, layout_of(lanes, width, num_heads))
-    for form, shifts in forms_of(panel_form(current(), get_numerics()), others[1:], sizes):
-        function = packed_function(KERNEL, lanes, **spec, return_weights=return_weights, form=form)
-        if function is None:
-            continue
-        norms = others[:1] if shifts else []
-        outcome = run(function, x, [*ordinary, *norms, *shifts], eps, return_weights)
-        if outcome is not None:
-            return outcome
-    return None
+    shifts = forms_of(panel_form(current(), get_numerics()), others[1:], sizes)
+
+    def block_in(function: Compiled, form: str) -> tuple[Tensor, Tensor] | None:
+        norms = others[:1] if shifts[form] else []
+        return run(function, x, [*ordinary, *norms, *shifts[form]], eps, return_weights)
+
+    choose = partial(packed_function, KERNEL, lanes)
+    return first_outcome(choose, shifts, block_in, **spec, return_weights=return_weights)
 
 
 def _fake(given: RayBlock) -> tuple[Tensor, Tensor]:

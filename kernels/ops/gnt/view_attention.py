@@ -6,6 +6,7 @@ them, has NaN. Inference only.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from shiftadd3d.kernels.cpu.gnt.view_attention import KERNEL, run
 from shiftadd3d.kernels.cuda.driver import MAX_ELEMENTS
 from shiftadd3d.kernels.cuda.gnt import view_attention as cuda_view_attention
 from shiftadd3d.kernels.cuda.gnt.view_attention import CUDA_KERNEL
-from shiftadd3d.kernels.ops.define import define_op, packed_function
+from shiftadd3d.kernels.ops.define import define_op, first_outcome, packed_function
 from shiftadd3d.kernels.pack.gnt.view_attention import (
     Panels,
     check_panels,
@@ -27,6 +28,7 @@ from shiftadd3d.kernels.pack.gnt.view_attention import (
 )
 from shiftadd3d.kernels.pack.shift import forms_of
 from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS
+from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.numerics import get_numerics
 from shiftadd3d.kernels.runtime.targets import current
 
@@ -70,14 +72,12 @@ def _cpu(given: ViewAttention) -> Tensor | None:
         return None
     ordinary, others = panels[: len(Panels._fields)], panels[len(Panels._fields) :]
     target = current()
-    for form, shifts in forms_of(shift_form(target, get_numerics()), others, shift_sizes(target, width, hidden)):
-        function = packed_function(KERNEL, lanes, width=width, hidden=hidden, form=form)
-        if function is None:
-            continue
-        out = run(function, query, views, ray_diff, mask, [*ordinary, *shifts])
-        if out is not None:
-            return out
-    return None
+    shifts = forms_of(shift_form(target, get_numerics()), others, shift_sizes(target, width, hidden))
+
+    def attended_in(function: Compiled, form: str) -> Tensor | None:
+        return run(function, query, views, ray_diff, mask, [*ordinary, *shifts[form]])
+
+    return first_outcome(partial(packed_function, KERNEL, lanes), shifts, attended_in, width=width, hidden=hidden)
 
 
 def _cuda(given: ViewAttention) -> Tensor | None:
