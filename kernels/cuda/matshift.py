@@ -15,11 +15,12 @@ from shiftadd3d.kernels.cuda.product import COLUMNS, DTYPES, ROWS
 from shiftadd3d.kernels.cuda.tile import grid
 from shiftadd3d.kernels.reference import activations
 from shiftadd3d.kernels.reference.activations import Activation
+from shiftadd3d.kernels.reference.matshift import MatShift
 from shiftadd3d.kernels.reference.trials import Draw
 from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Spec, by_name
-from shiftadd3d.kernels.runtime.numerics import COMPILED, Numerics
+from shiftadd3d.kernels.runtime.numerics import COMPILED, get_numerics
 from shiftadd3d.kernels.runtime.targets import CudaTarget
 from shiftadd3d.kernels.runtime.tir import Expr
 
@@ -88,22 +89,15 @@ def run(function: CudaFunction, x: Tensor, codes: Tensor, offset: Tensor, bias: 
     return y
 
 
-def matshift(
-    x: Tensor,
-    codes: Tensor,
-    offset: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    activation: Activation,
-    numerics: Numerics,
-) -> Tensor | None:
+def matshift(given: MatShift) -> Tensor | None:
     """The product of x [rows, inputs], none of them 0, or None where the twin has to do."""
+    x, codes, offset, bias, bits, activation = given
     terms, outputs, _ = codes.shape
     if len(x) * max(x.shape[1], outputs) > MAX_ELEMENTS or outputs > 65535 * COLUMNS:
         MATSHIFT.decline(f"a product of {list(x.shape)} with {outputs} outputs is too large for it")
         return None
     dtype = DTYPES[x.dtype]
-    chosen = product.form(targets.of_gpu(x.device), numerics, bits, dtype)
+    chosen = product.form(targets.of_gpu(x.device), get_numerics(), bits, dtype)
     spec: Spec = {"form": chosen, "bits": bits, "terms": terms, "dtype": dtype, "activation": activation}
     function = MATSHIFT.function(device=x.device, **spec)
     return None if function is None else run(function, x, codes, offset, bias)

@@ -7,12 +7,13 @@ what each backend makes of it. Where a backend has nothing for a case, or numeri
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Literal, ParamSpec, Protocol, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+from typing import Literal, Protocol, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
+from shiftadd3d.kernels.reference.arguments import Given, Size, Taken
 from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, SpecValue
 from shiftadd3d.kernels.runtime.numerics import KERNEL_DEVICES, get_numerics
 from shiftadd3d.kernels.runtime.targets import current
@@ -20,9 +21,6 @@ from shiftadd3d.kernels.runtime.targets import current
 OP_NAMESPACE = "shiftadd3d"
 TWINS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {}
 """What each op computes, in plain torch, by the op's name; arguments as those of the op."""
-
-Size = Annotated[int, "SymInt"]
-"""A size that `torch.compile` may leave open."""
 
 _TYPES: dict[object, str] = {
     Tensor: "Tensor",
@@ -38,8 +36,6 @@ _TYPES: dict[object, str] = {
 }
 _LIBRARY = torch.library.Library(OP_NAMESPACE, "FRAGMENT")
 
-Taken = ParamSpec("Taken")
-Given = TypeVar("Given", bound=tuple)
 Outcome = TypeVar("Outcome", bound=Tensor | tuple[Tensor, ...])
 Form = TypeVar("Form", bound=str)
 Value: TypeAlias = "Tensor | Sequence[Tensor | None] | int | float | str | None"

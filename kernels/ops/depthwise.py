@@ -6,43 +6,15 @@ in float32. Inference only.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.cpu.depthwise import DEPTHWISE_CONV, run
-from shiftadd3d.kernels.ops.define import Size, define_op
+from shiftadd3d.kernels.ops.define import define_op
 from shiftadd3d.kernels.ops.matshift import described
-from shiftadd3d.kernels.reference.activations import Activation
-from shiftadd3d.kernels.reference.depthwise import depthwise_conv_twin
+from shiftadd3d.kernels.reference.depthwise import DepthwiseConv, depthwise_conv_twin
 from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.kernels.runtime.memory import DTYPES
-
-
-class DepthwiseConv(NamedTuple):
-    """``activation(convolution of x + bias) + addend``, one kernel a channel, over the grid that tokens lie on.
-
-    Beyond the grid there are zeros. What comes before the grid (class and register tokens) lies on none: it gets the
-    addend alone, and no neighbour sees it.
-
-    Runs compiled code on CPUs in float32 and bfloat16 for at least as many channels as a vector register holds, and
-    `depthwise_conv_twin` everywhere else. Raises `UserError` if shapes, dtypes or names do not fit together.
-
-    Attributes:
-        x: tokens, the grid row by row; read where they are if the channels of each lie side by side.
-        weight: as in `torch.nn.Conv2d`, the size k of its kernels odd.
-        height, width: of the grid.
-        activation: one of ``"none"``, ``"relu"``, ``"gelu"`` (with erf).
-    """
-
-    x: Tensor  # [B, prefix + height * width, C]
-    weight: Tensor  # [C, 1, k, k]
-    bias: Tensor | None  # [C]
-    height: Size
-    width: Size
-    activation: Activation = "none"
-    addend: Tensor | None = None  # [B, prefix + height * width, C]
 
 
 def _check(given: DepthwiseConv) -> None:

@@ -11,7 +11,6 @@ is rounded to 8-bit integers there, and the bound is that with 1/253.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,35 +23,11 @@ from shiftadd3d.kernels.cuda import matshift as cuda_matshift
 from shiftadd3d.kernels.cuda import product
 from shiftadd3d.kernels.ops.define import define_op, first_outcome
 from shiftadd3d.kernels.reference import power_of_two
-from shiftadd3d.kernels.reference.activations import Activation
-from shiftadd3d.kernels.reference.matshift import decoded_weight, matshift_twin
+from shiftadd3d.kernels.reference.matshift import MatShift, decoded_weight, matshift_twin
 from shiftadd3d.kernels.runtime import memory, targets
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.memory import DTYPES
 from shiftadd3d.kernels.runtime.numerics import get_numerics
-
-
-class MatShift(NamedTuple):
-    """A linear layer with power-of-two weights, and an activation function if one is named.
-
-    Runs compiled code on CPUs in float32 and bfloat16, on CUDA GPUs in these and float16 (see
-    `shiftadd3d.kernels.cuda.product`), and `matshift_twin` everywhere else. Differentiable with respect to x and bias.
-    Raises `UserError` if shapes, dtypes or names do not fit together.
-
-    Attributes:
-        x: activations, any leading shape.
-        codes, offset: the weight, as `power_of_two.pack` and `power_of_two.encode` make them.
-        bias: any floating dtype.
-        bits: bits of one code, 2 to 6.
-        activation: one of ``"none"``, ``"relu"``, ``"gelu"`` (with erf).
-    """
-
-    x: Tensor  # [*, inputs]
-    codes: Tensor  # [terms, outputs, ceil(inputs * bits / 8)] uint8
-    offset: Tensor  # [terms, outputs] int8
-    bias: Tensor | None = None  # [outputs]
-    bits: int = 4
-    activation: Activation = "none"
 
 
 def check_layer(x: Tensor, codes: Tensor, offset: Tensor, bias: Tensor | None, bits: int) -> None:
@@ -102,7 +77,7 @@ def _cuda(given: MatShift) -> Tensor | None:
     x, codes = given.x, given.codes
     if x.dtype not in product.DTYPES or not x.numel() or not codes.numel():
         return None
-    y = cuda_matshift.matshift(x.reshape(-1, x.shape[-1]), *given[1:], get_numerics())
+    y = cuda_matshift.matshift(given._replace(x=x.reshape(-1, x.shape[-1])))
     return None if y is None else y.view(*x.shape[:-1], codes.shape[1])
 
 

@@ -7,8 +7,6 @@ Inference only: no gradients flow through this op; training uses the layers of `
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
@@ -16,37 +14,11 @@ from shiftadd3d.kernels.cpu.forms import Form, forms
 from shiftadd3d.kernels.cpu.mlp import MLP, block_rows, run
 from shiftadd3d.kernels.ops.define import define_op, first_outcome
 from shiftadd3d.kernels.ops.matshift import check_layer, matshift
-from shiftadd3d.kernels.reference.activations import Activation
-from shiftadd3d.kernels.reference.mlp import shift_mlp_twin
+from shiftadd3d.kernels.reference.mlp import ShiftMlp, shift_mlp_twin
 from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.memory import DTYPES
 from shiftadd3d.kernels.runtime.numerics import get_numerics
-
-
-class ShiftMlp(NamedTuple):
-    """Two linear layers with power-of-two weights and an activation function between them.
-
-    Runs compiled code on CPUs in float32 and bfloat16, on CUDA GPUs as two calls of `matshift`, and `shift_mlp_twin`
-    everywhere else. Raises `UserError` if shapes, dtypes or names do not fit together.
-
-    Attributes:
-        x: activations, any leading shape.
-        hidden_codes, hidden_offset, hidden_bias: the first layer, as `matshift` takes it.
-        codes, offset, bias: the second layer.
-        bits: bits of one code, 2 to 6, in both layers.
-        activation: one of ``"none"``, ``"relu"``, ``"gelu"`` (with erf).
-    """
-
-    x: Tensor  # [*, inputs]
-    hidden_codes: Tensor  # [terms, hidden, ceil(inputs * bits / 8)] uint8
-    hidden_offset: Tensor  # [terms, hidden] int8
-    hidden_bias: Tensor | None  # [hidden]
-    codes: Tensor  # [terms, outputs, ceil(hidden * bits / 8)] uint8
-    offset: Tensor  # [terms, outputs] int8
-    bias: Tensor | None  # [outputs]
-    bits: int = 4
-    activation: Activation = "gelu"
 
 
 def _check(given: ShiftMlp) -> None:

@@ -8,7 +8,6 @@ Inference only: no gradients flow through this op; training uses the layers of `
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +20,10 @@ from shiftadd3d.kernels.cuda import moe as cuda_moe
 from shiftadd3d.kernels.cuda import product
 from shiftadd3d.kernels.ops.define import define_op, first_outcome
 from shiftadd3d.kernels.ops.matshift import check_layer, described
-from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.moe import (
     TENSORS_OF_LAYER,
     ExpertLayer,
+    MoeMlp,
     gates_of,
     layers_of_experts,
     moe_mlp_twin,
@@ -35,33 +34,6 @@ from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.memory import DTYPES
 from shiftadd3d.kernels.runtime.numerics import get_numerics
-
-
-class MoeMlp(NamedTuple):
-    """A mixture of perceptrons that sends each token to the expert with the largest logit.
-
-    Gives the outcome, and the number of each token's expert; the first of equal logits wins. Runs compiled code on CPUs
-    in float32 and bfloat16, on CUDA GPUs in these and float16 (see `shiftadd3d.kernels.cuda.moe`), and `moe_mlp_twin`
-    everywhere else. Raises `UserError` if shapes, dtypes or names do not fit together.
-
-    Attributes:
-        x: tokens, any leading shape.
-        logits: of the router, floating point.
-        layers: three tensors for each layer, expert by expert: ``weight [outputs, inputs], None, bias`` of an ordinary
-            one, ``codes, offset, bias`` of one with powers of two, as `matshift` takes them. A bias may be None.
-        depth: how many layers an expert has.
-        bits: bits of one code, 2 to 6, in all layers.
-        activation: between the layers of an expert, one of ``"none"``, ``"relu"``, ``"gelu"`` (with erf).
-        gated: multiply each outcome by the softmax of the chosen logit.
-    """
-
-    x: Tensor  # [*, inputs]
-    logits: Tensor  # [*, E]
-    layers: list[Tensor | None]
-    depth: int = 2
-    bits: int = 4
-    activation: Activation = "gelu"
-    gated: bool = False
 
 
 def _check(given: MoeMlp) -> None:

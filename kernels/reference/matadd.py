@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from shiftadd3d.kernels.reference import linear_angular
+from shiftadd3d.kernels.reference.arguments import takes
 
 Codes = Literal["pm1", "01"]
 
-LOW: dict[str, float] = {"pm1": -1.0, "01": 0.0}
+LOW: dict[Codes, float] = {"pm1": -1.0, "01": 0.0}
 """The number that a cleared bit stands for; a set one stands for 1."""
 
 
@@ -83,7 +84,7 @@ def features_of(x: Tensor, features: int | None) -> int:
     return (8 * x.shape[-1] if x.dtype == torch.uint8 else x.shape[-1]) if features is None else features
 
 
-def decode_signs(x: Tensor, codes: str, features: int, dtype: torch.dtype) -> Tensor:
+def decode_signs(x: Tensor, codes: Codes, features: int, dtype: torch.dtype) -> Tensor:
     """Codes [*, features] as numbers, of features or of what `pack_signs` makes of them."""
     if x.dtype == torch.uint8:
         number = torch.arange(8, dtype=torch.uint8, device=x.device)
@@ -93,39 +94,26 @@ def decode_signs(x: Tensor, codes: str, features: int, dtype: torch.dtype) -> Te
     return torch.where(bits, 1.0, LOW[codes]).to(dtype)
 
 
-def matadd_kv_twin(
-    k: Tensor,  # [*, M, D], or [*, M, ceil(D / 8)] uint8
-    v: Tensor,  # [*, M, E]
-    mask: Tensor | None = None,  # [*, M] bool
-    codes: str = "pm1",
-    features: int | None = None,
-) -> Tensor:  # [*, D, E]
-    """What `matadd_kv` computes, in plain torch."""
+@takes(MatAddKV)
+def matadd_kv_twin(given: MatAddKV) -> Tensor:
+    """What `matadd_kv` computes, in plain torch: [*, D, E]."""
+    k, v, mask, codes, features = given
     if mask is not None:
         v = torch.where(mask.unsqueeze(-1), v, 0)
     return decode_signs(k, codes, features_of(k, features), v.dtype).transpose(-2, -1) @ v
 
 
-def matadd_q_twin(
-    q: Tensor,  # [*, N, D], or [*, N, ceil(D / 8)] uint8
-    kv: Tensor,  # [*, D, E]
-    codes: str = "pm1",
-) -> Tensor:  # [*, N, E]
-    """What `matadd_q` computes, in plain torch."""
+@takes(MatAddQ)
+def matadd_q_twin(given: MatAddQ) -> Tensor:
+    """What `matadd_q` computes, in plain torch: [*, N, E]."""
+    q, kv, codes = given
     return decode_signs(q, codes, kv.shape[-2], kv.dtype) @ kv
 
 
-def add_attention_twin(
-    q: Tensor,  # [*, N, D], or [*, N, ceil(D / 8)] uint8
-    k: Tensor,  # [*, M, D], or [*, M, ceil(D / 8)] uint8
-    v: Tensor,  # [*, M, E]
-    mask: Tensor | None = None,  # [*, M] bool
-    codes: str = "pm1",
-    features: int | None = None,
-    contrast: Tensor | None = None,  # [H]
-    attention: bool = True,
-) -> Tensor:  # [*, N, E]
-    """What `add_attention` computes, in plain torch, or where there is to be no `attention`, `matadd`."""
+@takes(AddAttention)
+def add_attention_twin(given: AddAttention) -> Tensor:
+    """What `add_attention` computes, in plain torch, or where there is to be no `attention`, `matadd`: [*, N, E]."""
+    q, k, v, mask, codes, features, contrast, attention = given
     if not attention:
         return matadd_q_twin(q, matadd_kv_twin(k, v, mask, codes, features), codes)
     present = None if mask is None else mask.unsqueeze(-1)

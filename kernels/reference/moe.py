@@ -16,22 +16,44 @@ from torch import Tensor
 
 from shiftadd3d.kernels.reference import activations
 from shiftadd3d.kernels.reference.activations import Activation
+from shiftadd3d.kernels.reference.arguments import takes
 from shiftadd3d.kernels.reference.matshift import matshift_twin
 
 TENSORS_OF_LAYER = 3
 """Weight or codes, offset (None for a weight), bias."""
 
 
-def moe_mlp_twin(
-    x: Tensor,
-    logits: Tensor,
-    layers: list[Tensor | None],
-    depth: int = 2,
-    bits: int = 4,
-    activation: Activation = "gelu",
-    gated: bool = False,
-) -> tuple[Tensor, Tensor]:
+class MoeMlp(NamedTuple):
+    """A mixture of perceptrons that sends each token to the expert with the largest logit.
+
+    Gives the outcome, and the number of each token's expert; the first of equal logits wins. Runs compiled code on CPUs
+    in float32 and bfloat16, on CUDA GPUs in these and float16 (see `shiftadd3d.kernels.cuda.moe`), and `moe_mlp_twin`
+    everywhere else. Raises `UserError` if shapes, dtypes or names do not fit together.
+
+    Attributes:
+        x: tokens, any leading shape.
+        logits: of the router, floating point.
+        layers: three tensors for each layer, expert by expert: ``weight [outputs, inputs], None, bias`` of an ordinary
+            one, ``codes, offset, bias`` of one with powers of two, as `matshift` takes them. A bias may be None.
+        depth: how many layers an expert has.
+        bits: bits of one code, 2 to 6, in all layers.
+        activation: between the layers of an expert, one of ``"none"``, ``"relu"``, ``"gelu"`` (with erf).
+        gated: multiply each outcome by the softmax of the chosen logit.
+    """
+
+    x: Tensor  # [*, inputs]
+    logits: Tensor  # [*, E]
+    layers: list[Tensor | None]
+    depth: int = 2
+    bits: int = 4
+    activation: Activation = "gelu"
+    gated: bool = False
+
+
+@takes(MoeMlp)
+def moe_mlp_twin(given: MoeMlp) -> tuple[Tensor, Tensor]:
     """What `moe_mlp` computes, in plain torch."""
+    x, logits, layers, depth, bits, activation, gated = given
     listed = layers_of_experts(layers)
     experts = [listed[i : i + depth] for i in range(0, len(listed), depth)]
     assignment = logits.argmax(-1)

@@ -20,7 +20,7 @@ from shiftadd3d.kernels.cpu.trials import Draw, check_within
 from shiftadd3d.kernels.pack.whole import LinearWeights
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.depthwise import depthwise_conv_twin
-from shiftadd3d.kernels.reference.matadd import LOW, add_attention_twin
+from shiftadd3d.kernels.reference.matadd import LOW, Codes, add_attention_twin
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.targets import CpuTarget
@@ -206,7 +206,7 @@ def _try_attention(function: Compiled, features: int, columns: int, parts: int, 
     given = [*rows[: parts - 1], torch.cat(rows[parts - 1 :], -1)]
     control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty(2, 70, heads * columns)
     function(*(x.contiguous() for x in given), contrast, control, y)
-    codes = next(name for name, lowest in LOW.items() if lowest == low)
+    codes: Codes = next(name for name, lowest in LOW.items() if lowest == low)
     expected = add_attention_twin(q, k, v, None, codes, features, contrast).transpose(1, 2).flatten(2)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
 
