@@ -16,7 +16,8 @@ from shiftadd3d._progress import progress
 from shiftadd3d._report import write_json
 from shiftadd3d.kernels.cuda.driver import CUDA_KERNELS
 from shiftadd3d.kernels.runtime import bundle, cache, targets
-from shiftadd3d.kernels.runtime.kernel import KERNELS, DeviceKernel, Spec, Target, packed_launcher, runtime_library
+from shiftadd3d.kernels.runtime.kernel import KERNELS, DeviceKernel, Spec, Target
+from shiftadd3d.kernels.runtime.library import packed_launcher, runtime_library
 from shiftadd3d.kernels.runtime.targets import CpuTarget, CudaTarget
 
 Facts: TypeAlias = dict[str, object]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
-from shiftadd3d.kernels.runtime import cache, kernel, targets
+from shiftadd3d.kernels.runtime import cache, kernel, library, targets
 from shiftadd3d.kernels.runtime.numerics import Numerics
 from shiftadd3d.kernels.runtime.threads import follow_torch
 from shiftadd3d.kernels.whole import executable
@@ -76,15 +76,15 @@ def _copy_code(folder: Path, program: Program, numerics: Numerics) -> list[str]:
         wanted["safe"] = _SAFE
     for exactness, name in wanted.items():
         executable.load({"main": program}, exactness)
-        library = cache.find(executable.entry({"main": program}, exactness))
-        if library is None:
+        compiled = cache.find(executable.entry({"main": program}, exactness))
+        if compiled is None:
             raise RuntimeError("there is no C compiler to link with")
-        _copy(library, folder / name)
-    _copy(kernel.packed_launcher().file, folder / _LAUNCHER)
-    for library in (kernel.runtime_library(), kernel.ffi_library()):
-        if library is None:
+        _copy(compiled, folder / name)
+    _copy(library.packed_launcher().file, folder / _LAUNCHER)
+    for file in (library.runtime_library(), library.ffi_library()):
+        if file is None:
             raise RuntimeError("TVM's runtime library is not installed")
-        _copy(library, folder / library.name)
+        _copy(file, folder / file.name)
     return list(wanted.values())
 
 
@@ -177,7 +177,7 @@ class Deployment:
         self.about, self.overflows = _checked(folder), 0
         self._lock, self._control = threading.Lock(), executable.Control()
         try:
-            kernel.install_launcher(library=folder / _LAUNCHER)
+            library.install_launcher(library=folder / _LAUNCHER)
             self._programs = [executable.open_library(folder / name)["main"] for name in self.about["programs"]]
             self._weights = _read_weights(folder)
         except kernel.FAILURES as error:
