@@ -75,14 +75,16 @@ GNT_CASES: list[tuple[Function, dict[str, Any]]] = [
     (VIEWS, {"inputs": 36, "hidden": 32, "width": 32, "with_moments": True, "tiles": False}),
     (VIEWS, {"inputs": 13, "hidden": 16, "width": 16, "with_moments": False, "tiles": False}),
     (VIEWS, {"inputs": 36, "hidden": 32, "width": 32, "with_moments": True, "tiles": True}),
-    (VIEW_ATTENTION, BLOCK | {"hidden": 4}),
+    (VIEW_ATTENTION, BLOCK | {"hidden": 4, "packed": False}),
+    (VIEW_ATTENTION, BLOCK | {"hidden": 4, "packed": True}),
     (RAY_BLOCK, RAY | {"hidden": 0}),
     (RAY_BLOCK, RAY | {"attention": "softmax", "kernel": 0, "hidden": 128}),
     (AROUND, {"on_board": False}),
     (AROUND, {"on_board": True}),
     (POSITION, {"width": 32, "hidden": 32, "outputs": 32, "canonical": True}),
     (POSITION, {"width": 32, "hidden": 20, "outputs": 32, "canonical": False}),
-    (COLORS, {"width": 32, "inputs": 36, "hidden": 16, "eps": 1e-5}),
+    (COLORS, {"width": 32, "inputs": 36, "hidden": 16, "eps": 1e-5, "tiles": False}),
+    (COLORS, {"width": 32, "inputs": 36, "hidden": 16, "eps": 1e-5, "tiles": True}),
     (PERCEPTRONS, BLOCK | MIXED_FORMS | {"experts": (128, 64, 32)}),
     (PERCEPTRONS, BLOCK | {"activation": "gelu", "gated": False, "experts": (96,)}),
 ]
@@ -110,10 +112,12 @@ def test_functions_of_gnts_compute_what_torch_does(
     here = targets.current()
     if function is POSITION and not here.has_fma:
         pytest.skip("sines take fused multiply-adds")
-    if spec.get("tiles") and not here.has_amx:
+    if (spec.get("tiles") or spec.get("packed")) and not here.has_amx:
         pytest.skip("no matrix tiles")
     found = shift_forms(here) if function is VIEW_ATTENTION else panel_forms(here)
     forms = ("float32", *found) if function in (VIEW_ATTENTION, RAY_BLOCK, PERCEPTRONS) else (None,)
+    if spec.get("packed"):
+        forms = ("bfloat16",)
     for form in forms:
         one = spec if form is None else spec | {"form": form}
         if function is PERCEPTRONS:

@@ -3,79 +3,126 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from shiftadd3d.kernels.cpu.blocks import blend_colors, softmax_of_row
+from shiftadd3d.kernels.cpu.forms.panels import panel_arguments
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import ROW_PADDING, Scalars, product
-from shiftadd3d.kernels.pack.gnt.color_blend import panels, sizes
+from shiftadd3d.kernels.pack.gnt.color_blend import panels, sizes, tile_inputs
 from shiftadd3d.kernels.reference.gnt.color_blend import LEAST_ANGLE, MAX_VIEWS, color_blend_twin, random_blend
 from shiftadd3d.kernels.reference.gnt.plane_sweep import MASKED_LOGIT
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
-from shiftadd3d.kernels.runtime.tir import Buffer, Expr
+from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
-# (sample, view) rows at once.
-_ROWS = 64
+# (sample, view) rows at once, and samples of a task, which takes one ray at least.
+ROWS, _POINTS_A_TASK = 64, 64
 
 
-@dataclass(frozen=True)
-class _Views:
-    """What the views show, whose rows are (ray, sample, view), and memory for the logits of one sample."""
+class Judge(Protocol):
+    """Judges points by what views show of them, some at a time; made at the beginning of a task."""
 
-    isa: Isa
-    values: Buffer  # [rows, inputs]
-    ray_diff: Buffer  # [rows, 4]
-    mask: Buffer  # [rows] uint8
-    scales: Buffer  # [3], `shiftadd3d.kernels.reference.gnt.color_blend.Scales`
-    V: Expr
-    logits: Buffer  # [V and more]
-    seen: Buffer  # [1]: how many views see the sample
-    off: Buffer  # [1]: the sum of 1 - cosine over these
+    def judge(self, first: Expr, count: Expr, row: Expr, outcome: Outcome) -> None:
+        """Emit the code.
 
-    def shares(self, row: Expr) -> Expr:
+        Args:
+            first, count: points of the task.
+            row: of the first point's first view.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Emit what a task has to do last."""
+        ...
+
+
+class Outcome(NamedTuple):
+    """Of the points of a task, what is known of them, and what becomes of it."""
+
+    own: Buffer  # [points, hidden + 1]: a point's part of the views' hidden layer, then its own logit
+    colors: Buffer  # [points, 4]: of each the colour, and something
+    scores: Buffer  # [points]
+    counts: Buffer  # [points]: how many views see it
+
+
+class Views:
+    """What the views show, whose rows are (ray, sample, view).
+
+    Args:
+        shown: values [rows, inputs], ray differences [rows, 4], mask [rows] uint8.
+        V: the number of views.
+    """
+
+    def __init__(self, isa: Isa, shown: tuple[Buffer, Buffer, Buffer], weights: Weights, V: Expr) -> None:
+        self._isa, (self._values, self._ray_diff, self._mask), self._V = isa, shown, V
+        self._weights, inputs = weights, shown[0].extent(1)
+        self._activation = T.alloc(ROWS + ROW_PADDING, weights.view.extent(1))
+        self._apart, self._logits = T.alloc(ROWS + ROW_PADDING, inputs), T.alloc(isa.padded(MAX_VIEWS))
+        self._seen, self._off = T.alloc(1, align=4), T.alloc(1, align=4)
+
+    def judge(self, first: Expr, count: Expr, row: Expr, outcome: Outcome) -> None:
+        isa, V, weights, values, inputs = self._isa, self._V, self._weights, self._values, self._values.extent(1)
+        with T.serial(count) as i:
+            self._consensus(row + i * V, i * V, first + i, outcome)
+        terms = (
+            (inputs, lambda i, k: values[row + i, k], weights.view),
+            (4, lambda i, k: self._ray_diff[row + i, k], weights.view.below(inputs)),
+            (inputs, self._apart, weights.view.below(inputs + 4)),
+        )
+        deep = weights.view.extent(1)
+        product(isa, count * V, deep, lambda i, c: isa.splat(0.0), terms, self._activation)
+        with T.serial(count) as i:
+            with T.serial(V) as v:
+                own = outcome.own.part(first + i)
+                self._logits[v] = _logit(isa, self._activation.part(i * V + v), own, weights.view_logit)
+            self._blend(row + i * V, outcome.colors.part(first + i))
+
+    def finish(self) -> None:
+        pass
+
+    def _shares(self, row: Expr) -> Expr:
         """The softmax of the logits, angles added, but for the division by what is returned; counts who sees."""
-        one = T.float32(1.0)
-        self.seen[0] = self.off[0] = T.float32(0.0)
-        with T.serial(self.V) as v:
-            sees = T.cast(self.mask[row + v], "float32")
-            self.seen[0] = self.seen[0] + sees
-            self.off[0] = self.off[0] + sees * (one - self.ray_diff[row + v, 3])
-        mean = T.max(self.off[0] / T.max(self.seen[0], one), T.float32(LEAST_ANGLE))
-        scale = T.bind(self.scales[0] * (one + self.scales[2] / mean))
-        with T.serial(self.V) as v:
-            angle = scale * (self.ray_diff[row + v, 3] - one)
-            sees = self.mask[row + v] != T.number("uint8", 0)
-            self.logits[v] = T.select(sees, self.logits[v] + angle, T.float32(MASKED_LOGIT))
-        return softmax_of_row(self.isa, self.logits, self.V)
+        one, scales = T.float32(1.0), self._weights.scales
+        self._seen[0] = self._off[0] = T.float32(0.0)
+        with T.serial(self._V) as v:
+            sees = T.cast(self._mask[row + v], "float32")
+            self._seen[0] = self._seen[0] + sees
+            self._off[0] = self._off[0] + sees * (one - self._ray_diff[row + v, 3])
+        mean = T.max(self._off[0] / T.max(self._seen[0], one), T.float32(LEAST_ANGLE))
+        scale = T.bind(scales[0] * (one + scales[2] / mean))
+        with T.serial(self._V) as v:
+            angle = scale * (self._ray_diff[row + v, 3] - one)
+            sees = self._mask[row + v] != T.number("uint8", 0)
+            self._logits[v] = T.select(sees, self._logits[v] + angle, T.float32(MASKED_LOGIT))
+        return softmax_of_row(self._isa, self._logits, self._V)
 
-    def blend(self, row: Expr, color: Buffer) -> None:
+    def _blend(self, row: Expr, color: Buffer) -> None:
         """From the views' logits of a sample, whose rows begin at `row`: its colour, and the first feature."""
-        four = Isa(self.isa.target, 4)
+        four = Isa(self._isa.target, 4)
         mixed = four.register(0.0)
-        total = T.bind(T.float32(1.0) / self.shares(row))
-        with T.serial(self.V) as v:
-            value = self.values[row + v, four.at(0)]
-            mixed.value = four.fma(four.splat(self.logits[v]), value, mixed.value)
+        total = T.bind(T.float32(1.0) / self._shares(row))
+        with T.serial(self._V) as v:
+            value = self._values[row + v, four.at(0)]
+            mixed.value = four.fma(four.splat(self._logits[v]), value, mixed.value)
         color[four.at(0)] = mixed.value * four.splat(total)
 
-    def consensus(self, row: Expr, apart: Buffer, first: Expr, scores: Buffer, s: Expr) -> None:
-        """How far the views of a sample are from what they show together: rows of `apart` from `first`; score s."""
-        isa, logits, inputs = self.isa, self.logits, self.values.extent(1)
+    def _consensus(self, row: Expr, first: Expr, point: Expr, outcome: Outcome) -> None:
+        """How far the views of a point are from what they show together, in rows from `first` on; its score."""
+        isa, logits, inputs = self._isa, self._logits, self._values.extent(1)
         mean, deviation = T.alloc(isa.padded(inputs)), T.alloc(1, align=4)
-        with T.serial(self.V) as v:
+        with T.serial(self._V) as v:
             logits[v] = T.float32(0.0)
-        total = T.bind(T.float32(1.0) / self.shares(row))
+        total = T.bind(T.float32(1.0) / self._shares(row))
         for k in range(0, inputs, isa.lanes):
             mean[isa.at(k)] = isa.splat(0.0)
-        with T.serial(self.V) as v:
+        with T.serial(self._V) as v:
             share = logits[v] * total
-            shown = self.values.part(row + v)
+            shown = self._values.part(row + v)
 
             def add(k: Expr) -> None:
                 mean[k] = mean[k] + share * shown[k]
@@ -85,8 +132,8 @@ class _Views:
 
             self._each_channel(add_vector, add)
         deviation[0] = T.float32(0.0)
-        with T.serial(self.V) as v:
-            shown, out = self.values.part(row + v), apart.part(first + v)
+        with T.serial(self._V) as v:
+            shown, out = self._values.part(row + v), self._apart.part(first + v)
 
             def distance(k: Expr) -> None:
                 out[k] = T.select(shown[k] < mean[k], mean[k] - shown[k], shown[k] - mean[k])
@@ -96,18 +143,24 @@ class _Views:
 
             self._each_channel(distances, distance)
             deviation[0] = deviation[0] + logits[v] * (out[0] + out[1] + out[2])
-        agreement = scores[s] - self.scales[1] * (deviation[0] * total * T.float32(1.0 / 3.0))
-        scores[s] = T.select(self.seen[0] < T.float32(1.5), T.float32(MASKED_LOGIT), agreement)
+        outcome.counts[point] = self._seen[0]
+        outcome.scores[point] = score(self._weights, outcome, point, deviation[0] * total)
 
     def _each_channel(self, of_vector: Callable[[Isa, Expr], None], of_one: Callable[[Expr], None]) -> None:
         """``of_vector(vectors, index)`` for channels of a view that fill vectors, ``of_one(channel)`` for others."""
-        inputs, end = self.values.extent(1), 0
-        for vectors in (self.isa, Isa(self.isa.target, 4)):
+        inputs, end = self._values.extent(1), 0
+        for vectors in (self._isa, Isa(self._isa.target, 4)):
             while end + vectors.lanes <= inputs:
                 of_vector(vectors, vectors.at(end))
                 end += vectors.lanes
         with T.serial(inputs - end) as k:
             of_one(end + k)
+
+
+def score(weights: Weights, outcome: Outcome, point: Expr, deviation: Expr) -> Expr:
+    """A point's, of its own logit and of what its views' colours deviate by, summed over channels."""
+    agreement = outcome.own[point, weights.hidden] - weights.scales[1] * (deviation * T.float32(1.0 / 3.0))
+    return T.select(outcome.counts[point] < T.float32(1.5), T.float32(MASKED_LOGIT), agreement)
 
 
 def _build(target: CpuTarget, *, width: int, inputs: int, hidden: int) -> T.PrimFunc:
@@ -119,7 +172,16 @@ def _build(target: CpuTarget, *, width: int, inputs: int, hidden: int) -> T.Prim
         weights = Weights.argument(isa, width, inputs, hidden)
         V = T.scalar("V")
         rgb, shares = T.argument("rgb", (R, 3)), T.argument("weights", (R, S))
-        emit(target, lambda r: lambda s, k: x[r * S + s, k], (values, ray_diff, mask), weights, V, rgb, shares)
+        shown = values, ray_diff, mask
+        emit(
+            target,
+            lambda ray, points: lambda p, k: x[ray * S + p, k],
+            lambda: Views(Isa(target), shown, weights, V),
+            weights,
+            V,
+            rgb,
+            shares,
+        )
     return function.get()
 
 
@@ -135,64 +197,71 @@ class Weights(NamedTuple):
     scales: Buffer
 
     @classmethod
-    def argument(cls, isa: Isa, width: int, inputs: int, hidden: int) -> Weights:
-        """The next arguments of a function."""
-        return cls(width, hidden, *T.panels(sizes(isa.lanes, width, inputs, hidden)))
+    def argument(cls, isa: Isa, width: int, inputs: int, hidden: int, *, tiles: bool = False) -> Weights:
+        """The next arguments of a function.
+
+        Args:
+            tiles: whether the views' layer is `shiftadd3d.kernels.pack.gnt.color_blend.tile_panel`.
+        """
+        own, own_bias, view, logit, scales = sizes(isa.lanes, width, inputs, hidden)
+        of_points = T.panel("own", *own), T.panel("own_bias", *own_bias)
+        if tiles:
+            (of_views,) = panel_arguments("bfloat16", [(tile_inputs(inputs - 4), isa.padded(hidden))])
+        else:
+            of_views = T.panel("view", *view)
+        return cls(width, hidden, *of_points, of_views, T.panel("view_logit", *logit), T.panel("scales", *scales))
 
 
 def emit(
     target: CpuTarget,
-    features: Callable[[Expr], Scalars],
-    shown: tuple[Buffer, Buffer, Buffer],
+    features: Callable[[Expr, Expr], Scalars],
+    judge: Callable[[], Judge],
     weights: Weights,
     V: Expr,
     rgb: Buffer,
     shares: Buffer,
     *,
+    at_once: Index = ROWS,
     seen: Buffer | None = None,
-    behind: Callable[[Expr], None] = lambda ray: None,
+    behind: Callable[[Expr, Expr], None] = lambda ray, number: None,
 ) -> None:
     """Emit the blend of all rays, after all arguments: colours [R, 3], and shares of samples [R, S].
 
     Args:
-        features: ``features(ray)``, emitted first of all: what gives those of its samples.
-        shown: values [R * S * V, inputs], ray differences [R * S * V, 4] and mask [R * S * V].
+        features: ``features(ray, points)``, emitted first in a task: what gives those of its samples, so many from a
+            ray's first on.
+        judge: ``judge()``, emitted next: what judges samples.
         V: the number of views.
+        at_once: (sample, view) rows.
         seen: [R, S], set to 1 where any view sees a sample, else to 0.
-        behind: ``behind(ray)``, emitted last of all.
+        behind: ``behind(ray, number)``, emitted last for each ray, the so-manieth of a task.
     """
-    isa, (values, ray_diff, mask), (R, S) = Isa(target), shown, shares.shape
-    hidden, inputs, own, deep = weights.hidden, values.extent(1), weights.own.extent(1), weights.view.extent(1)
-    samples_of_block = T.bind(T.int64(_ROWS) // V)
-    with T.parallel(R) as r:
-        points, activation = T.alloc(S + ROW_PADDING, own), T.alloc(_ROWS + ROW_PADDING, deep)
-        apart, colors = T.alloc(_ROWS + ROW_PADDING, inputs), T.alloc(S, 4)
-        logits, scores = T.alloc(isa.padded(MAX_VIEWS)), T.alloc(S + isa.lanes)
-        counts = T.alloc(1, align=4), T.alloc(1, align=4)
-        views = _Views(isa, values, ray_diff, mask, weights.scales, V, logits, *counts)
-        product(isa, S, own, weights.own_bias, [(weights.width, features(r), weights.own)], points)
-        with T.serial(S) as s:
-            scores[s] = points[s, hidden]
-        with T.serial((S + samples_of_block - 1) // samples_of_block) as block:
+    isa, (R, S), own = Isa(target), shares.shape, weights.own.extent(1)
+    samples_of_block = T.bind(T.truncdiv(at_once + T.int64(0), V))
+    rays_of_task = T.bind(T.max(T.truncdiv(T.int64(_POINTS_A_TASK), S), T.int64(1)))
+    with T.parallel((R + rays_of_task - 1) // rays_of_task) as task:
+        first_ray = T.bind(task * rays_of_task)
+        rays = T.bind(T.min(rays_of_task, R - first_ray))
+        points, room = T.bind(rays * S), T.bind(rays_of_task * S)
+        outcome = Outcome(T.alloc(room + ROW_PADDING, own), T.alloc(room, 4), T.alloc(room), T.alloc(room))
+        of_ray, views = T.alloc(S + isa.lanes), judge()
+        term = (weights.width, features(first_ray, points), weights.own)
+        product(isa, points, own, weights.own_bias, [term], outcome.own)
+        with T.serial((points + samples_of_block - 1) // samples_of_block) as block:
             first = T.bind(block * samples_of_block)
-            here = T.bind(T.min(samples_of_block, S - first))
-            row = T.bind((r * S + first) * V)
-            with T.serial(here) as s:
-                views.consensus(row + s * V, apart, s * V, scores, first + s)
+            count = T.bind(T.min(samples_of_block, points - first))
+            views.judge(first, count, T.bind((first_ray * S + first) * V), outcome)
+        views.finish()
+        with T.serial(rays) as number:
+            ray = T.bind(first_ray + number)
+            scores, colors = outcome.scores.below(number * S), outcome.colors.below(number * S)
+            counts = outcome.counts.below(number * S)
+            with T.serial(S) as s:
+                of_ray[s] = scores[s]
                 if seen is not None:
-                    seen[r, first + s] = T.cast(views.seen[0] > T.float32(0.0), "uint8")
-            terms = (
-                (inputs, lambda i, k: values[row + i, k], weights.view),
-                (4, lambda i, k: ray_diff[row + i, k], weights.view.below(inputs)),
-                (inputs, apart, weights.view.below(inputs + 4)),
-            )
-            product(isa, here * V, deep, lambda i, c: isa.splat(0.0), terms, activation)
-            with T.serial(here) as s:
-                with T.serial(V) as v:
-                    logits[v] = _logit(isa, activation.part(s * V + v), points.part(first + s), weights.view_logit)
-                views.blend(row + s * V, colors.part(first + s))
-        blend_colors(isa, scores, S, lambda s: colors[s, T.ramp(0, 4)], shares.part(r), rgb.part(r))
-        behind(r)
+                    seen[ray, s] = T.cast(counts[s] > T.float32(0.0), "uint8")
+            blend_colors(isa, of_ray, S, lambda s: colors[s, T.ramp(0, 4)], shares.part(ray), rgb.part(ray))
+            behind(ray, number)
 
 
 def _logit(isa: Isa, view: Buffer, own: Buffer, weight: Buffer) -> Expr:

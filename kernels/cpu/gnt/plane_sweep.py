@@ -26,6 +26,9 @@ from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
+# Enough for memory to be allocated seldom, few enough to share out evenly.
+_RAYS_A_TASK = 16
+
 
 class _Columns:
     """What a view shows of a point, `pitch` floats: channels, zeros up to a multiple of four, colour, and one more.
@@ -104,35 +107,37 @@ def emit(
     w_hidden, b_hidden, w_score, b_score, scales = network[2:]
     R, P = weights.shape
     images, maps = scene.images.flat(), scene.maps.flat()
-    with T.parallel(R) as r:
+    with T.parallel((R + (_RAYS_A_TASK - 1)) // _RAYS_A_TASK) as task:
         # A row for each point and for a neighbour beyond either end: three in a row are what the network takes.
         evidence, means = T.alloc((P + 2 + ROW_PADDING) * own + 4), T.alloc(P * 4)
         activation, scores = T.alloc(P + ROW_PADDING, wide), T.alloc(P + ROW_PADDING, isa.lanes)
         logits = T.alloc(P + isa.lanes)
         views = _Agreement(isa, columns, Lookup(isa, scene, images, maps), V, scales[0], with_valid)
-        with T.serial((P + isa.lanes - 1) // isa.lanes) as block:
-            first = T.bind(block * isa.lanes)
-            here = T.bind(T.min(T.int64(isa.lanes), P - first))
-            views.load(first, here, places(r))
-            with T.serial(here) as i:
-                row = T.bind((first + i + 1) * own)
-                views.agree(i, means, (first + i) * 4, evidence, row)
-                evidence[row + own - 1] = views.count[i] / T.cast(V, "float32")
-                seen[r, first + i] = T.cast(views.count[i] > T.float32(0.0), "uint8")
-        with T.serial(own) as c:
-            evidence[c] = evidence[own + c]
-            evidence[(P + 1) * own + c] = evidence[P * own + c]
-        of_points = [(3 * own, lambda p, k: evidence[p * own + k], w_hidden)]
-        product(isa, P, wide, b_hidden, of_points, activation, isa.relu)
-        product(isa, P, isa.lanes, b_score, [(hidden, activation, w_score)], scores)
-        with T.serial(P) as p:
-            row = T.bind((p + 1) * own)
-            apart = evidence[row] + evidence[row + 1] + evidence[row + 2]
-            score = scores[p, 0] - scales[1] * (apart / T.float32(3.0))
-            is_lonely = evidence[row + own - 1] * T.cast(V, "float32") < T.float32(1.5)
-            logits[p] = T.select(is_lonely, T.float32(MASKED_LOGIT), score)
-        four = Isa(target, 4)
-        blend_colors(isa, logits, P, lambda p: means[four.at(p * 4)], weights.part(r), rgb.part(r))
+        with T.serial(T.min(T.int64(_RAYS_A_TASK), R - task * _RAYS_A_TASK)) as number:
+            r = T.bind(task * _RAYS_A_TASK + number)
+            with T.serial((P + isa.lanes - 1) // isa.lanes) as block:
+                first = T.bind(block * isa.lanes)
+                here = T.bind(T.min(T.int64(isa.lanes), P - first))
+                views.load(first, here, places(r))
+                with T.serial(here) as i:
+                    row = T.bind((first + i + 1) * own)
+                    views.agree(i, means, (first + i) * 4, evidence, row)
+                    evidence[row + own - 1] = views.count[i] / T.cast(V, "float32")
+                    seen[r, first + i] = T.cast(views.count[i] > T.float32(0.0), "uint8")
+            with T.serial(own) as c:
+                evidence[c] = evidence[own + c]
+                evidence[(P + 1) * own + c] = evidence[P * own + c]
+            of_points = [(3 * own, lambda p, k: evidence[p * own + k], w_hidden)]
+            product(isa, P, wide, b_hidden, of_points, activation, isa.relu)
+            product(isa, P, isa.lanes, b_score, [(hidden, activation, w_score)], scores)
+            with T.serial(P) as p:
+                row = T.bind((p + 1) * own)
+                apart = evidence[row] + evidence[row + 1] + evidence[row + 2]
+                score = scores[p, 0] - scales[1] * (apart / T.float32(3.0))
+                is_lonely = evidence[row + own - 1] * T.cast(V, "float32") < T.float32(1.5)
+                logits[p] = T.select(is_lonely, T.float32(MASKED_LOGIT), score)
+            four = Isa(target, 4)
+            blend_colors(isa, logits, P, lambda p: means[four.at(p * 4)], weights.part(r), rgb.part(r))
 
 
 class _Agreement:

@@ -14,8 +14,8 @@ another one is a power of two, but a sum of them is not::
     k_v = W_k x_v                                       key
     (u_v, h_v) = (W_v, A_1) k_v + R' p_v + b            row, and what `row` above has for p_v
 
-Matrix tiles can have the products of weights in two pieces of bfloat16 instead, and need no key; nor do CPUs without
-VNNI, which have them in 16 bits, rounded (`merges_key`).
+CPUs without VNNI have the products of weights in 16 bits, rounded, and need no key (`merges_key`). Nor do matrix tiles
+in executables (`shiftadd3d.kernels.cpu.gnt.view_tiles`).
 """
 
 from __future__ import annotations
@@ -87,16 +87,10 @@ class Weights(NamedTuple):
     shifts: list[Buffer]
 
     @classmethod
-    def argument(cls, isa: Isa, width: int, hidden: int, form: AnyForm, *, merged: bool = False) -> Weights:
-        """The next arguments of a function.
-
-        Args:
-            merged: of bfloat16, whether the key and what is made of it are one product, whose weights are two pieces.
-        """
+    def argument(cls, isa: Isa, width: int, hidden: int, form: AnyForm) -> Weights:
+        """The next arguments of a function."""
         wide, narrow = isa.padded(width), isa.padded(hidden)
         sizes = shift_sizes(isa.target, width, hidden)
-        if merged:
-            sizes = [(2 * width, wide + narrow), sizes[-1]]
         return cls(
             row=T.panel("w_row", width + hidden, wide + narrow),
             row_bias=T.panel("b_row", wide + narrow),
@@ -158,7 +152,7 @@ def emit(
                 return query[first + r, k] if eps is None else normed[r, k]
 
             with T.serial(rows) as r:
-                _position(isa, given.ray_diff.part(first * V + r), weights.position, hidden_rows.part(r))
+                position(isa, given.ray_diff.part(first * V + r), weights.position, hidden_rows.part(r))
             of_position = hidden, hidden_rows, weights.row.below(width)
             if shifts is None:
                 product(isa, rows, wide + narrow, weights.row_bias, [(width, view, weights.row), of_position], row_out)
@@ -173,13 +167,13 @@ def emit(
                 seen = given.mask.below((first + p) * V)
                 with T.serial(V) as v:
                     if shifts is not None:
-                        _prefetch(given.views.part((first + points + p) * V + v), width)
+                        prefetch(given.views.part((first + points + p) * V + v), width)
                     for n in range(0, narrow, isa.lanes):
                         sums = isa.relu(shown[v, isa.at(wide + n)] + query_out[p, isa.at(n)])
                         hidden_of_point[v, isa.at(n)] = sums if shifts is None else sums * isa.splat(factor)
                 with T.serial(wide // isa.lanes) as n:
                     channels = isa.at(n * isa.lanes)
-                    vector = _pool(isa, hidden_of_point, weights.score, seen, shown, V, channels, shares, power)
+                    vector = pool(isa, hidden_of_point, weights.score, seen, shown, V, channels, shares, power)
                     pooled[first - begin + p, channels] = vector
         # All points of a task together: a block's alone would leave tiles half empty.
         outcome = T.alloc(points_of_task + padding, wide)
@@ -194,7 +188,7 @@ def emit(
             copy_row(isa, outcome.part(p), out.part(begin + p), width)
 
 
-def _prefetch(row: Buffer, width: int) -> None:
+def prefetch(row: Buffer, width: int) -> None:
     """Ask for a row of the next block, which is staged all at once: memory would be waited for."""
     for c in range(0, width, 16):
         Isa.prefetch(row.address(c))
@@ -241,7 +235,7 @@ class _Shifts:
         self.product.multiply(points, staged, self._out, bias, store)
 
 
-def _position(isa: Isa, ray_diff: Buffer, weight: Buffer, out: Buffer) -> None:
+def position(isa: Isa, ray_diff: Buffer, weight: Buffer, out: Buffer) -> None:
     """``relu(P d + b)`` of one view."""
     for n in range(0, weight.extent(1), isa.lanes):
         total = weight[4, isa.at(n)]
@@ -250,7 +244,7 @@ def _position(isa: Isa, ray_diff: Buffer, weight: Buffer, out: Buffer) -> None:
         out[isa.at(n)] = isa.relu(total)
 
 
-def _pool(
+def pool(
     isa: Isa,
     hidden: Buffer,
     w_score: Buffer,

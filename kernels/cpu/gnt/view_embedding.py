@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from shiftadd3d.kernels.cpu.blocks import copy_row
-from shiftadd3d.kernels.cpu.forms import panels as forms
-from shiftadd3d.kernels.cpu.forms.panels import panel_product
+from shiftadd3d.kernels.cpu.gnt.tiles import ROWS, WORDS, Tiles, copy_words, unit
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import ROW_PADDING, product
 from shiftadd3d.kernels.pack.gnt.view_embedding import panels, sizes
-from shiftadd3d.kernels.pack.shift import GRANULE
 from shiftadd3d.kernels.reference.gnt.view_embedding import LEAST_VARIANCE, random_views, view_embedding_twin
 from shiftadd3d.kernels.runtime import memory
 from shiftadd3d.kernels.runtime import tir as T
@@ -76,47 +74,129 @@ class Embedding:
 
     Args:
         rows, points: as many as there may be.
-        shifts: panels of both layers, `tile_sizes`, whose products are those of matrix tiles in bfloat16, rather than
-            in float32.
 
     Attributes:
         shown: [rows, inputs and zeros up to whole vectors], to be filled in.
         seen: [rows], 1 where the view sees the point, else 0, to be filled in.
     """
 
-    def __init__(self, isa: Isa, layers: Layers, rows: Index, points: Index, shifts: Sequence[Buffer] = ()) -> None:
-        self._isa, self._layers, self._shifts = isa, layers, shifts
-        long, deep, wide = isa.padded(layers.inputs), isa.padded(layers.hidden), isa.padded(layers.width)
-        room = rows + ROW_PADDING
-        if shifts:
-            long, room = tile_sizes(layers.inputs, layers.hidden, layers.width)[0][0], rows + forms.ROW_PADDING
-            self._product = panel_product(isa.target, "bfloat16")
-            self._staged = self._product.staged(rows, long), self._product.staged(rows, layers.hidden)
+    def __init__(self, isa: Isa, layers: Layers, rows: Index, points: Index) -> None:
+        self._isa, self._layers = isa, layers
+        long, room = isa.padded(layers.inputs), rows + ROW_PADDING
         self.shown, self.seen = T.alloc(room, long), T.alloc(room)
-        self._activation, self._embedded = T.alloc(room, deep), T.alloc(room, wide)
-        # Vectors reach beyond the statistics.
-        pitch = layers.inputs + long + 1 if layers.statistics else 1
-        self._summary, self._queries = T.alloc(points + ROW_PADDING, pitch), T.alloc(points + ROW_PADDING, wide)
+        self._activation = T.alloc(room, isa.padded(layers.hidden))
+        self._embedded = T.alloc(room, isa.padded(layers.width))
+        self._queries = _Queries(isa, layers, points)
         with T.serial(room) as r, T.serial(long) as c:
             self.shown[r, c] = T.float32(0.0)
 
     def emit(self, points: Expr, V: Expr, embedding: Buffer, query: Buffer) -> None:
         """Embed what V views show of so many points: the first rows of both [*, width]."""
-        isa, layers, shown, embedded, queries = self._isa, self._layers, self.shown, self._embedded, self._queries
-        rows, wide = T.bind(points * V), embedded.extent(1)
-        if self._shifts:
-            self._multiply_tiles(rows, embedding)
-        else:
-            first = layers.inputs, shown, layers.first
-            product(isa, rows, self._activation.extent(1), layers.first_bias, [first], self._activation, isa.relu)
-            product(isa, rows, wide, layers.second_bias, [(layers.hidden, self._activation, layers.second)], embedded)
-            with T.serial(rows) as r:
-                copy_row(isa, embedded.part(r), embedding.part(r), layers.width)
+        isa, layers, embedded = self._isa, self._layers, self._embedded
+        rows = T.bind(points * V)
+        first = layers.inputs, self.shown, layers.first
+        product(isa, rows, self._activation.extent(1), layers.first_bias, [first], self._activation, isa.relu)
+        second = layers.hidden, self._activation, layers.second
+        product(isa, rows, embedded.extent(1), layers.second_bias, [second], embedded)
+        with T.serial(rows) as r:
+            copy_row(isa, embedded.part(r), embedding.part(r), layers.width)
         with T.serial(points) as p:
-            _largest(isa, embedding if self._shifts else embedded, p * V, V, queries.part(p))
-            if layers.statistics:
-                _moments(isa, layers.inputs, shown, self.seen, p * V, V, self._summary.part(p))
+            self._queries.start(p, embedded, V)
+        self._queries.emit(points, V, self.shown, self.seen, query)
+
+
+class EmbeddingInTiles:
+    """The same by matrix tiles, in bfloat16, of what views show in another order, and packed.
+
+    Args:
+        shifts: panels of both layers, `tile_sizes`.
+
+    Attributes:
+        shown: [rows, *]: features, colour and validity, and zeros; to be filled in.
+        seen: [rows], 1 where the view sees the point, else 0, to be filled in.
+    """
+
+    def __init__(self, target: CpuTarget, layers: Layers, rows: Index, points: Index, shifts: Sequence[Buffer]) -> None:
+        self._tiles, self._layers, self._shifts = Tiles(target), layers, shifts
+        isa = self._isa = self._tiles.isa
+        self._channels, room = layers.inputs - 4, rows + ROWS
+        self.shown, self.seen = T.alloc(room, self._channels + isa.lanes), T.alloc(room)
+        self._packed = T.alloc(room, self._channels // 2 + WORDS, dtype="int32")
+        self._hidden = T.alloc(room, layers.hidden // 2, dtype="int32")
+        self._embedded, self._sums = T.alloc(room, layers.width), T.alloc(ROWS, max(layers.hidden, layers.width))
+        self._queries = _Queries(isa, layers, points)
+        with T.serial(room) as r:
+            self.shown[r, isa.at(self._channels)] = isa.splat(0.0)
+
+    def emit(self, points: Expr, V: Expr, features: Buffer, embedding: Buffer, query: Buffer) -> None:
+        """Embed what V views show of so many points.
+
+        Args:
+            features: [*, channels / 2] words: what is shown, its first rows.
+            embedding: [*, width / 2] words.
+            query: [*, width].
+        """
+        isa, tiles, layers, embedded = self._isa, self._tiles, self._layers, self._embedded
+        rows, pairs = T.bind(points * V), range(0, layers.width, 32)
+        of_row, (first, second) = self._channels // 2, self._shifts
+        with T.serial(rows) as r:
+            shown, packed = self.shown.part(r), self._packed.part(r)
+            for c in range(0, self._channels, 32):
+                packed[isa.at(c // 2)] = tiles.pack(shown[isa.at(c)], shown[isa.at(c + 16)])
+            packed[isa.at(of_row)] = tiles.pack(shown[isa.at(self._channels)], isa.splat(0.0))
+            copy_words(packed, features.part(r), of_row)
+
+        def output(i: Expr, c: int, panel: Buffer, bias: Buffer) -> Expr:
+            return isa.fma(self._sums[i, isa.at(c)], unit(isa, panel, c), bias[isa.at(c)])
+
+        def keep(r: Expr, i: Expr) -> None:
+            for c in range(0, layers.hidden, 32):
+                low, high = (isa.relu(output(i, c + half, first, layers.first_bias)) for half in (0, 16))
+                self._hidden[r, isa.at(c // 2)] = tiles.pack(low, high)
+
+        def leave(r: Expr, i: Expr) -> None:
+            for c in range(0, layers.width, 16):
+                embedded[r, isa.at(c)] = output(i, c, second, layers.second_bias)
+
+        tiles.multiply(rows, self._packed, first, _parts(self._packed), self._sums, keep)
+        tiles.multiply(rows, self._hidden, second, _parts(self._hidden), self._sums, leave)
+        with T.serial(rows) as r:
+            for c in pairs:
+                embedding[r, isa.at(c // 2)] = tiles.pack(embedded[r, isa.at(c)], embedded[r, isa.at(c + 16)])
+        with T.serial(points) as p:
+            self._queries.start(p, embedded, V)
+        self._queries.emit(points, V, self.shown, self.seen, query)
+
+    def finish(self, control: Buffer) -> None:
+        """Emit what a task has to do last: tell of what tiles cannot express."""
+        self._tiles.finish(control)
+
+
+def _parts(packed: Buffer) -> list[tuple[int, int]]:
+    return [(word, word) for word in range(0, packed.extent(1), WORDS)]
+
+
+class _Queries:
+    """The first queries of a block of points."""
+
+    def __init__(self, isa: Isa, layers: Layers, points: Index) -> None:
+        self._isa, self._layers = isa, layers
+        # Vectors reach beyond the statistics.
+        pitch = layers.inputs + isa.padded(layers.inputs) + 1 if layers.statistics else 1
+        self._summary = T.alloc(points + ROW_PADDING, pitch)
+        self._queries = T.alloc(points + ROW_PADDING, isa.padded(layers.width))
+
+    def start(self, point: Expr, embedded: Buffer, V: Expr) -> None:
+        """Begin a point's with the largest of each channel over its views."""
+        _largest(self._isa, embedded, point * V, V, self._queries.part(point))
+
+    def emit(self, points: Expr, V: Expr, shown: Buffer, seen: Buffer, query: Buffer) -> None:
+        """Add what the moments give, and write all of them: the first rows of [*, width]."""
+        isa, layers, queries = self._isa, self._layers, self._queries
+        wide = queries.extent(1)
         if layers.statistics:
+            with T.serial(points) as p:
+                _moments(isa, layers.inputs, shown, seen, p * V, V, self._summary.part(p))
             statistics = layers.statistics, self._summary, lambda k, c: layers.moments[isa.at(k * wide + c)]
             product(
                 isa,
@@ -129,30 +209,10 @@ class Embedding:
         with T.serial(points) as p:
             copy_row(isa, queries.part(p), query.part(p), layers.width)
 
-    def _multiply_tiles(self, rows: Expr, embedding: Buffer) -> None:
-        isa, layers, hidden, (of_shown, of_hidden) = self._isa, self._layers, self._activation, self._staged
-        multiply, stage, last = self._product.multiply, self._product.stage, rows - 1
-
-        def keep(r: Expr, c: int, x: Expr) -> None:
-            hidden[r, isa.at(c)] = isa.relu(x)
-
-        def leave(r: Expr, c: int, x: Expr) -> None:
-            embedding[r, isa.at(c)] = x
-
-        stage(of_shown, rows, lambda r, c: self.shown[T.min(r, last), isa.at(c)])
-        multiply(rows, of_shown, self._shifts[0], layers.first_bias, keep)
-        stage(of_hidden, rows, lambda r, c: hidden[T.min(r, last), isa.at(c)])
-        multiply(rows, of_hidden, self._shifts[1], layers.second_bias, leave)
-
-    def finish(self, control: Buffer) -> None:
-        """Emit what a task has to do last: tell of what tiles cannot express."""
-        if self._shifts:
-            self._product.finish(control)
-
 
 def tile_sizes(inputs: int, hidden: int, width: int) -> list[tuple[int, int]]:
-    """Inputs and outputs of the panels for matrix tiles, of which each takes as many inputs."""
-    return [(-(-inputs // GRANULE) * GRANULE, hidden), (hidden, width)]
+    """Inputs and outputs of the panels for matrix tiles: features first, then colour, validity and zeros."""
+    return [(inputs - 4 + 2 * WORDS, hidden), (hidden, width)]
 
 
 def _largest(isa: Isa, embedded: Buffer, row: Expr, V: Expr, out: Buffer) -> None:

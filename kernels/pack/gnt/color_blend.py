@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shiftadd3d.kernels.pack.panel import across, padded, row, stored
+from shiftadd3d.kernels.pack.panel import across, filled, padded, row, stored
+from shiftadd3d.kernels.pack.shift import GRANULE, WholeWeights, shift_panel
+from shiftadd3d.kernels.pack.shift import across as across_whole
 from shiftadd3d.kernels.reference.gnt.color_blend import Scales, color_blend_twin
 
 
@@ -48,6 +50,26 @@ def sizes(lanes: int, width: int, inputs: int, hidden: int) -> list[tuple[int, .
     """Of the panels for so many features, channels of a view, and hidden units."""
     own, deep = padded(hidden + 1, lanes), padded(hidden, lanes)
     return [(width, own), (own,), (2 * inputs + 4, deep), (deep,), (3,)]
+
+
+def tile_inputs(channels: int) -> int:
+    """Inputs of the views' layer by matrix tiles, for so many features."""
+    return 2 * channels + GRANULE
+
+
+def tile_panel(view: WholeWeights) -> Tensor:
+    """The views' layer for matrix tiles, its hidden units padded to `GRANULE` / 2.
+
+    Inputs are features, their distances, of each `GRANULE` first those of even number, and, padded to `GRANULE`:
+    colour, a zero, ray difference, the colour's distances.
+    """
+    channels = (view.integers.shape[1] - 4) // 2 - 3
+    whole = across_whole(view, lanes=GRANULE // 2)
+    color, features, ray_diff, color_apart, apart = whole.integers.split([3, channels, 4, 3, channels], dim=1)
+    apart = apart.unflatten(1, (-1, GRANULE // 2, 2)).mT.flatten(1)
+    beside = torch.cat([color, torch.zeros_like(color[:, :1]), ray_diff, color_apart], dim=1)
+    integers = torch.cat([features, apart, filled(beside, GRANULE)], dim=1)
+    return shift_panel(whole._replace(integers=integers), "bfloat16")
 
 
 def color_blend_of_panels(

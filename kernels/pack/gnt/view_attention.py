@@ -7,6 +7,7 @@ multiplications; ``a_2``, the same for all views, drops out of the softmax.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -15,8 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shiftadd3d.kernels.pack.panel import across, lanes_of, padded, row, stored
-from shiftadd3d.kernels.pack.shift import PanelForm, WholeWeights, in_int16, panel_form, panel_forms
+from shiftadd3d.kernels.pack.panel import across, filled, lanes_of, padded, row, stored
+from shiftadd3d.kernels.pack.shift import (
+    GRANULE,
+    PanelForm,
+    WholeWeights,
+    in_int16,
+    in_pieces,
+    panel_form,
+    panel_forms,
+    shift_panel,
+)
 from shiftadd3d.kernels.pack.shift import across as across_whole
 from shiftadd3d.kernels.reference.gnt.view_attention import blend_views
 from shiftadd3d.kernels.runtime.numerics import Numerics
@@ -103,6 +113,73 @@ def shift_sizes(target: CpuTarget, width: int, hidden: int) -> list[tuple[int, i
     wide, narrow = padded(width, target.lanes), padded(hidden, target.lanes)
     key = [] if merges_key(target) else [(width, wide)]
     return [*key, (width, wide + narrow), (width, wide)]
+
+
+class TilePanels(NamedTuple):
+    """The weights as matrix tiles in executables take them: of packed embeddings, with a norm of queries taken in.
+
+    Attributes:
+        position: [5, 2 H + 2], of a row's further numbers: H that its ray difference gives, the same again, two ones.
+        query: [C, H]. query_bias: [H].
+        score: [H, C], in powers of two.
+        out_bias: [C].
+        row: from (embedding, embedding, further numbers) to (what is summed, score's hidden layer), both pieces of
+            weights in bfloat16: [C + 17, C + H] words. All units are 1.
+        out: [C / 2 + 1, C] words.
+    """
+
+    position: Tensor
+    query: Tensor
+    query_bias: Tensor
+    score: Tensor
+    out_bias: Tensor
+    row: Tensor
+    out: Tensor
+
+
+def tile_panels(panels: Panels, out: Tensor, gain: Tensor, shift: Tensor, lanes: int) -> TilePanels:
+    """What matrix tiles take.
+
+    Args:
+        out: panel of the last layer, in bfloat16.
+        gain, shift: [C], weight and bias of the queries' norm.
+    """
+    width, hidden = panels.query.shape[0], panels.score.shape[0]
+    place = panels.position[:, :hidden]
+    ones = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0]).to(place)[:, None].expand(5, 2)
+    further = in_pieces(torch.stack([*panels.row[width:], panels.row_bias]).mT).integers
+    # H of the first pieces, H of the second ones, and the pieces of the bias.
+    first, second = further[:, : hidden + 1], further[:, hidden + 1 :]
+    further = torch.cat([first[:, :-1], second[:, :-1], first[:, -1:], second[:, -1:]], dim=1)
+    whole = in_pieces(panels.row[:width].mT)
+    row = whole._replace(integers=torch.cat([whole.integers, filled(further, 2 * lanes)], dim=1))
+    query, query_bias = behind_norm(panels.query, panels.query_bias, gain, shift)
+    return TilePanels(
+        position=stored(filled(torch.cat([place, place, ones], dim=1), padded(2 * hidden + 2, lanes))),
+        query=query,
+        query_bias=query_bias,
+        score=stored(math.log2(math.e) * panels.score),
+        out_bias=panels.out_bias,
+        row=shift_panel(row, "bfloat16"),
+        out=out,
+    )
+
+
+def behind_norm(query: Tensor, bias: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """A panel of queries that are normalised before, and its bias, with the norm's weight and bias taken in."""
+    query, bias = query.double(), bias.double()
+    return stored(gain.double()[:, None] * query), stored(bias + shift.double() @ query)
+
+
+def fits_tiles(panels: Panels) -> bool:
+    """Whether matrix tiles in executables take an attention."""
+    width, hidden = panels.query.shape[0], panels.score.shape[0]
+    return width % GRANULE == 0 and 2 * hidden + 2 <= GRANULE
+
+
+def tile_sizes(lanes: int, width: int, hidden: int) -> list[tuple[int, int]]:
+    """Inputs and outputs of their panels."""
+    return [(2 * width + GRANULE, width + padded(hidden, lanes)), (width, width)]
 
 
 def hidden_of(panels: Sequence[Tensor], width: int) -> int:

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d.kernels.cpu.forms.panels import AnyForm
-from shiftadd3d.kernels.cpu.gnt import position_layer, ray_block, view_attention
+from shiftadd3d.kernels.cpu.gnt import position_layer, ray_block, view_attention, view_tiles
 from shiftadd3d.kernels.cpu.gnt.shift_problems import random_ray_block, random_shift_attention
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.trials import Draw, check_within
 from shiftadd3d.kernels.pack.gnt import position_layer as pack_position_layer
 from shiftadd3d.kernels.pack.gnt import ray_block as pack_ray_block
 from shiftadd3d.kernels.pack.gnt import view_attention as pack_view_attention
-from shiftadd3d.kernels.pack.shift import in_pieces, shift_panel
+from shiftadd3d.kernels.pack.shift import shift_panel
 from shiftadd3d.kernels.reference.gnt.position_layer import position_layer_twin, random_samples
 from shiftadd3d.kernels.reference.gnt.ray_block import random_block, ray_block_twin, samples_of_certain_codes
 from shiftadd3d.kernels.reference.gnt.view_attention import random_attention, view_attention_twin
@@ -35,23 +35,37 @@ Norm = tuple[Tensor, Tensor, float]
 # View attention
 
 
-def _build_view_attention(target: CpuTarget, width: int, hidden: int, form: AnyForm, eps: float) -> T.PrimFunc:
-    """The function ``(x, embedding, ray_diff, mask, panels, control, y)``."""
+def _build_view_attention(
+    target: CpuTarget, width: int, hidden: int, form: AnyForm, eps: float, packed: bool
+) -> T.PrimFunc:
+    """The function ``(x, embedding, ray_diff, mask, panels, control, y)``.
+
+    Args:
+        packed: of bfloat16, whether the embedding is.
+    """
     with T.function("view_block") as function:
         R, S, V = T.sizes(3)
-        x, embedding = T.argument("x", (R, S, width)), T.argument("embedding", (R, S, V, width))
+        x = T.argument("x", (R, S, width))
+        of_view, dtype = (width // 2, "int32") if packed else (width, "float32")
+        embedding = T.argument("embedding", (R, S, V, of_view), dtype)
         ray_diff, mask = T.argument("ray_diff", (R, S, V, 4)), T.argument("mask", (R, S, V), "uint8")
-        merged = form == "bfloat16"
-        weights = view_attention.Weights.argument(Isa(target), width, hidden, form, merged=merged)
+        isa = Isa(target)
+        if form == "bfloat16":
+            weights = view_tiles.Weights.argument(isa, width, hidden)
+        else:
+            weights = view_attention.Weights.argument(isa, width, hidden, form)
         control = control_argument()
         y = T.argument("y", (R, S, width))
         x, y, embedding, ray_diff = map(rows_of, (x, y, embedding, ray_diff))
         shown = view_attention.Shown(embedding, ray_diff, mask.flat())
-        view_attention.emit(target, form, x, shown, weights, V, y, control, eps)
+        if isinstance(weights, view_tiles.Weights):
+            view_tiles.emit(target, x, shown, weights, V, y, control, eps)
+        else:
+            view_attention.emit(target, form, x, shown, weights, V, y, control, eps)
     return function.get()
 
 
-def _try_view_attention(function: Compiled, width: int, hidden: int, form: AnyForm, eps: float) -> None:
+def _try_view_attention(function: Compiled, width: int, hidden: int, form: AnyForm, eps: float, packed: bool) -> None:
     draw, sizes = Draw(), {"points": 37, "views": 5, "width": width, "hidden": hidden}
     gain, shift = 1 + 0.1 * draw.normal(width), draw.normal(width)
     shifts: list[Tensor] = []
@@ -66,12 +80,14 @@ def _try_view_attention(function: Compiled, width: int, hidden: int, form: AnyFo
         x, views, ray_diff, mask = problem.inputs
         normal = F.layer_norm(x, (width,), gain, shift, eps)
         panels, shifts = problem.panels, [shift_panel(layer, form) for layer in problem.shifts.values()]
-        shifts = without_key(panels, shifts) if form == "bfloat16" else shifts
         attended = problem._replace(inputs=(normal, views, ray_diff, mask)).rounded(form)
         expected, bound = x + attended, view_attention.error_bound(form, width) * 4 * attended.abs().amax() + 1e-4
+    tensors = _tensors(panels, shifts, form, (gain, shift))
+    if packed:
+        views = views.bfloat16().view(torch.int32)
     control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty(1, *x.shape)
-    tensors = [tensor[None] for tensor in (x, views, ray_diff, mask.view(torch.uint8))]
-    function(*tensors, *behind_norm(panels, gain, shift), *shifts, control, y)
+    inputs = [tensor[None] for tensor in (x, views, ray_diff, mask.view(torch.uint8))]
+    function(*inputs, *tensors, control, y)
     assert control[0] == 0, "it found an activation that it cannot express"
     check_within(y[0], expected, bound)
 
@@ -79,18 +95,14 @@ def _try_view_attention(function: Compiled, width: int, hidden: int, form: AnyFo
 VIEW_ATTENTION = Function("view_block", _build_view_attention, _try_view_attention)
 
 
-def behind_norm(panels: pack_view_attention.Panels, gain: Tensor, shift: Tensor) -> pack_view_attention.Panels:
-    """Panels whose queries are normalised before, with the norm's weight and bias."""
-    query, bias = panels.query.double(), panels.query_bias.double()
-    bias = bias + shift.double() @ query
-    query = gain.double()[:, None] * query
-    return panels._replace(query=query.float().contiguous(), query_bias=bias.float().contiguous())
-
-
-def without_key(panels: pack_view_attention.Panels, shifts: Sequence[Tensor]) -> list[Tensor]:
-    """Panels of bfloat16, of key, row and out, with products of weights in the place of the first two."""
-    width = panels.query.shape[0]
-    return [shift_panel(in_pieces(panels.row[:width].mT), "bfloat16"), shifts[2]]
+def _tensors(
+    panels: pack_view_attention.Panels, shifts: Sequence[Tensor], form: AnyForm, norm: tuple[Tensor, Tensor]
+) -> Sequence[Tensor]:
+    """What the function reads of weights, with the norm's weight and bias taken in."""
+    if form == "bfloat16":
+        return pack_view_attention.tile_panels(panels, shifts[-1], *norm, current().lanes)
+    query, query_bias = pack_view_attention.behind_norm(panels.query, panels.query_bias, *norm)
+    return [*panels._replace(query=query, query_bias=query_bias), *shifts]
 
 
 def view_block(
@@ -106,14 +118,15 @@ def view_block(
     """``x + view attention of norm(x)`` [R, S, C].
 
     Args:
-        shifts: panels of a form other than float32, of key, row and out.
+        embedding: packed, if at all, where the form is bfloat16.
+        shifts: panels of a form other than float32, of key, row and out, or of row and out.
     """
     gain, shift, eps = norm
-    shifts = without_key(panels, shifts) if form == "bfloat16" else shifts
-    tensors = [*behind_norm(panels, gain, shift), *shifts]
+    tensors = _tensors(panels, shifts, form, (gain, shift))
     arguments = [x, embedding, shown.ray_diff, shown.mask, *map(program.weight, tensors)]
     width, hidden = panels.query.shape[0], panels.score.shape[0]
-    return program.call(VIEW_ATTENTION, arguments, x.shape, width=width, hidden=hidden, form=form, eps=eps)
+    spec = {"width": width, "hidden": hidden, "form": form, "eps": eps, "packed": shown.pixels is not None}
+    return program.call(VIEW_ATTENTION, arguments, x.shape, **spec)
 
 
 # Ray block

@@ -7,12 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d.kernels.cpu.blocks import layer_norm
-from shiftadd3d.kernels.cpu.gnt import color_blend
+from shiftadd3d.kernels.cpu.forms.panels import error_bound
+from shiftadd3d.kernels.cpu.gnt import color_blend, color_tiles
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import ROW_PADDING, Scalars
+from shiftadd3d.kernels.cpu.trials import Draw
 from shiftadd3d.kernels.pack.gnt import color_blend as pack_color_blend
 from shiftadd3d.kernels.pack.gnt.gather import beside_validity
 from shiftadd3d.kernels.pack.panel import padded
+from shiftadd3d.kernels.pack.shift import GRANULE, WholeWeights
 from shiftadd3d.kernels.reference.gnt.color_blend import Scales, color_blend_twin, random_blend
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled
@@ -23,57 +26,80 @@ from shiftadd3d.kernels.whole.parts import control_argument, rows_of
 from shiftadd3d.kernels.whole.program import Function, Program, Value
 
 
-def _build(target: CpuTarget, width: int, inputs: int, hidden: int, eps: float) -> T.PrimFunc:
-    """The function ``(x, values, ray_diff, mask, panels, regressing weight and bias, control, rgb, shares, seen)``."""
+def _build(target: CpuTarget, width: int, inputs: int, hidden: int, eps: float, tiles: bool) -> T.PrimFunc:
+    """The function ``(x, Shown, panels, regressing weight and bias, control, rgb, shares, seen)``.
+
+    Args:
+        tiles: whether what is shown is packed.
+    """
     isa = Isa(target)
     with T.function("colors") as function:
         R, S, V = T.sizes(3)
-        x, values = T.argument("x", (R, S, width)), T.argument("values", (R, S, V, inputs))
-        ray_diff, mask = T.argument("ray_diff", (R, S, V, 4)), T.argument("mask", (R, S, V), "uint8")
-        weights = color_blend.Weights.argument(isa, width, inputs, hidden)
+        x, shape = T.argument("x", (R, S, width)), (R, S, V)
+        values = (*shape, (inputs - 4) // 2 if tiles else inputs)
+        arguments = [T.argument("values", values, "int32" if tiles else "float32")]
+        arguments.append(T.argument("ray_diff", (*shape, 4)))
+        mask = T.argument("mask", shape, "uint8")
+        if tiles:
+            arguments.append(T.argument("pixels", (*shape, 4)))
+        weights = color_blend.Weights.argument(isa, width, inputs, hidden, tiles=tiles)
         regressing = T.panel("regressing", 3, isa.padded(width)), T.argument("regressing_bias", (3,))
-        control_argument()
+        control = control_argument()
         rgb, shares = T.argument("rgb", (R, 3)), T.argument("shares", (R, S))
         seen = T.argument("seen", (R, S), "uint8")
-        shown = rows_of(values), rows_of(ray_diff), mask.flat()
-        regression = _Regression(isa, x, regressing, rgb, eps)
-        emit = color_blend.emit
-        emit(target, regression.features, shown, weights, V, rgb, shares, seen=seen, behind=regression.add)
+        (values, ray_diff, *pixels), mask = map(rows_of, arguments), mask.flat()
+
+        def judge() -> color_blend.Judge:
+            if tiles:
+                return color_tiles.PackedViews(target, (values, pixels[0], ray_diff, mask), weights, V, control)
+            return color_blend.Views(isa, (values, ray_diff, mask), weights, V)
+
+        regression = _Regression(isa, rows_of(x), S, regressing, rgb, eps)
+        at_once = isa.lanes * V if tiles else color_blend.ROWS
+        options = {"at_once": at_once, "seen": seen, "behind": regression.add}
+        color_blend.emit(target, regression.features, judge, weights, V, rgb, shares, **options)
     return function.get()
 
 
 class _Regression:
-    """Normalised features of a ray, and the colour that is regressed from their mean."""
+    """Normalised features of a task's samples, and the colours that are regressed from their rays' means.
 
-    def __init__(self, isa: Isa, x: Buffer, regressing: tuple[Buffer, Buffer], rgb: Buffer, eps: float) -> None:
-        self._isa, self._x, self._rgb, self._eps = isa, x, rgb, eps
+    Args:
+        x: [R * S, C].
+    """
+
+    def __init__(
+        self, isa: Isa, x: Buffer, S: Expr, regressing: tuple[Buffer, Buffer], rgb: Buffer, eps: float
+    ) -> None:
+        self._isa, self._x, self._S, self._rgb, self._eps = isa, x, S, rgb, eps
         self._weight, self._bias = regressing
-        self._sum: Buffer | None = None
+        self._normed, self._sum = x, x
 
-    def features(self, ray: Expr) -> Scalars:
-        isa, (_, S, width), wide = self._isa, self._x.shape, self._weight.extent(1)
-        assert isinstance(width, int)
-        normed, self._sum = T.alloc(S + ROW_PADDING, wide), T.alloc(wide)
-        layer_norm(isa, S, width, lambda s, c: self._x[ray, s, c], normed, T.float32(self._eps))
+    def features(self, ray: Expr, points: Expr) -> Scalars:
+        """Of so many samples, from a ray's first on."""
+        isa, width, wide = self._isa, self._x.extent(1), self._weight.extent(1)
+        normed, top = T.alloc(points + ROW_PADDING, wide), T.bind(ray * self._S)
+        self._normed, self._sum = normed, T.alloc(wide)
+        layer_norm(isa, points, width, lambda p, c: self._x[top + p, c], normed, T.float32(self._eps))
+        return lambda p, k: normed[p, k]
+
+    def add(self, ray: Expr, number: Expr) -> None:
+        """Add the colour of a ray, the so-manieth of the task."""
+        isa, S, wide = self._isa, self._S, self._weight.extent(1)
         for c in range(0, wide, isa.lanes):
             self._sum[isa.at(c)] = isa.splat(0.0)
         with T.serial(S) as s:
             for c in range(0, wide, isa.lanes):
-                self._sum[isa.at(c)] = self._sum[isa.at(c)] + normed[s, isa.at(c)]
-        return lambda s, k: normed[s, k]
-
-    def add(self, ray: Expr) -> None:
-        """Add the colour."""
-        isa, S = self._isa, T.cast(self._x.shape[1] + T.int64(0), "float32")
-        assert self._sum is not None
+                self._sum[isa.at(c)] = self._sum[isa.at(c)] + self._normed[number * S + s, isa.at(c)]
+        share = T.bind(T.float32(1.0) / T.cast(S + T.int64(0), "float32"))
         for channel in range(3):
             total = isa.splat(0.0)
-            for c in range(0, self._weight.extent(1), isa.lanes):
+            for c in range(0, wide, isa.lanes):
                 total = isa.fma(self._sum[isa.at(c)], self._weight[channel, isa.at(c)], total)
-            self._rgb[ray, channel] = self._rgb[ray, channel] + (isa.total(total) / S + self._bias[channel])
+            self._rgb[ray, channel] = self._rgb[ray, channel] + (isa.total(total) * share + self._bias[channel])
 
 
-def _try(function: Compiled, width: int, inputs: int, hidden: int, eps: float) -> None:
+def _try(function: Compiled, width: int, inputs: int, hidden: int, eps: float, tiles: bool) -> None:
     sizes = {"rays": 5, "samples": 19, "views": 5, "width": width, "inputs": inputs - 1, "hidden": hidden}
     x, values, ray_diff, mask, weights, biases, scales = random_blend(0, **sizes)
     generator = torch.Generator().manual_seed(0)
@@ -81,26 +107,54 @@ def _try(function: Compiled, width: int, inputs: int, hidden: int, eps: float) -
         torch.randn(*size, generator=generator) for size in ((width,), (width,), (3, width), (3,))
     )
     normal = F.layer_norm(x, (width,), gain, shift, eps)
+    tile_panel, atol = None, 2e-5
+    if tiles:
+        whole = Draw().whole(2 * (inputs - 1) + 4, hidden)
+        weights[1], tile_panel = whole.integers * whole.unit[:, None], color_tiles_of(whole)
+        values = torch.cat([values[..., :3], values[..., 3:].bfloat16().float()], dim=-1)
+        # A logit of the views is off by what bfloat16 makes of its inputs, and shares by as much of themselves.
+        most = values.abs().max() * 2 + ray_diff.abs().max()
+        atol = float(error_bound("bfloat16") * most * (weights[2].abs() @ weights[1].abs().sum(1)).max()) + 2e-5
+        assert tile_panel is not None
     rgb, shares = color_blend_twin(normal, values, ray_diff, mask, weights, biases, scales)
     expected = rgb + F.linear(normal.mean(1), regress, bias), shares, mask.any(-1)
-    beside = torch.cat([values[..., :3], mask[..., None].float(), values[..., 3:]], dim=-1)
-    panels = blend_panels(weights, biases, scales, current().lanes)
+    pixels = torch.cat([values[..., :3], mask[..., None].float()], dim=-1)
+    if tiles:
+        words = values[..., 3:].bfloat16().contiguous().view(torch.int32)
+        shown = words, ray_diff, mask.view(torch.uint8), pixels
+    else:
+        shown = torch.cat([pixels, values[..., 3:]], dim=-1), ray_diff, mask.view(torch.uint8)
+    panels = blend_panels(weights, biases, scales, current().lanes, tile_panel)
     tensors = behind_norm(panels, regress, bias, gain, shift)
     control, outcome = torch.tensor([0, 2], dtype=torch.int32), [torch.empty(5, 3), torch.empty(5, 19)]
     seen = torch.empty(5, 19, dtype=torch.bool)
-    function(x, beside, ray_diff, mask.view(torch.uint8), *tensors, control, *outcome, seen.view(torch.uint8))
+    function(x, *shown, *tensors, control, *outcome, seen.view(torch.uint8))
+    assert control[0] == 0, "it found an activation that it cannot express"
     for out, one in zip((*outcome, seen), expected, strict=True):
-        torch.testing.assert_close(out, one, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(out, one, rtol=1e-4, atol=atol)
 
 
 COLORS = Function("colors", _build, _try)
 
 
-def blend_panels(weights: list[Tensor], biases: list[Tensor], scales: Scales, lanes: int) -> pack_color_blend.Panels:
-    """`pack.gnt.color_blend.panels`, for values that have validity behind the colour."""
+def blend_panels(
+    weights: list[Tensor], biases: list[Tensor], scales: Scales, lanes: int, tiles: Tensor | None = None
+) -> pack_color_blend.Panels:
+    """`pack.gnt.color_blend.panels`, for values that have validity behind the colour.
+
+    Args:
+        tiles: of `color_tiles_of`, for what is packed.
+    """
     point, view, *logits = weights
     view = beside_validity(view, (0, (view.shape[1] - 4) // 2 + 4))
-    return pack_color_blend.panels([point, view, *logits], biases, scales, lanes)
+    panels = pack_color_blend.panels([point, view, *logits], biases, scales, lanes)
+    return panels if tiles is None else panels._replace(view=tiles)
+
+
+def color_tiles_of(view: WholeWeights) -> Tensor | None:
+    """The panel of the views' layer for matrix tiles; None where its sizes do not fit."""
+    inputs = (view.integers.shape[1] - 4) // 2
+    return pack_color_blend.tile_panel(view) if (inputs - 3) % GRANULE == 0 else None
 
 
 def behind_norm(
@@ -127,5 +181,8 @@ def colors(
     """
     rays, samples, width = x.shape
     outcomes = [((rays, 3), "float32"), ((rays, samples), "float32"), ((rays, samples), "uint8")]
-    spec = {"width": width, "inputs": shown.values.shape[-1], "hidden": hidden, "eps": eps}
-    return program.call_for(COLORS, [x, *shown, *map(program.weight, tensors)], outcomes, **spec)
+    tiles, (*_, of_view) = shown.pixels is not None, shown.values.shape
+    assert isinstance(of_view, int)
+    spec = {"width": width, "inputs": 2 * of_view + 4 if tiles else of_view, "hidden": hidden, "eps": eps}
+    arguments = [x, *shown.tensors, *map(program.weight, tensors)]
+    return program.call_for(COLORS, arguments, outcomes, **spec, tiles=tiles)

@@ -150,75 +150,126 @@ class Shown(NamedTuple):
     """What views show of samples.
 
     Attributes:
-        values: [R, S, V, 4 + C]: colour, validity and features.
+        values: [R, S, V, 4 + C]: colour, validity and features. Packed, [R, S, V, C / 2] int32: the features alone.
         ray_diff: [R, S, V, 4].
         mask: [R, S, V] uint8.
+        pixels: packed, [R, S, V, 4]: colour and validity.
     """
 
     values: Value
     ray_diff: Value
     mask: Value
+    pixels: Value | None = None
+
+    @property
+    def tensors(self) -> list[Value]:
+        """All that there are."""
+        return [value for value in self if value is not None]
 
 
 def _build_views(
     target: CpuTarget, inputs: int, hidden: int, width: int, with_moments: bool, tiles: bool
 ) -> T.PrimFunc:
-    """The function ``(Rays, panels, control, values, ray_diff, mask, embedding, query)``."""
+    """The function ``(Rays, panels, control, values, ray_diff, mask, embedding, query)``.
+
+    Args:
+        tiles: whether matrix tiles embed. Values and embedding are then packed, and pixels come behind the mask.
+    """
     isa = Isa(target)
     with T.function("views") as function:
         R, S, V = T.sizes(3)
-        origins, directions, depths = _rays_argument(R, S)
-        scene = Views.of_pixels(V)
+        of_rays, scene = _rays_argument(R, S), Views.of_pixels(V)
         layers = view_embedding.Layers.argument(isa, inputs, hidden, width, with_moments=with_moments)
         sizes = view_embedding.tile_sizes(inputs, hidden, width) if tiles else []
         shifts = panel_arguments("bfloat16", sizes)
         control = control_argument()
-        values, ray_diff = T.argument("values", (R, S, V, inputs)), T.argument("ray_diff", (R, S, V, 4))
-        mask = T.argument("mask", (R, S, V), "uint8")
-        embedding, query = T.argument("embedding", (R, S, V, width)), T.argument("query", (R, S, width))
+        shape, dtype, numbers = (R, S, V), "int32" if tiles else "float32", 2 if tiles else 1
+        values = T.argument("values", (*shape, (inputs - 4) // 2 if tiles else inputs), dtype)
+        ray_diff, mask = T.argument("ray_diff", (*shape, 4)), T.argument("mask", shape, "uint8")
+        pixels = T.argument("pixels", (*shape, 4)) if tiles else None
+        embedding = T.argument("embedding", (*shape, width // numbers), dtype)
+        query = T.argument("query", (R, S, width))
         values, ray_diff, embedding, query = map(rows_of, (values, ray_diff, embedding, query))
-        mask, images, maps = mask.flat(), scene.images.flat(), scene.maps.flat()
-
-        def place(point: Expr, axis: int) -> Expr:
-            ray, sample = T.truncdiv(point, S), T.truncmod(point, S)
-            return origins[ray, axis] + depths[ray, sample] * directions[ray, axis]
-
-        places = Places(place, lambda point, axis: origins[T.truncdiv(point, S), axis])
-        points = held(R * S)
-        span = isa.lanes * _BLOCKS_A_TASK
+        pixels, mask = None if pixels is None else rows_of(pixels), mask.flat()
+        images, maps = scene.images.flat(), scene.maps.flat()
+        places, points, span = _places(of_rays, S), held(R * S), isa.lanes * _BLOCKS_A_TASK
         with T.parallel((points + (span - 1)) // span) as task:
-            lookup = Lookup(isa, scene, images, maps)
-            block = view_embedding.Embedding(isa, layers, V * isa.lanes, isa.lanes, shifts)
+            lookup, rows = Lookup(isa, scene, images, maps), V * isa.lanes
+            if tiles:
+                block = view_embedding.EmbeddingInTiles(target, layers, rows, isa.lanes, shifts)
+            else:
+                block = view_embedding.Embedding(isa, layers, rows, isa.lanes)
+            seen = _Seen(isa, lookup, block.shown, block.seen, inputs, features_first=tiles)
             left = T.bind(T.min(T.int64(span), points - task * span))
             with T.serial((left + (isa.lanes - 1)) // isa.lanes) as number:
                 first = T.bind(task * span + number * isa.lanes)
                 count = T.bind(T.min(T.int64(isa.lanes), points - first))
+                row = T.bind(first * V)
                 lookup.load(first, count, places)
                 with T.serial(V) as v:
                     lookup.look(v)
                     with T.serial(count) as i:
-                        row = T.bind(i * V + v)
-                        _show(isa, lookup, v, i, block.shown.part(row), inputs)
-                        seen = T.select(block.shown[row, 3] > T.float32(VALID), lookup.seen[i], T.float32(0.0))
-                        block.seen[row] = seen
-                        mask[first * V + row] = T.cast(seen > T.float32(0.0), "uint8")
-                        for c in range(4):
-                            ray_diff[first * V + row, c] = lookup.difference[c * isa.lanes + i]
-                with T.serial(count * V) as row:
-                    copy_row(isa, block.shown.part(row), values.part(first * V + row), inputs)
-                block.emit(count, V, embedding.below(first * V), query.below(first))
-            block.finish(control)
+                        seen.note(v, i, i * V + v, row + i * V + v, ray_diff, mask, pixels)
+                if isinstance(block, view_embedding.EmbeddingInTiles):
+                    block.emit(count, V, values.below(row), embedding.below(row), query.below(first))
+                else:
+                    with T.serial(count * V) as i:
+                        copy_row(isa, block.shown.part(i), values.part(row + i), inputs)
+                    block.emit(count, V, embedding.below(row), query.below(first))
+            if isinstance(block, view_embedding.EmbeddingInTiles):
+                block.finish(control)
     return function.get()
 
 
-def _show(isa: Isa, lookup: Lookup, view: Expr, lane: Expr, row: Buffer, inputs: int) -> None:
-    """Write what a view shows of a point."""
-    channels = inputs - 4
-    row[T.ramp(0, 4)] = lookup.pixel(view, lane)
-    for c in range(0, channels - isa.lanes + 1, isa.lanes):
-        row[isa.at(4 + c)] = lookup.features(view, lane, c, isa)
-    for c in range(channels // isa.lanes * isa.lanes, channels):
-        row[4 + c] = lookup.feature(view, lane, c)
+def _places(of_rays: tuple[Buffer, Buffer, Buffer], S: Expr) -> Places:
+    """Where samples are, counted through all rays."""
+    origins, directions, depths = of_rays
+
+    def place(point: Expr, axis: int) -> Expr:
+        ray, sample = T.truncdiv(point, S), T.truncmod(point, S)
+        return origins[ray, axis] + depths[ray, sample] * directions[ray, axis]
+
+    return Places(place, lambda point, axis: origins[T.truncdiv(point, S), axis])
+
+
+class _Seen:
+    """Writes down what a view shows of a point.
+
+    Args:
+        shown, seen: for the embedding.
+        features_first: whether features come before colour and validity.
+    """
+
+    def __init__(
+        self, isa: Isa, lookup: Lookup, shown: Buffer, seen: Buffer, inputs: int, *, features_first: bool
+    ) -> None:
+        self._isa, self._lookup, self._shown, self._seen = isa, lookup, shown, seen
+        self._channels = inputs - 4
+        self._color, self._features = (self._channels, 0) if features_first else (0, 4)
+
+    def note(
+        self, view: Expr, lane: Expr, at: Expr, row: Expr, ray_diff: Buffer, mask: Buffer, pixels: Buffer | None
+    ) -> None:
+        """Of the view that was looked at last.
+
+        Args:
+            at: the row of `shown`.
+            row: that of the outcomes.
+        """
+        isa, lookup, shown, four = self._isa, self._lookup, self._shown.part(at), Isa(self._isa.target, 4)
+        pixel = four.keep(lookup.pixel(view, lane))
+        shown[four.at(self._color)] = pixel
+        if pixels is not None:
+            pixels[row, four.at(0)] = pixel
+        for c in range(0, self._channels - isa.lanes + 1, isa.lanes):
+            shown[isa.at(self._features + c)] = lookup.features(view, lane, c, isa)
+        for c in range(self._channels // isa.lanes * isa.lanes, self._channels):
+            shown[self._features + c] = lookup.feature(view, lane, c)
+        seen = T.select(shown[self._color + 3] > T.float32(VALID), lookup.seen[lane], T.float32(0.0))
+        self._seen[at] = seen
+        mask[row] = T.cast(seen > T.float32(0.0), "uint8")
+        for c in range(4):
+            ray_diff[row, c] = lookup.difference[c * isa.lanes + lane]
 
 
 def _try_views(function: Compiled, inputs: int, hidden: int, width: int, with_moments: bool, tiles: bool) -> None:
@@ -232,23 +283,29 @@ def _try_views(function: Compiled, inputs: int, hidden: int, width: int, with_mo
         layers = [draw.whole(inputs - 1, hidden), draw.whole(hidden, width)]
         weights[:2] = [layer.integers * layer.unit[:, None] for layer in layers]
         shifts = embedding_tiles(layers)
-    shape = 5, 7, 3
-    values, ray_diff = torch.empty(*shape, inputs), torch.empty(*shape, 4)
-    mask = torch.empty(shape, dtype=torch.bool)
-    embedding, query = torch.empty(*shape, width), torch.empty(5, 7, width)
-    packed = embedding_panels(weights, biases, current().lanes)
-    control, outcome = _control(), (values, ray_diff, mask.view(torch.uint8), embedding, query)
+    shape, numbers, dtype = (5, 7, 3), 2 if tiles else 1, torch.int32 if tiles else torch.float32
+    values = torch.empty(*shape, (inputs - 4) // 2 if tiles else inputs, dtype=dtype)
+    ray_diff, mask, pixels = torch.empty(*shape, 4), torch.empty(shape, dtype=torch.bool), torch.empty(*shape, 4)
+    embedding, query = torch.empty(*shape, width // numbers, dtype=dtype), torch.empty(5, 7, width)
+    packed = embedding_panels(weights, biases, current().lanes, features_first=tiles)
+    control, beside = _control(), [pixels] if tiles else []
+    outcome = values, ray_diff, mask.view(torch.uint8), *beside, embedding, query
     function(*_tensors(scene, directions, depths), *packed, *shifts, control, *outcome)
     assert control[0] == 0, "it found an activation that it cannot express"
-    shown = values[..., [0, 1, 2, *range(4, inputs)]]
-    for out, expected in zip((shown, ray_diff, mask), point_samples_twin(*scene), strict=True):
-        torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+    error = error_bound("bfloat16") if tiles else 0.0
+    if tiles:
+        values, embedding = (x.view(torch.bfloat16).float() for x in (values, embedding))
+        values = torch.cat([pixels, values], dim=-1)
+    shown, expected = values[..., [0, 1, 2, *range(4, inputs)]], point_samples_twin(*scene)
+    torch.testing.assert_close(shown, expected[0], rtol=1e-3, atol=1e-3 + error * float(expected[0].abs().max()))
+    for out, one in zip((ray_diff, mask), expected[1:], strict=True):
+        torch.testing.assert_close(out, one, rtol=1e-3, atol=1e-3)
+    shown = expected[0] if tiles else shown
     expected = view_embedding_twin(shown, mask, weights, biases)
-    error = 0.0
-    if tiles:  # of both layers, and what the second makes of the first one's
+    if tiles:  # of both layers, of what the second makes of the first one's, and of the outcome
         most = [shown.abs().max(), F.relu(F.linear(shown, weights[0], biases[0])).max()]
         sums = [weight.abs().sum(1).max() for weight in weights[:2]]
-        error = error_bound("bfloat16") * float((1.01 * most[0] * sums[0] + most[1]) * sums[1])
+        error *= float((1.01 * most[0] * sums[0] + most[1]) * sums[1] + expected[0].abs().max())
     for out, one in zip((embedding, query), expected, strict=True):
         torch.testing.assert_close(out, one, rtol=1e-4, atol=1e-4 + error)
 
@@ -256,19 +313,41 @@ def _try_views(function: Compiled, inputs: int, hidden: int, width: int, with_mo
 VIEWS = Function("views", _build_views, _try_views)
 
 
-def embedding_panels(weights: Sequence[Tensor], biases: Sequence[Tensor], lanes: int) -> pack_view_embedding.Panels:
-    """`pack.gnt.view_embedding.panels`, for values that have validity behind the colour."""
-    inputs = weights[0].shape[1]
-    spread = [beside_validity(weight, groups) for weight, groups in zip(weights, ((0,), (), (0, inputs)), strict=False)]
+def embedding_panels(
+    weights: Sequence[Tensor], biases: Sequence[Tensor], lanes: int, *, features_first: bool = False
+) -> pack_view_embedding.Panels:
+    """`pack.gnt.view_embedding.panels`, for values that have validity behind the colour.
+
+    Args:
+        features_first: whether the colour comes behind the features, as for `embedding_tiles`.
+    """
+    inputs, where = weights[0].shape[1], _color_at(weights[0].shape[1], features_first=features_first)
+    groups = ((where,), (), (where, inputs + where))
+    spread: list[Tensor] = []
+    for weight, colors in zip(weights, groups, strict=False):
+        parts = weight.split([inputs] * len(colors) + [weight.shape[1] - inputs * len(colors)], dim=1)
+        moved = [_in_order(part, where) for part in parts[: len(colors)]]
+        spread.append(beside_validity(torch.cat([*moved, *parts[len(colors) :]], dim=1), colors))
     return pack_view_embedding.panels(spread, biases, lanes)
+
+
+def _color_at(inputs: int, *, features_first: bool) -> int:
+    return inputs - 3 if features_first else 0
+
+
+def _in_order(weight: Tensor, color: int) -> Tensor:
+    """A weight [outputs, inputs] of colour and features, with the colour's inputs from one on."""
+    return weight if color == 0 else torch.cat([weight[:, 3:], weight[:, :3]], dim=1)
 
 
 def embedding_tiles(layers: Sequence[WholeWeights]) -> list[Tensor]:
     """Panels for matrix tiles, of both layers; none where their sizes do not fit."""
     first, second = layers
-    integers = beside_validity(first.integers, (0,))
-    if second.integers.shape[1] % GRANULE:
+    inputs = first.integers.shape[1]
+    if any(size % GRANULE for size in (inputs - 3, *second.integers.shape)):
         return []
+    color = _color_at(inputs, features_first=True)
+    integers = beside_validity(_in_order(first.integers, color), (color,))
     integers = F.pad(integers, (0, -integers.shape[1] % GRANULE))
     return [shift_panel(layer, "bfloat16") for layer in (first._replace(integers=integers), second)]
 
@@ -279,13 +358,19 @@ def views(
     """What views show of samples, embedded [R, S, V, width], and the first queries [R, S, width].
 
     Args:
-        tiles: of `embedding_tiles`; without, products are those of float32.
+        panels: of `embedding_panels`, features first with tiles.
+        tiles: of `embedding_tiles`: what is shown is packed, and so is the embedding [R, S, V, width / 2]. Without,
+            products are those of float32.
     """
     inputs, hidden = panels.first.shape[0], panels.second.shape[0]
-    shape = (*rays.samples, rays.centers.shape[0])
-    floats = [(shape, inputs), (shape, 4), (shape, width), (rays.samples, width)]
-    outcomes: list[Any] = [((*leading, size), "float32") for leading, size in floats]
-    outcomes.insert(2, (shape, "uint8"))
+    shape, samples = (*rays.samples, rays.centers.shape[0]), rays.samples
+    outcomes: list[Any] = [((*shape, 4), "float32"), (shape, "uint8")]
+    if tiles:
+        outcomes = [((*shape, (inputs - 4) // 2), "int32"), *outcomes, ((*shape, 4), "float32")]
+        outcomes += [((*shape, width // 2), "int32")]
+    else:
+        outcomes = [((*shape, inputs), "float32"), *outcomes, ((*shape, width), "float32")]
+    outcomes.append(((*samples, width), "float32"))
     spec = {"inputs": inputs, "hidden": hidden, "width": width, "with_moments": bool(panels.moments.numel())}
     arguments = [*rays, *map(program.weight, (*panels, *tiles))]
     *shown, embedding, query = program.call_for(VIEWS, arguments, outcomes, **spec, tiles=bool(tiles))

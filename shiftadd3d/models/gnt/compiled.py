@@ -87,15 +87,23 @@ def _emit_view_transformer(
     shown: Shown,
     embedding: Value,
     form: AnyForm,
+    view_form: AnyForm,
     routed: list[Value],
 ) -> Value:
     attention = block.attn
     if type(attention) is not FrozenViewAttention:
         raise e.refusal(attention, "which is not registered")
-    norm, panels = _norm(e, block.attn_norm), pack_view_attention.Panels(*attention.panels()[:8])
-    found, shifts = _shift_panels(attention, form, ("key", "row", "out"))
+    norm, panels = _norm(e, block.attn_norm), _view_panels(attention)
+    names = ("row", "out") if view_form == "bfloat16" or pack_view_attention.merges_key(current()) else ()
+    found, shifts = _shift_panels(attention, view_form, names or ("key", "row", "out"))
+    if found == "bfloat16" and not pack_view_attention.fits_tiles(panels):
+        found, shifts = "float32", []
     x = blocks.view_block(e.program, x, shown, embedding, panels, shifts, found, norm)
     return _feed_forward(e, block.ff, x, _norm(e, block.ff_norm), form, routed)
+
+
+def _view_panels(attention: FrozenViewAttention) -> pack_view_attention.Panels:
+    return pack_view_attention.Panels(*attention.panels()[:8])
 
 
 register_emitter(ViewTransformer, _emit_view_transformer)
@@ -178,7 +186,7 @@ def _emit_identity(e: Emission, layer: nn.Identity, x: Value, **_: Any) -> Value
 register_emitter(nn.Identity, _emit_identity)
 
 
-def _network(e: Emission, net: GNT, form: AnyForm, *, channels: int, canonical: bool) -> None:
+def _network(e: Emission, net: GNT, form: AnyForm, view_form: AnyForm, *, channels: int, canonical: bool) -> None:
     """Inputs and outputs of a program that renders rays with a network, once their samples' depths are known.
 
     Outputs are rgb [R, 3], weights [R, S], whether any view sees a sample [R, S], and where the mixtures' tokens went.
@@ -193,22 +201,46 @@ def _network(e: Emission, net: GNT, form: AnyForm, *, channels: int, canonical: 
     if width % current().lanes:
         raise e.refusal(net, f"of {width} channels, which are no whole vectors")
     of_rays, routed = Rays.inputs(e.program, channels), list[Value]()
-    layers = net.embedding_layers()
-    weights, biases = _all(layers)
-    panels = rays.embedding_panels(weights, biases, current().lanes)
-    whole = _whole([*layers.values()][:2], weights[:2], form) if form == "bfloat16" else None
-    tiles = [] if whole is None else rays.embedding_tiles(whole)
-    shown, embedding, x = rays.views(e.program, of_rays, panels, width, tiles)
+    layers, tiles = net.embedding_layers(), _tiles_of(net, form)
+    embedding_tiles, color_tiles = tiles or ([], None)
+    panels = rays.embedding_panels(*_all(layers), current().lanes, features_first=tiles is not None)
+    shown, embedding, x = rays.views(e.program, of_rays, panels, width, embedding_tiles)
     for i, (of_views, of_ray) in enumerate(zip(net.view_crosstrans, net.view_selftrans, strict=True)):
-        x = e.emit(of_views, x, shown=shown, embedding=embedding, form=form, routed=routed)
+        x = e.emit(of_views, x, shown=shown, embedding=embedding, form=form, view_form=view_form, routed=routed)
         if i % 2 == 0:
             x = e.emit(net.q_fcs[i], x, rays=of_rays, canonical=canonical)
         x = e.emit(of_ray, x, form=form, routed=routed)
     gain, shift, eps = _norm(e, net.norm)
-    blend = head.blend_panels(*_all(color_head.blend_layers()), color_head.scales(), current().lanes)
+    blending = *_all(color_head.blend_layers()), color_head.scales(), current().lanes
+    blend = head.blend_panels(*blending, tiles=color_tiles)
     weight, bias = (color_head.regressed_scale * x for x in (net.rgb_fc.weight, net.rgb_fc.bias))
     tensors = head.behind_norm(blend, weight, bias, gain, shift)
     e.program.output(*head.colors(e.program, x, shown, tensors, color_head.hidden, eps), *routed)
+
+
+def _tiles_of(net: FrozenGNT, form: AnyForm) -> tuple[list[Tensor], Tensor] | None:
+    """Panels of the embedding's layers and of the blend's for matrix tiles: what views show is then packed.
+
+    None where a weight would be rounded, or where something reads what views show that takes no tiles.
+    """
+    if form != "bfloat16" or not isinstance(net.color_head, FrozenImageColorHead):
+        return None
+    embedding = [*net.embedding_layers().values()][:2]
+    layers = [*embedding, net.color_head.view_fc]
+    weights, _ = weights_and_biases({str(number): layer for number, layer in enumerate(layers)})
+    whole = [found for pair in zip(layers, weights, strict=True) for found in _whole(pair[:1], pair[1:], form) or ()]
+    if len(whole) < len(layers) or not all(map(_takes_tiles, net.view_crosstrans)):
+        return None
+    of_embedding, of_blend = rays.embedding_tiles(whole[:2]), head.color_tiles_of(whole[2])
+    return None if not of_embedding or of_blend is None else (of_embedding, of_blend)
+
+
+def _takes_tiles(block: nn.Module) -> bool:
+    """Whether the attention of a view transformer takes matrix tiles."""
+    attention = block.attn
+    if type(attention) is not FrozenViewAttention or not hasattr(attention, "panel_bfloat16_out"):
+        return False
+    return pack_view_attention.fits_tiles(_view_panels(attention))
 
 
 def _all(layers: dict[str, nn.Module]) -> tuple[list[Tensor], list[Tensor]]:
@@ -235,7 +267,10 @@ def programs_of(model: GNTModel, exactness: Exactness) -> dict[str, Program]:
     Raises:
         Unserved: something in it is not registered, or someone watches it.
     """
-    form = "float32" if exactness == "safe" else panel_form(current(), exactness) or "float32"
+    forms: tuple[AnyForm, AnyForm] = "float32", "float32"
+    if exactness != "safe":
+        of_views = pack_view_attention.shift_form(current(), exactness)
+        forms = panel_form(current(), exactness) or "float32", of_views or "float32"
     channels, canonical = model.config.feature_dim, model.config.canonical
     programs: dict[str, Program] = {}
 
@@ -253,7 +288,7 @@ def programs_of(model: GNTModel, exactness: Exactness) -> dict[str, Program]:
         programs |= {"around": around(), "between": between()}
     for name, net in (("coarse", model.net_coarse), ("fine", model.net_fine)):
         if net is not None:
-            emit(name, net, _network, form=form, channels=channels, canonical=canonical)
+            emit(name, net, _network, form=forms[0], view_form=forms[1], channels=channels, canonical=canonical)
     return programs
 
 

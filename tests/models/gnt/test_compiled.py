@@ -19,9 +19,11 @@ import shiftadd3d
 from shiftadd3d import UserError
 from shiftadd3d.kernels import numerics
 from shiftadd3d.kernels.pack.shift import panel_form
+from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.kernels.runtime.kernel import KERNELS
 from shiftadd3d.kernels.runtime.targets import current
 from shiftadd3d.kernels.whole import background, executable
+from shiftadd3d.kernels.whole.gnt.blocks import VIEW_ATTENTION
 from shiftadd3d.models.gnt import GNTModel, SourceViews
 from shiftadd3d.models.gnt.compiled import programs_of
 from shiftadd3d.models.gnt.projection import Silhouettes
@@ -109,7 +111,7 @@ def test_networks_render_what_plain_torch_does(config, views, network: str, no_k
 @pytest.mark.parametrize("exactness", ["fast", "int8"])
 @pytest.mark.parametrize(("name", "other"), [("mult", "mult"), ("add+shift-attn+moe", "mult"), ("add+shift", "shift")])
 def test_numerics_round_as_kernels_one_by_one_do(config, views, name: str, other: str, exactness: str) -> None:
-    model = make(config, name, other)
+    model = make(config, name, other, feature_dim=32)
     sources = views(model)
     found = render(compiled_quietly(model, exactness), sources)
     with numerics(exactness):
@@ -157,13 +159,37 @@ def test_views_are_embedded_in_tiles_where_no_weight_is_rounded(config) -> None:
         pytest.skip("products of bfloat16 take AMX")
 
     def in_tiles(exactness: str, other_linear: str = "shift") -> bool:
-        calls = programs_of(make(config, "add+shift", other_linear), exactness)["coarse"].calls
-        [found] = [spec["tiles"] for spec in (dict(call.spec) for call in calls) if "tiles" in spec]
+        calls = programs_of(make(config, "add+shift", other_linear, feature_dim=32), exactness)["coarse"].calls
+        [found] = {spec["tiles"] for spec in (dict(call.spec) for call in calls) if "tiles" in spec}
         return found
 
     assert in_tiles("fast") and in_tiles("int8")
     assert not in_tiles("exact") and not in_tiles("safe")
     assert not in_tiles("fast", "mult"), "weights would be rounded"
+
+
+def test_view_attention_takes_the_integers_that_kernels_take_without_vnni(
+    config, views, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not targets.runs_here(targets.find("avx2")):
+        pytest.skip("this CPU cannot run avx2")
+    monkeypatch.setenv(targets.ENVIRONMENT_VARIABLE, "avx2")
+    current.cache_clear()
+    try:
+        model = make(config, "add+shift-attn+moe")
+
+        def forms(exactness: str) -> set[str]:
+            calls = programs_of(model, exactness)["coarse"].calls
+            return {dict(call.spec)["form"] for call in calls if call.function is VIEW_ATTENTION}
+
+        assert forms("int8") == {"int16"}
+        assert forms("fast") == forms("exact") == forms("safe") == {"float32"}, "weights are too coarse"
+        sources = views(model)
+        found = render(compiled_quietly(model, "int8"), sources)
+        with numerics("int8"):
+            assert_same_picture(found, render(model, sources), share=0.7, tolerance=2e-2)
+    finally:
+        current.cache_clear()
 
 
 def test_several_calls_make_one_picture_and_threads_make_no_difference(config, views, monkeypatch) -> None:
