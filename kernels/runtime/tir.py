@@ -309,6 +309,11 @@ int64: Callable[[int], Expr] = _expression("int64")
 float32: Callable[[float], Expr] = _expression("float32")
 
 
+def known(x: Index) -> int | None:
+    """An integer that is known while code is emitted, also where it is one of TVM's; None for any other."""
+    return x if isinstance(x, int) else getattr(x, "value", None) if type(x).__name__ == "IntImm" else None
+
+
 def ramp(start: Index, count: int) -> Expr:
     """The vector start, start + 1, ...: the index of `count` elements side by side."""
     return _tirx().ramp(start, 1, count)

@@ -30,6 +30,8 @@ from shiftadd3d.kernels.whole.products import (
 )
 from shiftadd3d.kernels.whole.program import Exactness, Function, Program, Value
 
+_VECTOR = 16  # numbers of the widest
+
 
 class Window(NamedTuple):
     """How a convolution looks at pictures [B, C, H, W], or at tokens [B, H * W, C].
@@ -63,13 +65,19 @@ class Window(NamedTuple):
 
     @property
     def inputs(self) -> int:
-        """Of the linear layer that a convolution is."""
+        """Of the linear layer that a convolution is. Of pictures, whole vectors: there are zeros behind the last."""
+        return -(-self.looked_at // _VECTOR) * _VECTOR if self.pictures else self.looked_at
+
+    @property
+    def looked_at(self) -> int:
+        """How many of them there are without such zeros."""
         return (self.channels if self.pictures else 1) * self.kernel * self.run
 
     def arranged(self, weight: Tensor) -> Tensor:
         """A weight [outputs, channels, kernel, kernel] of any dtype as that layer's [outputs, inputs]."""
         if self.pictures:
-            return F.pad(weight, (0, self.run - self.kernel)).flatten(1)
+            runs = F.pad(weight, (0, self.run - self.kernel)).flatten(1)
+            return F.pad(runs, (0, self.inputs - self.looked_at))
         return weight.permute(0, 2, 3, 1).flatten(1)
 
 
@@ -144,6 +152,7 @@ def _build_convolution(
     window: Window,
     eps_before: float | None,
     eps_behind: float | None,
+    outputs: int,
     longest: int,
 ) -> T.PrimFunc:
     """The function ``(x, norm before, layer's weights, norm behind, control, y)``, y [B, tokens, outputs]."""
@@ -151,17 +160,17 @@ def _build_convolution(
     window = Window(*window)
     height, width = window.grid
     with T.function("convolution") as function:
-        batch, outputs = T.sizes(2)
-        channels, inputs = T.int64(window.channels), T.int64(window.inputs)
+        (batch,) = T.sizes(1)
+        channels, inputs, columns = (T.int64(size) for size in (window.channels, window.inputs, outputs))
         if window.pictures:
             x = T.argument("x", (batch, channels, window.height, window.width))
         else:
             x = T.argument("x", (batch, window.height * window.width, channels))
         before = None if eps_before is None else Norm.arguments(channels, eps_before)
-        weights = weights_argument(product, "", terms, inputs, outputs)
-        behind = None if eps_behind is None else Norm.arguments(outputs, eps_behind, "behind")
+        weights = weights_argument(product, "", terms, inputs, columns)
+        behind = None if eps_behind is None else Norm.arguments(columns, eps_behind, "behind")
         control = control_argument()
-        y = T.argument("y", (batch, height * width, outputs))
+        y = T.argument("y", (batch, height * width, columns))
         x, y = x.flat(), rows_of(y)
         padded = _Padded(window, batch, isa.lanes)
         padded.fill(isa, x, before)
@@ -171,6 +180,8 @@ def _build_convolution(
             top = held(task * block)
             count = held(T.min(block, rows - top))
             patches = T.alloc(isa.lanes, inputs)
+            with T.serial(isa.lanes) as row, T.serial(window.inputs - window.looked_at) as i:
+                patches[row, window.looked_at + i] = T.float32(0)
 
             def before_rows(first: Expr, some: Expr) -> None:
                 size = T.int64(height * width)
@@ -185,7 +196,7 @@ def _build_convolution(
 
             scratch = product.scratch(longest, inputs)
             product.stage(scratch, count, inputs, load, control, before_rows)
-            panels = T.bind((outputs + (product.columns - 1)) // product.columns)
+            panels = T.bind((columns + (product.columns - 1)) // product.columns)
             store = isa.writer(y, lambda row: top + row)
             product.panels(scratch, count, weights, T.int64(0), panels, lambda x: x, store)
             product.release()
@@ -194,7 +205,7 @@ def _build_convolution(
                 with T.serial((count + (isa.lanes - 1)) // isa.lanes) as batch:
                     first = T.bind(batch * isa.lanes)
                     some = T.bind(T.min(T.int64(isa.lanes), count - first))
-                    behind.emit(isa, lines[0], first, some, outputs, lines[1])
+                    behind.emit(isa, lines[0], first, some, columns, lines[1])
     return function.get()
 
 
@@ -212,18 +223,19 @@ def _try_convolution(
     window: Window,
     eps_before: float | None,
     eps_behind: float | None,
+    outputs: int,
     longest: int,
 ) -> None:
     draw, window = Draw(), Window(*window)
-    layer, matrix = random_layer(draw, window.inputs, 37, bits, terms)
+    layer, matrix = random_layer(draw, window.inputs, outputs, bits, terms)
     x = draw.normal(2, window.channels, window.height, window.width)
     given = x if window.pictures else x.flatten(2).mT.contiguous()
-    gains = [(draw.normal(size) + 1, draw.normal(size)) for size in (window.channels, 37)]
+    gains = [(draw.normal(size) + 1, draw.normal(size)) for size in (window.channels, outputs)]
     before, behind = (
         [] if eps is None else list(pair) for eps, pair in zip((eps_before, eps_behind), gains, strict=True)
     )
     tokens = window.grid[0] * window.grid[1]
-    control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty(2, tokens, 37)
+    control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty(2, tokens, outputs)
     function(given, *before, *tensors_of(layer), *behind, control, y)
     assert control[0] == 0, "it found an activation that it cannot express"
     if eps_before is not None:
@@ -233,13 +245,13 @@ def _try_convolution(
     high = F.pad(x, (window.padding, window.padding + more, window.padding, window.padding))
     cut = high.unfold(2, window.kernel, window.stride).unfold(3, window.kernel + more, window.stride)
     cut = cut.permute(0, 2, 3, 1, 4, 5) if window.pictures else cut.permute(0, 2, 3, 4, 5, 1)
-    patches = cut.flatten(3).flatten(1, 2)
+    patches = F.pad(cut.flatten(3).flatten(1, 2), (0, window.inputs - window.looked_at))
     expected = F.linear(patches, matrix, layer.bias)
     size = patches.abs() @ matrix.abs().T
     bound = error_bound(form, bits) * patches.abs().amax(-1, keepdim=True) * matrix.abs().sum(-1) + size * 1e-6 + 1e-5
     if eps_behind is not None:
         spread = expected.std(-1, keepdim=True, correction=0)
-        expected = F.layer_norm(expected, (37,), behind[0], behind[1], eps_behind)
+        expected = F.layer_norm(expected, (outputs,), behind[0], behind[1], eps_behind)
         bound = bound.amax(-1, keepdim=True) * 4 / spread * behind[0].abs() + 1e-5
     check_within(y, expected, bound)
 
@@ -273,6 +285,7 @@ def convolution(
         window=tuple(window),
         eps_before=None if before is None else before[2],
         eps_behind=None if behind is None else behind[2],
+        outputs=layer.outputs,
     )
 
 

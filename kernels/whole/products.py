@@ -65,6 +65,8 @@ def weight_values(program: Program, layer: LinearWeights) -> list[Value]:
 
 # One layer
 
+_NARROW = 64  # inputs, up to which a function of its own is made for each number
+
 
 def _build_linear(
     target: CpuTarget,
@@ -75,14 +77,17 @@ def _build_linear(
     activation: Activation,
     residual: bool,
     longest: int,
+    narrow: int,
 ) -> T.PrimFunc:
     """The function ``(x, norm's weight and bias, layer's weights, what is added, control, y)``.
 
     x [B, N, inputs], y and what is added [B, N, outputs]. There is a norm with an `eps`, an addition if `residual`.
+    Inputs are `narrow` unless that is 0.
     """
     isa, product = Isa(target), product_of(target, form, bits, terms)
     with T.function("linear") as function:
         batch, tokens, inputs, outputs = T.sizes(4)
+        inputs = T.int64(narrow) if narrow else inputs
         x = T.argument("x", (batch, tokens, inputs))
         norm = None if eps is None else Norm.arguments(inputs, eps)
         weights = weights_argument(product, "", terms, inputs, outputs)
@@ -130,8 +135,10 @@ def normed(isa: Isa, norm: Norm, load: T.Load, width: Expr) -> tuple[T.Load, Cal
 
 
 def _resolve_linear(target: CpuTarget, exactness: Exactness, spec: dict[str, Any]) -> dict[str, Any]:
-    form = form_of(target, exactness, spec["bits"], spec["terms"])
-    return spec | {"form": form, "longest": longest_block(target, form, spec.pop("inputs"), BLOCK_BYTES)}
+    form, inputs = form_of(target, exactness, spec["bits"], spec["terms"]), spec.pop("inputs")
+    # Of so few, each that is taken at a time counts.
+    narrow = inputs if inputs <= _NARROW and inputs % target.lanes == 0 else 0
+    return spec | {"form": form, "longest": longest_block(target, form, inputs, BLOCK_BYTES), "narrow": narrow}
 
 
 def _try_linear(
@@ -143,10 +150,11 @@ def _try_linear(
     activation: Activation,
     residual: bool,
     longest: int,
+    narrow: int,
 ) -> None:
     """Odd sizes with tails on every side, more than one block of inputs and of rows."""
     rows, columns = tile_shape(targets.current(), form)
-    draw, inputs, outputs = Draw(), 16 * 20 + 5, columns + 3
+    draw, inputs, outputs = Draw(), narrow or 16 * 36 + 5, columns + 3
     layer, matrix = random_layer(draw, inputs, outputs, bits, terms)
     x, added = draw.normal(3, longest // 2 + rows + 1, inputs), draw.normal(3, longest // 2 + rows + 1, outputs)
     norm = [draw.normal(inputs) + 1, draw.normal(inputs)] if eps is not None else []
@@ -257,7 +265,7 @@ def _try_perceptron(
 ) -> None:
     rows, columns = tile_shape(targets.current(), form)
     draw = Draw()
-    widths = (columns + 3, 16 * 20 + 5, columns + 7)
+    widths = (columns + 3, 16 * 36 + 5, columns + 7)
     (one, first), (two, second) = (random_layer(draw, *between, bits, terms) for between in itertools.pairwise(widths))
     x, added = draw.normal(1, longest + rows + 1, widths[0]), draw.normal(1, longest + rows + 1, widths[-1])
     norm = [draw.normal(widths[0]) + 1, draw.normal(widths[0])] if eps is not None else []

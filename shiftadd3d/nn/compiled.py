@@ -24,7 +24,16 @@ from shiftadd3d.kernels.runtime import kernel, targets
 from shiftadd3d.kernels.runtime.numerics import Numerics, check_numerics, get_numerics, numerics
 from shiftadd3d.kernels.runtime.recording import is_exported
 from shiftadd3d.kernels.runtime.threads import follow_torch
-from shiftadd3d.kernels.whole import deployment, executable, grids, mixtures, products, softmax, tokens
+from shiftadd3d.kernels.whole import (
+    conv_perceptrons,
+    deployment,
+    executable,
+    grids,
+    mixtures,
+    products,
+    softmax,
+    tokens,
+)
 from shiftadd3d.kernels.whole.background import Supply
 from shiftadd3d.kernels.whole.grids import Window
 from shiftadd3d.kernels.whole.program import Dim, Exactness, Program, Value
@@ -159,6 +168,12 @@ class Emission:
             raise self.refusal(act, "which is not registered")
         if not (isinstance(conv, nn.Conv2d) and is_depthwise(conv) and conv.out_channels >= targets.current().lanes):
             raise self.refusal(conv, "which is not registered, or has fewer channels than a vector")
+        if not isinstance(first, FrozenMoE) and not isinstance(second, FrozenMoE):
+            layers = self.weights(first), self.weights(second)
+            if conv_perceptrons.serves(layers, conv.weight, grid, 2 * targets.current().lanes):
+                return conv_perceptrons.conv_perceptron(
+                    self.program, x, layers, conv.weight, conv.bias, grid, activation, norm=norm, residual=residual
+                )
         hidden = self.linear(first, x, norm)
         behind = None if isinstance(second, FrozenMoE) else self.weights(second)
         hidden = tokens.depthwise(

@@ -16,6 +16,7 @@ from shiftadd3d.kernels.pack.shift import panel_forms
 from shiftadd3d.kernels.pack.whole import ordinary
 from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.kernels.whole import executable
+from shiftadd3d.kernels.whole.conv_perceptrons import CONV_PERCEPTRON
 from shiftadd3d.kernels.whole.gnt.blocks import POSITION, RAY_BLOCK, VIEW_ATTENTION
 from shiftadd3d.kernels.whole.gnt.head import COLORS
 from shiftadd3d.kernels.whole.gnt.perceptrons import PERCEPTRONS
@@ -33,12 +34,14 @@ tvm = pytest.importorskip("tvm")
 LAYER = {"bits": 4, "terms": 1, "eps": 1e-6, "activation": "gelu", "residual": True}
 BARE = {"eps": None, "activation": "none", "residual": False}
 SHIFT, DENSE = {"bits": 4, "terms": 1}, {"bits": 0, "terms": 0}
+DENSE_TO, SHIFT_TO = ({"outputs": 37} | layer for layer in (DENSE, SHIFT))
 DENSE_BEHIND = {"behind": (0, 0)}
 GELU = {"activation": "gelu", "added": False, "last": False}
 VALUES = DENSE_BEHIND | {"activation": "none", "added": True, "last": True}
 MIXED = {"experts": (0, 1), "bits": 4, "residual": True}
 CASES: list[tuple[Function, dict[str, Any]]] = [
     (LINEAR, LAYER | {"inputs": 325}),
+    (LINEAR, LAYER | {"inputs": 32}),
     (LINEAR, LAYER | BARE | {"bits": 5, "inputs": 325}),
     (LINEAR, LAYER | BARE | {"terms": 2, "inputs": 325}),
     (LINEAR, LAYER | {"bits": 0, "terms": 0, "inputs": 325}),
@@ -54,9 +57,12 @@ CASES: list[tuple[Function, dict[str, Any]]] = [
     (DEPTHWISE, VALUES | {"kernel_size": 3, "grid": (5, 14)}),
     (DEPTHWISE, GELU | DENSE_BEHIND | {"kernel_size": 5, "grid": (3, 2)}),
     (DEPTHWISE, GELU | {"kernel_size": 3, "grid": (4, 9), "behind": (4, 1)}),
-    (CONVOLUTION, DENSE | {"window": Window(True, 3, 19, 22, 7, 4, 3), "eps_before": None, "eps_behind": 1e-5}),
-    (CONVOLUTION, DENSE | {"window": Window(False, 24, 9, 6, 3, 2, 1), "eps_before": 1e-6, "eps_behind": None}),
-    (CONVOLUTION, SHIFT | {"window": Window(False, 20, 9, 6, 2, 2, 0), "eps_before": 1e-6, "eps_behind": 1e-5}),
+    (CONV_PERCEPTRON, SHIFT | {"eps": 1e-6, "activation": "gelu", "sizes": (20, 64, 37, 60, 40)}),
+    (CONV_PERCEPTRON, SHIFT | {"eps": None, "activation": "relu", "sizes": (160, 640, 160, 9, 3)}),
+    (CONV_PERCEPTRON, DENSE | {"eps": 1e-6, "activation": "gelu", "sizes": (32, 96, 35, 5, 14)}),
+    (CONVOLUTION, DENSE_TO | {"window": Window(True, 3, 19, 22, 7, 4, 3), "eps_before": None, "eps_behind": 1e-5}),
+    (CONVOLUTION, DENSE_TO | {"window": Window(False, 24, 9, 6, 3, 2, 1), "eps_before": 1e-6, "eps_behind": None}),
+    (CONVOLUTION, SHIFT_TO | {"window": Window(False, 20, 9, 6, 2, 2, 0), "eps_before": 1e-6, "eps_behind": 1e-5}),
     (SPREAD, {}),
     (MIXTURE, MIXED | {"depth": 2, "activation": "gelu", "gated": True, "eps": 1e-6, "widths": (192, 768)}),
     (MIXTURE, MIXED | {"depth": 1, "activation": "none", "gated": False, "eps": None, "widths": (192,)}),

@@ -230,6 +230,16 @@ class ShiftProduct(Decoder):
         zeros behind them, first: LLVM makes a call of copying those, across which no vector stays in a register."""
         isa, lanes, size = self.isa, self.isa.lanes, group * self.isa.lanes
         starts = range(0, size, lanes)
+        known = T.known(count)
+        if known is not None and known % lanes == 0:
+            with T.serial(known // size) as i:
+                use([T.bind(load(row, first + (i * size + j), lanes)) for j in starts], i)
+            behind = known // size * size
+            if behind < known:
+                zero, last = isa.splat(0), [behind + j for j in starts]
+                xs = [T.bind(load(row, first + j, lanes)) if j < known else zero for j in last]
+                use(xs, T.int64(known // size))
+            return
         rest = T.alloc(size)
         part, left = T.bind(count // size), T.bind(count % size)
         with T.when(left > 0):
@@ -248,6 +258,15 @@ class ShiftProduct(Decoder):
 
     def each_block(self, scratch: Scratch, inputs: Expr, use: Callable[[Expr, Expr, Expr], None]) -> None:
         """Emit ``use(block, first input, number of inputs)`` for all blocks of inputs."""
+        known = T.known(inputs)
+        if known is not None:
+            whole, rest = divmod(known, self.block)
+            if whole:
+                with T.serial(whole) as block:
+                    use(block, T.bind(block * self.block), T.int64(self.block))
+            if rest:
+                use(T.int64(whole), T.int64(whole * self.block), T.int64(rest))
+            return
         with T.serial(scratch.blocks) as block:
             first = T.bind(block * self.block)
             use(block, first, T.bind(T.min(inputs - first, T.int64(self.block))))

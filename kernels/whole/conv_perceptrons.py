@@ -1,0 +1,382 @@
+"""Two linear layers with a depthwise convolution between them, a band of a grid's rows at a time.
+
+What lies between the layers is several times as wide as what they read and write. Here it never leaves the second-level
+cache: for each panel of hidden channels, the first layer is followed at once by the convolution and the activation. A
+task goes down its rows, and keeps the last two rows before the convolution for the band that follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shiftadd3d.kernels.cpu.blocks import COARSE_GELU_ERROR
+from shiftadd3d.kernels.cpu.decode import Scratch, Weights
+from shiftadd3d.kernels.cpu.forms import Form, error_bound
+from shiftadd3d.kernels.cpu.forms.base import ShiftProduct
+from shiftadd3d.kernels.cpu.forms.float32 import Float32Product
+from shiftadd3d.kernels.cpu.isa import Isa
+from shiftadd3d.kernels.cpu.trials import Draw, check_within
+from shiftadd3d.kernels.pack.whole import LinearWeights
+from shiftadd3d.kernels.reference.activations import Activation
+from shiftadd3d.kernels.reference.depthwise import depthwise_conv_twin
+from shiftadd3d.kernels.runtime import tir as T
+from shiftadd3d.kernels.runtime.kernel import Compiled
+from shiftadd3d.kernels.runtime.targets import CpuTarget
+from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index, Store
+from shiftadd3d.kernels.whole.parts import Norm, control_argument, held, rows_of, threads_of
+from shiftadd3d.kernels.whole.products import (
+    form_of,
+    norm_values,
+    normed,
+    product_of,
+    random_layer,
+    tensors_of,
+    weight_values,
+    weights_argument,
+)
+from shiftadd3d.kernels.whole.program import Exactness, Function, Program, Value
+
+KERNEL = 3
+"""Of the convolution, along both sides."""
+_REACH = KERNEL // 2
+
+# Of a band's hidden activations, before and behind the convolution. More bands cost more decoding of weights.
+_BAND_BYTES = 9 << 17
+# Of fewer tokens, threads have more from a share of the outputs each, and the cache holds all.
+_LEAST_TOKENS = 128
+
+
+class Sizes(NamedTuple):
+    """What is compiled in: widths of tokens, and the grid that they lie on."""
+
+    inputs: int
+    hidden: int
+    outputs: int
+    height: int
+    width: int
+
+
+class _Band:
+    """Hidden activations of a band of rows, in the memory of a task, panel by panel.
+
+    Before the convolution, a row of the grid has a place with a column of zeros at either end; places are used in turn.
+    """
+
+    def __init__(self, isa: Isa, sizes: Sizes, columns: int, rows: int) -> None:
+        self._isa, self._sizes, self._columns = isa, sizes, columns
+        self.rows = rows
+        self._places, self._pitch = rows + 2 * _REACH, sizes.width + 2 * _REACH
+        panels = sizes.hidden // columns
+        self._before = T.alloc(panels, self._places * self._pitch, columns)
+        self.behind = T.alloc(panels, rows * sizes.width, columns)
+        self._of_token = T.alloc(self._places * sizes.width, dtype="int32")
+
+    def clear_sides(self) -> None:
+        """Before anything else."""
+        self._each_panel(self._clear_sides)
+
+    def _clear_sides(self, panel: Expr) -> None:
+        with T.serial(self._places) as place:
+            for column in (*range(_REACH), *range(self._pitch - _REACH, self._pitch)):
+                self._clear(panel, place * self._pitch + column)
+
+    def clear_row(self, row: Index) -> None:
+        """Of a row beyond the grid."""
+        start = held(self._start(row))
+
+        def of_panel(panel: Expr) -> None:
+            with T.serial(self._sizes.width) as column:
+                self._clear(panel, start + column + _REACH)
+
+        self._each_panel(of_panel)
+
+    def _each_panel(self, use: Callable[[Expr], None]) -> None:
+        with T.serial(self._before.extent(0)) as panel:
+            use(panel)
+
+    def _clear(self, panel: Expr, token: Expr) -> None:
+        for j in range(0, self._columns, self._isa.lanes):
+            self._before[panel, token, self._isa.at(j)] = self._isa.splat(0.0)
+
+    def _start(self, row: Index) -> Expr:
+        """Where a row of the grid begins; the one above the grid is -1."""
+        return T.truncmod(row + _REACH, T.int64(self._places)) * self._pitch
+
+    def find(self, first: Expr, last: Expr) -> None:
+        """Rows `first` to `last` - 1 are stored next."""
+        width = self._sizes.width
+        with T.serial(last - first) as i:
+            start = T.bind(T.cast(self._start(first + i), "int32"))
+            with T.serial(width) as j:
+                self._of_token[i * width + j] = start + T.cast(j, "int32") + T.int32(_REACH)
+
+    def store(self, row: Index, column: Index, value: Expr, count: int) -> None:
+        """Store hidden activations before the convolution, of tokens counted from the first row on."""
+        token = T.cast(self._of_token[row], "int64")
+        panel, at = self._column(column)
+        self._before[panel, token, T.at(at, count)] = value
+
+    def load(self, row: Index, column: Index, count: int) -> Expr:
+        """Read them behind it."""
+        panel, at = self._column(column)
+        return self.behind[panel, row, T.at(at, count)]
+
+    def keep(self, row: Index, column: Index, value: Expr, count: int) -> None:
+        """Store them behind it."""
+        panel, at = self._column(column)
+        self.behind[panel, row, T.at(at, count)] = value
+
+    def _column(self, column: Index) -> tuple[Expr, Expr]:
+        return T.truncdiv(column, T.int64(self._columns)), T.truncmod(column, T.int64(self._columns))
+
+    def convolve(
+        self,
+        panel: Expr,
+        first: Expr,
+        last: Expr,
+        taps: Buffer,
+        bias: Buffer,
+        apply: Callable[[Expr], Expr],
+        store: Store,
+    ) -> None:
+        """Emit ``store(token, channel, apply(convolution), lanes)`` for rows `first` to `last` - 1 of a panel."""
+        isa, width = self._isa, self._sizes.width
+        # As many outcomes side by side as leave the fewest to be computed twice.
+        most = min(width, 8 if isa.target.has_avx512 else 4)
+        tile = min(range(most, most // 2, -1), key=lambda size: -(-width // size) * size)
+        for j in range(0, self._columns, isa.lanes):
+            channel = T.bind(panel * self._columns + j)
+            weights = [isa.keep(taps[tap, isa.at(channel)]) for tap in range(KERNEL * KERNEL)]
+            start = isa.keep(bias[isa.at(channel)])
+            with T.serial(last - first) as i:
+                lines = [T.bind(self._start(first + i + k - _REACH)) for k in range(KERNEL)]
+                with T.serial(-(-width // tile)) as group:
+                    left = T.bind(T.min(group * tile, T.int64(width - tile)))
+                    sums = [isa.register(start) for _ in range(tile)]
+                    for k, line in enumerate(lines):
+                        for c in range(tile + KERNEL - 1):
+                            x = T.bind(self._before[panel, line + left + c, isa.at(j)])
+                            for tap in range(KERNEL):
+                                if 0 <= c - tap < tile:
+                                    total = sums[c - tap]
+                                    total.value = isa.fma(x, weights[k * KERNEL + tap], total.value)
+                    for c, total in enumerate(sums):
+                        store(i * width + left + c, channel, apply(T.bind(total.value)), isa.lanes)
+
+
+def _build(
+    target: CpuTarget,
+    form: Form,
+    bits: int,
+    terms: int,
+    eps: float | None,
+    activation: Activation,
+    sizes: tuple[int, ...],
+    rows: int,
+) -> T.PrimFunc:
+    """The function ``(x, norm's two, first layer's weights, taps, bias, second layer's weights, added, control, y)``.
+
+    x [B, tokens, inputs], taps [9, hidden], added and y [B, tokens, outputs].
+    """
+    isa, size = Isa(target), Sizes(*sizes)
+    products = [product_of(target, form, bits, terms) for _ in range(2)]
+    with T.function("conv_perceptron") as function:
+        (batch,) = T.sizes(1)
+        inputs, hidden, outputs = (T.int64(width) for width in size[:3])
+        height, width = size.height, size.width
+        x = T.argument("x", (batch, height * width, inputs))
+        norm = None if eps is None else Norm.arguments(inputs, eps)
+        one = weights_argument(products[0], "1", terms, inputs, hidden)
+        taps, bias = T.argument("taps", (KERNEL * KERNEL, hidden)), T.argument("bias", (hidden,))
+        two = weights_argument(products[1], "2", terms, hidden, outputs)
+        added, control = T.argument("added", (batch, height * width, outputs)), control_argument()
+        y = T.argument("y", (batch, height * width, outputs))
+        x, y, added, threads = rows_of(x), rows_of(y), rows_of(added), threads_of(control)
+        # Threads share an image where there are few.
+        alike = T.either(T.truncmod(batch, threads) == 0, batch >= 4 * threads)
+        parts = held(T.select(alike, T.int64(1), T.min(threads, T.int64(height))))
+        with T.parallel(batch * parts) as task:
+            image, part = held(T.truncdiv(task, parts)), held(T.truncmod(task, parts))
+            begin = held(T.truncdiv(part * height, parts))
+            end = held(T.truncdiv((part + 1) * height, parts))
+            rows_of_task = _Rows(image, begin, end)
+            parts_of_call = _Arguments(x, norm, one, taps, bias, two, added, control, y)
+            _emit_rows(isa, size, products, activation, rows, parts_of_call, rows_of_task)
+    return function.get()
+
+
+class _Arguments(NamedTuple):
+    x: Buffer  # [B * tokens, inputs]
+    norm: Norm | None
+    one: Weights
+    taps: Buffer
+    bias: Buffer
+    two: Weights
+    added: Buffer  # [B * tokens, outputs]
+    control: Buffer
+    y: Buffer  # [B * tokens, outputs]
+
+
+class _Rows(NamedTuple):
+    """What a task computes: of an image, the rows from `begin` to before `end`."""
+
+    image: Expr
+    begin: Expr
+    end: Expr
+
+
+def _emit_rows(
+    isa: Isa,
+    size: Sizes,
+    products: list[ShiftProduct],
+    activation: Activation,
+    rows: int,
+    given: _Arguments,
+    task: _Rows,
+) -> None:
+    """The code of a task, `rows` rows at a time."""
+    height, width = size.height, size.width
+    one, two = products
+    band = _Band(isa, size, one.columns, rows)
+    scratch = (
+        _scratch(one, (rows + 2 * _REACH) * width, given.one.inputs),
+        _scratch(two, rows * width, given.two.inputs),
+    )
+    apply = two.activation(activation)
+    band.clear_sides()
+    with T.when(task.begin == 0):
+        band.clear_row(T.int64(-1))
+    with T.serial(T.truncdiv(task.end - task.begin + (rows - 1), T.int64(rows))) as step:
+        first = held(task.begin + step * rows)
+        last = held(T.min(first + rows, task.end))
+        with T.when(last == height):
+            band.clear_row(T.int64(height))
+        # Those of the band before are there.
+        fresh = held(T.select(step == 0, T.max(first - _REACH, T.int64(0)), first + _REACH))
+        beyond = held(T.min(last + _REACH, T.int64(height)))
+        band.find(fresh, beyond)
+        source = held((task.image * height + fresh) * width)
+        count = held((beyond - fresh) * width)
+        load, before_rows = isa.reader(given.x, lambda row: source + row), None
+        if given.norm is not None:
+            load, before_rows = normed(isa, given.norm, load, given.one.inputs)
+        one.stage(scratch[0], count, given.one.inputs, load, given.control, before_rows)
+        keep = two.stage_store(scratch[1]) if isinstance(two, Float32Product) else band.keep
+        with T.serial(size.hidden // one.columns) as panel:
+            one.panels(scratch[0], count, given.one, panel, panel + 1, lambda x: x, band.store)
+            band.convolve(panel, first, last, given.taps, given.bias, apply, keep)
+        top = held((task.image * height + first) * width)
+        count = held((last - first) * width)
+        if isinstance(two, Float32Product):
+            two.finish_stage(scratch[1], count, given.two.inputs)
+        else:
+            two.stage(scratch[1], count, given.two.inputs, band.load, given.control)
+
+        def store(row: Index, column: Index, value: Expr, lanes: int) -> None:
+            at = top + row, T.at(column, lanes)
+            given.y[at] = value + given.added[at]
+
+        panels = T.int64(-(-size.outputs // two.columns))
+        two.panels(scratch[1], count, given.two, T.int64(0), panels, lambda x: x, store)
+    two.release()
+
+
+def _scratch(product: ShiftProduct, rows: int, inputs: Expr) -> Scratch:
+    return product.scratch(-(-rows // product.rows) * product.rows, inputs)
+
+
+def _resolve(target: CpuTarget, exactness: Exactness, spec: dict[str, Any]) -> dict[str, Any]:
+    form, sizes = form_of(target, exactness, spec["bits"], spec["terms"]), Sizes(*spec["sizes"])
+    pitch = sizes.width + 2 * _REACH
+    tokens = _BAND_BYTES // (4 * sizes.hidden) - 2 * _REACH * pitch
+    most = max(1, tokens // (pitch + sizes.width))
+    bands = -(-sizes.height // most)
+    return spec | {"form": form, "rows": -(-sizes.height // bands)}
+
+
+def _try(
+    function: Compiled,
+    form: Form,
+    bits: int,
+    terms: int,
+    eps: float | None,
+    activation: Activation,
+    sizes: tuple[int, ...],
+    rows: int,
+) -> None:
+    """Each image by one thread, and two threads with a part of it each."""
+    draw, size = Draw(), Sizes(*sizes)
+    inputs, hidden, outputs, height, width = size
+    (one, first), (two, second) = (
+        random_layer(draw, *between, bits, terms) for between in ((inputs, hidden), (hidden, outputs))
+    )
+    taps, bias = draw.normal(hidden, 1, KERNEL, KERNEL) / KERNEL, draw.normal(hidden)
+    norm = [draw.normal(inputs) + 1, draw.normal(inputs)] if eps is not None else []
+    for threads in (1, 2):
+        x, added = draw.normal(1, height * width, inputs), draw.normal(1, height * width, outputs)
+        control, y = torch.tensor([0, threads], dtype=torch.int32), torch.empty(added.shape)
+        flat = taps.flatten(1).T.contiguous()
+        function(x, *norm, *tensors_of(one), flat, bias, *tensors_of(two), added, control, y)
+        assert control[0] == 0, "it found an activation that it cannot express"
+        normal = x if eps is None else F.layer_norm(x, (inputs,), norm[0], norm[1], eps)
+        before = F.linear(normal, first, one.bias)
+        mixed = depthwise_conv_twin(before, taps, bias, height, width, activation)
+        expected = F.linear(mixed, second, two.bias) + added
+        # What errors before the convolution come to behind it, gelu at its steepest.
+        off = (error_bound(form, bits) + 1e-6) * normal.abs().amax(-1, keepdim=True) * first.abs().sum(-1)
+        off = depthwise_conv_twin(off, taps.abs(), torch.zeros(hidden), height, width, "none") * 1.2
+        off = off + (COARSE_GELU_ERROR if error_bound(form, bits) else 0.0)
+        peaks = (mixed.abs() + off).amax(-1, keepdim=True)
+        bound = off @ second.abs().T + (error_bound(form, bits) + 1e-6) * peaks * second.abs().sum(-1)
+        check_within(y, expected, bound + (1 + two.bias.abs() + added.abs()) * 1e-5)
+
+
+CONV_PERCEPTRON = Function("conv_perceptron", _build, _try, _resolve)
+
+
+def conv_perceptron(
+    program: Program,
+    x: Value,
+    layers: tuple[LinearWeights, LinearWeights],
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, int],
+    activation: Activation,
+    *,
+    norm: tuple[Tensor, Tensor, float] | None,
+    residual: Value,
+) -> Value:
+    """``second(activation(convolution of first(norm(x))))) + residual``, of two layers of one format.
+
+    Args:
+        x: [B, tokens, inputs], row by row of the grid.
+        weight, bias: of the convolution [hidden, 1, 3, 3].
+    """
+    first, second = layers
+    taps = weight.detach().float().flatten(1).T.contiguous()
+    shift = torch.zeros(first.outputs) if bias is None else bias.detach().float().contiguous()
+    arguments = [x, *norm_values(program, norm), *weight_values(program, first), program.weight(taps)]
+    arguments += [program.weight(shift), *weight_values(program, second), residual]
+    return program.call(
+        CONV_PERCEPTRON,
+        arguments,
+        residual.shape,
+        bits=first.bits,
+        terms=first.terms,
+        eps=None if norm is None else norm[2],
+        activation=activation,
+        sizes=(first.inputs, first.outputs, second.outputs, *grid),
+    )
+
+
+def serves(layers: tuple[LinearWeights, LinearWeights], weight: Tensor, grid: tuple[int, int], columns: int) -> bool:
+    """Whether to have `conv_perceptron` do what such layers do, with panels of so many columns."""
+    first, second = layers
+    alike = (first.bits, first.terms) == (second.bits, second.terms)
+    fits = tuple(weight.shape[2:]) == (KERNEL, KERNEL) and first.outputs % columns == 0
+    return alike and fits and grid[0] * grid[1] >= _LEAST_TOKENS
