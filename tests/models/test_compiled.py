@@ -257,6 +257,15 @@ def test_other_variants_run_as_before(options: dict, named: str) -> None:
         assert torch.equal(compiled(x), model(x))
 
 
+def test_batches_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = frozen_vit(), torch.randn(7, 3, 32, 32)
+    compiled = shiftadd3d.compile(model, images[:1], "exact")
+    with torch.inference_mode():
+        whole = compiled(images)
+        monkeypatch.setattr("shiftadd3d.nn.compiled._BYTES_AT_A_TIME", images[:1].nbytes)  # two pictures, two threads
+        torch.testing.assert_close(compiled(images), whole, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:not compiled")
 @pytest.mark.parametrize(
     ("options", "named"),
