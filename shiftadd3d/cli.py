@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import shlex
 import signal
 import sys
@@ -26,6 +27,7 @@ import tyro
 
 from shiftadd3d._errors import UserError
 from shiftadd3d._extras import need
+from shiftadd3d._wrong_arguments import one_line_for_wrong_arguments
 from shiftadd3d.configs.classification import PRESETS
 from shiftadd3d.scenes.photo_options import FromPhotosOptions
 from shiftadd3d.vision.settings import DataSettings, FinetuneSettings, read_settings
@@ -1030,6 +1032,14 @@ def _never_ended_without_a_word() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+def _command(args: Sequence[str]) -> str:
+    """The command that `args` name, as its help is called: `shiftadd3d render`, `shiftadd3d scenes make-factory`."""
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), args))
+    verb = VERBS.get(words[0]) if words else None
+    length = 0 if verb is None else 2 if "action" in verb.__annotations__ else 1
+    return " ".join(["shiftadd3d", *words[:length]])
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
@@ -1045,7 +1055,8 @@ def main(args: Sequence[str] | None = None) -> int:
         app.command(name=name)(verb_class)
     if args[:1] == ["finetune"]:
         _let_presets_speak(app, args[1:])
-    verb = cast(Verb, app.cli(prog="shiftadd3d", description=__doc__, args=args))
+    with one_line_for_wrong_arguments(_command(args), args):
+        verb = cast(Verb, app.cli(prog="shiftadd3d", description=__doc__, args=args))
     try:
         with _never_ended_without_a_word():
             verb.run()

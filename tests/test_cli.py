@@ -17,14 +17,9 @@ from typing import Any
 import pytest
 
 from shiftadd3d import UserError, _info, cli
+from shiftadd3d._wrong_arguments import one_line_for_wrong_arguments
 from shiftadd3d.scenes.photo_options import FromPhotosOptions
 from shiftadd3d.vision.settings import DataSettings, FinetuneSettings, StageSettings, TrainSettings
-
-
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "shiftadd3d.cli", *args], capture_output=True, text=True, timeout=120, check=False
-    )
 
 
 def test_help_loads_nothing_heavy_and_so_answers_at_once():
@@ -94,20 +89,70 @@ def test_help_of_an_option_breaks_lines_only_between_sentences(options: type):
 
 
 @pytest.mark.parametrize(
-    ("args", "complaint"),
+    ("args", "line"),
     [
-        ([], "Expected one of"),
-        (["inform"], "Unrecognized options: inform"),
-        (["info", "--jsn", "x"], "Unrecognized options: --jsn"),
-        (["info", "--json"], "Missing value for argument '--json'"),
+        ("", "no command: expected one of demo, movie, "),
+        ("inform", "unexpected inform: expected one of demo, movie, "),
+        ("scenes", "no command: expected one of from-photos, make-factory, contact-sheets; see shiftadd3d scenes -"),
+        ("scenes draw", "unexpected draw: expected one of from-photos, make-factory, contact-sheets"),
+        ("info --jsn x", "unknown option --jsn: perhaps --json; see shiftadd3d info --help"),
+        ("info --seed 3", "unknown option --seed; see shiftadd3d info --help"),  # an option of other commands
+        ("info x y", "unexpected x y; see shiftadd3d info --help"),
+        ("info --json", "--json: expected a value; see shiftadd3d info --help"),
+        ("finetune --preset nonsense", "--preset nonsense: expected one of deit-small, deit-tiny, digits, laptop, "),
+        ("finetune --workers 1.5", "--workers 1.5: expected a whole number or None; see shiftadd3d finetune --help"),
+        ("finetune --stage1.lr x", "--stage1.lr x: expected a number; see shiftadd3d finetune --help"),
+        ("finetune --epoch 3", "unknown option --epoch: perhaps --stage0.epochs, --stage0.warmup-epochs, "),
+        ("demo --steps 1e3", "--steps 1e3: expected a whole number or None; see shiftadd3d demo --help"),
+        ("bench layers", "WHAT layers: expected kernels; see shiftadd3d bench --help"),
+        (
+            "scenes make-factory OUT --count 1 --size 3",
+            "--size 3: expected two whole numbers or None; see shiftadd3d scenes make-factory --help",
+        ),
+        ("scenes make-factory", "missing OUT, --count N; see shiftadd3d scenes make-factory --help"),
+        (
+            "render --load-confg x --out y",
+            "missing --load-config CONFIG.yml; unknown option --load-confg; see shiftadd3d render --help",
+        ),
     ],
 )
-def test_wrong_arguments_exit_with_2_and_one_line_naming_them(args: list[str], complaint: str):
-    result = run(*args)
+def test_wrong_arguments_exit_with_2_and_one_line_with_what_is_wrong_and_what_would_be_right(
+    args: str, line: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(args.split())
+    printed = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert printed.out == ""
+    assert printed.err.startswith(f"error: {line}")
+    assert printed.err.count("\n") == 1
+
+
+def test_wrong_arguments_are_one_line_in_a_colourful_terminal_of_few_columns():
+    terminal = {**os.environ, "COLUMNS": "40", "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
+    code = (
+        "import sys, tyro._fmtlib as text; from shiftadd3d import cli\n"
+        "text._FORCE_ANSI = text._FORCE_UTF8_BOXES = True\n"
+        f"cli.main(['render', '--load-config', {'folder/' * 20!r}, '--frames', 'many', '--out', 'x'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False, env=terminal
+    )
     assert result.returncode == 2
-    assert result.stdout == ""
-    assert sum(complaint in line for line in result.stderr.splitlines()) == 1
-    assert "Traceback" not in result.stderr
+    assert result.stderr == "error: --frames many: expected a whole number or None; see shiftadd3d render --help\n"
+
+
+def test_what_no_box_is_known_to_say_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]):
+    box = "╭─ Another ───╮\n│ other words │\n╰─────────────╯\n"
+
+    def refuse() -> None:
+        with one_line_for_wrong_arguments("shiftadd3d", []):
+            print(box, end="", file=sys.stderr)
+            sys.exit(2)
+
+    with pytest.raises(SystemExit):
+        refuse()
+    assert capsys.readouterr().err == box
 
 
 def test_a_user_error_becomes_one_line_and_exit_code_1(
