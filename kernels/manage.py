@@ -83,7 +83,10 @@ def all_variants(names: Iterable[str] = (), target: str | None = None) -> Iterat
         yield from _variants(KERNELS, chosen, names)
     else:
         # Their trials run on this CPU, whose target is the process's.
-        raise UserError(f"target {target!r} is not this process's: {targets.ENVIRONMENT_VARIABLE}={target} makes it so")
+        raise UserError(
+            f"target {target!r}: this process compiles for {targets.current().name}; set "
+            f"{targets.ENVIRONMENT_VARIABLE}={target} to change that"
+        )
 
 
 def _variants(
@@ -187,4 +190,4 @@ def _show(rows: Sequence[_Row], json: Path | None, column: str, value: Callable[
         write_json(json, {"folder": str(cache.folder()), "variants": listed})
     if failed:
         kernels = ", ".join(sorted(set(failed)))
-        raise UserError(f"{len(failed)} of {len(rows)} variants failed, of {kernels}; plain torch stands in for them")
+        raise UserError(f"{len(failed)} of {len(rows)} variants failed ({kernels}); plain torch runs instead of them")

@@ -178,8 +178,8 @@ def _begin(factory: Factory, console: Console) -> None:
     for name, wanted in factory.identity().items():
         if index[name] != wanted:
             raise UserError(
-                f"{folder} is a factory with {name} {index[name]}, not {wanted}; name another folder, or make it go on "
-                "with what it was begun with"
+                f"{folder} is a factory with {name} {index[name]}, not {wanted}; name another folder, or repeat the "
+                "options that it was begun with"
             )
     for name, begun in index["versions"].items():
         if version(name) != begun:
@@ -245,8 +245,8 @@ def _make(factory: Factory, missing: list[int], workers: int, count: int, consol
                 progress.advance(task)
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker was killed, perhaps for want of memory; the same command goes on, with fewer --workers if "
-                "need be"
+                "a worker was killed, perhaps because memory ran out; the same command continues, with fewer --workers "
+                "if necessary"
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -254,7 +254,7 @@ def _make(factory: Factory, missing: list[int], workers: int, count: int, consol
                 process.terminate()
                 process.join()
             _clear(factory.folder)
-            console.print(f"{len(done)} scenes are finished; the same command goes on")
+            console.print(f"{len(done)} scenes are finished; the same command continues")
             raise
 
 
@@ -313,7 +313,7 @@ def make_scene(factory: Factory, index: int) -> dict[str, Any]:
         shutil.rmtree(beside, ignore_errors=True)
         if target.exists():  # another process was faster, with the same scene
             return _read_facts(target)
-        raise UserError(f"cannot write {target}: {error.strerror or error}; the same command goes on") from error
+        raise UserError(f"cannot write {target}: {error.strerror or error}; the same command continues") from error
     return facts
 
 
@@ -328,7 +328,7 @@ def _fit_stage(factory: Factory, index: int) -> tuple[Stage, Studio, list[Photog
         if complaint is None:
             return stage, studio, surveyed, attempt
     raise UserError(
-        f"scene {index} finds no stage in {_ATTEMPTS} attempts (last: {complaint}); try another --size or --seed"
+        f"scene {index}: none of {_ATTEMPTS} attempts succeeded (the last: {complaint}); try another --size or --seed"
     )
 
 

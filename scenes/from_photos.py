@@ -134,10 +134,10 @@ def scene_from_photos(
 
 def _check(options: FromPhotosOptions) -> None:
     for name, value, least in (
-        ("max-side", options.max_side, 64),
-        ("frames", options.frames, _FEWEST),
-        ("threads", options.threads, 1),
-        ("seed", options.seed, 0),
+        ("--max-side", options.max_side, 64),
+        ("--frames", options.frames, _FEWEST),
+        ("--threads", options.threads, 1),
+        ("--seed", options.seed, 0),
     ):
         if value is not None and value < least:
             raise UserError(f"{name} {value}: expected {least} or more")
@@ -189,7 +189,7 @@ def _only_one(work: Path) -> Iterator[None]:
     except (OSError, ValueError):
         other = 0
     if other not in (0, os.getpid()) and psutil.pid_exists(other):
-        raise UserError(f"process {other} is making this scene already (if not, remove {work})")
+        raise UserError(f"process {other} is already making this scene; if it is not, remove {work}")
     mark.write_text(str(os.getpid()))
     try:
         yield

@@ -41,7 +41,8 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}; name a file in a writable folder") from error
+        reason = "a file is in the way" if isinstance(error, FileExistsError) else error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; name a file in a writable folder") from error
 
 
 class RichReport:

@@ -871,7 +871,7 @@ class Profile(Verb):
         forms = self.latency if self.latency is not None else ("eager", "frozen") if self.html is not None else ()
         subjects = [_saved(Path(name), self.rays) or subject(name, self.rays) for name in self.models]
         if self.rays is not None and (other := next((each for each in subjects if each.unit != "ray"), None)):
-            raise UserError(f"--rays {self.rays}: {other.name} takes no rays but {other.setting}; leave out --rays")
+            raise UserError(f"--rays {self.rays}: {other.name} takes a {other.unit}, not rays; leave out --rays")
         report = profile(subjects, self.recipes, accelerator=accelerator, forms=forms, evaluations=evaluations)
         console = Console()
         if self.modules:
@@ -895,8 +895,11 @@ def _saved(place: Path, rays: int | None) -> Subject | None:
         return _saved_run(config, rays, str(place))
     if place.is_dir():
         return _saved_classifier(place)
+    expected = "expected a folder of a classifier, or a folder or config.yml of a run"
+    if place.is_file():
+        raise UserError(f"{place}: not a file of a model; {expected}")
     if place.suffix in (".yml", ".yaml") or (len(place.parts) > 1 and ":" not in str(place)):  # timm has hf-hub:a/b
-        raise UserError(f"{place}: no such file or folder; expected a config.yml, or a folder of a classifier or run")
+        raise UserError(f"{place}: no such file or folder; {expected}")
     return None
 
 

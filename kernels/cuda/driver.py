@@ -245,7 +245,7 @@ class CudaKernel(DeviceKernel[CudaTarget]):
             UserError: if there is none of this target.
             AssertionError: if the outcome is not the twin's.
         """
-        function = self.load(target, device=None, **spec)
+        function = self.load(target, device=None, **spec) if _current_device(target) is not None else None
         if function is None:
             raise UserError(f"there is no GPU here to run {target.name} on")
         self._try(function, self.entry(target, **spec), spec)

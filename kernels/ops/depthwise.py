@@ -29,9 +29,9 @@ def _check(given: DepthwiseConv) -> None:
     if bias is not None and bias.shape != (channels,):
         raise UserError(f"bias must be [{channels}], not {list(bias.shape)}")
     if height < 1 or width < 1 or height * width > x.shape[1]:
-        raise UserError(f"{x.shape[1]} tokens hold no grid of {height} x {width}")
+        raise UserError(f"{x.shape[1]} tokens are too few for a grid of {height} x {width}")
     if addend is not None and (addend.shape != x.shape or addend.dtype != x.dtype):
-        raise UserError(f"the addend must be as x, {described(x)}, not {described(addend)}")
+        raise UserError(f"the addend must be {described(x)}, like x, not {described(addend)}")
 
 
 def _cpu(given: DepthwiseConv) -> Tensor | None:

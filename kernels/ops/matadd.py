@@ -48,7 +48,7 @@ def _check_codes(x: Tensor, values: Tensor, features: int | None) -> None:
         raise UserError(f"codes are the signs of floating-point features, or packed in uint8, not {x.dtype}")
     width, features = features_of(x, None), features_of(x, features)
     if not (width - 8 < features <= width if packed else features == width):
-        raise UserError(f"{'packed signs' if packed else 'features'} {list(x.shape)} are not {features} a token")
+        raise UserError(f"{'packed signs' if packed else 'features'} {list(x.shape)} do not hold {features} a token")
 
 
 def _check_kv(given: MatAddKV) -> None:
@@ -60,7 +60,7 @@ def _check_kv(given: MatAddKV) -> None:
         if mask.dtype != torch.bool:
             raise UserError(f"the mask must be bool (True where a key counts), not {mask.dtype}")
         if mask.dim() != k.dim() - 1 or any(m not in (1, n) for m, n in zip(mask.shape, k.shape, strict=False)):
-            raise UserError(f"the mask must be {list(k.shape[:-1])}, or 1 where it repeats, not {list(mask.shape)}")
+            raise UserError(f"the mask must be {list(k.shape[:-1])}, with 1 where it repeats, not {list(mask.shape)}")
 
 
 def _check(given: AddAttention) -> None:
@@ -190,7 +190,7 @@ def _backward_q(given: MatAddQ, gradient: Tensor, wanted: Sequence[bool]) -> tup
 
 def _refuse(asked: bool) -> None:
     if asked:
-        raise UserError("codes are constants here; shiftadd3d.nn.binarize trains what they are the signs of")
+        raise UserError("codes have no gradient here; shiftadd3d.nn.binarize trains the features whose signs they are")
 
 
 #: [*, D, E] in the dtype of v.

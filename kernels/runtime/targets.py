@@ -196,7 +196,9 @@ def current() -> CpuTarget:
     except UserError as error:
         raise UserError(f"{ENVIRONMENT_VARIABLE}: {error}") from None
     if isinstance(target, CudaTarget):
-        raise UserError(f"{ENVIRONMENT_VARIABLE}: {name!r} is no CPU's target; a GPU's follows from the GPU")
+        raise UserError(
+            f"{ENVIRONMENT_VARIABLE}: {name!r} is a target for GPUs, which needs no setting; expected one for CPUs"
+        )
     if not runs_here(target):
         able = ", ".join(other.name for other in TARGETS if runs_here(other))
         missing = ", ".join(lacking(target.flags))

@@ -123,11 +123,15 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
     ):
         for name in ("num_source_views", "train_num_rays_per_batch", "eval_num_rays_per_batch"):
             if getattr(config, name) < 1:
-                raise UserError(f"{name.replace('_', '-')} {getattr(config, name)}: expected 1 or more")
+                option = f"--pipeline.datamanager.{name.replace('_', '-')}"
+                raise UserError(f"{option} {getattr(config, name)}: expected 1 or more")
         if config.judged_views < 0:
-            raise UserError(f"judged-views {config.judged_views}: expected 0 or more")
+            raise UserError(f"--pipeline.datamanager.judged-views {config.judged_views}: expected 0 or more")
         if not 0.0 < config.camera_res_scale_factor < float("inf"):
-            raise UserError(f"camera-res-scale-factor {config.camera_res_scale_factor:g}: expected a positive number")
+            raise UserError(
+                f"--pipeline.datamanager.camera-res-scale-factor {config.camera_res_scale_factor:g}: expected a "
+                "positive number"
+            )
         self.drawn: DrawnSources | None = None
         self._near_far_of: dict[Path, tuple[float, float]] = {}
         # In "inference" mode the base class would read images at full size, whatever they were trained at, and leave

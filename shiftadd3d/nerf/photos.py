@@ -142,7 +142,7 @@ def _grey(image: Image.Image, path: Path) -> np.ndarray:
     grey = rgb.mean(axis=-1).round().astype(np.int32)
     if (alpha < 255).any() and not np.array_equal(2 * alpha > 255, 2 * grey > 255):
         raise UserError(
-            f"mask {path} has alpha that says something else than its grey; expected a mask without alpha, white where "
+            f"mask {path} has alpha that contradicts its grey; expected a mask without alpha, white where "
             "a pixel may be used"
         )
     return grey

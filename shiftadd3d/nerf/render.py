@@ -155,7 +155,7 @@ def read_camera_path(path: Path) -> tuple[Cameras, float | None]:
         ("fov", cameras.fx[:, 0].isfinite() & (cameras.fx[:, 0] > 0), "0 < degrees < 180"),
     ):
         if not good.all():
-            raise UserError(f"{path}: {name} of camera {int((~good).nonzero()[0])} cannot be; expected {right}")
+            raise UserError(f"{path}: {name} of camera {int((~good).nonzero()[0])} is impossible; expected {right}")
     return cameras, rate
 
 
@@ -223,7 +223,9 @@ def scale_cameras(cameras: Cameras, scale: float) -> Cameras:
     scaled = copy.deepcopy(cameras)
     scaled.rescale_output_resolution(scale)
     if int(torch.minimum(scaled.width, scaled.height).min()) < 1:
-        raise UserError(f"--scale {scale:g} leaves no pixel of {int(cameras.width[0])}x{int(cameras.height[0])}")
+        raise UserError(
+            f"--scale {scale:g}: no pixel is left of {int(cameras.width[0])}x{int(cameras.height[0])}; expected more"
+        )
     return scaled
 
 

@@ -37,6 +37,8 @@ def read_config(path: Path) -> GNTTrainerConfig:
         config = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {expected}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, not a file; {expected}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {expected}") from None
     except (yaml.YAMLError, TypeError, ValueError, AttributeError) as error:

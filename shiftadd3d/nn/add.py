@@ -107,7 +107,7 @@ def _checked_bias(bias: Tensor | None) -> Tensor | None:
     if bias is not None and (bias.dim() < 2 or not bias.is_floating_point()):
         raise UserError(
             f"the attention bias must hold floats and have at least 2 dimensions [N, M], not {bias.dtype} and "
-            f"{bias.dim()}; what shuts keys out is a mask"
+            f"{bias.dim()}; to leave keys out, give a mask"
         )
     return bias
 
@@ -201,8 +201,8 @@ class TokenConv2d(nn.Module):
         height, width = grid or self.grid or (math.isqrt(max(tokens, 0)),) * 2
         if height * width != tokens:
             raise UserError(
-                f"{v.shape[-2]} tokens are not {prefix} prefix tokens and a grid of {height} x {width}; a grid that "
-                "is no square must be given to the convolution on the values"
+                f"{v.shape[-2]} tokens are not {prefix} prefix tokens and a grid of {height} x {width}; the "
+                "convolution on the values must be given a grid that is not square"
             )
         if self.frozen and uses_kernels("depthwise_conv", v):
             added = None if addend is None else _join_heads(addend)
@@ -349,11 +349,13 @@ class AddAttention(nn.Module):
                 f"queries and keys must be equally wide and {num_heads} heads must divide them and the values; their "
                 f"widths are {q.out_features}, {k.out_features} and {v.out_features}"
             )
-        if k.in_features != v.in_features or out.in_features != v.out_features:
+        if k.in_features != v.in_features:
             raise UserError(
-                f"keys and values are projected from the same tokens, not from widths {k.in_features} and "
-                f"{v.in_features}, and the output from the values: {v.out_features} wide, not {out.in_features}"
+                "the projections of keys and values must have the same inputs, not of widths "
+                f"{k.in_features} and {v.in_features}"
             )
+        if out.in_features != v.out_features:
+            raise UserError(f"the output projection must have {v.out_features} inputs, not {out.in_features}")
         layer = cls(
             q.in_features,
             num_heads,

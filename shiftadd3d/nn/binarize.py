@@ -146,7 +146,7 @@ class Binarizer(nn.Module):
             if not bool(torch.isfinite(tokens).all()):
                 raise UserError(f"the {name} are not all finite")
         if len(q) != len(k):
-            raise UserError(f"there are queries of {len(q)} sequences but keys of {len(k)}")
+            raise UserError(f"queries of {len(q)} sequences need keys of as many, not of {len(k)}")
 
     def extra_repr(self) -> str:
         return f"codes={self.codes!r}, code_dim={self.code_dim}"

@@ -202,7 +202,7 @@ class Emission:
         if any(side[0] != side[1] for side in sides) or conv.dilation != (1, 1) or conv.groups != 1:
             raise self.refusal(conv, "which is not the same along both sides, dilated or in groups")
         if min(window.grid) < 1:
-            raise UserError(f"pictures are too small: a {type(conv).__name__} finds nothing in {size[0]} x {size[1]}")
+            raise UserError(f"pictures are too small: a {type(conv).__name__} has no output for {size[0]} x {size[1]}")
         layer = self._convolution_weights(conv, window)
         y = grids.convolution(self.program, x, layer, window, before=before, behind=behind)
         return y, window.grid
@@ -538,7 +538,7 @@ def compile(
     if own is not None:
         return own(model, exactness, background)
     if example is None:
-        raise UserError(f"a {type(model).__name__} is compiled for an example; give one, such as a batch of pictures")
+        raise UserError(f"compiling a {type(model).__name__} needs an example input, such as a batch of pictures")
     examples = [example] if isinstance(example, Tensor) else list(example)
     check_examples(examples)
     reason: str | None = None

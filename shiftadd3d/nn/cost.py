@@ -289,7 +289,7 @@ def count_inputs(batch: Any) -> int:
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.dim():
             return len(leaf)
-    raise UserError("the batch holds no tensor to read off how many inputs it has: say so by inputs=")
+    raise UserError("the batch holds no tensor that would tell how many inputs it has; expected inputs=")
 
 
 def frozen_bytes(model: nn.Module) -> int:

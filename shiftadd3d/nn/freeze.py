@@ -201,7 +201,7 @@ def _freeze_blocks(model: nn.Module) -> tuple[int, dict[str, str]]:
 
 def _frozen_block(module: nn.Module, kind: type[FrozenModule], name: str) -> FrozenModule:
     if not name:
-        raise UserError("it is the model itself, whose place is what is taken")
+        raise UserError("it is the model itself; put it into a module, where another can take its place")
     lost = would_be_lost(module)
     if lost is not None:
         raise UserError(f"it has {lost}")

@@ -454,7 +454,7 @@ class _Rules:
                 chosen = i if chosen is None else chosen
             elif chosen is None and is_own and rule.primitive in refused:
                 self._used.add(i)  # one complaint is enough
-                raise UserError(f"the rule {rule.pattern!r} says {rule.primitive}, which no such layer can become")
+                raise UserError(f"the rule {rule.pattern!r} says {rule.primitive}, which this layer cannot become")
         if chosen is None:
             primitive = getattr(recipe, place)
             return _Choice(primitive, recipe.bits, recipe.terms, f"{place}: {primitive}")
@@ -702,7 +702,8 @@ class _Surgery:
                 also = self.rules.choose(other, place, fitting, refused)
                 if also[:3] != choice[:3]:
                     raise UserError(
-                        f"{choice.reason}; but it is {other!r} as well, {also.reason}: one module becomes one thing"
+                        f"{choice.reason}; but it is the same module as {other!r}, {also.reason}; "
+                        "expected the same for both"
                     )
             return choice
         except UserError as error:
@@ -759,7 +760,7 @@ def make_replacement(module: nn.Module, name: str, make: Callable[[], _Module]) 
     """
     kind = type(module).__name__
     if not name:
-        raise UserError(f"the model itself is a {kind}: put it into a module, its place is what gets replaced")
+        raise UserError(f"the model itself is a {kind}; put it into a module, where another can take its place")
     for inner_name, inner in module.named_modules():
         lost = would_be_lost(inner)
         if lost is None and type(inner) in (nn.Linear, nn.Conv2d):

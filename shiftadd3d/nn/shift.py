@@ -471,7 +471,7 @@ class ShiftConv2d(_Patches, ShiftLayer):
         """
         if not counts_as_linear(conv):
             raise UserError(
-                f"{name or 'the convolution'} is no linear layer over patches: it takes a kernel of 1x1 or a stride "
+                f"{name or 'the convolution'} is no linear layer over patches: that has a kernel of 1x1 or a stride "
                 f"equal to the kernel, no padding, dilation or groups, not {conv.extra_repr()}"
             )
         layer = cls(

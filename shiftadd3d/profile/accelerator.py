@@ -118,9 +118,11 @@ def load_accelerator(path: Path | None = None) -> Accelerator:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read the accelerator {path}: {error.strerror or error}") from None
+        raise UserError(
+            f"--accelerator {path}: {error.strerror or error}; expected a file like {DEFAULT_FILE}"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no TOML: {error}; expected one like {DEFAULT_FILE}") from None
+        raise UserError(f"--accelerator {path}: not TOML ({error}); expected a file like {DEFAULT_FILE}") from None
     return _build(Accelerator, values, str(path), "")
 
 

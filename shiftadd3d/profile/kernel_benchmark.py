@@ -73,9 +73,11 @@ def measure(
         UserError: for a device, a number of threads or a group that is not there.
     """
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"no device {device!r} here: expected cpu" + " or cuda" * torch.cuda.is_available())
+        raise UserError(
+            f"--device {device}: no such device here; expected cpu" + " or cuda" * torch.cuda.is_available()
+        )
     if not threads or min(threads) < 1:
-        raise UserError(f"numbers of threads must be 1 or more, not {', '.join(map(str, threads)) or 'none at all'}")
+        raise UserError(f"--threads {','.join(map(str, threads))}: expected numbers of 1 or more, such as 1,2")
     groups = list(groups) or list(CASES)
     for group in groups:
         cases(group, Setup(device))
@@ -105,7 +107,7 @@ def parse_threads(text: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:
-        raise UserError(f"threads must be numbers with commas between, such as 1,2, not {text!r}") from None
+        raise UserError(f"--threads {text}: expected numbers of 1 or more, such as 1,2") from None
 
 
 def _target(device: str) -> str:

@@ -139,7 +139,7 @@ def cases(group: str, setup: Setup) -> Iterator[Case]:
         UserError: if there is no such group.
     """
     if group not in CASES:
-        raise UserError(f"no group of kernels {group!r}: expected some of {', '.join(CASES)}")
+        raise UserError(f"--groups {group}: expected some of {', '.join(CASES)}")
     torch.manual_seed(0)
     return CASES[group](setup)
 

@@ -304,7 +304,7 @@ def profile(
         Recipe.parse(name)  # before the first of them is counted
     pairs = [(subject.name, recipe) for subject in subjects for recipe in subject.recipes or recipes]
     if doubled := [pair for pair in pairs if pairs.count(pair) > 1]:
-        raise UserError(f"{doubled[0][0]} in recipe {doubled[0][1]} is named twice: once is enough")
+        raise UserError(f"{doubled[0][0]} in recipe {doubled[0][1]} is named twice; name it once")
     qualities = assign(evaluations, pairs)
     peak: Peak | None = None
     found: list[Profile] = []

@@ -102,7 +102,7 @@ def subject(name: str, rays: int | None = None) -> Subject:
 
 def _at_least_one(rays: int) -> int:
     if rays < 1:
-        raise UserError(f"a batch needs at least one ray, not {rays}")
+        raise UserError(f"--rays {rays}: expected 1 or more")
     return rays
 
 

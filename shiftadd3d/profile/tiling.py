@@ -351,7 +351,10 @@ def _array_tiles(loops: Loops, accelerator: Accelerator) -> dict[str, np.ndarray
         if math.prod(spread) <= elements
     ]
     if not registers or not spreads:
-        raise UserError(f"{accelerator.name}: registers of {accelerator.register_file_bytes} bytes hold no product")
+        raise UserError(
+            f"{accelerator.name}: registers of {accelerator.register_file_bytes} bytes cannot hold a product; "
+            "expected more"
+        )
     pairs = *np.repeat(registers, len(spreads), 0).T, *np.tile(spreads, (len(registers), 1)).T
     tile: dict[str, np.ndarray] = dict(zip(("rk", "rc", "rp", "sk", "sc", "sp"), pairs, strict=True))
     # More than the loop is long, by more than rounding up, is another tile once more.

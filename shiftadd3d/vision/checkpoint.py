@@ -258,7 +258,7 @@ def read_config(folder: Path) -> ClassifierConfig:
         expected = f"there is one in {', '.join(map(str, below[:_LISTED]))}" if below else _EXPECTED
         raise UserError(f"{folder}: no {CONFIG_FILE} there; {expected}") from None
     except NotADirectoryError:
-        raise UserError(f"{folder}: a file, and none of a saved classifier; {_EXPECTED}") from None
+        raise UserError(f"{folder}: not a file of a saved classifier; {_EXPECTED}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error}); {_EXPECTED}") from None
     except UserError as error:

@@ -363,8 +363,8 @@ def open_split(settings: DataSettings, split: str, classes: Sequence[str]) -> tu
     name, found = _open_splits(settings)
     if settings.data is None and not set(found.splits["train"].labels) <= set(classes):
         raise UserError(
-            f"no pictures named, and none known of a classifier outside its run: expected --data with pictures of "
-            f"{_list(classes)}"
+            "no pictures are named, and this classifier is not in the folder of a run; expected --data with pictures "
+            f"of {_list(classes)}"
         )
     source = found.splits.get(split)
     if split == "test" and source is None:
@@ -405,7 +405,9 @@ def _open_splits(settings: DataSettings) -> tuple[str, _Found]:
     try:
         files = find_files(path)
     except OSError as error:
-        raise UserError(f"--data {path}: cannot be read ({error.strerror or error})") from None
+        raise UserError(
+            f"--data {path}: cannot be read ({error.strerror or error}); expected a readable folder"
+        ) from None
     return path.name, _arrange(files, f"--data {path}", lambda found: _FolderSource(path, found))
 
 

@@ -57,8 +57,8 @@ def choose_device(device: str | None) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}; expected cpu, cuda or cuda:1") from None
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {device}: no such device here; expected cpu, cuda or cuda:1") from None
     return chosen
 
 

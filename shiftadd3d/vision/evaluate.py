@@ -86,7 +86,10 @@ def evaluate_classifier(
     assert isinstance(config, ClassifierConfig)
     if isinstance(model, DeployedClassifier):
         if numerics not in (None, model.numerics):
-            raise UserError(f"--numerics {numerics}: {checkpoint} is an executable that computes in {model.numerics}")
+            raise UserError(
+                f"--numerics {numerics}: {checkpoint} is an executable for {model.numerics}; "
+                "expected that, or no --numerics"
+            )
         numerics = model.numerics
     if numerics is not None and not config.frozen:
         raise UserError(

@@ -93,6 +93,8 @@ def finetune(
         UserError: anything in the settings, the pictures or the checkpoints that the user can mend.
         KeyboardInterrupt: Ctrl-C; the state has been saved.
     """
+    from shiftadd3d.models.vit import check_known
+
     settings.validate()
     if fallback is not None:
         fallback.validate()
@@ -104,6 +106,7 @@ def finetune(
         start_from=settings.start_from and settings.start_from.resolve(),
     )
     chosen = Recipe.parse(settings.recipe, **settings.parsed_recipe_args())
+    check_known(_architecture(settings))  # opening the pictures can take minutes
     device = choose_device(settings.device)
     with connected(device), contextlib.ExitStack() as held:
         shown = console if this_process().is_first else None
@@ -137,7 +140,7 @@ def _what_can_be_had(
 
     def why_not() -> str | None:
         try:
-            fetch(settings.model.removeprefix(_SHIFTADD_PREFIX))
+            fetch(_architecture(settings))
         except UserError as error:
             return str(error)
         return None
@@ -154,6 +157,11 @@ def _what_can_be_had(
         )
     fallback = replace(fallback, data=settings.data)
     return fallback, Recipe.parse(fallback.recipe, **fallback.parsed_recipe_args())
+
+
+def _architecture(settings: FinetuneSettings) -> str:
+    """timm's name of the model before any reparameterization."""
+    return settings.model.removeprefix(_SHIFTADD_PREFIX)
 
 
 def run_folder(settings: FinetuneSettings) -> Path:
@@ -209,7 +217,7 @@ def _begin_stage(folder: Path, number: int, settings: FinetuneSettings, data: Pi
 def _run_stages(
     settings: FinetuneSettings, chosen: Recipe, data: PictureData, folder: Path, console: Console | None
 ) -> FinetuneResult:
-    architecture = settings.model.removeprefix(_SHIFTADD_PREFIX)
+    architecture = _architecture(settings)
     config = ClassifierConfig(
         architecture=architecture,
         classes=data.classes,

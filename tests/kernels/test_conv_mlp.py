@@ -74,7 +74,7 @@ def test_arguments_that_do_not_fit_are_refused():
     x, *rest = problem()
     with pytest.raises(UserError, match="x must be floating point"):
         shift_conv_mlp(x.int(), *rest, 5, 6)
-    with pytest.raises(UserError, match="30 tokens hold no grid of 6 x 6"):
+    with pytest.raises(UserError, match="30 tokens are too few for a grid of 6 x 6"):
         shift_conv_mlp(x, *rest, 6, 6)
     with pytest.raises(UserError, match="inputs, but rows of"):
         shift_conv_mlp(x[..., :7], *rest, 5, 6)

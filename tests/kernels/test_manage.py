@@ -98,7 +98,7 @@ def test_check_exits_with_1_and_says_what_differs(copy_kernel: Kernel, tmp_path:
     assert [row["error"] for row in rows] == ["AssertionError: the copy differs", None]
     output = capsys.readouterr()
     assert "the copy differs" in output.out
-    assert output.err.endswith("error: 1 of 2 variants failed, of test_copy; plain torch stands in for them\n")
+    assert output.err.endswith("error: 1 of 2 variants failed (test_copy); plain torch runs instead of them\n")
 
 
 def test_a_name_that_is_none_is_refused(capsys):

@@ -158,7 +158,7 @@ def test_compiled_models_see_through_it():
     ("changes", "message"),
     [
         ({"attention": "cosine"}, "attention must be one of softmax, pm1, 01"),
-        ({"num_heads": 3}, "3 heads do not share 16 channels"),
+        ({"num_heads": 3}, "num_heads must divide the 16 channels, and 3 does not"),
         ({"x": torch.zeros(3, 16)}, r"x must be \[rays, samples, channels\]"),
         ({"x": torch.zeros(2, 3, 20)}, "ray_block takes float32 panels"),
     ],

@@ -137,9 +137,9 @@ def nothing(path: Path, _checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "complaint"),
     [
-        (nothing, "no such checkpoint"),
-        (text, "expected a torch.save"),
-        (cut_short, "expected a torch.save"),
+        (nothing, "no such file; expected a checkpoint that the GNT code wrote"),
+        (text, "expected a checkpoint that the GNT code wrote"),
+        (cut_short, "expected a checkpoint that the GNT code wrote"),
         (with_code, "more than tensors"),
         (of_another_shape, "`feature_net` are not those of a GNT: layer2.1.conv1.weight is [2, 2]"),
     ],

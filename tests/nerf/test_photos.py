@@ -229,8 +229,8 @@ def test_masks_that_could_mean_either_are_refused(tmp_path):
     dark = np.dstack([grey, grey, grey, 255 - grey])
     for pixels, words in (
         (COLOURS, "has colours; expected black and white"),
-        (inverted, "alpha that says something else than its grey"),
-        (dark, "alpha that says something else than its grey"),
+        (inverted, "alpha that contradicts its grey"),
+        (dark, "alpha that contradicts its grey"),
         (grey // 5, "lightest pixel is 51 of 255; expected black and white"),
         ((grey > 0).astype(np.uint16) * 255, "lightest pixel is 255 of 65535"),
     ):

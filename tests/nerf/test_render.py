@@ -241,8 +241,8 @@ def test_a_path_exported_from_the_viewer_is_followed(tiny_run: Path, run: Run, t
     ("change", "complaint"),
     [
         ({"render_height": 0, "render_width": 0}, "0x0 pixels; expected render_width"),
-        ({"camera_to_world": float("nan")}, "camera_to_world of camera 1 cannot be; expected finite"),
-        ({"fov": float("nan")}, "fov of camera 1 cannot be; expected 0 < degrees < 180"),
+        ({"camera_to_world": float("nan")}, "camera_to_world of camera 1 is impossible; expected finite"),
+        ({"fov": float("nan")}, "fov of camera 1 is impossible; expected 0 < degrees < 180"),
     ],
 )
 def test_a_path_of_no_pixels_or_no_numbers_is_refused(run: Run, tmp_path: Path, change: dict, complaint: str):
@@ -387,7 +387,7 @@ def test_a_missing_and_a_damaged_checkpoint_are_named(moved_run: Path, capsys: p
         (["--frames", "-3"], "--frames -3: expected 2 or more"),
         (["--scale", "0"], "--scale 0: expected a positive number"),
         (["--scale", "nan"], "--scale nan: expected a positive number"),
-        (["--scale", "0.001"], "--scale 0.001 leaves no pixel of 64x48"),
+        (["--scale", "0.001"], "--scale 0.001: no pixel is left of 64x48"),
         (["--views", "test"], "1 view cannot be interpolated; expected at least 2"),
         (["--fps", "0"], "--fps 0: expected a positive number"),
         (["--outputs", "rgb", "normals", *SMALL], "no such output; expected some of accumulation, depth, rgb"),

@@ -371,7 +371,7 @@ def test_a_grid_is_given_recognised_as_a_square_or_refused() -> None:
     assert torch.equal(conv(v), conv(v, (4, 4))) and not torch.equal(conv(v), conv(v, (2, 8)))
     with pytest.raises(UserError, match=r"18 tokens are not 1 prefix tokens and a grid of 4 x 4"):
         conv(torch.randn(1, 2, 18, 4))
-    with pytest.raises(UserError, match="no square"):
+    with pytest.raises(UserError, match="must be given a grid that is not square"):
         TokenConv2d(8, 3, num_prefix_tokens=5)(torch.randn(1, 2, 2, 4))
 
 
@@ -391,7 +391,7 @@ def test_a_fresh_convolution_over_a_grid_changes_nothing_and_trains() -> None:
         (((16, 16), (16, 12), (16, 16), (16, 16)), "widths are 16, 12 and 16"),
         (((16, 15), (16, 15), (16, 15), (15, 16)), "2 heads must divide"),
         (((16, 16), (8, 16), (16, 16), (16, 16)), "widths 8 and 16"),
-        (((16, 16), (16, 16), (16, 16), (12, 16)), "16 wide, not 12"),
+        (((16, 16), (16, 16), (16, 16), (12, 16)), "the output projection must have 16 inputs, not 12"),
     ],
 )
 def test_projections_that_do_not_fit_each_other_are_refused(sizes, message: str) -> None:

@@ -182,7 +182,7 @@ def test_the_report_is_a_table_and_plain_types() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: count_operations(nn.Linear(2, 2), {"x": 3}), "holds no tensor to read off how many inputs"),
+        (lambda: count_operations(nn.Linear(2, 2), {"x": 3}), "holds no tensor that would tell how many inputs"),
         (lambda: count_operations(nn.Linear(2, 2), torch.randn(3, 2), inputs=0), "inputs must be at least 1, not 0"),
         (lambda: count_operations(nn.Linear(2, 2), (torch.randn(3, 2), 1)), "cannot be called with this batch"),
         (lambda: OperationCosts("mine", mult=-1, add=0, shift=0), "the cost of one mult .* not -1"),

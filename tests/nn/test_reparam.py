@@ -403,7 +403,7 @@ def test_convolutions_become_no_mixtures() -> None:
     report = reparameterize_(ConvNet(), "moe", verbose=False)
     reasons = {layer.name: layer.reason for layer in report.untouched}
     assert reasons["mlp.fc1"] == "mlp: moe, which no convolution becomes" and reasons["patch"] == "other_linear: mult"
-    with pytest.raises(UserError, match=r"mlp\.fc1 \(Conv2d\): the rule 'mlp\.\*' says moe, which no such layer"):
+    with pytest.raises(UserError, match=r"mlp\.fc1 \(Conv2d\): the rule .* says moe, which this layer cannot become"):
         reparameterize_(ConvNet(), Recipe(rules=(Rule("mlp.*", "moe"),)), verbose=False)
     with pytest.raises(UserError, match=r"'conv': nothing of what it matches can become shift: conv \(Conv2d\)"):
         reparameterize_(ConvNet(), Recipe(rules=(Rule("conv", "shift"),)), verbose=False)
@@ -431,7 +431,7 @@ def test_rules_about_any_name_of_a_module_count_and_have_to_agree() -> None:
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
     for changes in ({"exclude": ("b",)}, {"rules": (Rule("b.0", "shift", bits=5),)}):
-        with pytest.raises(UserError, match=r"a \(Linear\): .*it is 'b.0' as well"):
+        with pytest.raises(UserError, match=r"a \(Linear\): .*it is the same module as 'b.0'"):
             reparameterize_(model, Recipe(other_linear="shift", **changes), verbose=False)
     reparameterize_(model, Recipe(rules=(Rule("a", "shift"), Rule("b.*", "shift"))), verbose=False)
     assert type(model["a"]) is ShiftLinear and model["b"][0] is model["a"]

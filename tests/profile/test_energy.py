@@ -107,8 +107,8 @@ def test_arrays_of_equal_area_have_more_elements_that_do_less(chip: Accelerator)
         ("pes = 192", "pes = 0", "pes must be a whole number of at least 1, not 0"),
         ("pes = 192", "pes = 1.5", "pes must be a whole number of at least 1, not 1.5"),
         ("[area]", "[room]", "unknown key room"),
-        ("[area]", "[area", "is no TOML"),
-        ("clock_mhz = 250", "clock_mhz = 250\narea = 3", "is no TOML|area must be a table"),
+        ("[area]", "[area", "not TOML"),
+        ("clock_mhz = 250", "clock_mhz = 250\narea = 3", "not TOML|area must be a table"),
     ],
 )
 def test_accelerators_that_cannot_be(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -169,10 +169,17 @@ def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.Capture
     [
         (["no-such-model"], "timm knows no model 'no-such-model'"),
         (["gnt-tiny", "--recipes", "less"], "there is no recipe 'less'"),
-        (["gnt-tiny", "--accelerator", "missing.toml"], "cannot read the accelerator missing.toml"),
+        (
+            ["gnt-tiny", "--accelerator", "missing.toml"],
+            "--accelerator missing.toml: No such file or directory; expected",
+        ),
         (["gnt-tiny", "--quality", "missing.json"], "cannot read the evaluation missing.json"),
-        (["runs/config.yml"], "runs/config.yml: no such file or folder; expected a config.yml, or a folder"),
-        (["gnt-tiny", "--rays", "0"], "a batch needs at least one ray, not 0"),
+        (["runs/config.yml"], "runs/config.yml: no such file or folder; expected a folder of a classifier"),
+        (
+            [__file__],
+            f"{__file__}: not a file of a model; expected a folder of a classifier, or a folder or config.yml",
+        ),
+        (["gnt-tiny", "--rays", "0"], "--rays 0: expected 1 or more"),
         (["gnt-tiny", "--recipes"], "there is nothing to profile: name at least one model and one recipe"),
         (["gnt-tiny", "gnt-tiny"], "gnt-tiny in recipe mult is named twice"),
     ],
@@ -189,7 +196,7 @@ def test_models_of_timm_that_see_something_else_are_not_compared(capsys: pytest.
     seen = "vit_tiny_patch16_224 sees batch 1, 224 x 224 px, but vit_tiny_patch16_384 batch 1, 384 x 384 px"
     assert seen in capsys.readouterr().err
     assert cli.main(["profile", "vit_tiny_patch16_224", "--rays", "4"]) == 1
-    assert "vit_tiny_patch16_224 takes no rays but batch 1" in capsys.readouterr().err
+    assert "vit_tiny_patch16_224 takes a picture, not rays; leave out --rays" in capsys.readouterr().err
 
 
 def test_recipes_are_looked_up_before_any_is_counted(chip: Accelerator) -> None:

@@ -135,9 +135,9 @@ def test_the_smallest_ratio_counts_where_all_must_be_reached_and_small_problems_
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ({"device": "tpu"}, "no device 'tpu' here: expected cpu"),
-        ({"threads": [0]}, "numbers of threads must be 1 or more, not 0"),
-        ({"groups": ["matmul"]}, "no group of kernels 'matmul': expected some of matshift, matadd"),
+        ({"device": "tpu"}, "--device tpu: no such device here; expected cpu"),
+        ({"threads": [0]}, "--threads 0: expected numbers of 1 or more, such as 1,2"),
+        ({"groups": ["matmul"]}, "--groups matmul: expected some of matshift, matadd"),
     ],
 )
 def test_what_is_not_there_is_refused(arguments: dict, complaint: str):
@@ -147,7 +147,7 @@ def test_what_is_not_there_is_refused(arguments: dict, complaint: str):
 
 def test_threads_are_read_from_text():
     assert parse_threads("1,2") == [1, 2]
-    with pytest.raises(UserError, match="threads must be numbers with commas between, such as 1,2, not '1;2'"):
+    with pytest.raises(UserError, match="--threads 1;2: expected numbers of 1 or more, such as 1,2"):
         parse_threads("1;2")
 
 

@@ -220,5 +220,5 @@ def test_memories_that_are_too_small(chip: Accelerator) -> None:
     wide = Product("mult", 1, 1, 8, 6, (9, 900), (3, 3), (1, 1), (9, 900))
     with pytest.raises(UserError, match="a buffer of 1 KiB is too small for a row of 900 positions"):
         best_mapping(wide, replace(chip, buffer_kib=1))
-    with pytest.raises(UserError, match="registers of 8 bytes hold no product"):
+    with pytest.raises(UserError, match="registers of 8 bytes cannot hold a product"):
         best_mapping(MATRIX, replace(chip, register_file_bytes=8))

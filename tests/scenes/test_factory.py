@@ -198,7 +198,7 @@ def test_ctrl_c_leaves_finished_scenes_and_nothing_half_made(tmp_path: Path, ctr
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
-    assert "the same command goes on" in output
+    assert "the same command continues" in output
     assert "Traceback" not in output
     names = sorted(path.name for path in (tmp_path / "f").iterdir())
     assert names == ["factory.json", *(name for name in names if name.startswith("scene_"))]

@@ -205,7 +205,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path):
     photos, work = still_life(tmp_path / "photos"), tmp_path / ".scene.from-photos"
     work.mkdir()
     (work / "process").write_text(str(os.getppid()))
-    with pytest.raises(UserError, match="is making this scene already"):
+    with pytest.raises(UserError, match="is already making this scene"):
         scene_from_photos(photos, tmp_path / "scene")
 
 
@@ -345,7 +345,7 @@ def test_what_cannot_be_written_and_wrong_options_are_refused(tmp_path: Path):
         scene_from_photos(photos, tmp_path / "file" / "scene")
     with pytest.raises(UserError, match="does not exist; expected a folder of photos, or a video"):
         scene_from_photos(tmp_path / "nothing", tmp_path / "scene")
-    with pytest.raises(UserError, match="max-side 10: expected 64 or more"):
+    with pytest.raises(UserError, match="--max-side 10: expected 64 or more"):
         scene_from_photos(photos, tmp_path / "scene", FromPhotosOptions(max_side=10))
 
 

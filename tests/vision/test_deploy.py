@@ -110,7 +110,7 @@ def test_an_executable_is_evaluated_like_any_classifier(made: Path, folder: Path
     facts = json.loads((tmp_path / "facts.json").read_text(encoding="utf-8"))
     assert facts["compiled"] and facts["numerics"] == "int8" and "int8 numerics, compiled" in capsys.readouterr().out
     assert cli.main([*command, "--numerics", "fast"]) == 1
-    assert "is an executable that computes in int8" in capsys.readouterr().err
+    assert "is an executable for int8" in capsys.readouterr().err
 
 
 def test_what_int8_cannot_express_is_done_again_in_float32(trained: Path, tmp_path: Path) -> None:

@@ -85,7 +85,10 @@ def test_what_is_wrong_is_one_line_and_exit_with_1(
     for arguments, complaint in (
         ([str(tmp_path / "nowhere"), "--data", str(folder)], "no config.json there"),
         ([str(checkpoint), "--data", str(folder), "--numerics", "int8"], "is not packed, so no kernel runs"),
-        ([str(checkpoint)], "no pictures named, and none known of a classifier outside its run: expected --data"),
+        (
+            [str(checkpoint)],
+            "no pictures are named, and this classifier is not in the folder of a run; expected --data",
+        ),
         ([str(checkpoint), "--data", "nowhere"], "--data nowhere: no such file or folder"),
         ([str(checkpoint), "--data", str(tmp_path / "other")], "does not know the classes orange"),
         ([str(checkpoint), "--data", str(folder), "--split", "test"], "no test pictures; there are train, val"),

@@ -324,7 +324,9 @@ def test_what_cannot_be_trained_is_said_in_one_line(settings: FinetuneSettings, 
     none = StageSettings(epochs=0)
     assert "there is no recipe 'nonsense'" in complaint(recipe="nonsense")
     assert "a recipe has no nonsense" in complaint(recipe_args=("nonsense=1",))
-    assert "timm knows no model 'deit_tiny_patch61'; expected one of" in complaint(model="deit_tiny_patch61")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shiftadd3d.vision.finetune.open_data", lambda *_: pytest.fail("pictures were opened first"))
+        assert "timm knows no model 'deit_tiny_patch61'; expected one of" in complaint(model="deit_tiny_patch61")
     assert "cannot make deit_tiny_patch16_224 with embed_dim=17" in complaint(model_args=("embed_dim=17",))
     assert "expected KEY=VALUE" in complaint(model_args=("depth",))
     assert "--image-size 4: expected 8 or more" in complaint(image_size=4)
@@ -517,7 +519,7 @@ def test_what_is_no_classifier_is_refused_in_one_line(config: ClassifierConfig, 
     file.write_text(json.dumps({**config.as_dict(), "input": "large"}))
     assert "not a configuration of a classifier (dictionary update" in complaint(tmp_path)
     (tmp_path / "model.onnx").write_text("")
-    assert "model.onnx: a file, and none of a saved classifier" in complaint(tmp_path / "model.onnx")
+    assert "model.onnx: not a file of a saved classifier" in complaint(tmp_path / "model.onnx")
     file.write_text(json.dumps(config.as_dict()))
     assert "model.safetensors: no such file" in complaint(tmp_path)
     save_classifier(

@@ -36,7 +36,10 @@ def check_scene(scene: Scene) -> None:
         if tensor is not None and tuple(tensor.shape) != shape:
             raise UserError(f"{name} must be {list(shape)} beside the others, not {list(tensor.shape)}")
     if maps.dim() != 4 or min(*images.shape[1:3], *maps.shape[1:3]) < 2:
-        raise UserError("images and maps must be [views, height, width, channels] of 2 x 2 pixels or more")
+        raise UserError(
+            "images and maps must be [views, height, width, channels] of 2 x 2 pixels or more, not "
+            f"{list(images.shape)} and {list(maps.shape)}"
+        )
 
 
 def is_served(scene: Scene) -> bool:

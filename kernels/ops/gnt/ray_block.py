@@ -42,7 +42,7 @@ def _check(given: RayBlock) -> None:
     if x.dim() != 3:
         raise UserError(f"x must be [rays, samples, channels], not {list(x.shape)}")
     if num_heads < 1 or x.shape[-1] % num_heads:
-        raise UserError(f"{num_heads} heads do not share {x.shape[-1]} channels evenly")
+        raise UserError(f"num_heads must divide the {x.shape[-1]} channels, and {num_heads} does not")
 
 
 def _cpu(given: RayBlock) -> tuple[Tensor, Tensor] | None:

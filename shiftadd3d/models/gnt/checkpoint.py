@@ -19,7 +19,9 @@ def _state_dict(checkpoint: Mapping, key: str, path: Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
     ):
-        raise UserError(f"{path}: `{key}` is not a state dict of tensors; an official GNT checkpoint was expected")
+        raise UserError(
+            f"{path}: `{key}` is not a state dict of tensors; expected a checkpoint that the GNT code wrote"
+        )
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
@@ -60,8 +62,8 @@ def load_official_checkpoint(path: str | Path) -> GNTModel:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file")
-    expected = "expected a torch.save of {`net_coarse`, `feature_net`[, `net_fine`]} as the GNT code writes it"
+        raise UserError(f"{path}: no such file; expected a checkpoint that the GNT code wrote, model_NNNNNN.pth")
+    expected = "expected a checkpoint that the GNT code wrote, with `net_coarse`, `feature_net` and perhaps `net_fine`"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -69,8 +71,8 @@ def load_official_checkpoint(path: str | Path) -> GNTModel:
             f"{path}: not a checkpoint that can be read safely (damaged, or more than tensors in it); {expected}"
         ) from None
     except Exception as error:  # the unpickler meets foreign bytes with whatever its own code raises
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: unreadable checkpoint ({reason}); {expected}") from None
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path}: torch cannot read it ({reason}); {expected}") from None
     if not isinstance(checkpoint, Mapping) or not {"net_coarse", "feature_net"} <= checkpoint.keys():
         found = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
         raise UserError(f"{path}: not a GNT checkpoint (found: {found[:200]}); {expected}")

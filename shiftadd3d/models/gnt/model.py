@@ -142,7 +142,7 @@ class GNTModel(nn.Module):
             UserError: rays that are no whole rows.
         """
         if columns and len(origins) % columns:
-            raise UserError(f"{len(origins)} rays are no rows of {columns}; expected a multiple, or columns=0")
+            raise UserError(f"{len(origins)} rays do not fill rows of {columns}; expected a multiple, or columns=0")
         near, far = (torch.as_tensor(x).to(origins).expand(origins.shape[0]) for x in (near, far))
         unit = torch.ones((), dtype=origins.dtype, device=origins.device)
         if self.config.canonical and len(origins):

@@ -114,7 +114,7 @@ def read_model(folder: Path, suffix: str) -> ColmapModel:
     lost = [image.name for image in images if image.camera not in cameras]
     if lost:
         raise UserError(
-            f"{folder}: {plural(len(lost), 'image')} of a camera that cameras{suffix} has not ({list_first(lost)}); "
+            f"{folder}: {plural(len(lost), 'image')} of a camera that is not in cameras{suffix} ({list_first(lost)}); "
             + _EXPECTED
         )
     return ColmapModel(folder, suffix, cameras, sorted(images, key=lambda image: image.number))
@@ -382,7 +382,7 @@ def read_colmap(data: Path, requested_factor: float | None) -> Scene:
         requested_factor: which images_N to read; the largest of at most 1600 px if None.
 
     Raises:
-        UserError: no model that can be read, photos that are missing, lenses that cannot be heeded.
+        UserError: no model that can be read, photos that are missing, lenses that are not supported.
     """
     model = choose_model(data)
     twins = len(model.images) - len({image.name for image in model.images})
@@ -455,7 +455,7 @@ def _lens(
         extra |= {key: values[key] for key in ("p1", "p2") if values.get(key, 0.0) != 0}
     if extra:
         raise UserError(
-            f"{folder}: a camera is of type {camera.model}, whose {', '.join(extra)} cannot be heeded; expected "
+            f"{folder}: a camera is of type {camera.model} with {', '.join(extra)}, which is not supported; expected "
             f"{_READABLE}: undistort the pictures (colmap image_undistorter)"
         )
     distortion = np.array([values.get(key, 0.0) for key in _DISTORTION])
@@ -553,7 +553,7 @@ def _listed_splits(data: Path, names: Sequence[str]) -> dict[str, list[int]]:
         strangers = [name for name in listed if name not in views]
         if strangers:
             raise UserError(
-                f"{path} lists {plural(len(strangers), 'name')} that the COLMAP model has not "
+                f"{path} lists {plural(len(strangers), 'name')} not in the COLMAP model "
                 f"({list_first(strangers)}); expected names of its photos"
             )
         found[split] = sorted({views[name] for name in listed})

@@ -196,7 +196,7 @@ def says_nothing(value: Any) -> bool:
 
 
 def refuse_keys(values: Mapping[str, Any], where: str) -> None:
-    """Refuses keys that would change the geometry and cannot be heeded.
+    """Refuses keys that would change the geometry and are not supported.
 
     Args:
         values: a camera file, or one of its frames.
@@ -211,7 +211,7 @@ def refuse_keys(values: Mapping[str, Any], where: str) -> None:
             continue
         small = name in _PIXELS and isinstance(value, (int, float)) and abs(value) < 0.5
         if not small and not says_nothing(value):
-            raise UserError(f"{where}: {name} is {shown(value)}, which cannot be heeded; {key.note}")
+            raise UserError(f"{where}: {name} is {shown(value)}, which is not supported; {key.note}")
 
 
 def unknown_keys(frames: Iterable[Mapping[str, Any]], meta: Mapping[str, Any]) -> list[str]:

@@ -189,7 +189,7 @@ def _kind(values: Mapping[str, Any], where: str) -> CameraType | None:
     kind = None if model is None else CAMERA_MODELS[model.upper()]
     if model is not None and model.upper() == "FULL_OPENCV" and float(values.get("k4", 0.0)) != 0:
         raise UserError(
-            f"{where}: k4 of camera_model FULL_OPENCV divides, which cannot be heeded; undistort the pictures"
+            f"{where}: k4 of camera_model FULL_OPENCV is a divisor, which is not supported; undistort the pictures"
         )
     flag = values.get("is_fisheye")
     if flag is None:
@@ -197,7 +197,7 @@ def _kind(values: Mapping[str, Any], where: str) -> CameraType | None:
     flagged = CameraType.FISHEYE if flag else CameraType.PERSPECTIVE
     if kind is not None and kind != flagged:
         raise UserError(
-            f"{where}: camera_model is {model}, but is_fisheye is {shown(flag)}; expected one of the two to be right"
+            f"{where}: camera_model is {model}, but is_fisheye is {shown(flag)}; expected one of the two, or both alike"
         )
     return flagged
 
@@ -227,7 +227,7 @@ def _distortion_stated(values: Mapping[str, Any], where: str) -> dict[str, float
     vector: dict[str, float] = dict(zip(DISTORTION, map(float, values["distortion_params"]), strict=True))
     if any(value != vector[key] for key, value in single.items()):
         raise UserError(
-            f"{where}: distortion_params and {', '.join(single)} say different things; expected one of them"
+            f"{where}: distortion_params and {', '.join(single)} contradict each other; expected one of them"
         )
     return vector
 

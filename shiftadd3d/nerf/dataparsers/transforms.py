@@ -67,7 +67,7 @@ def read_json(path: Path) -> Any:
         ) from error
     except _TwinError as error:
         raise UserError(
-            f"{path}: the key {shown(error.key)} stands there twice with different values; expected it once"
+            f"{path}: the key {shown(error.key)} is there twice, with different values; expected it once"
         ) from error
     except (RecursionError, ValueError) as error:
         reason = "brackets nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
@@ -144,7 +144,7 @@ def read_camera_file(path: Path, may_be_empty: bool = False) -> CameraFile:
 
     Raises:
         UserError: not JSON; no frames; a frame without a name or with a pose that is none; values that are not what
-            their key says; keys that cannot be heeded.
+            their key says; keys that are not supported.
     """
     content = read_json(path)
     frames = content.get("frames") if isinstance(content, dict) else None
@@ -192,7 +192,7 @@ def _pose(path: Path, frame: Mapping[str, Any]) -> np.ndarray:
     matrix = next(iter(stated.values()), None)
     if any(other != matrix for other in stated.values()):
         raise UserError(
-            f"{path}: {', '.join(stated)} of {name} differ, which cannot be heeded; expected one pose of every picture"
+            f"{path}: {', '.join(stated)} of {name} differ, which is not supported; expected one pose of every picture"
         )
     try:
         pose = np.array(matrix, dtype=np.float64)
@@ -220,7 +220,7 @@ def _axes(path: Path, meta: Mapping[str, Any]) -> str:
         said["normal_mts_args"] = "mitsuba"
     if len(set(said.values())) > 1:
         raise UserError(
-            f"{path}: {' and '.join(said)} say different things of the matrices' axes; expected one of them"
+            f"{path}: {' and '.join(said)} contradict each other on the axes of the matrices; expected one of them"
         )
     return next(iter(said.values()), "opengl")
 
@@ -232,7 +232,7 @@ def _refuse_motion(path: Path, frames: Sequence[Mapping[str, Any]]) -> None:
     }
     if len(times) > 1 and min(times) >= 0 and max(times) <= 1:
         raise UserError(
-            f"{path}: time is {min(times):g} to {max(times):g}, which cannot be heeded; expected a scene that stands "
+            f"{path}: time is {min(times):g} to {max(times):g}, which is not supported; expected a scene that stands "
             "still, not another state of it in every picture"
         )
 
@@ -541,7 +541,7 @@ def _look_beside(file: CameraFile, scene: Scene) -> None:
         rays = [image for image in scene.images if image.with_name(f"rays_{image.stem}.dat").is_file()]
         if rays:
             raise UserError(
-                f"{file.path}: instant-ngp's rays_{rays[0].stem}.dat has rays of its own, which cannot be heeded: "
+                f"{file.path}: instant-ngp's rays_{rays[0].stem}.dat has rays of its own, which is not supported: "
                 "expected a lens (enable_ray_loading false leaves the file alone)"
             )
 
@@ -562,7 +562,7 @@ def _listed_splits(file: CameraFile, scene: Scene, folder: Folder, factor: int) 
         strangers = [name for name, path in zip(names, paths, strict=True) if path is None or path not in views]
         if strangers:
             raise UserError(
-                f"{file.path}: {split}_filenames lists {plural(len(strangers), 'name')} of no frame "
+                f"{file.path}: {split}_filenames lists {plural(len(strangers), 'name')} that no frame has "
                 f"({list_first(strangers)}); expected file_path of frames"
             )
         found[split] = sorted({views[path] for path in paths if path is not None})

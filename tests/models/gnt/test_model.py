@@ -360,5 +360,5 @@ def test_a_network_that_is_not_canonical_sees_the_world(config, cameras, views):
 def test_rays_that_are_no_rows_of_a_picture_are_refused(config, views):
     model = GNTModel(config(proposal_samples=8)).eval()
     origins, directions = torch.zeros(7, 3), torch.ones(7, 3)
-    with pytest.raises(UserError, match=r"^7 rays are no rows of 3; expected a multiple, or columns=0$"):
+    with pytest.raises(UserError, match=r"^7 rays do not fill rows of 3; expected a multiple, or columns=0$"):
         model(views(model), origins, directions, 2.0, 6.0, 4, columns=3)
