@@ -1,4 +1,4 @@
-"""Running a model over example inputs and looking at what its layers see."""
+"""Run a model on example inputs and look at the inputs of its layers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from shiftadd3d.nn.moe import MoE
 _ROWS_AT_ONCE = 4096
 
 Forward = Callable[[nn.Module, Any], Any]
-"""Runs a model on one batch, for models and batches that `call_model` does not fit."""
+"""Runs a model on one batch, for models and batches that `call_model` cannot combine."""
 
 
 def as_batches(batches: Iterable[Any]) -> list[Any]:
-    """All batches in a list: whoever looks at activations passes over them several times.
+    """All batches in a list, because calibration passes over them several times.
 
     Raises:
-        UserError: if there is none, or `batches` is itself one batch.
+        UserError: if there is no batch, or `batches` is itself one batch.
     """
     if isinstance(batches, (Tensor, Mapping)):
         raise UserError(f"batches must be a list or another iterable of batches, not one {type(batches).__name__}")
@@ -37,11 +37,12 @@ def as_batches(batches: Iterable[Any]) -> list[Any]:
 
 
 def call_model(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
-    """Run `model` on one batch, whose tensors are taken to the model's device first.
+    """Run `model` on one batch. The tensors of the batch are moved to the device of the model first.
 
     Args:
+        model: any module.
         batch: a tensor (the only argument), a tuple or list (all arguments) or a mapping (keyword arguments).
-        forward: how to call the model instead: with (model, batch).
+        forward: called with (model, batch) instead, if given.
 
     Raises:
         UserError: if the model takes no such arguments.
@@ -65,7 +66,7 @@ def call_model(model: nn.Module, batch: Any, forward: Forward | None = None) -> 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
+    """Evaluation mode without gradients. Afterwards every module is in its earlier mode again."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         if any(training for _, training in modes):  # else layers may keep what they have made of their weights
@@ -78,7 +79,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class InputStatistics:
-    """Sums over the inputs of a layer: all that the second-order error of its weights depends on."""
+    """Sums over the inputs of a layer. The second-order error of its weights depends on nothing else."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -86,7 +87,7 @@ class InputStatistics:
         self._products: Tensor = torch.zeros(())
 
     def add(self, inputs: Tensor) -> None:
-        """Count inputs [n, in] in."""
+        """Add inputs [n, in] to the sums."""
         if self.rows == 0:
             self._sum = inputs.new_zeros(inputs.shape[1], dtype=torch.float64)
             self._products = self._sum.new_zeros(inputs.shape[1], inputs.shape[1])
@@ -109,7 +110,7 @@ class InputStatistics:
 
 
 class InputTrace(NamedTuple):
-    """What a pass over the batches showed about the layers watched."""
+    """What the watched layers saw in a pass over the batches."""
 
     groups: list[list[str]]
     """Names in the order of the first calls; layers that always get the very same input are one group."""
@@ -120,7 +121,7 @@ class InputTrace(NamedTuple):
 def trace_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Any], forward: Forward | None = None
 ) -> InputTrace:
-    """Find out when `model` calls which of `layers` (by qualified name), over all batches.
+    """Find out in which order `model` calls `layers` (by qualified name), over all batches.
 
     Raises:
         UserError: for NaN or infinity in the input of a layer.
@@ -165,7 +166,7 @@ def gather_statistics(
     trace: InputTrace,
     forward: Forward | None = None,
 ) -> dict[str, InputStatistics]:
-    """Statistics of the inputs of `layers`, in one pass that stops a batch as soon as all have been seen."""
+    """Statistics of the inputs of `layers`, in one pass. Each batch stops as soon as all layers have been seen."""
     statistics = {name: InputStatistics() for name in layers}
     for batch, calls in zip(batches, trace.calls, strict=True):
         left = Counter({name: calls[name] for name in layers if calls[name]})
@@ -185,10 +186,10 @@ def gather_statistics(
 
 @contextmanager
 def watching(model: nn.Module, layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While this lasts, `see` is called with the name and the input of each of `layers` that `model` calls.
+    """Inside this context, `see` is called with the name and the input of each of `layers` that `model` calls.
 
-    A layer inside an expert of a mixture sees all tokens that reach the mixture, whichever of them a router would send
-    there: routers change in training, and an untrained one says nothing.
+    A layer inside an expert of a mixture sees all tokens of the mixture, not only those that the router would send
+    there. Routers change in training, and the choices of an untrained one mean nothing.
     """
     probing = False
 
@@ -228,7 +229,7 @@ def watching(model: nn.Module, layers: Mapping[str, nn.Module], see: Callable[[s
 
 
 def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """The vectors [n, in] that the weight is applied to, of a linear layer or of a convolution that counts as one."""
+    """The vectors [n, in] that the weight multiplies, for a linear layer or a convolution that counts as one."""
     kernel: Any = getattr(layer, "kernel_size", None)
     if kernel is None:
         return inputs.reshape(-1, inputs.shape[-1])

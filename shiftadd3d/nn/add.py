@@ -1,8 +1,8 @@
-"""Attention over binary queries and keys: every product against a code is an addition.
+"""Attention over binary queries and keys: every product with a code is an addition.
 
-The similarity is the linear-angular one: the angular kernel ``1 - angle(q, k) / pi`` to first order,
-``1/2 + cos(q, k) / pi``. It needs no softmax, so keys and values can be summed up first, ``q (k^T v)``, at a cost
-linear in the number of tokens. With codes of length D, ``cos(q, k)`` is ``q . k / D``: a count of agreeing bits.
+The similarity is the linear-angular one: the angular kernel ``1 - angle(q, k) / pi`` to first order, ``1/2 + cos(q, k)
+/ pi``. It needs no softmax. So keys and values can be multiplied first, ``q (k^T v)``, at a cost that is linear in the
+number of tokens. With codes of length D, ``cos(q, k)`` is ``q . k / D``: a count of agreeing bits.
 
 Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.2; You et al., Castling-ViT (CVPR 2023), for the
 linear-angular similarity and the depthwise convolution on the values.
@@ -49,26 +49,28 @@ def linear_add_attention(
 ) -> Tensor:  # [B, H, N, E]
     """Linear-angular attention of binary codes.
 
-    ``out_i = sum_j s_ij v_j / sum_j s_ij`` with ``s_ij = 1/2 + q_i . k_j / (pi D)``. For codes of -1 and +1 that is
-    between 0.18 and 0.82, for codes of 0 and 1 between 0.5 and 0.82: rows are proper distributions. Class tokens are
-    tokens like any other; N and M may differ.
+    ``out_i = sum_j s_ij v_j / sum_j s_ij`` with ``s_ij = 1/2 + q_i . k_j / (pi D)``. For codes of -1 and +1,
+    similarities are between 0.18 and 0.82; for codes of 0 and 1, between 0.5 and 0.82. So each row is a distribution
+    over keys. Class tokens are treated like all others. N and M may differ.
 
     Args:
-        q: codes of the queries (see `binarize`), in the dtype of `v`.
-        k: codes of the keys.
-        v: values.
-        mask: bool, True where a key counts: [B, M], or [.., .., 1 or N, M] broadcasting to [B, H, N, M]. A query that
-            sees no key gives zeros. A mask that differs from query to query needs the quadratic order.
-        bias: added to the similarities, which stay at least zero: ``s_ij = max(0, 1/2 + q_i . k_j / (pi D) + b_ij)``;
-            broadcasts to [B, H, N, M] (a relative position bias; minus infinity shuts a key out). Needs the quadratic
-            order.
-        order: "linear" for ``q (k^T v)``, "quadratic" for ``(q k^T) v``, "auto" for the one with fewer additions. The
-            results differ by rounding only.
-        dropout_p: probability with which an entry of the attention map is dropped (the others grow to make up for it),
-            as in softmax attention. Only the quadratic order has a map.
+        q: codes of the queries (see `binarize`), [B, H, N, D], in the dtype of `v`.
+        k: codes of the keys, [B, H, M, D].
+        v: values, [B, H, M, E].
+        mask: bool, True where a key counts: [B, M], or [.., .., 1 or N, M] that broadcasts to [B, H, N, M]. A query
+            without any key gives zeros. A mask that depends on the query needs the quadratic order.
+        bias: added to the similarities, for instance a relative position bias: ``s_ij = max(0, 1/2 + q_i . k_j / (pi D)
+            + b_ij)``. It broadcasts to [B, H, N, M]. Minus infinity leaves a key out. It needs the quadratic order.
+        order: "linear" for ``q (k^T v)``, "quadratic" for ``(q k^T) v``, "auto" for the one with fewer additions.
+            Results differ by rounding only.
+        dropout_p: probability with which an entry of the attention map is dropped, as in softmax attention. The other
+            entries are scaled up to make up for it. Only the quadratic order has a map.
+
+    Returns:
+        [B, H, N, E].
 
     Raises:
-        UserError: for an order that does not exist, or the linear order with what needs the quadratic one.
+        UserError: for an unknown order, or for the linear order with something that needs the quadratic one.
     """
     mask, bias = broadcastable_mask(mask), _checked_bias(bias)
     order = _choose_order(order, q, k, v, mask, bias, dropout_p)
@@ -78,22 +80,22 @@ def linear_add_attention(
 
 
 def first_query_weights(q: Tensor, k: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """How the first query attends, without the other rows of the attention map.
+    """The attention weights of the first query only.
 
     Args:
-        q: codes [B, H, N, D]; only the first query is read.
+        q: codes [B, H, N, D]. Only the first query is read.
         k: codes [B, H, M, D].
         mask: as in `linear_add_attention`.
         bias: as in `linear_add_attention`.
 
     Returns:
-        [B, H, M], the first row of the map that `linear_add_attention` applies; sums to 1 where any key counts.
+        [B, H, M]: the first row of the map that `linear_add_attention` applies. It sums to 1 if any key counts.
     """
     return linear_angular.first_row(q, k, broadcastable_mask(mask), _checked_bias(bias))
 
 
 def broadcastable_mask(mask: Tensor | None) -> Tensor | None:
-    """A mask over keys [B, M] as [B, 1, 1, M]; a 4-dimensional one as it is."""
+    """A mask over keys [B, M] as [B, 1, 1, M]. A mask of 4 dimensions is returned as it is."""
     if mask is None:
         return None
     if mask.dtype != torch.bool:
@@ -133,14 +135,17 @@ def _choose_order(
 
 
 class TokenConv(nn.Module):
-    """Depthwise convolution of the values along the tokens of a sequence, one kernel a head.
+    """Depthwise convolution of the values along the tokens of a sequence, with one kernel for each head.
 
-    It gives back the local detail that the nearly flat linear-angular map averages away. It starts at zero, so that a
-    layer put in place of another one first does what its attention does.
+    It restores the local detail that the nearly flat linear-angular map averages away. Its weights start at zero, so a
+    layer that replaces another one first does what its attention does.
 
     Args:
         num_heads: number of kernels.
-        kernel_size: odd number of tokens.
+        kernel_size: number of tokens, odd.
+
+    Raises:
+        UserError: for a size that is even or not positive.
     """
 
     def __init__(self, num_heads: int, kernel_size: int) -> None:
@@ -158,18 +163,21 @@ class TokenConv(nn.Module):
 
 
 class TokenConv2d(nn.Module):
-    """Depthwise convolution of the values over the grid that the tokens of an image lie on, one kernel a channel.
+    """Depthwise convolution of the values over the grid of an image's tokens, with one kernel for each channel.
 
-    `TokenConv` for images: it starts at zero too. Class and register tokens lie on no grid; they get zeros, and no
-    neighbour sees them.
+    This is `TokenConv` for images, and its weights start at zero as well. Class and register tokens are not on the
+    grid: they get zeros, and they are no token's neighbours.
 
-    A `frozen` one (`freeze_` sets it) runs as a kernel where there is one (see `shiftadd3d.kernels`).
+    After `freeze_` (which sets `frozen`), it runs as a kernel where possible (see `shiftadd3d.kernels`).
 
     Args:
-        channels: H * E, all heads together.
-        kernel_size: odd number of tokens along either side.
+        channels: H * E, the channels of all heads together.
+        kernel_size: number of tokens along each side, odd.
         num_prefix_tokens: class and register tokens before the grid.
-        grid: its height and width in tokens; None for a square of whatever size.
+        grid: height and width in tokens; None for a square of any size.
+
+    Raises:
+        UserError: for a size that is even or not positive.
     """
 
     def __init__(
@@ -186,14 +194,14 @@ class TokenConv2d(nn.Module):
 
         Args:
             v: [B, H, prefix + h * w, E], the grid row by row.
-            grid: (h, w), where it is another one than that of the constructor.
-            addend: added to the outcome, of which it has the shape.
+            grid: (h, w), if it differs from that of the constructor.
+            addend: is added to the outcome and has its shape.
 
         Returns:
             The shape of `v`.
 
         Raises:
-            UserError: if that many tokens are no such grid.
+            UserError: if the number of tokens does not fit the grid.
         """
         if isinstance(v, Proxy):
             return one_node(self, v, grid, addend)
@@ -239,11 +247,12 @@ def _checked_kernel_size(kernel_size: int) -> int:
 
 
 def flat_attention(v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """What queries get that are as similar to all keys, [B, H, N, E] or [B, H, 1, E] where it is the same for all.
+    """The outputs for queries that are equally similar to all keys: [B, H, N, E], or [B, H, 1, E] if all queries get
+    the same.
 
     Args:
         v: values [B, H, M, E].
-        mask, bias: as `linear_add_attention` takes them.
+        mask, bias: as in `linear_add_attention`.
     """
     if mask is None and bias is None:
         return v.mean(-2, keepdim=True)
@@ -258,25 +267,28 @@ class AddAttention(nn.Module):
     Args:
         dim: token width C.
         num_heads: must divide `dim`, unless `head_dim` is given.
-        qkv_bias: biases for the query, key and value projections.
-        out_bias: bias for the output projection.
+        qkv_bias: add biases to the query, key and value projections.
+        out_bias: add a bias to the output projection.
         binarizer: how queries and keys become codes, a name in `BINARIZERS`.
         codes: "pm1" for codes of -1 and +1, "01" for 0 and 1.
-        dwconv: kernel size of the convolution on the values along the sequence, 0 for none; or a module from values
-            [B, H, N, D] to the same shape, for tokens that lie otherwise (`TokenConv2d`).
+        dwconv: kernel size of the convolution on the values along the sequence, 0 for none. Or a module from values [B,
+            H, N, D] to the same shape, for tokens in another arrangement (`TokenConv2d`).
         order: see `linear_add_attention`.
         dropout: probability for the output.
-        attn_dropout: probability for the entries of the attention map in training, in the quadratic order.
+        attn_dropout: probability for the entries of the attention map in training. It needs the quadratic order.
         head_dim: width D of a head; None for ``dim / num_heads``.
         context_dim: token width of the context in cross attention; None for `dim`.
         code_dim: bits of a code; None for `head_dim`.
-        share_codes: one binarizer for queries and keys; otherwise each has its own, and they start alike.
-        contrast: by how much more each output differs from the mean of the values than the linear-angular map makes it
-            differ, which weighs no key more than 4.5 times as much as another one: a factor for each head, learned from
-            this start, in `log_contrast`. Rows of the map still sum to one, but above 1 weights may be negative. None
-            for the map as it is.
+        share_codes: use one binarizer for queries and keys. If not, each has its own, and they start alike.
+        contrast: start value of a factor for each head, learned as `log_contrast`, which scales how much outputs differ
+            from the mean of the values. It is needed because the linear-angular map weighs no key more than 4.5 times
+            as much as another one. Rows of the map still sum to one, but weights may become negative for factors above
+            1. None leaves the map as it is.
 
     Shapes: x [B, N, C] to [B, N, C]. The projections are `q_fc`, `k_fc`, `v_fc`, `out_fc`.
+
+    Raises:
+        UserError: for sizes that do not fit each other, or an unknown binarizer, code or order.
     """
 
     def __init__(
@@ -335,10 +347,10 @@ class AddAttention(nn.Module):
         num_heads: int,
         **kwargs,
     ) -> Self:
-        """An attention layer that takes over the given projections (the very modules, not copies).
+        """An attention layer with the given projections: the same modules, not copies.
 
-        The four are `nn.Linear` or anything else with `in_features` and `out_features`; device, dtype and training flag
-        are those of `q_fc`. `kwargs` are those of the constructor.
+        The four are `nn.Linear` or other modules with `in_features` and `out_features`. Device, dtype and training flag
+        are those of `q_fc`. `kwargs` go to the constructor.
 
         Raises:
             UserError: if the projections do not fit each other.
@@ -383,17 +395,18 @@ class AddAttention(nn.Module):
 
         Args:
             x: [B, N, C].
-            return_weights: also return how the first token attends, [B, M]: the first row of the attention map, the
-                mean over the heads (GNT reads the volume rendering weights of a ray off it).
-            mask: bool [B, M], True where a token may be attended to; or one for each query, [.., .., N, M].
-            context: tokens [B, M, context_dim] that are attended to; None for x itself.
+            return_weights: also return the attention weights of the first token, [B, M]: the first row of the attention
+                map, averaged over the heads. GNT uses them as the volume rendering weights of a ray.
+            mask: bool [B, M], True where a token may be attended to; or one mask for each query, [.., .., N, M].
+            context: tokens [B, M, context_dim] to attend to; None for x itself.
             bias: added to the similarities, see `linear_add_attention`.
 
         Returns:
             [B, N, C], or that and the weights [B, M].
 
         Raises:
-            UserError: for a context in a layer with a convolution, which is over the values at the queries' own places.
+            UserError: for a context in a layer with a convolution on the values, which needs values at the places of
+                the queries.
         """
         if isinstance(x, Proxy):
             return one_node(self, x, return_weights, mask, context=context, bias=bias)
@@ -421,7 +434,10 @@ class AddAttention(nn.Module):
         return tuple(layer(x) for layer in layers)
 
     def repack(self) -> None:
-        """Put the codes of packed projections together. `freeze_` and loading do it; codes changed in place need it."""
+        """Combine the codes of packed projections.
+
+        `freeze_` and loading do this. Call it after changing codes in place.
+        """
         was_packed = self.joint is not None
         self.joint = joint_layers(self.q_fc, self.k_fc, self.v_fc) or joint_layers(self.k_fc, self.v_fc)
         if self.joint is not None:
@@ -432,13 +448,13 @@ class AddAttention(nn.Module):
             self.register_load_state_dict_post_hook(_repack_what_was_loaded)
 
     def add_convolution(self, out: Tensor, v: Tensor) -> Tensor:
-        """The heads' outputs plus the convolution on the values, where there is one; [B, H, N, D] all."""
+        """The outputs of the heads, plus the convolution on the values if there is one. All are [B, H, N, D]."""
         if self.dwconv is None:
             return out
         return self.dwconv(v, addend=out) if isinstance(self.dwconv, TokenConv2d) else out + self.dwconv(v)
 
     def split_heads(self, x: Tensor) -> Tensor:  # [B, N, H * D] -> [B, H, N, D]
-        """The heads of a projection."""
+        """The heads of a projection: [B, N, H * D] to [B, H, N, D]."""
         return x.view(*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads).transpose(1, 2)
 
     def attend(
@@ -450,10 +466,11 @@ class AddAttention(nn.Module):
         bias: Tensor | None = None,
         return_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """From projected queries, keys and values to the heads' outputs [B, H, N, E], before the output projection.
+        """From projected queries, keys and values to the outputs of the heads [B, H, N, E], before the output
+        projection.
 
-        Classes derived from this one call it where theirs would call `F.scaled_dot_product_attention`. The second
-        value is the first query's attention [B, M], None unless asked for.
+        Derived classes call it in place of `F.scaled_dot_product_attention`. The second value is the attention of the
+        first query [B, M]. It is None unless asked for.
         """
         key_binarizer = self.q_code if self.k_code is None else self.k_code
         mask = broadcastable_mask(mask)
@@ -482,7 +499,7 @@ class AddAttention(nn.Module):
         return self._add_contrast(out, v, mask, bias), None if weights is None else weights.mean(1)
 
     def _add_contrast(self, out: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The heads' outputs, moved away from what a query gets that is as similar to all keys."""
+        """Move the outputs of the heads away from the outputs of equal attention to all keys."""
         if self.log_contrast is None:
             return out
         flat = flat_attention(v, mask, bias)

@@ -1,6 +1,7 @@
-"""What people attach to one module of a model, which is lost where another module takes its place.
+"""Things that people attach to one module of a model. They are lost when another module takes its place.
 
-Hooks, a forward pass of its own, parametrizations, norms of weights, adapters and offloading all sit on the instance.
+These are hooks, an own forward pass, parametrizations, weight norms, adapters and offloading. All of them belong to the
+instance.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _REMEDIES = {
 
 
 def would_be_lost(module: nn.Module) -> str | None:
-    """What is attached to `module` that nothing in its place would have, and what to do about it; None for nothing."""
+    """What is attached to `module` and would be lost with it, and what to do about it; None for nothing."""
     if hasattr(module, "_hf_hook"):
         return "a hook of accelerate, which would be lost; accelerate.hooks.remove_hook_from_module takes it off"
     for registry, what in _HOOKS.items():
@@ -54,12 +55,12 @@ def would_be_lost(module: nn.Module) -> str | None:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether a forward pass was set on the instance, in the place of its class's."""
+    """Whether a forward pass was set on the instance, which hides that of its class."""
     return "forward" in module.__dict__ and _is_replaced_method(module, "forward")
 
 
 def has_hooks(*modules: nn.Module) -> bool:
-    """Whether someone sees or changes what goes into and comes out of these modules."""
+    """Whether hooks see or change the inputs or outputs of these modules."""
     return any(module._forward_hooks or module._forward_pre_hooks or has_own_forward(module) for module in modules)
 
 
@@ -73,7 +74,9 @@ def _is_replaced_method(module: nn.Module, name: str) -> bool:
 
 
 def foreign_to_linear(layer: nn.Linear | nn.Conv2d) -> str | None:
-    """What a linear layer or a convolution has that torch did not give it and no other layer takes over."""
+    """What was added to a linear layer or a convolution, and would not be carried over to another layer; None for
+    nothing.
+    """
     tensors = {name for name, value in (*layer._parameters.items(), *layer._buffers.items()) if value is not None}
     tensors |= {name for name, value in vars(layer).items() if isinstance(value, Tensor)}
     more = sorted((tensors - {"weight", "bias"}) | set(layer._modules))
@@ -86,7 +89,9 @@ def foreign_to_linear(layer: nn.Linear | nn.Conv2d) -> str | None:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether a module is one layer with adapters (LoRA and its kin) around it, by the names that libraries use."""
+    """Whether a module is one layer with adapters (LoRA and the like) around it, judged by the names that libraries
+    use.
+    """
     if any(kind.__name__ in ("BaseTunerLayer", "LoraLayer", "LoRALayer") for kind in type(module).__mro__):
         return True
     parts = {*module._modules, *module._parameters}
@@ -99,7 +104,7 @@ ADAPTED = "adapters (LoRA or the like) around its weight; merge them first (peft
 
 
 def overridden_methods(module: nn.Module, base: type[nn.Module]) -> list[str]:
-    """Methods of `base` that the class of `module` has otherwise: what takes the place of `base` has not got these."""
+    """Methods of `base` that the class of `module` overrides. A replacement for `base` would not have them."""
     kinds = type(module).__mro__
     return sorted(
         name
@@ -113,7 +118,10 @@ _NOT_COMPUTING = ("__init__", "__repr__", "extra_repr", "reset_parameters", "ini
 
 
 def offloaded(model: nn.Module) -> str | None:
-    """The name of a module for whose parts accelerate fetches weights by their names, which would be others."""
+    """The name of a module whose parts get their weights from accelerate by name; None if there is none.
+
+    Replacing parts would change the names.
+    """
     for name, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):
@@ -123,11 +131,13 @@ def offloaded(model: nn.Module) -> str | None:
 
 
 def keep_attributes(old: nn.Module, new: nn.Module, kind: type[nn.Module] | None = None) -> None:
-    """Let `new` have what was noted on the instance `old`, such as tags.
+    """Copy attributes that were set on the instance `old`, such as tags, to `new`.
 
     Args:
-        kind: the class of `old` as far as `new` knows it, whose own attributes are left out; None where it is not
-            known: then numbers, texts and flags are kept, and nothing else.
+        new: the replacement.
+        old: the module that is replaced.
+        kind: the class of `old`, if `new` is made for it. Attributes of that class are not copied. If None, only
+            numbers, texts and flags are copied.
     """
     given = frozenset() if kind is None else _given_by(kind)
     for name, value in vars(old).items():

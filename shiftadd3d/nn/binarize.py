@@ -1,8 +1,8 @@
 """Binary codes of queries and keys.
 
-`binarize` is the one definition of a code and of its straight-through gradient. The binarizers differ in what they
-threshold: the features themselves ("sign"), random projections of them ("random"), or hash functions that are fitted so
-that codes agree where a pretrained attention is high ("hash").
+`binarize` is the only definition of a code and of its straight-through gradient. Binarizers differ in what they compare
+with zero: the features themselves ("sign"), random projections of them ("random"), or hash functions ("hash"). Hash
+functions are fitted so that codes agree where the attention of a pretrained model is high.
 """
 
 from __future__ import annotations
@@ -81,20 +81,23 @@ def binarize(x: Tensor, codes: Codes = "pm1", clip: float | Tensor = 1.0) -> Ten
 
 
 class Binarizer(nn.Module):
-    """What all binarizers share: a projection that is thresholded at zero.
+    """What all binarizers share: a projection whose sign is the code.
 
-    A code does not see how long its token is, so the estimator's clipping range should not either: it ends at the root
-    mean square of each token's projections.
+    The length of a token does not change its code. So it does not change the clipping range of the gradient either: the
+    range ends at the root mean square of each token's projections.
 
     Args:
         head_dim: features D of a head.
         num_heads: heads H.
-        codes: "pm1" or "01".
+        codes: "pm1" for codes of -1 and +1, "01" for 0 and 1.
         code_dim: bits of a code; None for `head_dim`.
 
     Shapes: [B, H, N, D] to [B, H, N, code_dim].
 
-    A `frozen` one (`freeze_` sets it) gives codes for inference, which have no gradient.
+    After `freeze_` (which sets `frozen`), codes are for inference and have no gradient.
+
+    Raises:
+        UserError: for unknown codes, or a `code_dim` that is not positive.
     """
 
     def __init__(self, head_dim: int, num_heads: int, codes: Codes = "pm1", code_dim: int | None = None) -> None:
@@ -109,7 +112,7 @@ class Binarizer(nn.Module):
         self.head_dim, self.num_heads, self.code_dim = head_dim, num_heads, code_dim
 
     def project(self, x: Tensor) -> Tensor:  # [B, H, N, D] -> [B, H, N, code_dim]
-        """What is thresholded at zero."""
+        """The values whose signs are the code: [B, H, N, D] to [B, H, N, code_dim]."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, N, D] -> [B, H, N, code_dim]
@@ -122,8 +125,10 @@ class Binarizer(nn.Module):
 
     @torch.no_grad()
     def agreement(self, q: Tensor, k: Tensor, keys: Binarizer | None = None) -> float:
-        """How closely codes follow a softmax attention: the correlation, along the keys, of the inner products of codes
-        with ``q k^T``, the mean over queries.
+        """How closely codes follow a softmax attention, from -1 to 1.
+
+        This is the correlation along the keys between the inner products of codes and ``q k^T``, averaged over the
+        queries.
 
         Args:
             q: queries [B, H, N, D].
@@ -131,7 +136,7 @@ class Binarizer(nn.Module):
             keys: the binarizer of the keys; None if this one is for both.
 
         Raises:
-            UserError: for samples of other shapes, none at all, or NaN or infinity in them.
+            UserError: if shapes do not fit each other, there are no samples, or some are NaN or infinite.
         """
         self._check_samples(q, k)
         products = self(q) @ (self if keys is None else keys)(k).transpose(-2, -1)
@@ -159,7 +164,7 @@ def _token_scale(z: Tensor) -> Tensor:  # [..., code_dim] -> [..., 1], at least 
 
 
 class SignBinarizer(Binarizer):
-    """Vanilla binarisation, "sign": the sign of each feature, so that a code has as many bits."""
+    """Plain binarization, "sign": one bit for the sign of each feature."""
 
     def __init__(self, head_dim: int, num_heads: int, codes: Codes = "pm1", code_dim: int | None = None) -> None:
         super().__init__(head_dim, num_heads, codes, code_dim)
@@ -176,7 +181,8 @@ class SignBinarizer(Binarizer):
 class RandomBinarizer(Binarizer):
     """Signs of random projections, "random": the share of agreeing bits estimates ``1 - angle(q, k) / pi``.
 
-    The projections are drawn once and stay. Queries and keys need the same ones, hence a copy (or `share_codes`).
+    The projections are drawn once and are not trained. Queries and keys need the same ones, hence a copy (or
+    `share_codes`).
 
     Source: Charikar, "Similarity estimation techniques from rounding algorithms" (STOC 2002); orthogonal projections
     after Ji et al., "Super-Bit Locality-Sensitive Hashing" (NeurIPS 2012).
@@ -202,13 +208,13 @@ def random_projections(num_heads: int, head_dim: int, code_dim: int) -> Tensor:
 class HashBinarizer(Binarizer):
     """Kernelised hash functions, "hash": bits are signs of ``W^T x + A^T kappa(S, x) + t``.
 
-    ``kappa(S, x)_j = exp(-gamma |x - s_j|^2)`` are radial basis functions about support tokens S. `fit` samples these
-    from the tokens of an attention and learns W, A and t so that codes agree where the attention is high; all three are
-    parameters, trained on by the straight-through estimator. Before that W are random projections as in
-    `RandomBinarizer`, and A and t are zero. (EcoFormer has the radial basis functions alone. Adding a linear kernel,
-    whose expansion over support tokens is the matrix W, makes that start possible and the codes better.)
+    ``kappa(S, x)_j = exp(-gamma |x - s_j|^2)`` are radial basis functions around support tokens S. `fit` samples S from
+    the tokens of an attention layer and learns W, A and t, so that codes agree where the attention is high. All three
+    are parameters and are trained further with the straight-through estimator. Before `fit`, W holds random projections
+    as in `RandomBinarizer`, and A and t are zero. EcoFormer has the radial basis functions only. The linear part W
+    makes this start possible and the codes better.
 
-    A token costs ``D code_dim + NUM_SUPPORTS (D + code_dim)`` multiplications a head.
+    A token costs ``D code_dim + NUM_SUPPORTS (D + code_dim)`` multiplications in each head.
 
     Source: Liu et al., EcoFormer (NeurIPS 2022), section 4; the functions and the bit-by-bit fit are those of Liu et
     al., "Supervised Hashing with Kernels" (CVPR 2012).
@@ -233,7 +239,7 @@ class HashBinarizer(Binarizer):
             return (features @ self.weight.to(features.dtype)).to(x.dtype)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the hash functions are linear in, ``(x, kappa(S, x), 1)``.
+        """The inputs of the hash functions, which are linear in them: ``(x, kappa(S, x), 1)``.
 
         Args:
             x: [B, H, N, D].
@@ -249,13 +255,13 @@ class HashBinarizer(Binarizer):
     def fit(self, q: Tensor, k: Tensor, keys: HashBinarizer | None = None) -> None:
         """Learn hash functions from queries and keys of a softmax attention, in place.
 
-        The inner products of the codes shall follow what the softmax exponentiates: ``q k^T``, brought to mean 0 and
-        variance 1 for each query (the map is normalised by rows, too) and clipped. One bit after the other takes what
-        those before it have left over. The two functions of a bit are fitted in turns, each by regression on what suits
-        the other one's bits best, starting from what they are.
+        The target for the inner products of codes is the exponent of the softmax, ``q k^T``. It is clipped and brought
+        to mean 0 and variance 1 for each query, because the attention map is normalised by rows as well. Bits are
+        fitted one after the other, each to what the bits before it leave over. The two functions of a bit (for queries
+        and keys) are fitted in turns, by regression, starting from their current values.
 
-        (EcoFormer's target is 1 for the 10 largest entries of a row, -1 for the 10 smallest and 0 between. This one
-        does without a count, and the codes follow the attention more closely.)
+        EcoFormer's target is 1 for the 10 largest entries of a row, -1 for the 10 smallest and 0 between. The target
+        here needs no such count, and codes follow the attention more closely.
 
         Args:
             q: queries of B sequences, [B, H, N, D].
@@ -263,7 +269,7 @@ class HashBinarizer(Binarizer):
             keys: the binarizer of the keys, fitted as well; None if this one is for both.
 
         Raises:
-            UserError: for samples of other shapes, none at all, or NaN or infinity in them.
+            UserError: if shapes do not fit each other, there are no samples, or some are NaN or infinite.
         """
         self._check_samples(q, k)
         if keys is None:
@@ -325,16 +331,16 @@ class _Tokens:
 
 
 BINARIZERS: dict[str, type[Binarizer]] = {"sign": SignBinarizer, "random": RandomBinarizer, "hash": HashBinarizer}
-"""What makes codes of queries and keys, by the names that recipes have for it."""
+"""Classes that turn queries and keys into codes, by their names in recipes."""
 
 
 def make_binarizer(
     name: str, head_dim: int, num_heads: int, codes: Codes = "pm1", code_dim: int | None = None
 ) -> Binarizer:
-    """The binarizer called `name`: a module from features [B, H, N, D] to codes [B, H, N, code_dim].
+    """The binarizer of this name: a module from features [B, H, N, D] to codes [B, H, N, code_dim].
 
     Raises:
-        UserError: listing the names, if there is none of that name; or for a length that its codes cannot have.
+        UserError: for an unknown name (the message lists the names), or for a length that its codes cannot have.
     """
     if name not in BINARIZERS:
         raise UserError(f"binarizer must be one of {', '.join(BINARIZERS)}, not {name!r}")

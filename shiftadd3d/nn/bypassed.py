@@ -1,8 +1,8 @@
-"""Layers that a model uses otherwise than by calling what stands in their place.
+"""Layers that a model uses in another way than by calling the module in their place.
 
 The forward passes of timm's BEiT and Swin v2 and of torchvision's Swin compute with `self.qkv.weight` and never call
-`self.qkv`; others keep a layer in a plain list, or one of its methods. What is put in the place of such a layer is not
-used, or is used in part, and nothing says so.
+`self.qkv`. Other models keep a layer in a plain list, or keep one of its methods. A replacement of such a layer is not
+used, or only in part, and nothing reports that.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _ABOUT_STORAGE = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "r
 
 
 def bypassed(model: nn.Module) -> dict[nn.Module, str]:
-    """Modules of `model` that are used past their place in it, and how.
+    """Modules of `model` that are used in another way than through their place in it, and how.
 
     Args:
-        model: a model whose code is Python's. What is compiled is not looked into.
+        model: a model written in Python. Compiled code is not examined.
     """
     found: dict[nn.Module, str] = {}
     inside = dict.fromkeys(model.modules())

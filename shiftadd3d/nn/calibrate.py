@@ -1,12 +1,13 @@
-"""Post-training conversion: power-of-two weights that keep what a layer computes, not only what its weights are.
+"""Post-training conversion: power-of-two weights that preserve the outputs of a layer, not only its weights.
 
-Nearest rounding minimises the error of each weight by itself. `calibrate_` looks at what a layer sees on a few
-batches and rounds one input column after the other, letting the columns that are still to come make up for the error so
-far (GPTQ); then it goes over all columns again and changes every code that its neighbours' rounding has made the second
-best (coordinate descent). The windows of exponents are searched for each output channel, and the mean of the error that
-is left goes into the bias.
+Rounding to the nearest value minimises the error of each weight alone. `calibrate_` uses the inputs of the layer on a
+few batches. It rounds one input column after the other, and the columns not yet rounded make up for the error so far
+(GPTQ). Then it goes over all columns again and changes every code that is no longer the best one, given the rounding of
+the others (coordinate descent). It searches a window of exponents for each output channel. The mean of the remaining
+error goes into the bias.
 
-Layers are taken in the order in which the model runs them, each with what it sees once all before it are rounded.
+Layers are taken in the order in which the model runs them. Each sees the outputs of the layers before it after they
+have been rounded.
 
 Source: Frantar et al., GPTQ (ICLR 2023), with the columns ordered by activation; Behdin et al., QuantEase (2023), for
 the coordinate descent; Nagel et al., Data-Free Quantization (ICCV 2019), section 4.2, for the bias.
@@ -72,32 +73,36 @@ _ROUTER_TOKENS = 4096
 
 @dataclass(frozen=True)
 class CalibratedLayer:
-    """One shift layer. The errors are root mean squares of the output's change over those of the float output, where a
-    bias takes care of its mean about that mean, on the inputs the layer saw."""
+    """One shift layer and its errors.
+
+    An error is the root mean square of the change of the output, divided by that of the float output, on the inputs
+    that the layer saw. If the layer has a bias, which corrects the mean, the mean is subtracted first.
+    """
 
     name: str
     bits: int
     terms: int
     inputs: int
-    """Input vectors the layer was calibrated with."""
+    """Number of input vectors that the layer was calibrated with."""
     nearest_error: float
     """Error of nearest rounding."""
     error: float
-    """Error of the weights it has now."""
+    """Error of its present weights."""
 
 
 @dataclass(frozen=True)
 class FittedRouter:
-    """The router of one mixture, made to send the tokens that the shift expert treats worst to the multiplying one.
+    """The router of one mixture, fitted to send the tokens with the largest error of the shift expert to the
+    multiplying expert.
 
-    It looks at one token at a time and knows only what a linear function can tell; training makes it better.
+    It is a linear function of one token, so it can only tell tokens apart that way. Training makes it better.
     """
 
     name: str
     mult_share: float
     """Share of the tokens that go to the multiplying expert."""
     caught_error: float
-    """Share of the shift expert's squared error that lies on these tokens, and so goes away."""
+    """Share of the shift expert's squared error that these tokens have, and that therefore disappears."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +116,9 @@ class CalibrationReport(RichReport):
     attentions: tuple[FittedAttention, ...]
     routers: tuple[FittedRouter, ...]
     unreached: tuple[str, ...]
-    """Shift layers that no batch came by: they are rounded to the nearest powers of two."""
+    """Shift layers that no batch reached. They are rounded to the nearest powers of two."""
     untuned: tuple[str, ...]
-    """What only fine-tuning brings back, and why."""
+    """Parts whose loss only fine-tuning can repair, and why."""
 
     def __rich__(self) -> Group:
         from rich.console import Group
@@ -162,24 +167,25 @@ def calibrate_(
     attention_steps: int = 0,
     verbose: bool = True,
 ) -> CalibrationReport:
-    """Do what `reparameterize_` does, and round the weights so that the layers' outputs change least on `batches`.
+    """Do what `reparameterize_` does, and round the weights so that the outputs of layers change least on `batches`.
 
-    The model is run in evaluation mode, without gradients, and is left in the modes it was in. Shift layers (those in
-    mixtures as well) get their codes and, if they have a bias, a corrected one. Hash functions of additive attention
-    and its contrast are fitted (see `fit_binarizers_` and `fit_contrast_`); so are routers of mixtures, to the shift
-    experts' errors. Layers that an earlier call, or training, has made are left as they are.
+    The model runs in evaluation mode, without gradients. Afterwards its modules are in their earlier modes again. Shift
+    layers, also those in mixtures, get new codes and, if they have a bias, a corrected bias. Hash functions and
+    contrast of additive attention are fitted (see `fit_binarizers_` and `fit_contrast_`). Routers of mixtures are
+    fitted to the errors of the shift experts. Layers from an earlier call or from training are not changed.
 
     Args:
         model: any module, with its float weights.
-        batches: example inputs, a few dozen to a few hundred; all are kept in memory. Each batch is a tensor (the
+        batches: example inputs, a few dozen to a few hundred. All are kept in memory. Each batch is a tensor (the
             model's only argument), a tuple or list (its arguments) or a mapping (its keyword arguments).
         recipe: a `Recipe`, or the name of a preset.
         forward: called with (model, batch) to run the model instead, for labelled batches or other calls.
         filter_fn: as in `reparameterize_`.
-        sequential: round a layer on what it sees after all layers before it have been rounded, which takes half a pass
-            over the batches for each group of layers with one input. If not, one pass in all: faster, less accurate.
-        attention_steps: train each additive attention for so many steps to put out what its softmax did, before weights
-            are rounded (`fit_attention_`); 0 leaves that to fine-tuning.
+        sequential: round each layer on the inputs that it gets after all layers before it have been rounded. This takes
+            half a pass over the batches for each group of layers with one input. If False, one pass serves all layers,
+            which is faster and less accurate.
+        attention_steps: training steps for each additive attention before weights are rounded, in which it learns to
+            put out what its softmax did (`fit_attention_`). 0 leaves this to fine-tuning.
         verbose: show progress, and print the report.
 
     Returns:
@@ -187,8 +193,8 @@ def calibrate_(
 
     Raises:
         UserError: if there are no batches, the model cannot be called with them, its layers see NaN or infinity, or the
-            recipe does not fit it (see `reparameterize_`), or has been applied already. The model has not been changed
-            then, unless it is the reparameterized model whose layers see NaN or infinity.
+            recipe does not fit the model (see `reparameterize_`) or has been applied already. The model is unchanged
+            then, except if the reparameterized model's layers see NaN or infinity.
     """
     batches = as_batches(batches)
     recipe = Recipe.parse(recipe)
@@ -241,7 +247,7 @@ def calibrate_layers_(
     attention_steps: int = 0,
     verbose: bool = False,
 ) -> _Calibration:
-    """Round the shift layers among the modules `new` of `model` (by qualified name), and fit the routers among them."""
+    """Round the shift layers among the modules `new` of `model` (by qualified name), and fit their routers."""
     calibration = _Calibration(model, new, batches, forward, attention_steps)
     calibration.run(sequential, verbose)
     return calibration
@@ -346,7 +352,7 @@ def _untie_(model: nn.Module, layers: Iterable[ShiftLayer]) -> None:
 
 @contextmanager
 def _float_weights(layers: Iterable[ShiftLayer]) -> Iterator[None]:
-    """While this lasts, shift layers in mode "Q" compute with the weights that they round."""
+    """Inside this context, shift layers in mode "Q" compute with their float weights."""
     layers = list(layers)
 
     def floats(layer: ShiftLayer) -> Callable[[], Tensor]:
@@ -363,9 +369,9 @@ def _float_weights(layers: Iterable[ShiftLayer]) -> Iterator[None]:
 
 @torch.no_grad()
 def round_layer_(layer: ShiftLayer, statistics: InputStatistics, name: str) -> CalibratedLayer:
-    """Round the float weight of a shift layer in mode "Q" on the statistics of its inputs, and correct its bias.
+    """Round the float weight of a shift layer in mode "Q" with the statistics of its inputs, and correct its bias.
 
-    Afterwards its weight holds what `quantize` leaves as it is, except for channels that nearest rounding suits best.
+    Afterwards `quantize` leaves the weight as it is, except for channels for which nearest rounding is best.
     """
     # A bias can take the mean of the error away, so that only what varies counts.
     moments = statistics.second_moments(centered=layer.bias is not None)
@@ -393,14 +399,14 @@ def round_with_compensation(weight: Tensor, moments: Tensor, bits: int, terms: i
 
     Args:
         weight: [out, in], any floating dtype.
-        moments: second moments H of the inputs [in, in], float64: rounding the weights w of an output channel to q
+        moments: second moments H of the inputs [in, in], float64. Rounding the weights w of an output channel to q
             changes the output by ``(w - q)^T H (w - q)`` in the mean square.
         bits, terms: the format.
 
     Returns:
-        [out, in] in the dtype of `weight`, to be stored in a layer that computes with `power_of_two.quantize` of it. No
-        row is worse than with nearest rounding, and `quantize` leaves it as it is (unless nearest rounding to two terms
-        is the best and not idempotent: such a row stays that of `weight`).
+        [out, in] in the dtype of `weight`, for a layer that computes with `power_of_two.quantize` of it. No row is
+        worse than with nearest rounding. `quantize` leaves rows as they are, with one exception: if nearest rounding to
+        two terms is best and would round again differently, the row is that of `weight`.
     """
     weight = weight.detach()
     work = weight if weight.dtype == torch.float64 else weight.float()

@@ -1,7 +1,7 @@
-"""`compile`: a frozen model as one executable, in place of some hundred calls from Python.
+"""`compile`: a frozen model as one executable, in place of hundreds of calls from Python.
 
-Classes of modules tell by `register_emitter` what they are as calls of functions (see `shiftadd3d.kernels.whole`). A
-model with a module that nobody has registered is left to run as it does, and a line says which.
+`register_emitter` tells for a class of modules which functions it calls (see `shiftadd3d.kernels.whole`). If a module
+in a model is of no registered class, the model runs uncompiled, and a warning names the module.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ Norm = tuple[Tensor, Tensor, float]
 
 
 class Unserved(Exception):
-    """A module is none that programs are made of."""
+    """A module cannot be part of a program."""
 
 
 class Emission:
-    """What emitters are given: the program that is being made, and what modules are in it.
+    """The argument of emitters: the program that is being made, and methods that add modules to it.
 
     Attributes:
-        program: see `Program`; its own functions lie in `shiftadd3d.kernels.whole`.
+        program: see `Program`. The functions that it calls are in `shiftadd3d.kernels.whole`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -65,10 +65,10 @@ class Emission:
         self._names = {module: name for name, module in model.named_modules()}
 
     def emit(self, module: nn.Module, *values: Value, **options: Any) -> Value:
-        """What a module makes of some values.
+        """The outcome of a module for some values.
 
         Raises:
-            Unserved: nobody has registered its class, or something in it.
+            Unserved: its class, or that of a module in it, is not registered.
         """
         kind = next((kind for kind in type(module).__mro__ if kind in _emitters), None)
         if kind is None or overridden_methods(module, kind):
@@ -79,11 +79,11 @@ class Emission:
         return emitter(self, module, *values, **options)
 
     def refusal(self, module: nn.Module, reason: str) -> Unserved:
-        """What to raise for a module that a program cannot have."""
+        """The exception to raise for a module that cannot be part of a program."""
         return Unserved(f"{self._names.get(module) or 'the model'} is a {type(module).__name__}, {reason}")
 
     def check_unwatched(self, module: nn.Module) -> None:
-        """Raise `Unserved` if someone sees or changes what goes into a module, or a part of it, and comes out."""
+        """Raise `Unserved` if hooks see or change the inputs or outputs of a module or of its parts."""
         watched = next(filter(_is_watched, module.modules()), None)
         if watched is not None:
             raise self.refusal(watched, "which has hooks")
@@ -91,7 +91,7 @@ class Emission:
     # What emitters of several classes need.
 
     def weights(self, layer: nn.Module) -> LinearWeights:
-        """Those of a linear layer, or of a convolution that is one over patches."""
+        """The weights of a linear layer, or of a convolution that is one over patches."""
         if type(layer) in (PackedShiftLinear, PackedShiftConv2d):
             layer = cast(PackedShiftLinear, layer)
             return shifts(layer.codes, layer.offset, layer.bias, layer.in_features, layer.bits)
@@ -101,7 +101,7 @@ class Emission:
         raise self.refusal(layer, "which is not registered")
 
     def norm(self, module: nn.Module) -> Norm | None:
-        """A layer norm, for the product behind it; None for nothing."""
+        """A layer norm, to be computed with the product that follows it; None for nothing."""
         if type(module) is nn.Identity:
             return None
         # timm's own is torch's, which it may run faster.
@@ -113,13 +113,13 @@ class Emission:
         return gain, shift, module.eps
 
     def linear(self, layer: nn.Module, x: Value, norm: Norm | None = None, residual: Value | None = None) -> Value:
-        """A linear layer, or a mixture in the place of one."""
+        """A linear layer, or a mixture in its place."""
         if isinstance(layer, FrozenMoE):
             return self.emit(layer, x, norm=norm, residual=residual)
         return products.linear(self.program, x, self.weights(layer), norm=norm, residual=residual)
 
     def project(self, layers: Sequence[nn.Module], x: Value, norm: Norm | None = None) -> list[Value]:
-        """Linear layers of one input: their outcomes, side by side in one tensor where one product can make them."""
+        """The outcomes of linear layers with one input, side by side in one tensor if one product can make them."""
         if any(isinstance(layer, FrozenMoE) for layer in layers):
             return [self.linear(layer, x, norm) for layer in layers]
         packed = [self.weights(layer) for layer in layers]
@@ -192,7 +192,7 @@ class Emission:
         before: Norm | None,
         behind: Norm | None,
     ) -> tuple[Value, tuple[int, int]]:
-        """A convolution of pictures or of a grid of tokens, between two norms: tokens, and their grid."""
+        """A convolution of pictures or of a grid of tokens, between two norms. Returns tokens and their grid."""
         plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and isinstance(conv.padding, tuple)
         if not (plain or (type(conv) is PackedShiftConv2d and not of_pictures)):
             raise self.refusal(conv, "which is not registered")
@@ -217,7 +217,7 @@ class Emission:
         return ordinary(window.arranged(conv.weight.detach()), conv.bias, 2 * targets.current().lanes)
 
     def attention(self, module: AddAttention, parts: Sequence[Value]) -> Value:
-        """What `AddAttention.attend` makes of projected queries, keys and values; see `tokens.attention`."""
+        """`AddAttention.attend` for projected queries, keys and values; see `tokens.attention`."""
         codes = module.q_code if module.k_code is None else module.k_code
         for binarizer in (module.q_code, codes):
             if type(binarizer) is not SignBinarizer:
@@ -245,40 +245,40 @@ _harmless_hooks: set[type] = set()
 
 
 def register_emitter(module_class: type[nn.Module], emitter: Emitter) -> None:
-    """Tell what a class of modules is as calls of functions.
+    """Tell which functions a class of modules calls.
 
     Args:
-        module_class: the class. Subclasses count that have no method of their own in place of one of its.
+        module_class: the class. Subclasses count as well if they override none of its methods.
         emitter: ``emitter(emission, module, *values, **options)`` adds the calls to ``emission.program`` and returns
-            their outcome; it raises ``emission.refusal(module, reason)`` for what it cannot do. With keyword-only
-            options that have no default, the class is compiled within a model only.
+            their outcome. For what it cannot do, it raises ``emission.refusal(module, reason)``. If it has keyword-only
+            options without defaults, the class is only compiled as a part of a model.
     """
     _emitters[module_class] = emitter
 
 
 def _asks_for_more(emitter: Emitter) -> bool:
-    """Whether an emitter has to be told more than values, such as the grid that tokens lie on."""
+    """Whether an emitter needs more than values, such as the grid of the tokens."""
     parameters = inspect.signature(emitter).parameters.values()
     return any(each.kind is each.KEYWORD_ONLY and each.default is each.empty for each in parameters)
 
 
 def register_compiler(module_class: type[nn.Module], compiler: Compiler) -> None:
-    """Let `compile` hand over models of a class that is more than one function of tensors.
+    """Let `compile` handle models of a class that cannot be one function of tensors.
 
     Args:
-        module_class: the class, and all that derive from it.
-        compiler: ``compiler(model, numerics, background)``: the compiled model; see `compile`.
+        module_class: the class and its subclasses.
+        compiler: ``compiler(model, numerics, background)`` returns the compiled model; see `compile`.
     """
     _compilers[module_class] = compiler
 
 
 def register_harmless_hook(kind: type) -> None:
-    """Hooks of a class change nothing about what a compiled model computes."""
+    """Declare that hooks of this class change nothing that a compiled model computes."""
     _harmless_hooks.add(kind)
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether someone sees or changes what goes into a module and comes out."""
+    """Whether hooks see or change the inputs or outputs of a module."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return has_own_forward(module) or not all(type(hook) in _harmless_hooks for hook in hooks)
 
@@ -360,17 +360,17 @@ def _rows_at_a_time(inputs: Sequence[Tensor]) -> int:
 
 
 class CompiledModel(nn.Module):
-    """A frozen model, compiled: a call is one call of its executable.
+    """A frozen model, compiled: each call runs its executable once.
 
-    Inference only, with the weights as they were when it was compiled. Numerics are those it was compiled with. An
-    activation that an integer product cannot express has the executable of float32 products do the call again, which is
-    compiled when it is first needed.
+    It is for inference only. Weights and numerics are those of the time when it was compiled. If an integer product
+    cannot express an activation, the call is repeated with an executable that computes in float32. That one is compiled
+    when it is first needed.
 
     Attributes:
-        model: the frozen model; where it could not be compiled, and while it is being compiled, it does the work.
-        reason: why it could not be compiled, or None.
-        numerics: what it computes in.
-        overflows: how many calls had to be done again.
+        model: the frozen model. It does the work if compiling failed, or as long as it takes.
+        reason: why the model could not be compiled, or None.
+        numerics: the precision that it was compiled for.
+        overflows: number of calls that were repeated.
     """
 
     def __init__(
@@ -392,24 +392,24 @@ class CompiledModel(nn.Module):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether there is an executable. Else `reason` says why not; without one, it is being compiled."""
+        """Whether there is an executable. If not, `reason` says why; without a reason, it is still being compiled."""
         return self.load(self.numerics)
 
     def load(self, exactness: Exactness) -> bool:
-        """See to it that there is an executable; tells whether there is one by now."""
+        """Compile now if necessary. Returns whether there is an executable."""
         with self._lock:
             return self._ready(exactness)
 
     def wait(self) -> bool:
-        """Wait for what is being compiled in the background; tells whether there is an executable."""
+        """Wait until the model has been compiled in the background. Returns whether there is an executable."""
         self._supply.wait()
         return self.is_compiled
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """What the model makes of its inputs, in evaluation.
+        """The output of the model for its inputs, in evaluation.
 
         Raises:
-            UserError: for inputs of another rank, size, dtype or device than the one it was compiled for.
+            UserError: for inputs of another rank, size, dtype or device than those it was compiled for.
         """
         wants_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         if self._program is not None and not wants_gradients and not is_exported():
@@ -456,7 +456,7 @@ class CompiledModel(nn.Module):
         return exactness in self._executables
 
     def deploy(self, folder: Path, about: Mapping[str, Any]) -> None:
-        """Write the executable and its weights as a folder that runs without torch: see `deployment.write`."""
+        """Write the executable and its weights to a folder that runs without torch: see `deployment.write`."""
         assert self._program is not None
         deployment.write(folder, self._program, self.numerics, about)
 
@@ -484,7 +484,7 @@ class CompiledModel(nn.Module):
 
 
 def check_inputs(program: Program, inputs: Sequence[Tensor]) -> None:
-    """Raise `UserError` unless a program takes inputs of these shapes, this dtype and device."""
+    """Raise `UserError` unless a program takes inputs of these shapes, dtypes and devices."""
     if len(inputs) != len(program.inputs):
         raise UserError(f"the compiled model takes {len(program.inputs)} inputs, not {len(inputs)}")
     sizes: dict[Dim, int] = {}
@@ -500,7 +500,7 @@ def check_inputs(program: Program, inputs: Sequence[Tensor]) -> None:
 
 
 def say_not_compiled(reason: str) -> None:
-    """The one warning of a model that runs as before."""
+    """Warn, once for each model, that it runs uncompiled."""
     warnings.warn(f"not compiled, so it runs as before: {reason}", RuntimeWarning, stacklevel=4)
 
 
@@ -512,23 +512,23 @@ def compile(
 ) -> Any:
     """Compile a frozen model into one executable, or find it in the cache.
 
-    What no emitter is registered for, and machines without TVM and a compiler, leave the model to run as it does; one
+    If a module has no registered emitter, or the machine has no TVM or C compiler, the model runs uncompiled, and one
     warning says why.
 
     Args:
-        model: in float32 on the CPU, as `freeze_` leaves it. It is not changed.
-        example: an input of the model, or all of them. Pictures are compiled for their size, and for any batch. A GNT
-            takes none.
-        numerics: what to compute in; None for the process's (`get_numerics`).
-        background: return at once, and have another process compile what the cache does not have. Until it is done,
-            calls run the frozen model.
+        model: a model that `freeze_` has frozen, in float32 on the CPU. It is not changed.
+        example: an input of the model, or a list of all its inputs. The executable takes pictures of this size, in
+            batches of any size. A GNT needs no example.
+        numerics: "exact", "fast" or "int8"; None for the setting of the process (`get_numerics`).
+        background: return at once. If the cache has no executable, another process compiles one, and calls run the
+            frozen model until it is ready.
 
     Returns:
-        A `CompiledModel`; of a GNT a `shiftadd3d.models.gnt.compiled.CompiledGNT`.
+        A `CompiledModel`; for a GNT, a `shiftadd3d.models.gnt.compiled.CompiledGNT`.
 
     Raises:
-        UserError: for a model that is not frozen, not in evaluation, not on the CPU or not in float32; for an example
-            that it does not take; for numerics ``"twin"``, in which nothing is compiled.
+        UserError: for a model that is not frozen, not in evaluation mode, not on the CPU or not in float32; for an
+            example that the model does not take; for numerics ``"twin"``, which are never compiled.
     """
     exactness = check_numerics(get_numerics() if numerics is None else numerics)
     if exactness == "twin":
@@ -557,10 +557,10 @@ def compile(
 
 
 def program_of(model: nn.Module, examples: Sequence[Tensor]) -> Program:
-    """What a model does with inputs such as these, the first size of each being that of a batch.
+    """The program of a model for such inputs. The first dimension of each input is the batch.
 
     Raises:
-        Unserved: something in it is not registered, or someone watches it.
+        Unserved: a class in it is not registered, or hooks watch it.
     """
     emission = Emission(model)
     emission.check_unwatched(model)
@@ -571,7 +571,7 @@ def program_of(model: nn.Module, examples: Sequence[Tensor]) -> Program:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise `UserError` unless a model can be compiled where it is, as it is."""
+    """Raise `UserError` unless a model can be compiled on its device and in its present state."""
     for name, module in model.named_modules():
         if isinstance(module, (ShiftLayer, MoE)) or (isinstance(module, Binarizer) and not module.frozen):
             raise UserError(f"{name or 'the model'} is a {type(module).__name__}, not frozen; call freeze_ first")
@@ -585,7 +585,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_examples(examples: Sequence[Tensor]) -> None:
-    """Raise `UserError` unless these may be inputs of a compiled model."""
+    """Raise `UserError` unless these can be inputs of a compiled model."""
     for x in examples:
         if not isinstance(x, Tensor):
             raise UserError(f"an example is a tensor, or a list of such, not {type(x).__name__}")

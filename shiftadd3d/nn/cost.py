@@ -1,13 +1,13 @@
-"""What a model costs: multiplications, shifts and additions, and what these take in energy (or in whatever unit).
+"""What a model costs: multiplications, shifts and additions, and their energy (or another unit).
 
-`count_operations` runs a model on one batch and counts what its matrix products and convolutions do, where nearly all
-of the work of a transformer is: products with shift weights count as shifts and additions, products with binary codes
-as additions, all others as multiplications and additions. Tokens of a mixture count for the expert they went to.
-Elementwise arithmetic (normalisation, activations, softmax) is counted apart, and left out of the totals, as the
-literature leaves it out.
+`count_operations` runs a model on one batch and counts matrix products and convolutions, which are nearly all of the
+work of a transformer. Products with shift weights count as shifts and additions, products with binary codes as
+additions, all others as multiplications and additions. Tokens of a mixture count for the expert that they went to.
+Elementwise arithmetic (normalisation, activations, softmax) is counted separately. As in the literature, totals do not
+include it.
 
-`OperationCosts` gives each operation a price. Its tables are about arithmetic alone; `shiftadd3d.profile` prices moving
-data as well.
+`OperationCosts` gives each operation a price. Its tables cover arithmetic only. `shiftadd3d.profile` also prices data
+traffic.
 
 Source: Horowitz, "Computing's energy problem" (ISSCC 2014), for 45 nm at 0.9 V; You et al., ShiftAddNet (NeurIPS 2020),
 table 1, for the shifts.
@@ -35,26 +35,31 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Costs(Protocol):
-    """Prices what a module does: arithmetic alone (`OperationCosts`), or moving data, too
-    (`shiftadd3d.profile.energy.AccountCosts`).
+    """Prices the work of a module.
+
+    `OperationCosts` prices arithmetic only, and `shiftadd3d.profile.energy.AccountCosts` data traffic as well.
     """
 
     @property
     def unit(self) -> str:
-        """Of the prices."""
+        """The unit of the prices."""
         ...
 
     def price(self, layer: LayerOperations) -> float:
-        """What the work of one module takes, on the whole batch."""
+        """The price of the work of one module, on the whole batch."""
         ...
 
 
 @dataclass(frozen=True)
 class OperationCosts:
-    """What one scalar operation costs, in any unit. Raises `UserError` for what is no cost."""
+    """What one scalar operation costs, in any unit.
+
+    Raises:
+        UserError: for a cost that is negative or not a finite number.
+    """
 
     name: str
-    """What the numbers are about."""
+    """Name of the table of costs."""
     mult: float
     """A multiplication."""
     add: float
@@ -70,7 +75,7 @@ class OperationCosts:
                 raise UserError(f"the cost of one {operation} must be a number that is not negative, not {value!r}")
 
     def price(self, layer: LayerOperations) -> float:
-        """What the products of one module take, on the whole batch."""
+        """The price of the products of one module, on the whole batch."""
         return layer.mult * self.mult + layer.add * self.add + layer.shift * self.shift
 
 
@@ -90,33 +95,33 @@ ENERGY_COSTS: dict[str, OperationCosts] = {
 
 @dataclass(frozen=True)
 class LayerOperations:
-    """Operations that one module does itself, not in its submodules, on the whole batch."""
+    """Operations that one module does itself, without its submodules, on the whole batch."""
 
     name: str
     kind: str
     products: int
-    """Products of a weight, a code or an activation with an activation, whatever they are made of."""
+    """Products of an activation with a weight, a code or another activation, of any kind."""
     mult: int
     add: int
     shift: int
     formats: dict[str, dict[str, int]] = field(default_factory=dict)
     """The same three by number format of the arithmetic, such as float32."""
     weight_bytes: int = 0
-    """Of weights that its products read, as they are stored: packed codes count their bits. Each run counts."""
+    """Bytes of weights that its products read, as they are stored (packed codes count their bits). Each run counts."""
     input_bytes: int = 0
-    """Of activations that its products read."""
+    """Bytes of activations that its products read."""
     output_bytes: int = 0
-    """Of activations that its products write."""
+    """Bytes of activations that its products write."""
     elementwise: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Arithmetic that is no product of matrices, by number format: `Elementwise`."""
+    """Arithmetic outside matrix products, by number format: `Elementwise`."""
     elementwise_bytes: int = 0
-    """What that reads and writes, if each operator's operands go through memory."""
+    """Bytes that it reads and writes, if the operands of each operator go through memory."""
     loops: tuple[tuple[Product, int], ...] = ()
     """The products as loops, and how often each ran."""
 
     @classmethod
     def of(cls, name: str, work: ModuleWork) -> LayerOperations:
-        """A module's work, summed up."""
+        """The sums over a module's work."""
         totals = dict.fromkeys(("products", "mult", "add", "shift", "weight_bytes", "input_bytes", "output_bytes"), 0)
         formats: dict[str, dict[str, int]] = {}
         for product, times in work.products.items():
@@ -136,24 +141,24 @@ class LayerOperations:
         )
 
     def cost(self, costs: Costs) -> float:
-        """What it takes, in the unit of `costs`."""
+        """The cost in the unit of `costs`."""
         return costs.price(self)
 
 
 @dataclass(frozen=True)
 class OperationReport(RichReport):
-    """What `count_operations` found. Printing shows a table."""
+    """The result of `count_operations`. Printing shows a table."""
 
     layers: tuple[LayerOperations, ...]
-    """Modules that do any, in the order of their first ones."""
+    """Modules with operations, in the order of their first ones."""
     inputs: int
-    """Inputs in the batch."""
+    """Number of inputs in the batch."""
     bytes: int
-    """Of parameters and buffers once frozen (see `frozen_bytes`)."""
+    """Bytes of parameters and buffers once frozen (see `frozen_bytes`)."""
 
     @property
     def products(self) -> int:
-        """Products on the whole batch; so are `mult`, `add` and `shift`."""
+        """Number of products on the whole batch. `mult`, `add` and `shift` count the same way."""
         return sum(layer.products for layer in self.layers)
 
     @property
@@ -175,21 +180,21 @@ class OperationReport(RichReport):
 
     @property
     def elementwise(self) -> dict[str, dict[str, int]]:
-        """Arithmetic that is no product of matrices by number format (`Elementwise`), on the whole batch."""
+        """Arithmetic outside matrix products, by number format (`Elementwise`), on the whole batch."""
         return _by_format(layer.elementwise for layer in self.layers)
 
     @property
     def moved_bytes(self) -> dict[str, int]:
-        """Bytes of weights read, and of activations read and written by products, and by all else, on the batch."""
+        """Bytes of weights read, and of activations read and written, by products and all else, on the whole batch."""
         names = "weight_bytes", "input_bytes", "output_bytes", "elementwise_bytes"
         return {name: sum(getattr(layer, name) for layer in self.layers) for name in names}
 
     def cost(self, costs: Costs = ENERGY_COSTS["float32"]) -> float:
-        """What one input takes, in the unit of `costs`."""
+        """The cost of one input, in the unit of `costs`."""
         return sum(layer.cost(costs) for layer in self.layers) / self.inputs
 
     def multiplications_removed(self, baseline: OperationReport) -> float:
-        """Share of the multiplications of `baseline`, the model it was, that are gone. Per input."""
+        """Share of the multiplications of `baseline`, the model before its conversion, that are gone, per input."""
         if not baseline.mult:
             return 0.0
         return 1 - (self.mult / self.inputs) / (baseline.mult / baseline.inputs)
@@ -252,19 +257,20 @@ def _by_format(parts: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, di
 def count_operations(
     model: nn.Module, batch: Any, *, forward: Forward | None = None, inputs: int | None = None
 ) -> OperationReport:
-    """Count what `model` does on one batch, in evaluation and without gradients.
+    """Count what `model` does on one batch, in evaluation mode and without gradients.
 
     Args:
+        model: any module.
         batch: a tensor (the model's only argument), a tuple or list (its arguments) or a mapping (its keyword
             arguments).
         forward: called with (model, batch) to run the model instead.
-        inputs: how many inputs the batch holds; None for the first dimension of its first tensor.
+        inputs: number of inputs in the batch; None for the first dimension of its first tensor.
 
     Returns:
         The report.
 
     Raises:
-        UserError: if the model cannot be called with the batch, or the number of inputs is not to be seen.
+        UserError: if the model cannot be called with the batch, or the number of inputs is unknown.
     """
     inputs = count_inputs(batch) if inputs is None else inputs
     if inputs < 1:
@@ -275,7 +281,7 @@ def count_operations(
 
 
 def operations_of(work: Mapping[str, ModuleWork]) -> tuple[LayerOperations, ...]:
-    """What `counting` found, of modules that do anything."""
+    """The results of `counting`, without modules that do nothing."""
     layers = (LayerOperations.of(name, done) for name, done in work.items())
     return tuple(layer for layer in layers if layer.products or layer.elementwise)
 
@@ -293,9 +299,10 @@ def count_inputs(batch: Any) -> int:
 
 
 def frozen_bytes(model: nn.Module) -> int:
-    """Bytes of the state dict that `model` has once its shift layers are frozen: codes, offsets, and all else as it is.
+    """Bytes of the state dict of `model` after its shift layers are frozen: codes, offsets, and everything else as it
+    is.
 
-    What stands in several places counts once.
+    A tensor that is used in several places counts once.
     """
     total, seen = 0, set()
     for module in model.modules():

@@ -1,13 +1,13 @@
-"""What a model does, operator by operator: the products, the elementwise work, and the bytes these read and write.
+"""What a model does, operator by operator: its products, its elementwise work, and the bytes that these read and write.
 
-`counting` watches a model run. It sees the operators that torch dispatches, so it knows any `nn.Module`, and mixtures
-by the routing that happened. Kernels' ops (`torch.ops.shiftadd3d`) are counted as their plain-torch twins, which are
-what they are specified by.
+`counting` watches a model run. It sees the operators that torch dispatches. So it works for any `nn.Module`, and counts
+mixtures by the routing that happened. Ops of kernels (`torch.ops.shiftadd3d`) are counted like their plain-torch twins,
+which specify them.
 
-Work on weights alone (quantising or transposing them) does not count: it is done once, not for each input.
+Work on weights alone (quantising or transposing them) is not counted, because it is done once and not for each input.
 
-`torch.utils.flop_counter.FlopCounterMode` does not serve here: it has one number for an operator, and no word for what
-its operands are made of, for elementwise work, or for whose weights were read.
+`torch.utils.flop_counter.FlopCounterMode` is not enough here. It has one number for an operator. It does not know what
+the operands are, which weights are read, or how much elementwise work there is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shiftadd3d.kernels.ops.define import OP_NAMESPACE, TWINS
 from shiftadd3d.nn.shift import PackedShiftLayer, ShiftLayer
 
 Primitive = Literal["mult", "shift", "add"]
-"""What a product is made of: a multiplication, a shift, or nothing but the addition; an addition follows all three."""
+"""The kind of a product: a multiplication, a shift, or only the addition that follows all three."""
 
 CODE_BITS = 1
 """Stored width of a binary code."""
@@ -37,20 +37,20 @@ CODE_BITS = 1
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product or a convolution, as loops: every output sums `inputs` times `kernel` products.
+    """A matrix product or a convolution, as loops. Every output is a sum of `inputs` times `kernel` products.
 
-    A matrix product has a kernel of (1, 1), and its rows in `size`. Operands have the bits that they are stored in.
+    A matrix product has a kernel of (1, 1), and `size` holds its rows. Bits are those of the stored operands.
     """
 
     primitive: Primitive
     groups: int
-    """Independent problems with operands of their own: heads of an attention, groups of a convolution."""
+    """Number of independent problems with own operands: heads of an attention, groups of a convolution."""
     batch: int
-    """Images that one weight multiplies."""
+    """Number of images that one weight multiplies."""
     outputs: int
-    """Channels out, of one group."""
+    """Output channels of one group."""
     inputs: int
-    """Channels in, of one group."""
+    """Input channels of one group."""
     size: tuple[int, int]
     """Rows and columns of the outcome."""
     kernel: tuple[int, int] = (1, 1)
@@ -60,18 +60,18 @@ class Product:
     dtype: str = "float32"
     """Number format of the arithmetic."""
     weight_bits: int = 32
-    """Of one element of the operand that has the outputs' channels."""
+    """Bits of one element of the operand with the output channels."""
     input_bits: int = 32
-    """Of one element of the operand that has the rows."""
+    """Bits of one element of the operand with the rows."""
     output_bits: int = 32
     terms: int = 1
-    """Powers of two that a weight is the sum of."""
+    """Powers of two in a weight."""
     is_weight: bool = True
-    """Whether the operand with the outputs' channels is a weight of the model, and no activation."""
+    """Whether the operand with the output channels is a weight of the model, not an activation."""
 
     @property
     def products(self) -> int:
-        """Of one element with another."""
+        """Number of products of two elements."""
         return self.output_elements * self.inputs * math.prod(self.kernel)
 
     @property
@@ -88,7 +88,7 @@ class Product:
 
     @property
     def mult(self) -> int:
-        """Multiplications; `shift` and `add` likewise."""
+        """Number of multiplications. `shift` and `add` count likewise."""
         return self.products if self.primitive == "mult" else 0
 
     @property
@@ -101,7 +101,7 @@ class Product:
 
     @property
     def weight_bytes(self) -> int:
-        """Of weights that are read; those of shifts with an offset for each term of each row."""
+        """Bytes of weights that are read. Weights of shifts have an offset for each term of each row."""
         if not self.is_weight:
             return 0
         row = self.inputs * math.prod(self.kernel)
@@ -111,7 +111,7 @@ class Product:
 
     @property
     def input_bytes(self) -> int:
-        """Of activations that are read: both operands, where neither is a weight."""
+        """Bytes of activations that are read: both operands if neither is a weight."""
         other = 0 if self.is_weight else _bytes(self.weight_elements, self.weight_bits)
         return _bytes(self.input_elements, self.input_bits) + other
 
@@ -125,7 +125,7 @@ def _bytes(elements: int, bits: int) -> int:
 
 
 class Elementwise(NamedTuple):
-    """Arithmetic that is no product of matrices: norms, softmax, activation functions, residuals, sums."""
+    """Arithmetic outside matrix products: norms, softmax, activation functions, residuals, sums."""
 
     mult: int = 0
     add: int = 0
@@ -142,7 +142,7 @@ class Elementwise(NamedTuple):
 
 @dataclass
 class ModuleWork:
-    """What one module did itself, not in its submodules."""
+    """The work of one module itself, without its submodules."""
 
     kind: str
     products: dict[Product, int] = field(default_factory=dict)
@@ -155,7 +155,7 @@ class ModuleWork:
 
 @contextmanager
 def counting(model: nn.Module) -> Iterator[dict[str, ModuleWork]]:
-    """While this lasts, what `model` does is noted down: by qualified name, in the order of what came first."""
+    """Inside this context, the work of `model` is recorded by qualified name, in the order of first use."""
     names = {module: name or "(root)" for name, module in model.named_modules()}
     running: list[nn.Module] = [model]
     work: dict[str, ModuleWork] = {}
@@ -185,7 +185,7 @@ def counting(model: nn.Module) -> Iterator[dict[str, ModuleWork]]:
 
 
 def _quantize_weights(model: nn.Module) -> None:
-    """Have shift layers make their weights, which they keep: before anybody watches the many operators that takes."""
+    """Let shift layers quantise their weights, which they keep, so that these many operators are not recorded later."""
     if torch.is_grad_enabled():
         return
     for module in model.modules():
@@ -194,7 +194,7 @@ def _quantize_weights(model: nn.Module) -> None:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes down each operator that runs."""
+    """Records each operator that runs."""
 
     def __init__(self, model: nn.Module, current: Callable[[], tuple[nn.Module, ModuleWork]]) -> None:
         super().__init__()
@@ -295,7 +295,7 @@ class _Watch(TorchDispatchMode):
 
 
 class _Rules(NamedTuple):
-    """What is known of an operator, whatever its arguments."""
+    """What is known about an operator, whatever its arguments."""
 
     name: str
     is_kernel: bool

@@ -1,4 +1,7 @@
-"""The `weight` of a layer that stores none: what code reads that knows the ordinary layer in whose place it stands."""
+"""The `weight` of a layer that does not store one.
+
+Code that expects the ordinary layer can read it.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,14 @@ _GET_REQUIRES_GRAD, _SET_REQUIRES_GRAD = Tensor.requires_grad.__get__, Tensor.re
 
 
 class DerivedWeight(Tensor):
-    """A tensor without storage: shape, dtype and device are known, values are computed whenever they are read.
+    """A tensor without storage. Shape, dtype and device are known, and values are computed at every read.
 
-    Whatever is computed with it is an ordinary tensor, with a gradient if the values have one; its views are read-only
-    as it is itself. To write into it is a `UserError`.
+    Results of computing with it are ordinary tensors, with a gradient if the values have one. Like itself, its views
+    are read-only: writing raises `UserError`.
 
     Args:
         values: makes the ordinary tensor.
-        refusal: what the error says.
+        refusal: text of the error for writing.
         requires_grad: whether the values have a gradient.
     """
 
@@ -78,7 +81,7 @@ class DerivedWeight(Tensor):
 
 
 class WithoutWeight(nn.Module):
-    """A layer with a `weight` that can only be read, from `_derived_weight`. It is no part of the state dict."""
+    """A layer whose `weight` can only be read (see `_derived_weight`), and is not in the state dict."""
 
     _read_only: tuple[str, ...] = ("weight",)
 
@@ -107,8 +110,9 @@ class WithoutWeight(nn.Module):
 def derived_weight(
     values: Callable[[], Tensor], like: Tensor, shape: tuple[int, ...], dtype: torch.dtype, refusal: str
 ) -> Tensor:
-    """A `DerivedWeight` on the device of `like`, and with a gradient if that has one; to tracers, which follow
-    operations, the values themselves.
+    """A `DerivedWeight` on the device of `like`, with a gradient if `like` has one.
+
+    Tracers, which follow operations, get the values themselves.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return values()

@@ -1,7 +1,7 @@
-"""Making additive attention follow the softmax that a model was trained with: its hash functions, its contrast, or all
-of its weights.
+"""Make additive attention follow the softmax that a model was trained with: fit its hash functions, its contrast, or
+all of its weights.
 
-Source: Liu et al., EcoFormer (NeurIPS 2022), section 4, for hash functions; their fit itself is `HashBinarizer.fit`.
+Source: Liu et al., EcoFormer (NeurIPS 2022), section 4, for hash functions. The fit itself is `HashBinarizer.fit`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ _CONTRAST = (0.25, 64.0)
 
 @dataclass(frozen=True)
 class FittedBinarizer:
-    """The hash functions of one attention layer: how closely codes follow its softmax before and after (see
-    `Binarizer.agreement`; 1 is perfectly)."""
+    """The hash functions of one attention layer.
+
+    `before` and `after` say how closely codes follow the softmax (see `Binarizer.agreement`); 1 is perfect.
+    """
 
     name: str
     code_dim: int
@@ -52,7 +54,7 @@ class BinarizerReport(RichReport):
 
     layers: tuple[FittedBinarizer, ...]
     unreached: tuple[str, ...]
-    """Layers that no batch came by: they are as they were."""
+    """Layers that no batch reached. They are unchanged."""
 
     def __rich__(self) -> Group:
         rows = [(one.name, str(one.code_dim), f"{one.before:.3f}", f"{one.after:.3f}") for one in self.layers]
@@ -61,8 +63,11 @@ class BinarizerReport(RichReport):
 
 @dataclass(frozen=True)
 class FittedContrast:
-    """The contrast of one attention layer, the geometric mean over its heads before and after, and how far outputs are
-    from the softmax's, relative to how far these are from the mean of the values (root mean squares)."""
+    """The contrast of one attention layer, before and after, as the geometric mean over its heads.
+
+    Errors are the root mean square distance of outputs from those of the softmax, divided by the distance of the latter
+    from the mean of the values.
+    """
 
     name: str
     before: float
@@ -77,7 +82,7 @@ class ContrastReport(RichReport):
 
     layers: tuple[FittedContrast, ...]
     unreached: tuple[str, ...]
-    """Layers that no batch came by: they are as they were."""
+    """Layers that no batch reached. They are unchanged."""
 
     def __rich__(self) -> Group:
         rows = [
@@ -89,8 +94,11 @@ class ContrastReport(RichReport):
 
 @dataclass(frozen=True)
 class FittedAttention:
-    """One attention layer: how far its outputs are from the softmax's, relative to how far these are from their mean
-    (root mean squares)."""
+    """One attention layer.
+
+    Errors are the root mean square distance of outputs from those of the softmax, divided by the distance of the latter
+    from their mean.
+    """
 
     name: str
     error_before: float
@@ -103,7 +111,7 @@ class AttentionReport(RichReport):
 
     layers: tuple[FittedAttention, ...]
     unreached: tuple[str, ...]
-    """Layers that no batch came by: they are as they were."""
+    """Layers that no batch reached. They are unchanged."""
 
     def __rich__(self) -> Group:
         rows = [(one.name, f"{one.error_before:.1%}", f"{one.error_after:.1%}") for one in self.layers]
@@ -133,18 +141,18 @@ def fit_binarizers_(
 ) -> BinarizerReport:
     """Fit the hash functions of all additive attention in `model` to the queries and keys of a few batches, in place.
 
-    For a model fresh from `reparameterize_` with ``binarizer="hash"``, before it is fine-tuned. It is run once, in
-    evaluation mode and without gradients, and left in the modes it was in. A random share of what the layers see is
-    kept; masks are not looked at.
+    Use it for a model that comes from `reparameterize_` with ``binarizer="hash"``, before it is fine-tuned. The model
+    runs once, in evaluation mode and without gradients. Afterwards its modules are in their earlier modes again. A
+    random share of the queries and keys is kept. Masks are ignored.
 
     Args:
         model: any module with `AddAttention` in it.
-        batches: example inputs, a few dozen images or a few thousand rays in all. Each is a tensor (the model's only
+        batches: example inputs, in all a few dozen images or a few thousand rays. Each is a tensor (the model's only
             argument), a tuple or list (its arguments) or a mapping (its keyword arguments).
         forward: called with (model, batch) to run the model instead, for labelled batches or other calls.
-        attention: what the layers compute while the model is run: "softmax", as they did before they were made
-            additive, so that each sees what it was trained for; or "add", as they do now, for a model that has been
-            fine-tuned since.
+        attention: what the layers compute while the model runs. "softmax": as before they were made additive, so that
+            each layer sees the inputs that it was trained for. "add": as now, for a model that has been fine-tuned
+            since.
         verbose: show progress, and print the report.
 
     Returns:
@@ -152,7 +160,7 @@ def fit_binarizers_(
 
     Raises:
         UserError: if there are no batches or no hash functions, the model cannot be called with the batches, or its
-            queries or keys are not finite. The model has not been changed then.
+            queries or keys are not finite. The model is unchanged then.
     """
     if attention not in ("softmax", "add"):
         raise UserError(f"attention must be softmax or add, not {attention!r}")
@@ -203,20 +211,23 @@ def _fit(name: str, layer: AddAttention, q: Tensor, k: Tensor) -> FittedBinarize
 def fit_contrast_(
     model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None, verbose: bool = True
 ) -> ContrastReport:
-    """Fit the contrast of all additive attention in `model` to the softmax in whose place it is, in place.
+    """Fit the contrast of all additive attention in `model` to the softmax that it replaced, in place.
 
-    Each head is given the factor that brings its outputs closest to those of the softmax (least squares), on what the
-    layer saw before it was made additive. For a model that is not fine-tuned afterwards: training has done better from
-    a larger contrast (`Recipe.contrast`). Where hash functions are to be fitted, that comes first.
+    Each head gets the factor that brings its outputs closest to those of the softmax (least squares), for the inputs
+    that the layer saw before it was made additive. Use it for a model that is not fine-tuned afterwards. Training has
+    had better results from a larger contrast (`Recipe.contrast`). Fit hash functions first, if there are any.
 
     Args:
         model: any module with `AddAttention` in it.
         batches, forward: as for `fit_binarizers_`.
         verbose: show progress, and print the report.
 
+    Returns:
+        The report.
+
     Raises:
-        UserError: if there are no batches or no contrast, the model cannot be called with the batches, or what its
-            attention sees is not finite. The model has not been changed then.
+        UserError: if there are no batches or no contrast, the model cannot be called with the batches, or the inputs of
+            its attention are not finite. The model is unchanged then.
     """
     batches = as_batches(batches)
     layers = {
@@ -295,27 +306,27 @@ def fit_attention_(
     forward: Forward | None = None,
     verbose: bool = True,
 ) -> AttentionReport:
-    """Train each additive attention in `model`, by itself, to put out what the softmax in whose place it is would.
+    """Train each additive attention in `model`, by itself, to put out what the softmax that it replaced would put out.
 
-    Layers are taken in the order in which the model runs them, each with what it sees once all before it are fitted.
-    Its target is what softmax attention makes of that with the layer's weights as they were. All of its weights are
-    trained, through the signs as in training, and a step sees one batch. The model as a whole is run without
-    gradients, in evaluation mode, once for each layer. For a model fresh from `reparameterize_`, where nothing is
+    Layers are taken in the order in which the model runs them. Each sees the outputs of the layers before it after they
+    have been fitted. Its target is softmax attention of these inputs with the layer's earlier weights. All of its
+    weights are trained, through the signs as in training, with one batch a step. The whole model runs without
+    gradients, in evaluation mode, once for each layer. Use it for a model that comes from `reparameterize_` and is not
     fine-tuned afterwards.
 
     Args:
         model: any module with `AddAttention` in it.
         batches, forward: as for `fit_binarizers_`.
-        steps: of Adam, for each layer.
-        rate: learning rate of the first step; it falls to zero.
+        steps: number of steps of Adam, for each layer.
+        rate: learning rate of the first step. It falls to zero.
         verbose: show progress, and print the report.
 
     Returns:
-        The report. No layer's error is larger than before: weights that training made worse are left as they were.
+        The report. No layer's error is larger than before: if training made weights worse, they are reset.
 
     Raises:
-        UserError: if there are no batches or no additive attention, the model cannot be called with the batches, its
-            attention sees what is not finite, or `steps` or `rate` is not positive.
+        UserError: if there are no batches or no additive attention, the model cannot be called with the batches, the
+            inputs of its attention are not finite, or `steps` or `rate` is not positive.
     """
     if steps < 1 or not 0.0 < rate < float("inf"):
         raise UserError(f"steps {steps}, rate {rate:g}: expected at least one step and a positive rate")
@@ -411,7 +422,7 @@ def _fit_attention(
 def _attending(
     layers: Mapping[str, AddAttention], attend: Callable[..., tuple[Tensor, Tensor | None]]
 ) -> Iterator[None]:
-    """While this lasts, ``attend(name, q, k, v, ...)`` takes the place of `AddAttention.attend` in `layers`."""
+    """Inside this context, ``attend(name, q, k, v, ...)`` replaces `AddAttention.attend` in `layers`."""
     for name, layer in layers.items():
         vars(layer)["attend"] = partial(attend, name)
     try:

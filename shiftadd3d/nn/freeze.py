@@ -1,8 +1,8 @@
-"""`freeze_`: one verb that turns a trained model into its form for inference, in place.
+"""`freeze_` turns a trained model into its form for inference, in place.
 
-Shift layers become packed codes, mixtures lose what only training needs, binarizers their straight-through estimator.
-What can run as kernels is made ready for that, once: perceptrons of shift layers, additive attention, and modules of
-registered classes.
+Shift layers become packed codes. Mixtures lose what only training needs, and binarizers lose their straight-through
+estimator. Parts that can run as kernels are prepared for that: perceptrons of shift layers, additive attention, and
+modules of registered classes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FrozenLayer:
-    """One replaced module: its qualified name, its class and the bytes of its state dict, before and after."""
+    """One replaced module: its qualified name, its class, and the bytes of its state dict before and after."""
 
     name: str
     before: str
@@ -45,15 +45,15 @@ class FreezeReport(RichReport):
     layers: tuple[FrozenLayer, ...]
     """Shift layers and mixtures that were replaced, the experts of mixtures as well as the mixtures around them."""
     binarizers: int
-    """How many binarizers give codes without a gradient from now on."""
+    """Number of binarizers whose codes no longer have a gradient."""
     perceptrons: int
-    """How many perceptrons, experts of mixtures among them, became a `FrozenMlp` or a `FrozenConvMlp`."""
+    """Number of perceptrons, also as experts of mixtures, that became a `FrozenMlp` or a `FrozenConvMlp`."""
     blocks: int
-    """How many other modules became one that reads panels of its weights, a `FrozenModule`."""
+    """Number of other modules that became a `FrozenModule`."""
     left: dict[str, str]
-    """Modules of registered classes that run as they are written, by name, and why."""
+    """Modules of registered classes that were not replaced, by name, and why."""
     bytes_before: int
-    """Of the whole model's state dict; what stands in several places counts once."""
+    """Bytes of the whole model's state dict. A tensor that is used in several places counts once."""
     bytes_after: int
 
     def __rich__(self) -> Group:
@@ -77,27 +77,32 @@ class FreezeReport(RichReport):
 
 
 def freeze_(model: nn.Module, verbose: bool = True) -> FreezeReport:
-    """Turn `model` into its form for inference, in place: smaller, and equal to what it computed in evaluation.
+    """Turn `model` into its form for inference, in place. It becomes smaller, and its outputs in evaluation stay the
+    same.
 
-    `ShiftLinear` becomes `PackedShiftLinear`, `ShiftConv2d` becomes `PackedShiftConv2d`, `MoE` becomes `FrozenMoE`, and
-    binarizers stop giving gradients. A perceptron of two packed layers `fc1` and `fc2` with an activation `act` between
-    them becomes a `FrozenMlp`, one with a depthwise convolution `dwconv` before the activation a `FrozenConvMlp`, if
-    its class is known (`register_frozen`), as timm's and GNT's are. Other modules of registered classes, such as GNT's
-    attention, become a `FrozenModule`, whether their layers are shifts or not; where mixtures, hooks or classes of
-    someone else's are in the way they stay, and the report says so. Everything else stays and goes to evaluation mode.
-    Outputs are the same bit for bit in plain torch (``numerics("twin")``); on CPUs and GPUs kernels run, which sum in
+    `ShiftLinear` becomes `PackedShiftLinear`, `ShiftConv2d` becomes `PackedShiftConv2d`, and `MoE` becomes `FrozenMoE`.
+    Binarizers give no more gradients. A perceptron of two packed layers `fc1` and `fc2` with an activation `act`
+    between them becomes a `FrozenMlp`, if its class is known (`register_frozen`), as those of timm and GNT are. With a
+    depthwise convolution `dwconv` before the activation, it becomes a `FrozenConvMlp`. Other modules of registered
+    classes, such as GNT's attention, become a `FrozenModule`, with shift layers or without. If mixtures, hooks or
+    derived classes prevent this, they stay, and the report says so. Everything else stays, in evaluation mode.
+
+    In plain torch (``numerics("twin")``), outputs are the same bit for bit. On CPUs and GPUs kernels run, which sum in
     another order. A state dict saved afterwards loads into a new model that was reparameterized and frozen in the same
     way.
 
-    There is no way back: keep the state dict from before to train on. Doing it twice changes nothing more.
+    Freezing cannot be undone: keep the earlier state dict for further training. Doing it twice changes nothing more.
 
     Args:
-        model: any module that has such layers in it.
+        model: any module that contains such layers.
         verbose: print the report.
 
+    Returns:
+        The report.
+
     Raises:
-        UserError: listing every layer that cannot be frozen (NaN or infinite weights, hooks and the like that would
-            be lost, the model itself being the layer). The model has not been changed then.
+        UserError: listing every layer that cannot be frozen: NaN or infinite weights, hooks and the like that would be
+            lost, or a layer that is the model itself. The model is unchanged then.
     """
     bytes_before = _stored_bytes(model)
     new: dict[nn.Module, nn.Module] = {}  # a module that stands in several places becomes one in all of them

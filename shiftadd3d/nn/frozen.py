@@ -1,4 +1,4 @@
-"""What `freeze_` puts in the place of modules: the register of classes, and the modules whose kernels read panels."""
+"""The modules that `freeze_` puts in place of others: their register, and modules whose kernels read panels."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ _frozen_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def register_frozen(module_class: type[nn.Module], frozen: type[nn.Module]) -> None:
-    """Make a class of modules known to `freeze_`, which then puts a frozen one in the place of each.
+    """Tell `freeze_` which module replaces those of a class.
 
     Args:
-        module_class: the class. Subclasses count that have no method of their own in place of one of its.
-        frozen: what computes in evaluation just what its forward pass does. `FrozenMlp` is ``fc2(act(fc1(x)))`` and
-            `FrozenConvMlp` the same with a depthwise convolution `dwconv` before the activation, of linear layers `fc1`
-            and `fc2`, an activation `act`, and what does nothing in evaluation. Else a `FrozenModule`, made of the
-            module alone.
+        module_class: the class. Subclasses count as well if they override none of its methods.
+        frozen: a class that computes in evaluation exactly what the module's forward pass does. `FrozenMlp` is
+            ``fc2(act(fc1(x)))``, and `FrozenConvMlp` the same with a depthwise convolution `dwconv` before the
+            activation. Both need linear layers `fc1` and `fc2`, an activation `act`, and other parts that do nothing in
+            evaluation. Any other class is a `FrozenModule`, which is made from the module.
     """
     _frozen_classes[module_class] = frozen
 
 
 def frozen_class(module: nn.Module) -> type[nn.Module] | None:
-    """What `register_frozen` was told of the class of a module, or of the nearest one that it derives from."""
+    """The replacement registered for the class of a module, or for the nearest class that it derives from."""
     known = next((kind for kind in type(module).__mro__ if kind in _frozen_classes), None)
     return None if known is None or overridden_methods(module, known) else _frozen_classes[known]
 
 
 class FrozenModule(nn.Module):
-    """A module in its form for inference: it has the parts of another one, and panels, which are what its kernel reads.
+    """A module in its form for inference. It has the parts of another module, and panels, which its kernel reads.
 
-    Panels are derived from the parts: when the module is made, and again when they have been loaded, moved, cast or
-    trained (with `train()` before and `eval()` after). They are buffers, but not in the state dict. Weights that are
-    changed in any other way need a call of `repack`.
+    Panels are made from the parts: first when this module is made, and again when parts have been loaded, moved, cast
+    or trained (with `train()` before and `eval()` after). They are buffers, but are not in the state dict. After
+    changing weights in any other way, call `repack`.
 
-    A class is derived from this one and from that of the module, and its forward pass calls an op where `runs` says so;
-    elsewhere, in training, and where someone watches the parts, it is that of the module.
+    Subclasses derive from this class and from the class of the module. Their forward pass calls an op if `runs` allows
+    it. In training, with hooks on the parts, or if `runs` does not allow it, it is the forward pass of the module.
 
     Args:
-        module: whose parts it takes over, the very modules and parameters under the same names.
+        module: the module whose parts and parameters are taken over, not copied, under the same names.
 
     Raises:
-        UserError: saying which of the parts is none that a kernel knows.
+        UserError: naming the part that no kernel knows.
     """
 
     _panel_names: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ class FrozenModule(nn.Module):
         self.register_load_state_dict_post_hook(_repack_what_was_loaded)
 
     def derive(self) -> Mapping[str, Tensor]:
-        """The panels by name; notes on the module, as plain attributes, what else its forward pass has to know.
+        """The panels by name. Other facts that the forward pass needs are stored on the module as plain attributes.
 
         Raises:
             UserError: as the constructor.
@@ -77,7 +77,7 @@ class FrozenModule(nn.Module):
         raise NotImplementedError
 
     def repack(self) -> None:
-        """Derive the panels from the parts as they are now."""
+        """Make the panels from the present parts."""
         with torch.no_grad():
             panels = self.derive()
         for name, panel in panels.items():
@@ -85,15 +85,15 @@ class FrozenModule(nn.Module):
         self._panel_names = tuple(f"panel_{name}" for name in panels)
 
     def panels(self) -> list[Tensor]:
-        """What the kernel reads."""
+        """The panels, which the kernel reads."""
         return [getattr(self, name) for name in self._panel_names]
 
     def parts(self) -> Iterable[nn.Module]:
-        """The modules whose work the kernel does: all, if a class does not say otherwise."""
+        """The modules whose work the kernel does. By default these are all of them."""
         return (part for part in self.modules() if part is not self)
 
     def runs(self, op: str, *inputs: Tensor) -> bool:
-        """Whether a kernel may do the work of the parts on these inputs now (see `uses_kernels`)."""
+        """Whether a kernel may do the work of the parts for these inputs (see `uses_kernels`)."""
         if not uses_kernels(op, *inputs) or any(x.dtype == torch.float64 for x in inputs):
             return False
         if self.training or torch.nn.modules.module._has_any_global_hook():
@@ -122,7 +122,7 @@ def weights_and_biases(layers: Mapping[str, nn.Module]) -> tuple[list[Tensor], l
     """The float weight and the bias of each layer.
 
     Raises:
-        UserError: naming a layer that is more than a linear one or a norm: a mixture, or a class of someone else's.
+        UserError: naming a layer that is not simply linear or a norm, such as a mixture or a derived class.
     """
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []
@@ -150,10 +150,10 @@ def whole_layers(layers: Iterable[nn.Module]) -> list[WholeWeights] | None:
 
 
 def two_layers(name: str, layers: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a perceptron, by their names in the module that has it under a name.
+    """The linear layers of a perceptron, by their names in the module that contains it.
 
     Raises:
-        UserError: if it is no sequence of two layers with a ReLU between.
+        UserError: if it is not a sequence of two layers with a ReLU between them.
     """
     children = dict(layers.named_children())
     if not isinstance(layers, nn.Sequential) or [*children] != ["0", "1", "2"] or type(children["1"]) is not nn.ReLU:

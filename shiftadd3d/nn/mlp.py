@@ -18,13 +18,13 @@ from shiftadd3d.nn.shift import PackedShiftLinear
 
 
 class FrozenMlp(nn.Module):
-    """``fc2(act(fc1(x)))``: the layers of a perceptron, without what it has for training only.
+    """``fc2(act(fc1(x)))``: the layers of a perceptron, without what only training needs.
 
-    Without gradients, packed shift layers of one format run as one op: on CPUs as one kernel, which keeps what lies
-    between them in the cache (see `shiftadd3d.kernels`).
+    Without gradients, packed shift layers of one format run as one op. On CPUs this is one kernel, which keeps the
+    hidden values in the cache (see `shiftadd3d.kernels`).
 
     Args:
-        mlp: whose layers it takes over, the very modules under the same names; one that `is_plain_mlp` accepts.
+        mlp: a perceptron that `is_plain_mlp` accepts. Its layers are taken over, not copied, under the same names.
 
     Shapes: x [*, in_features] to [*, out_features].
     """
@@ -57,14 +57,14 @@ class FrozenMlp(nn.Module):
 
 
 class FrozenConvMlp(nn.Module):
-    """``fc2(act(dwconv(fc1(x))))``: a perceptron that looks at neighbours, without what it has for training only.
+    """``fc2(act(dwconv(fc1(x))))``: a perceptron that looks at neighbours, without what only training needs.
 
-    Without gradients, on CPUs, packed shift layers of one format and the convolution between them run as one op;
-    between other layers, mixtures among them, the convolution does, with the activation function. Both read tokens as
-    they are (see `shiftadd3d.kernels`).
+    Without gradients, on CPUs, packed shift layers of one format and the convolution between them run as one op.
+    Between other layers, such as mixtures, the convolution and the activation function run as one op. Both read tokens
+    in their usual order (see `shiftadd3d.kernels`).
 
     Args:
-        mlp: whose layers it takes over, the very modules under the same names; one that `is_conv_mlp` accepts.
+        mlp: a perceptron that `is_conv_mlp` accepts. Its layers are taken over, not copied, under the same names.
 
     Shapes: x [B, height * width, in_features] to [B, height * width, out_features].
 
@@ -87,7 +87,7 @@ class FrozenConvMlp(nn.Module):
 
         Args:
             x: [B, N, in_features], the grid row by row.
-            feat_size: its height and width, N = height * width.
+            feat_size: height and width of the grid, N = height * width.
 
         Returns:
             [B, N, out_features].
@@ -117,34 +117,35 @@ class FrozenConvMlp(nn.Module):
 
 
 def activation_name(module: nn.Module) -> Activation | None:
-    """What kernels call this activation function; None if they do not have it."""
+    """The name of this activation function in kernels; None if they do not have it."""
     if type(module) is nn.ReLU:
         return "relu"
     return "gelu" if type(module) is nn.GELU and module.approximate == "none" else None
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether someone sees or changes what goes into and comes out of the parts of `module`."""
+    """Whether hooks see or change the inputs or outputs of the parts of `module`."""
     return has_hooks(*(part for part in module.modules() if part is not module))
 
 
 def is_plain_mlp(module: nn.Module) -> bool:
-    """Whether a `FrozenMlp` may stand in for a module in evaluation.
+    """Whether a `FrozenMlp` can replace a module in evaluation.
 
-    Its class is registered as such (`register_frozen`), and it has two linear or packed shift layers `fc1` and `fc2`,
-    an activation `act` that kernels know, nothing else but what does nothing in evaluation, and no hooks.
+    Its class must be registered for that (`register_frozen`). It must have two linear or packed shift layers `fc1` and
+    `fc2`, an activation `act` that kernels know, and no hooks. All other parts must do nothing in evaluation.
     """
     return frozen_class(module) is FrozenMlp and _consists_of(module, "fc1", "act", "fc2")
 
 
 def is_conv_mlp(module: nn.Module, mixtures: tuple[type[nn.Module], ...] = ()) -> bool:
-    """Whether a `FrozenConvMlp` may stand in for a module in evaluation.
+    """Whether a `FrozenConvMlp` can replace a module in evaluation.
 
-    As `is_plain_mlp`, with a depthwise convolution `dwconv` that keeps the size of its images.
+    Conditions are those of `is_plain_mlp`, with a depthwise convolution `dwconv` that keeps the size of its images.
 
     Args:
-        mixtures: classes that its layers may be of as well, with `in_features` and `out_features` where they stand for
-            one linear layer.
+        module: any module.
+        mixtures: more classes that its layers may have, with `in_features` and `out_features` if they stand for one
+            linear layer.
     """
     conv = getattr(module, "dwconv", None)
     if not isinstance(conv, nn.Conv2d) or not is_depthwise(conv):
@@ -155,7 +156,7 @@ def is_conv_mlp(module: nn.Module, mixtures: tuple[type[nn.Module], ...] = ()) -
 
 
 def is_depthwise(conv: nn.Conv2d) -> bool:
-    """Whether a convolution is depthwise, and keeps the size of its images."""
+    """Whether a convolution is depthwise and keeps the size of its images."""
     return (
         type(conv) is nn.Conv2d
         and conv.groups == conv.in_channels == conv.out_channels

@@ -1,8 +1,8 @@
 """A mixture of multiplication primitives: a router sends each token to the expert that suits it.
 
-The experts are a multiplying layer and its shift twin (or any list of modules); a token runs through exactly one of
-them. The latency-aware load-balancing loss gives the faster expert more tokens: at its minimum the shares are
-proportional to the inverse latencies, so that experts that ran side by side would end at the same time.
+The experts are a multiplying layer and its shift twin, or any list of modules. Each token runs through exactly one of
+them. The latency-aware load-balancing loss gives more tokens to faster experts. At its minimum, shares are proportional
+to the inverse latencies, so that experts running side by side end at the same time.
 
 Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.3; the noisy load estimate is that of Shazeer et al.,
 "Outrageously Large Neural Networks" (ICLR 2017), appendix A, for one expert a token.
@@ -45,9 +45,9 @@ _MEASURED_TOKENS = 4096
 
 
 def measure_latencies(experts: Sequence[nn.Module], tokens: Tensor, repeats: int = 15) -> tuple[float, ...]:
-    """Seconds that each expert takes for `tokens`: the median of `repeats` runs, the experts taking turns.
+    """Seconds that each expert takes for `tokens`: the median of `repeats` runs.
 
-    Taking turns spreads whatever else the machine does over all of them. The experts run in evaluation, without
+    Experts take turns, so that other load on the machine affects all of them. They run in evaluation mode, without
     gradients.
 
     Args:
@@ -119,7 +119,7 @@ def latency_weights(latencies: Sequence[float]) -> tuple[float, ...]:
     """``alpha_i = Lat_i / sum_j Lat_j``.
 
     Raises:
-        UserError: unless all latencies are positive and finite.
+        UserError: if a latency is not positive and finite.
     """
     if not all(math.isfinite(latency) and latency > 0 for latency in latencies):
         raise UserError(f"latencies must be positive and finite, not {tuple(latencies)}")
@@ -128,7 +128,10 @@ def latency_weights(latencies: Sequence[float]) -> tuple[float, ...]:
 
 
 def squared_coefficient_of_variation(x: Tensor) -> Tensor:
-    """Variance over squared mean of the values of `x` [E] (>= 0): 0 where all are equal, at most E - 1. A scalar."""
+    """Variance divided by the squared mean of the values of `x` [E].
+
+    It is a scalar: 0 if all values are equal, and at most E - 1.
+    """
     mean = x.mean()
     return (x - mean).square().mean() / (mean.square() + torch.finfo(x.dtype).tiny)
 
@@ -142,16 +145,16 @@ def balance_loss(
 ) -> Tensor:
     """The latency-aware load-balancing loss of one layer, a scalar.
 
-    ``CV^2(importance) + CV^2(load)`` with ``importance_i = alpha_i sum_x p_i(x)``, p the softmax of `logits`, and
-    ``load_i = alpha_i`` times the number of tokens at expert i. That number has no gradient. With noise on the router
-    its expectation stands for it, ``sum_x P(logits_i + noise > max_j!=i noisy_logits_j)``; without, the count with
-    the gradient of p.
+    It is ``CV^2(importance) + CV^2(load)``, with ``importance_i = alpha_i sum_x p_i(x)``, where p is the softmax of
+    `logits`, and with ``load_i``, which is ``alpha_i`` times the number of tokens of expert i. That number has no
+    gradient. With noise on the router, its expectation is used instead, ``sum_x P(logits_i + noise > max_j!=i
+    noisy_logits_j)``. Without noise, the count gets the gradient of p.
 
-    Both terms are zero where the shares of the experts are proportional to ``1 / alpha``.
+    Both terms are zero if the shares of the experts are proportional to ``1 / alpha``.
 
-    Where `torch.distributed` is initialised, sums are over the tokens of all processes, so that the loss (the same on
-    each) and, after the averaging of gradients that data parallel training does, its gradient are those of the whole
-    batch. All processes have to take part then.
+    If `torch.distributed` is initialised, sums are over the tokens of all processes. So the loss is the same in all of
+    them. After data parallel training has averaged gradients, its gradient is that of the whole batch. All processes
+    must take part.
     """
     probability = logits.softmax(-1)
     importance = probability.sum(0)
@@ -207,13 +210,13 @@ class _Permute(Function):
 
 
 def dispatch(tokens: Tensor, assignment: Tensor, experts: Sequence[nn.Module]) -> tuple[Tensor, list[int]]:
-    """Run each token through its expert, and through no other.
+    """Run each token through its expert only.
 
     Args:
         tokens: [T, C]; T may be 0.
         assignment: [T] int64, the number of each token's expert.
-        experts: modules from [t, C] to [t, C'] for any t. In training every one is called, with no tokens if it has
-            none, so that all parameters have gradients (as distributed training wants).
+        experts: modules from [t, C] to [t, C'] for any t. In training every expert is called, if necessary without
+            tokens, so that all parameters have gradients, as distributed training requires.
 
     Returns:
         The outputs [T, C'] in the order of the tokens, and the number of tokens of each expert.
@@ -232,9 +235,10 @@ def dispatch(tokens: Tensor, assignment: Tensor, experts: Sequence[nn.Module]) -
 
 
 def run_all(tokens: Tensor, assignment: Tensor, experts: Sequence[nn.Module]) -> Tensor:
-    """Run each token through all experts, and keep what its own one makes of it.
+    """Run each token through all experts, and keep the output of its own one.
 
-    That costs more than `dispatch`, and depends on no value: what is recorded of it holds for other tokens, too.
+    This costs more than `dispatch`. But it does not depend on values, so a recording of it is valid for other tokens,
+    too.
 
     Args:
         tokens, assignment, experts: as for `dispatch`.
@@ -269,22 +273,26 @@ class MoE(nn.Module):
     Args:
         experts: modules from [t, dim] to [t, dim'], all with the same dim'.
         dim: token width.
-        names: one name an expert, for reports.
-        gate: "unit" leaves the expert's output as it is and gives the router the gradient of ``p / p.detach()``, so a
-            pretrained layer put in as an expert still computes what it did; "probability" multiplies by p, as the paper
-            does (and so scales the outputs down).
+        names: one name for each expert, for reports.
+        gate: "unit" leaves the output of the expert unchanged and gives the router the gradient of ``p / p.detach()``.
+            So a pretrained layer that becomes an expert still computes the same. "probability" multiplies the output by
+            p, as in the paper, which makes it smaller.
         noise: standard deviation of the Gaussian noise on the router's logits in training; None for 1 / experts, 0 for
-            a plain router.
-        temperature: the router's logits are divided by it: the higher, the more even the probabilities (and the more
-            the noise decides). It may be changed between steps.
-        latencies: of the experts, in any unit; None for equal ones, "measure" to time them on the first training batch
-            (once for all mixtures in a process that are alike).
+            no noise.
+        temperature: divides the router's logits. Higher temperatures give more even probabilities and more weight to
+            the noise. It may be changed between steps.
+        latencies: latencies of the experts, in any unit; None for equal ones, "measure" to time them on the first
+            training batch (once for all similar mixtures of a process).
 
     Shapes: x [*, dim] to [*, dim'].
 
-    Readable after a forward pass (not part of the state dict): `last_assignment` [*] int64, `last_shares` [E]; and
-    `token_counts`, the tokens of each expert since `reset_statistics`. The balance loss of each training pass waits
-    for `collect_moe_losses`.
+    After a forward pass, `last_assignment` [*] int64, `last_shares` [E] and `token_counts` (the tokens of each expert
+    since `reset_statistics`) can be read. They are not in the state dict. `collect_moe_losses` collects the balance
+    loss of each training pass.
+
+    Raises:
+        UserError: if there are no experts, or for an unknown gate, wrong numbers of names or latencies, or impossible
+            noise, temperature or latencies.
     """
 
     def __init__(
@@ -329,7 +337,7 @@ class MoE(nn.Module):
         self.token_counts = [0] * len(experts)
 
     def set_latencies(self, latencies: Sequence[float]) -> None:
-        """Set what the balance loss takes the experts' latencies to be, in any unit. They will not be measured then.
+        """Set the latencies of the experts for the balance loss, in any unit. They are not measured afterwards.
 
         Raises:
             UserError: unless there is one positive number for each expert.
@@ -346,14 +354,14 @@ class MoE(nn.Module):
         self.token_counts = [0] * len(self.experts)
 
     def take_losses(self, keep: bool = False) -> list[Tensor]:
-        """The balance losses of the training passes since the last call, scalars."""
+        """The balance losses of the training passes since the last call: scalars."""
         losses = list(self._pending_losses)
         if not keep:
             self._pending_losses.clear()
         return losses
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits [T, E], assignment [T] and, in training with noise, the noisy logits [T, E] that decided it."""
+        """Logits [T, E], assignment [T] and, in training with noise, the noisy logits [T, E] that decided."""
         logits = _router_logits(tokens, self.router, self.temperature)
         noisy = logits + torch.randn_like(logits) * self.noise if self.training and self.noise > 0 else None
         return logits, (logits if noisy is None else noisy).argmax(-1), noisy
@@ -428,7 +436,7 @@ class MoE(nn.Module):
 
 
 def check_router(noise: float, temperature: float) -> None:
-    """Raise `UserError` for noise or a temperature that a router cannot have."""
+    """Raise `UserError` for noise or a temperature that is impossible."""
     if not (noise >= 0 and math.isfinite(noise)):
         raise UserError(f"the router's noise must be finite and not negative, got {noise}")
     if not (temperature > 0 and math.isfinite(temperature)):
@@ -436,10 +444,10 @@ def check_router(noise: float, temperature: float) -> None:
 
 
 class _InPlace(WithoutWeight):
-    """A mixture in the place of a layer: it is asked for what that had, and answers with its first expert's.
+    """A mixture in the place of a layer. It has the attributes that the layer had, with the values of its first expert.
 
-    That is `weight` and `bias`, for reading, in the place of a linear layer; the parts (`fc1` and so on) in that of a
-    perceptron.
+    For a linear layer, these are `weight` and `bias`, for reading. For a perceptron, these are its parts (`fc1` and so
+    on).
     """
 
     _read_only = "weight", "bias"
@@ -450,7 +458,7 @@ class _InPlace(WithoutWeight):
 
     @property
     def bias(self) -> Tensor | None:
-        """The first expert's."""
+        """The bias of the first expert."""
         return self._of_linear("bias")
 
     @bias.setter
@@ -486,15 +494,17 @@ class FrozenMoE(_InPlace):
     """A mixture for inference: no noise, no loss, no statistics.
 
     Args:
-        mixture: whose experts and router it takes over (the very modules, under the same names); it computes what
-            `mixture` does in evaluation, bit for bit in plain torch.
+        mixture: the mixture whose experts and router are taken over, not copied, under the same names. In plain torch,
+            the output equals that of `mixture` in evaluation, bit for bit.
 
-    Without gradients, on CPUs and CUDA GPUs, experts that are linear or packed shift layers, or perceptrons of two such
-    layers (`FrozenMlp`), run as one op with the dispatch around them (see `shiftadd3d.kernels`); no GPU is waited for.
+    Without gradients, on CPUs and CUDA GPUs, routing and experts run as one op if experts are linear or packed shift
+    layers, or perceptrons of two such layers (`FrozenMlp`); see `shiftadd3d.kernels`. The CPU does not wait for the
+    GPU.
 
     Shapes: x [*, dim] to [*, dim'].
 
-    Set `keep_assignment` to read `last_assignment` [*] int64, the expert of each token, after a forward pass.
+    Set `keep_assignment` to be able to read `last_assignment` [*] int64, the expert of each token, after a forward
+    pass.
     """
 
     def __init__(self, mixture: MoE) -> None:
@@ -566,6 +576,8 @@ class MoELinear(_InPlace, MoE):
         bias: add a float bias.
         shift: arguments for `ShiftLinear` (bits, mode, terms, stochastic).
         moe: arguments for `MoE` (gate, noise, temperature, latencies).
+
+    Shapes: x [*, in_features], y [*, out_features].
     """
 
     def __init__(
@@ -600,6 +612,8 @@ class MoEMlp(_InPlace, MoE):
         hidden_dim: width between the two layers.
         shift: arguments for `ShiftLinear` (bits, mode, terms, stochastic).
         moe: arguments for `MoE` (gate, noise, temperature, latencies).
+
+    Shapes: [*, dim] to [*, dim].
     """
 
     def __init__(self, dim: int, hidden_dim: int, *, shift: dict | None = None, **moe) -> None:
@@ -663,18 +677,19 @@ def shift_twin(module: nn.Module, *, name: str | None = None, **shift) -> nn.Mod
 
 
 def collect_moe_losses(model: nn.Module, reduction: Literal["mean", "sum"] = "mean", reset: bool = True) -> Tensor:
-    """The load-balancing losses of all mixtures in `model`, recorded by its training passes since the last call.
+    """The load-balancing losses of all mixtures in `model`, from its training passes since the last call.
 
     Args:
+        model: any module.
         reduction: "mean" or "sum" over layers and passes.
-        reset: forget them afterwards, as a training step should.
+        reset: forget the losses afterwards, as a training step should.
 
     Returns:
-        A scalar to add, times a small factor (the paper: 0.01), to the training loss. Zero if nothing was recorded: no
-        mixture, no training pass, or no gradients.
+        A scalar. Add it to the training loss with a small factor (the paper uses 0.01). It is zero if nothing was
+        recorded: no mixture, no training pass, or no gradients.
 
     Raises:
-        UserError: for a reduction that does not exist.
+        UserError: for an unknown reduction.
     """
     if reduction not in ("mean", "sum"):
         raise UserError(f"reduction must be mean or sum, not {reduction!r}")
@@ -689,7 +704,7 @@ def collect_moe_losses(model: nn.Module, reduction: Literal["mean", "sum"] = "me
 
 
 def reset_router_statistics(model: nn.Module) -> None:
-    """Forget, in every mixture of `model`, which tokens went where."""
+    """Forget the routing statistics of every mixture in `model`."""
     for module in model.modules():
         if isinstance(module, MoE):
             module.reset_statistics()
@@ -698,9 +713,9 @@ def reset_router_statistics(model: nn.Module) -> None:
 def router_statistics(model: nn.Module) -> dict[str, dict]:
     """What the routers of `model` did since `reset_router_statistics`, by qualified name.
 
-    Each entry has `experts` (names), `tokens` (how many each expert got), `shares` (the same as fractions),
-    `last_shares` (of the last forward pass alone) and `latencies` (as the balance loss sees them). Which expert each
-    single token took is in the layer's `last_assignment`.
+    Each entry has `experts` (names), `tokens` (number of tokens of each expert), `shares` (the same as fractions),
+    `last_shares` (of the last forward pass only) and `latencies` (for the balance loss). The expert of each single
+    token is in the layer's `last_assignment`.
     """
     statistics = {}
     for name, module in model.named_modules():

@@ -1,12 +1,12 @@
-"""`reparameterize_`: one verb that turns a model's multiplications into additions, shifts and mixtures, in place.
+"""`reparameterize_` turns a model's multiplications into additions, shifts and mixtures, in place.
 
-What becomes what is said by a frozen `Recipe`; which layers, by their place: linear layers inside an attention module
-follow the recipe's `attention_linear`, those inside a two-layer perceptron its `mlp`, all others its `other_linear`.
-A `Rule` overrides the place for layers called by their qualified names. 1x1 convolutions are linear layers at their
-place; those that cut an image into patches are linear layers that follow `other_linear` wherever they stand.
+A frozen `Recipe` says what layers become, depending on their place. Linear layers inside an attention module follow the
+recipe's `attention_linear`, those inside a two-layer perceptron its `mlp`, and all others its `other_linear`. A `Rule`
+overrides this for layers by their qualified names. 1x1 convolutions count as linear layers in their place. Convolutions
+that cut an image into patches count as linear layers that follow `other_linear` everywhere.
 
-This module knows no model. Attention classes are made known by `register_attention`, perceptrons are found by their
-shape (children `fc1` and `fc2` and an activation) or made known by `register_mlp`.
+This module knows no model. `register_attention` registers attention classes. Perceptrons are recognised by their parts
+(`fc1`, `fc2` and an activation) or registered by `register_mlp`.
 
 Source: You et al., ShiftAddViT (NeurIPS 2023), section 4; the presets are the rows of its ablation tables.
 """
@@ -71,14 +71,17 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Rule:
-    """What the layers of a name become, whatever their place. Raises `UserError` for a value that does not exist.
+    """What layers with certain names become, whatever their place.
 
-    A rule that names a module names all that it contains: ``Rule("blocks.0", "shift")`` is about every linear layer of
-    the first block.
+    A rule that names a module applies to everything inside it: ``Rule("blocks.0", "shift")`` applies to all linear
+    layers of the first block.
+
+    Raises:
+        UserError: for a value that does not exist.
     """
 
     pattern: str
-    """Shell pattern over qualified names: `*` stands for anything, dots included, `?` for one character."""
+    """Shell pattern for qualified names: `*` matches anything, including dots, and `?` one character."""
     primitive: Literal["keep", "mult", "shift", "moe", "add"]
     """"mult", "shift" and "moe" are about linear layers, "add" about the products in attention modules; "keep" leaves
     both as they are."""
@@ -103,10 +106,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the layers of a model become. Raises `UserError` for a value that does not exist."""
+    """What the layers of a model become.
+
+    Raises:
+        UserError: for a value that does not exist.
+    """
 
     name: str = "custom"
-    """How reports call the recipe."""
+    """Name of the recipe in reports."""
     attention: Literal["keep", "add"] = "keep"
     """"add" turns products with queries and keys into additions over binary codes."""
     attention_linear: Primitive = "mult"
@@ -126,31 +133,31 @@ class Recipe:
     codes: Literal["pm1", "01"] = "pm1"
     """Codes of -1 and +1, or of 0 and 1."""
     code_dim: int | None = None
-    """Bits of a code for each head; None for one a feature. Only "random" and "hash" have codes of other lengths."""
+    """Bits of a code for each head; None for one bit a feature. Only "random" and "hash" can have another number."""
     share_codes: bool = False
     """One binarizer for queries and keys."""
     dwconv: int = 9
     """Kernel size of the depthwise convolution on the values, odd; 0 for none. The paper's released code has 9."""
     dwconv2d: int = 3
-    """The same where tokens lie on a known grid, that is, images: along either side of the grid."""
+    """The same for images, whose tokens form a known grid: kernel size along each side of the grid."""
     contrast: float = 16.0
-    """How much more the outputs of attention differ from the mean of the values than by the linear-angular map, at
-    first; it is learned (see `AddAttention`), or fitted where nothing is trained (`fit_contrast_`). 1 for the map as it
-    is, with nothing to learn, as in the paper."""
+    """Start value of the factor by which outputs of attention differ more from the mean of the values than with the
+    linear-angular map. It is learned (see `AddAttention`), or fitted if nothing is trained (`fit_contrast_`). 1 leaves
+    the map as it is, with nothing to learn, as in the paper."""
     order: Literal["auto", "linear", "quadratic"] = "auto"
     """Order of the products in attention; "auto" takes the cheaper."""
     gate: Literal["unit", "probability"] = "unit"
-    """What the router's probability does to an expert's output: nothing but its gradient, or scale it."""
+    """Whether the router's probability only has a gradient ("unit"), or scales the output ("probability")."""
     router_noise: float | None = None
     """Standard deviation of the noise on router logits in training; None for 1 / experts."""
     router_temperature: float = 1.0
-    """What router logits are divided by: the higher, the more even the probabilities."""
+    """Divisor of router logits. Higher temperatures give more even probabilities."""
     latencies: tuple[float, ...] | Literal["measure"] = "measure"
     """Latencies of (mult, shift) in any unit for the balance loss, or "measure" to time them on the first batch."""
     rules: tuple[Rule, ...] = ()
-    """What the layers of given names become; of several rules for one layer the last one counts."""
+    """What layers with certain names become. If several rules fit a layer, the last one counts."""
     exclude: tuple[str, ...] = ()
-    """Qualified names to leave alone with all they contain, as shell patterns: rules that say "keep" and come last."""
+    """Shell patterns for names of modules to leave unchanged with all their parts: last rules, with "keep"."""
 
     def __post_init__(self) -> None:
         for option, allowed in _CHOICES.items():
@@ -203,10 +210,10 @@ class Recipe:
 
     @classmethod
     def parse(cls, given: Recipe | str, **changes: Any) -> Recipe:
-        """A recipe, or the preset of a name, with some fields changed.
+        """A recipe, or the preset of this name, with some fields changed.
 
         Raises:
-            UserError: if it is neither, or there is no such preset, field or value.
+            UserError: for an unknown preset, field or value.
         """
         if isinstance(given, str):
             if given not in RECIPES:
@@ -218,7 +225,10 @@ class Recipe:
         return replace(given, **changes)
 
     def stages(self) -> tuple[Recipe | None, Recipe | None]:
-        """The paper's two on the way to this recipe: attention alone, then the rest; None for nothing to do."""
+        """The paper's two steps to this recipe: first attention only, then the rest.
+
+        None for a step without changes.
+        """
         rules = tuple(rule for rule in self.rules if rule.primitive in ("add", "keep"))
         attention = replace(self, attention_linear="mult", mlp="mult", other_linear="mult", rules=rules, name="add")
         primitives = self._primitives()
@@ -274,7 +284,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 recipe = Recipe.parse
-"""The same, for code that names presets: ``recipe("add+shift", bits=5)``."""
+"""`Recipe.parse` as a function: ``recipe("add+shift", bits=5)``."""
 
 
 def _refuse_unknown(given: Iterable[str], dataclass_type: type[Recipe] | type[Rule], kind: str) -> None:
@@ -304,34 +314,38 @@ def register_attention(
     converter: AttentionConverter | None = None,
     within: type[nn.Module] | None = None,
 ) -> None:
-    """Make an attention class known: its linear layers (small perceptrons inside it too) are attention linears.
+    """Register an attention class. All linear layers in it, also those of small perceptrons, then follow
+    `attention_linear`.
 
     Args:
-        module_class: the class; subclasses count unless registered themselves.
-        converter: makes the module's additive twin, for recipes with ``attention="add"``. It gets the module and the
-            recipe and returns a new module with the same weights, leaving the old one as it is (it may share submodules
-            with it, as `AddAttention.from_projections` does). None if there is no product of queries and keys to
-            replace.
-        within: a class of models that know more about the tokens than the attention in them does, such as the grid they
-            lie on. The converter then gets, third, the innermost module of that class around the attention, or None.
+        module_class: the class. Subclasses count unless they are registered themselves.
+        converter: makes the additive twin of a module, for recipes with ``attention="add"``. It gets the module and the
+            recipe, and returns a new module with the same weights. It leaves the old module unchanged, but may share
+            submodules with it, as `AddAttention.from_projections` does. None if there is no product of queries and keys
+            to replace.
+        within: a class of models that know more about the tokens than their attention modules, such as the grid of the
+            tokens. The converter then gets as a third argument the innermost module of that class around the attention,
+            or None.
     """
     _attention_converters[module_class] = _AttentionClass(converter, within, module_class)
 
 
 def register_mlp(module_class: type[nn.Module], token_wise: bool = True) -> None:
-    """Make a class known as a perceptron whose linear layers follow the recipe's `mlp`.
+    """Register a class as a perceptron whose linear layers follow the recipe's `mlp`.
 
     Args:
-        module_class: the class; subclasses count too.
+        module_class: the class. Subclasses count too.
         token_wise: whether its forward pass takes one tensor and treats tokens one by one, so that a mixture may send
-            each token to another copy. If not, its linear layers become mixtures one by one.
+            tokens to different copies. If not, each of its linear layers becomes a mixture.
     """
     _mlp_classes[module_class] = token_wise
 
 
 @dataclass(frozen=True)
 class ReparameterizedLayer:
-    """One replaced module: its qualified name, its class before and after, parameters after, bits of a weight."""
+    """One replaced module: its qualified name, its class before and after, its parameters after, and the bits of a
+    weight.
+    """
 
     name: str
     before: str
@@ -342,7 +356,7 @@ class ReparameterizedLayer:
 
 @dataclass(frozen=True)
 class UntouchedLayer:
-    """One module with parameters that stayed as it was, and why."""
+    """One module with parameters that was not changed, and why."""
 
     name: str
     kind: str
@@ -352,7 +366,7 @@ class UntouchedLayer:
 
 @dataclass(frozen=True)
 class ReparameterizationReport(RichReport):
-    """What `reparameterize_` did: `layers` it replaced, `untouched` ones it left alone. Printing shows a table."""
+    """The `layers` that `reparameterize_` replaced, and those that it left `untouched`. Printing shows a table."""
 
     recipe: Recipe
     layers: tuple[ReparameterizedLayer, ...]
@@ -380,22 +394,22 @@ def reparameterize_(
 ) -> ReparameterizationReport:
     """Replace the layers of `model` as `recipe` says, in place. Weights, devices, dtypes and flags carry over.
 
-    Doing it twice changes nothing more. To go back, keep the model's state dict (or a copy of the model) from before.
-    For another recipe, start from the original model: layers already replaced stay what they are.
+    Doing it twice changes nothing more. To be able to go back, keep the model's state dict or a copy of the model. For
+    another recipe, start from the original model, because replaced layers are not replaced again.
 
     Args:
-        model: any module; its parts are found by the rules in the module's docstring.
+        model: any module. Its parts are found as the description of this Python module says.
         recipe: a `Recipe`, or the name of a preset.
-        filter_fn: asked with (module, qualified name) for everything about to be replaced; False leaves it alone.
+        filter_fn: called with (module, qualified name) for everything about to be replaced. False leaves it unchanged.
         verbose: print the report.
 
     Returns:
-        The report. Modules with parameters that no rule covers are left alone and listed there.
+        The report. It also lists modules with parameters that no rule covers. They are unchanged.
 
     Raises:
-        UserError: listing every layer that cannot be replaced (NaN or infinite weights, hooks that would be lost, the
-            model itself being the layer) and every rule that matches nothing or does not fit what it matches. The model
-            has not been changed then.
+        UserError: listing every layer that cannot be replaced (NaN or infinite weights, hooks that would be lost, a
+            layer that is the model itself), and every rule that matches nothing or does not fit what it matches. The
+            model is unchanged then.
     """
     recipe = Recipe.parse(recipe)
     surgery = _Surgery(model, recipe, filter_fn)

@@ -1,4 +1,4 @@
-"""Which patches of a picture, or samples of a ray, each mixture of experts sent where.
+"""The routing of each mixture of experts: which patches of a picture, or samples of a ray, went to which expert.
 
 Source: You et al., ShiftAddViT (NeurIPS 2023), section 5 and its figure of token dispatch.
 """
@@ -14,7 +14,7 @@ from shiftadd3d.nn.moe import FrozenMoE, MoE
 
 
 class RoutingMap(NamedTuple):
-    """Which expert took each patch of a picture in one layer: [rows, columns], the numbers of `experts`."""
+    """The expert of each patch of a picture in one layer: [rows, columns], the numbers of `experts`."""
 
     layer: str
     experts: tuple[str, ...]
@@ -26,9 +26,10 @@ class RoutingMap(NamedTuple):
 
 
 def routing_maps(model: nn.Module) -> tuple[RoutingMap, ...]:
-    """Of the first picture in the last forward pass, one map a mixture whose tokens are the patches of a square.
+    """Routing maps of the first picture in the last forward pass: one for each mixture whose tokens are the patches of
+    a square.
 
-    Class tokens come first and belong to no patch; they are left out.
+    Class tokens come first and are left out.
     """
     prefix = int(getattr(model, "num_prefix_tokens", 0))
     maps = []
@@ -41,11 +42,11 @@ def routing_maps(model: nn.Module) -> tuple[RoutingMap, ...]:
 
 
 def ray_shares(model: nn.Module, rays: int) -> dict[str, Tensor]:
-    """Of the last forward pass, which share of each ray's tokens a mixture sent to its first expert.
+    """The share of each ray's tokens that a mixture sent to its first expert, in the last forward pass.
 
     Args:
-        model: whose mixtures see tokens [rays, ...]: samples, or what source views show at them.
-        rays: R; mixtures that saw something else are left out.
+        model: a model whose mixtures see tokens [rays, ...]: samples, or source views at samples.
+        rays: R. Mixtures with another number of rays are left out.
 
     Returns:
         By qualified name, [R] float32 from 0 to 1.
@@ -59,7 +60,7 @@ def ray_shares(model: nn.Module, rays: int) -> dict[str, Tensor]:
 
 
 def keep_routing(model: nn.Module, *, keep: bool = True) -> None:
-    """Let frozen mixtures note where they send tokens, or no longer; others always do."""
+    """Switch on or off whether frozen mixtures record where they send tokens. Other mixtures always record it."""
     for module in model.modules():
         if isinstance(module, FrozenMoE):
             module.keep_assignment = keep

@@ -1,12 +1,12 @@
-"""Which layers mind losing their multiplications, and the recipe that makes the most of a budget.
+"""Which layers suffer most from losing their multiplications, and the best recipe for a budget.
 
 `sensitivity` changes one layer at a time, calibrates it, and measures how much the model's output changes and how much
-cheaper the model becomes. `search_recipe` then picks what becomes of each layer, so that the total cost keeps to a
-budget and the sum of the squared errors is the least (a knapsack with one choice from each layer's options).
+cheaper the model becomes. `search_recipe` then chooses what becomes of each layer, so that the total cost stays within
+a budget and the sum of squared errors is smallest (a knapsack problem with one choice for each layer).
 
-Errors add up in squares while they are small and independent of each other: the sum is an estimate that ranks recipes.
-Costs that are counted (energy) add up exactly; latencies are measured layer by layer on the device at hand, each in its
-frozen form, or compiled with as little of the model around it as can be compiled.
+Squared errors add up as long as they are small and independent of each other. So their sum is an estimate, good enough
+to rank recipes. Counted costs (energy) add up exactly. Latencies are measured on this device layer by layer: in frozen
+form, or compiled with the smallest part of the model around the layer that can be compiled.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 CANDIDATES = (Rule("*", "shift", 4, 1), Rule("*", "shift", 4, 2), Rule("*", "moe", 4, 1), Rule("*", "add"))
-"""What is tried where nothing else is asked for: one power of two, two, a mixture, additive attention."""
+"""Default candidates: one power of two, two of them, a mixture, and additive attention."""
 
 # The fields of a recipe that put a primitive wherever it can stand.
 _PLACES: dict[str, tuple[str, ...]] = {
@@ -59,32 +59,32 @@ _PLACES: dict[str, tuple[str, ...]] = {
     "add": ("attention",),
 }
 Latencies = Literal["latency", "compiled latency"]
-"""Costs that are measured: seconds of frozen layers, one by one, or of executables (`shiftadd3d.compile`)."""
+"""Measured costs: seconds of single frozen layers, or of executables (`shiftadd3d.compile`)."""
 
 _RESOLUTION = 8000  # costs that are told apart between the cheapest recipe and the float model
 
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """What one change of one layer does to the model, all else being float."""
+    """The effect of one change of one layer on the model, while all else is float."""
 
     name: str
     rules: tuple[Rule, ...]
     """The change, as rules of a recipe."""
     error: float
-    """Root mean square of the change of the outputs, over theirs."""
+    """Root mean square of the change of the outputs, divided by that of the outputs."""
     cost: float
-    """Change of the cost of one input; negative is cheaper."""
+    """Change of the cost of one input. Negative values are cheaper."""
 
     @property
     def label(self) -> str:
-        """The change in a few characters, such as "shift 2 x 4"."""
+        """A short name of the change, such as "shift 2 x 4"."""
         return " + ".join(_label(rule) for rule in self.rules)
 
 
 @dataclass(frozen=True)
 class RecipeChoice:
-    """The recipe for a budget, and what to expect of it."""
+    """The recipe for a budget, with its expected error and cost."""
 
     recipe: Recipe
     error: float
@@ -95,7 +95,7 @@ class RecipeChoice:
 
 @dataclass(frozen=True)
 class SensitivityReport(RichReport):
-    """What `sensitivity` measured. Printing shows a table."""
+    """The measurements of `sensitivity`. Printing shows a table."""
 
     base: Recipe
     float_cost: float
@@ -118,15 +118,16 @@ class SensitivityReport(RichReport):
         return Group(table, f"cost of one input as it is: {self.float_cost:,.4g} {self.unit}")
 
     def best_recipe(self, budget: float, *, absolute: bool = False) -> RecipeChoice:
-        """The recipe whose cost keeps to `budget` with the least estimated error.
+        """The recipe with the least estimated error whose cost is within `budget`.
 
         A larger budget never gives a larger estimate.
 
         Args:
-            budget: share of the model's cost, above 0 and at most 1; if `absolute`, the cost of one input itself.
+            budget: share of the model's cost, above 0 and at most 1. If `absolute`, the cost of one input.
+            absolute: see `budget`.
 
         Raises:
-            UserError: for no such budget, or one below that of the cheapest recipe.
+            UserError: for an impossible budget, or one below the cost of the cheapest recipe.
         """
         if not (math.isfinite(budget) and budget > 0 and (absolute or budget <= 1)):
             limits = "a positive cost" if absolute else "a share of the model's cost, above 0 and at most 1"
@@ -160,31 +161,30 @@ def sensitivity(
     inputs: int | None = None,
     verbose: bool = True,
 ) -> SensitivityReport:
-    """Measure what each candidate costs and saves, layer by layer, with all other layers as they are.
+    """Measure what each candidate costs and saves, layer by layer, with all other layers unchanged.
 
-    Shift weights are calibrated on `batches` as `calibrate_` does it, and routers fitted. The model is unchanged
-    afterwards. This takes one pass over the batches for each layer and candidate, a few more for mixtures.
+    Shift weights are calibrated on `batches` as in `calibrate_`, and routers are fitted. The model is unchanged
+    afterwards. This takes one pass over the batches for each layer and candidate, and a few more for mixtures.
 
     Args:
         model: any module, with its float weights.
         batches: example inputs, as for `calibrate_`.
-        candidates: rules to try; each is tried on the layers that its pattern names and that it fits. With "add",
-            attention modules are tried with each "shift" candidate for their linear layers as well.
-        base: the recipe whose options hold, and whose excluded layers are left alone; it may change nothing itself.
-        costs: what work costs: `OperationCosts`, or an account of `shiftadd3d.profile.energy.AccountCosts`, which moves
-            data as well; or "latency" for seconds, measured for each layer on the inputs of the first batch; or
-            "compiled latency" for those of the smallest part of the model around a layer that `shiftadd3d.compile`
-            compiles with the change and without. Where not even the whole model compiles, "latency" steps in, and a
-            warning says so.
+        candidates: rules to try. Each is tried on the layers that its pattern names and that it fits. With "add",
+            attention modules are also tried with each "shift" candidate for their linear layers.
+        base: a recipe for options and excluded layers. It must not change anything itself.
+        costs: prices of the work: `OperationCosts`, or `shiftadd3d.profile.energy.AccountCosts`, which includes data
+            traffic. Or "latency": seconds, measured for each layer on the inputs of the first batch. Or "compiled
+            latency": seconds of the smallest part of the model around a layer that `shiftadd3d.compile` compiles both
+            with the change and without. If not even the whole model compiles, "latency" is used, with a warning.
         forward: called with (model, batch) to run the model instead.
-        inputs: how many inputs all batches hold; None for the sum of the first dimensions of their first tensors.
+        inputs: number of inputs in all batches; None for the sum of the first dimensions of their first tensors.
 
     Returns:
         The report.
 
     Raises:
-        UserError: if there are no batches or no candidates, a candidate fits nothing, `base` changes something, the
-            outputs hold no floats, and as `calibrate_`.
+        UserError: if there are no batches or no candidates, a candidate fits nothing, `base` changes something, or the
+            outputs hold no floats; and as `calibrate_`.
     """
     batches = as_batches(batches)
     base = Recipe() if base is None else base
@@ -217,22 +217,22 @@ def search_recipe(
     inputs: int | None = None,
     verbose: bool = True,
 ) -> Recipe:
-    """Find what should become of each layer so that the model keeps to a budget with the least error.
+    """Find out what should become of each layer, so that the model stays within a budget with the least error.
 
     To try several budgets, call `sensitivity` once and `SensitivityReport.best_recipe` for each.
 
     Args:
-        budget: share of the model's cost, above 0 and at most 1; if `absolute`, the cost of one input: picojoules, or
-            seconds, or whatever unit `costs` has.
+        budget: share of the model's cost, above 0 and at most 1. If `absolute`, the cost of one input in the unit of
+            `costs`, such as picojoules or seconds.
         others: as in `sensitivity`.
 
     Returns:
-        A recipe with one rule for each layer that changes, for `calibrate_` or `reparameterize_`. What
-        `count_operations` counts after that is what was promised (mixtures: on average over the batches, once
-        `calibrate_` has fitted their routers).
+        A recipe with one rule for each layer that changes, for `calibrate_` or `reparameterize_`. `count_operations`
+        then counts the promised cost. For mixtures, this is true on average over the batches, after `calibrate_` has
+        fitted their routers.
 
     Raises:
-        UserError: if the budget is out of reach, and as `sensitivity`.
+        UserError: if the budget cannot be met; and as `sensitivity`.
     """
     report = sensitivity(
         model, batches, candidates, base=base, costs=costs, forward=forward, inputs=inputs, verbose=verbose

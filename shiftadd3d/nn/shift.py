@@ -1,8 +1,8 @@
 """Layers whose weights are powers of two: multiplications become bit shifts.
 
-`ShiftLinear` trains such a layer, `PackedShiftLinear` stores a trained one in 4 bits a weight. `ShiftConv2d` and
-`PackedShiftConv2d` do so for convolutions whose patches do not overlap, which are linear layers over patches. What a
-power-of-two weight is, `shiftadd3d.nn.power_of_two` defines.
+`ShiftLinear` is trained. `PackedShiftLinear` holds the trained weights with 4 bits each. `ShiftConv2d` and
+`PackedShiftConv2d` do the same for convolutions whose patches do not overlap, because these are linear layers over
+patches. `shiftadd3d.nn.power_of_two` defines what a power-of-two weight is.
 
 Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.2; Elhoushi et al., DeepShift (CVPR workshops 2021).
 """
@@ -87,7 +87,7 @@ class _ShiftAndSign(Function):
 def counts_as_linear(conv: nn.Conv2d) -> bool:
     """Whether a convolution multiplies each pixel, or each patch of a grid, by one matrix.
 
-    That is so for 1x1 kernels, and for kernels that move by their own size; without padding and groups.
+    This is true for 1x1 kernels and for kernels whose stride is their size, if there is no padding and only one group.
     """
     is_pointwise = conv.kernel_size == (1, 1)
     is_patchwise = conv.kernel_size == conv.stride and conv.dilation == (1, 1)
@@ -107,7 +107,10 @@ class _Patches:
     groups, padding_mode, transposed = 1, "zeros", False
 
     def tokens(self, x: Tensor) -> Tensor:  # [*, C, H, W] -> [*, H', W', C * kh * kw]
-        """The patches that the weight multiplies, channels first within each. What does not fill one is left out."""
+        """The patches that the weight multiplies, channels first within each.
+
+        Pixels at the border that fill no patch are left out.
+        """
         (kh, kw), (sh, sw) = self.kernel_size, self.stride
         if x.dim() < 3 or x.shape[-3] != self.in_channels or x.shape[-2] < kh or x.shape[-1] < kw:
             raise UserError(
@@ -131,7 +134,7 @@ _Float = TypeVar("_Float", nn.Linear, nn.Conv2d)
 
 
 class ShiftLayer(nn.Module):
-    """What `ShiftLinear` and `ShiftConv2d` share: the weight, of which each output channel is a row with one offset."""
+    """What `ShiftLinear` and `ShiftConv2d` share: a weight with one row and one offset for each output channel."""
 
     def __init__(
         self,
@@ -169,7 +172,10 @@ class ShiftLayer(nn.Module):
     # another one (pruning, older norms of weights) put in its place.
     @property
     def weight(self) -> nn.Parameter:
-        """The float weight (Q), or for reading the quantised one (PS); in the shape that the ordinary layer's has."""
+        """The float weight (mode Q), or the quantised weight for reading only (mode PS).
+
+        Its shape is that of the ordinary layer.
+        """
         if self.mode == "PS":
             shift = cast(Tensor, self._parameters["shift"])  # itself, also where torch.fx looks on
             values = lambda: self.quantized_weight().view(self._shape)  # noqa: E731
@@ -202,7 +208,10 @@ class ShiftLayer(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Draw the parameters as `nn.Linear` and `nn.Conv2d` do (then split into shift and sign in mode PS)."""
+        """Draw the parameters as `nn.Linear` and `nn.Conv2d` do.
+
+        In mode PS, the weight is then split into shift and sign.
+        """
         like = self.weight if self.mode == "Q" else self.shift[0]
         weight = torch.empty_like(like)
         if weight.numel():
@@ -213,9 +222,10 @@ class ShiftLayer(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def quantized_weight(self) -> Tensor:
-        """The weight [out_features, in_features] that the forward pass uses: sums of `terms` powers of two.
+        """The weight [out_features, in_features] of the forward pass: each value is a sum of `terms` powers of two.
 
-        Differentiable: straight through to `weight` (Q), DeepShift's rules to `shift` and `sign` (PS).
+        It is differentiable. In mode Q, the gradient goes straight through to `weight`. In mode PS, it reaches `shift`
+        and `sign` by DeepShift's rules.
         """
         if self.mode == "PS":
             quantize = _ShiftAndSign.forward if is_recorded() else _ShiftAndSign.apply
@@ -262,7 +272,7 @@ class ShiftLayer(nn.Module):
         self.sign.copy_(torch.where(level == 0, 0, torch.where(codes > levels, -1, 1)).view_as(self.sign))
 
     def _take_over(self: _Layer, layer: nn.Linear | nn.Conv2d, name: str | None) -> _Layer:
-        """Itself, made without storage, with the weights, dtype, device and flags of `layer`."""
+        """This layer, made without storage, with the weights, dtype, device and flags of `layer`."""
         weight = layer.weight.detach()
         power_of_two.check_finite(weight, f"the weight of {name}" if name else None)
         self.to(weight.dtype).to_empty(device=weight.device)
@@ -316,24 +326,28 @@ class ShiftLayer(nn.Module):
 
 
 class ShiftLinear(ShiftLayer):
-    """``y = x W^T + b`` with ``W`` made of powers of two.
+    """``y = x W^T + b``, where all values of ``W`` are powers of two, or sums of two.
 
     Args:
         in_features: size of the last dimension of x.
         out_features: size of the last dimension of y.
         bias: add a float bias.
-        bits: bits of one code, 2 to 6: 4 packs two weights a byte, 5 is the paper's.
-        mode: `"Q"` keeps a float weight, named as in `nn.Linear`, that the forward pass quantises and the gradient
-            reaches straight through. `"PS"` makes shift and sign the parameters; keep weight decay away from them, it
-            would pull magnitudes to ``2**0`` and signs to zero.
+        bits: bits of one code, 2 to 6. With 4, two weights fit into a byte. The paper uses 5.
+        mode: `"Q"` keeps a float weight under the name that `nn.Linear` gives it. The forward pass quantises it, and
+            the gradient goes straight through. In `"PS"`, shift and sign are the parameters. Use no weight decay for
+            them, because it would pull magnitudes to ``2**0`` and signs to zero.
         terms: 1, or 2 for weights that are sums of two powers of two.
-        stochastic: in training, round at random with the float weight as the expected value (mode `"Q"` only).
+        stochastic: round at random in training, with the float weight as the expected value (mode `"Q"` only).
 
-    Shapes: x [*, in_features], y [*, out_features]. State dict: `weight` [out, in] (Q) or `shift` and `sign`
-    [terms, out, in] (PS), and `bias` [out].
+    Shapes: x [*, in_features], y [*, out_features]. State dict: `weight` [out, in] (Q), or `shift` and `sign` [terms,
+    out, in] (PS), and `bias` [out].
 
-    In evaluation without gradients the quantised weight is kept until the float weight changes (its version counter
-    tells). Writing through ``weight.data`` does not count as a change to torch: call `train()` or `eval()` after that.
+    In evaluation without gradients, the layer keeps the quantised weight until the float weight changes, which its
+    version counter shows. Writing through ``weight.data`` does not move that counter: call `train()` or `eval()`
+    afterwards.
+
+    Raises:
+        UserError: for bits, terms or a mode that do not exist, or stochastic rounding in mode `"PS"`.
     """
 
     def __init__(
@@ -362,10 +376,12 @@ class ShiftLinear(ShiftLayer):
         stochastic: bool = False,
         name: str | None = None,
     ) -> ShiftLinear:
-        """A shift layer with the weights, bias, dtype, device and training flag of `linear`, which is left as it is.
+        """A shift layer with the weights, bias, dtype, device and training flag of `linear`. `linear` is not changed.
 
         Args:
-            name: how an error calls the layer, for instance its qualified name.
+            linear: the layer with float weights.
+            bits, mode, terms, stochastic: as in the constructor.
+            name: what errors call the layer, for instance its qualified name.
 
         Raises:
             UserError: if the weights hold NaN or infinity.
@@ -383,17 +399,17 @@ class ShiftLinear(ShiftLayer):
         return layer._take_over(linear, name)
 
     def to_linear(self) -> nn.Linear:
-        """An ordinary linear layer that computes the same: its weight is the quantised one."""
+        """An ordinary linear layer with the same output. Its weight is the quantised one."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         return self._hand_over(linear)
 
     def freeze(self, *, name: str | None = None) -> PackedShiftLinear:
-        """The same layer for inference, with codes of `bits` bits as its only weight.
+        """The same layer for inference. Its only weight is codes of `bits` bits.
 
-        In plain torch its output is that of this layer in evaluation, bit for bit; kernels sum in another order.
+        In plain torch, its output equals that of this layer in evaluation, bit for bit. Kernels sum in another order.
 
         Args:
-            name: how an error calls the layer.
+            name: what errors call the layer.
 
         Raises:
             UserError: if training has left NaN or infinity in the weights.
@@ -415,20 +431,21 @@ class ShiftLinear(ShiftLayer):
 
 
 class ShiftConv2d(_Patches, ShiftLayer):
-    """A convolution whose patches do not overlap, with a weight made of powers of two: a shift layer over patches.
+    """A convolution whose patches do not overlap and whose weights are powers of two: a shift layer over patches.
 
     Args:
         in_channels: channels of x.
         out_channels: channels of y.
         kernel_size: rows and columns of a patch; 1 for pointwise convolutions.
-        stride: None for the kernel's size, so that patches tile the image. Pointwise convolutions may have any.
+        stride: None for the size of the kernel, so that patches tile the image. Pointwise convolutions may have any
+            stride.
         bias, bits, mode, terms, stochastic: as in `ShiftLinear`.
 
-    Shapes: x [*, in_channels, H, W], y [*, out_channels, H', W'] with its channels last in memory. State dict: as in
-    `ShiftLinear`, with the weight's dimensions [out, in, kh, kw] of `nn.Conv2d`.
+    Shapes: x [*, in_channels, H, W], y [*, out_channels, H', W'], with the channels of y last in memory. State dict: as
+    in `ShiftLinear`, but the weight is [out, in, kh, kw], as in `nn.Conv2d`.
 
     Raises:
-        UserError: for a stride that makes patches overlap or leaves gaps between them.
+        UserError: for a stride with which patches overlap or leave gaps.
     """
 
     def __init__(
@@ -461,13 +478,15 @@ class ShiftConv2d(_Patches, ShiftLayer):
         stochastic: bool = False,
         name: str | None = None,
     ) -> ShiftConv2d:
-        """A shift layer with the weights, bias, dtype, device and training flag of `conv`, which is left as it is.
+        """A shift layer with the weights, bias, dtype, device and training flag of `conv`. `conv` is not changed.
 
         Args:
-            name: how an error calls the layer, for instance its qualified name.
+            conv: the convolution with float weights.
+            bits, mode, terms, stochastic: as in `ShiftLinear`.
+            name: what errors call the layer, for instance its qualified name.
 
         Raises:
-            UserError: if the weights hold NaN or infinity, or if patches overlap, are padded or grouped.
+            UserError: if the weights hold NaN or infinity, or if patches overlap, are padded or are in groups.
         """
         if not counts_as_linear(conv):
             raise UserError(
@@ -489,7 +508,7 @@ class ShiftConv2d(_Patches, ShiftLayer):
         return layer._take_over(conv, name)
 
     def to_conv(self) -> nn.Conv2d:
-        """An ordinary convolution that computes the same: its weight is the quantised one."""
+        """An ordinary convolution with the same output. Its weight is the quantised one."""
         conv = nn.Conv2d(
             self.in_channels,
             self.out_channels,
@@ -530,17 +549,17 @@ _Packed = TypeVar("_Packed", bound="PackedShiftLayer")
 
 
 class PackedShiftLayer(WithoutWeight):
-    """What `PackedShiftLinear` and `PackedShiftConv2d` share: the packed weight, and the product with it.
+    """What `PackedShiftLinear` and `PackedShiftConv2d` share: the packed weight and the product with it.
 
-    `weight` is there for reading, in the shape and dtype that the ordinary layer would have it in: decoded whenever its
-    values are read, and never kept.
+    `weight` can be read, in the shape and dtype of the ordinary layer's weight. Every read decodes it. It is not
+    stored.
     """
 
     codes: Tensor
     offset: Tensor
     bias: Tensor | None
     dtype: torch.dtype
-    """Of `weight` as it is read: the float layer's, changed by `half()` and the like. Products are in that of x."""
+    """Dtype of `weight` when it is read. `half()` and the like change it. Products have the dtype of x."""
 
     def __init__(
         self,
@@ -587,9 +606,10 @@ class PackedShiftLayer(WithoutWeight):
         return self
 
     def product(self, x: Tensor) -> Tensor:  # [*, in_features] -> [*, out_features]
-        """``x W^T + b``, the weight decoded for this call only: a layer keeps no float copy of it.
+        """``x W^T + b``. The weight is decoded for this call only, and the layer keeps no float copy of it.
 
-        Without gradients, on CPUs and CUDA GPUs, compiled code computes it from the codes (see `shiftadd3d.kernels`).
+        Without gradients, on CPUs and CUDA GPUs, a kernel computes the product from the codes (see
+        `shiftadd3d.kernels`).
         """
         if uses_kernels("matshift", x):
             return matshift(x, self.codes, self.offset, self.bias, self.bits)
@@ -603,9 +623,9 @@ class PackedShiftLayer(WithoutWeight):
 
 
 class PackedShiftLinear(PackedShiftLayer):
-    """A frozen `ShiftLinear`: packed codes, one int8 offset per output channel, and the bias are all it stores.
+    """A frozen `ShiftLinear`. It stores only packed codes, one int8 offset for each output channel, and the bias.
 
-    `ShiftLinear.freeze` makes one; an empty one takes a state dict. It has no parameters, and it computes in the dtype
+    `ShiftLinear.freeze` makes one. An empty one can load a state dict. It has no parameters. It computes in the dtype
     of its input, in which powers of two are exact.
 
     State dict: `codes` [terms, out, ceil(in * bits / 8)] uint8, `offset` [terms, out] int8, `bias` [out].
@@ -635,13 +655,15 @@ class PackedShiftLinear(PackedShiftLayer):
 
 
 class JointLayers(nn.Module):
-    """Packed layers of one format that multiply the same x, as one product: a small one takes less time than a call.
+    """Packed layers of one format with the same input, computed as one product. Small products take less time than the
+    calls for them.
 
-    Their codes stand one after the other in buffers of its own, which are not in the state dict. They go with the
-    module that has it to other devices and dtypes; whoever changes or loads the layers' codes makes it anew.
+    Its own buffers hold the codes of all layers, one after the other. They are not in the state dict. They move to
+    other devices and dtypes with the module that contains them. Whoever changes or loads the codes of the layers must
+    make new `JointLayers`.
 
     Args:
-        layers: two or more, which stay where they are (see `joint_layers`).
+        layers: two or more layers. They stay where they are (see `joint_layers`).
     """
 
     codes: Tensor
@@ -657,7 +679,7 @@ class JointLayers(nn.Module):
         self.register_buffer("bias", torch.cat(biases) if biases else None, persistent=False)
 
     def stands_for(self, layers: Sequence[nn.Module]) -> bool:
-        """Whether these very layers are its last ones, and nobody watches or changes what one of them does."""
+        """Whether the last layers are exactly these, and no hook watches or changes what one of them does."""
         own = self._layers[-len(layers) :]
         return len(own) == len(layers) and not any(
             layer is not one or layer._forward_hooks or layer._forward_pre_hooks or has_own_forward(layer)
@@ -665,7 +687,7 @@ class JointLayers(nn.Module):
         )
 
     def products(self, x: Tensor, count: int) -> tuple[Tensor, ...]:  # [*, in_features] -> [*, out_features] each
-        """What the last so many layers make of x."""
+        """The products of x with the last `count` layers."""
         layers = self._layers[-count:]
         _check_width(layers[0], x)
         codes, offset, bias = self.codes, self.offset, self.bias
@@ -677,14 +699,17 @@ class JointLayers(nn.Module):
 
 
 def joint_layers(*layers: nn.Module) -> JointLayers | None:
-    """The `JointLayers` of some layers, or None if they are no packed ones of one format and input."""
+    """The `JointLayers` of some layers; None if they are not all packed, with one format and one input."""
     packed = [layer for layer in layers if type(layer) is PackedShiftLinear]
     formats = {(layer.in_features, layer.bits, layer.terms, layer.bias is None) for layer in packed}
     return JointLayers(packed) if len(packed) == len(layers) and len(formats) == 1 else None
 
 
 class PackedShiftConv2d(_Patches, PackedShiftLayer):
-    """A frozen `ShiftConv2d`, which `ShiftConv2d.freeze` makes: stored as a `PackedShiftLinear` over its patches."""
+    """A frozen `ShiftConv2d`, which `ShiftConv2d.freeze` makes.
+
+    It is stored like a `PackedShiftLinear` over patches.
+    """
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""Layers as torch.fx sees them: one node each, as it sees torch's own.
+"""Layers as torch.fx sees them: one node each, like torch's own layers.
 
-A tracer of torch.fx runs a model with stand-ins for tensors, which have no shapes, and goes into every module that is
-not torch's. What is decided by shapes and by the machine could not be followed there.
+A tracer of torch.fx runs a model with stand-ins for tensors, which have no shapes, and enters every module that is not
+torch's. It could not follow decisions that depend on shapes or on the machine.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from shiftadd3d._errors import UserError
 
 
 def one_node(layer: nn.Module, x: Proxy, *args: Any, **kwargs: Any) -> Any:
-    """The call of a layer, for torch.fx to note down.
+    """Record the call of a layer for torch.fx.
 
     Raises:
-        UserError: if the layer is itself the model that is traced.
+        UserError: if the traced model is the layer itself.
     """
     tracer = cast(Tracer, x.tracer)
     if layer is tracer.root:
