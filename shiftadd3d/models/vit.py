@@ -1,18 +1,18 @@
-"""Vision transformers of timm: attention made of additions for ViT and DeiT, and for PVT v2.
+"""Vision transformers of timm: additive attention for ViT and DeiT, and for PVT v2.
 
-`reparameterize_` knows these classes once timm is imported, which loads this module. Weights carry over; the additive
-modules are called as timm's own are.
+Importing timm loads this module, so `reparameterize_` knows these classes. Weights carry over. The additive modules are
+called like timm's own.
 
-A trained softmax and the linear-angular map that replaces it both average the values, row by row, so the output
-projection sees inputs of the size it knows, and no scale needs to be set. What is lost is contrast: the map weighs no
-key more than 4.5 times as much as another one, and what a token's neighbourhood says drowns in the mean over the image.
-Two things bring it back: what an output differs from that mean by is multiplied by a learned factor for each head
-(`Recipe.contrast`), and there is a convolution on the values, over the grid of patches where that is known. It starts
-at zero, so that at first a layer does what its attention does. Codes that agree where the softmax was high are another
-help before fine-tuning: with ``binarizer="hash"``, `fit_binarizers_` sees to that.
+A trained softmax and the linear-angular map that replaces it both average values, row by row. So the inputs of the
+output projection keep their size, and no scale must be set. But contrast is lost: the map weighs no key more than 4.5
+times as much as another one, and the information from a token's neighbours is hidden by the mean over the image. Two
+things restore it. A learned factor for each head multiplies the difference of outputs from that mean
+(`Recipe.contrast`). And there is a convolution on the values, over the grid of patches if it is known. It starts at
+zero, so that a new layer does what its attention does. Before fine-tuning, codes that agree where the softmax was high
+also help: with ``binarizer="hash"``, `fit_binarizers_` makes such codes.
 
-Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.2 and table 3. The attention replaced is that of Dosovitskiy
-et al., ViT (ICLR 2021), Touvron et al., DeiT (ICML 2021), and Wang et al., PVT v2 (2022), section 3.2.
+Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.2 and table 3. The attention that is replaced is that of
+Dosovitskiy et al., ViT (ICLR 2021), Touvron et al., DeiT (ICML 2021), and Wang et al., PVT v2 (2022), section 3.2.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ from shiftadd3d.nn.tracing import one_node
 
 
 class ViTAddAttention(AddAttention):
-    """In place of timm's `Attention`: ViT, DeiT, and whatever else is built of it.
+    """Replaces timm's `Attention`, in ViT, DeiT and other models that use it.
 
-    Norms of queries and keys, gate and norm of the output are kept. An additive float mask counts as an attention bias
-    (see `linear_add_attention`): minus infinity shuts a key out, as it does before a softmax.
+    Norms of queries and keys, and gate and norm of the output, are kept. An additive float mask becomes an attention
+    bias (see `linear_add_attention`): minus infinity leaves a key out, as before a softmax.
     """
 
     q_norm: nn.Module
@@ -71,7 +71,10 @@ class ViTAddAttention(AddAttention):
 
     @classmethod
     def from_attention(cls, attention: Attention, **options) -> ViTAddAttention:
-        """The additive twin of `attention`, sharing what modules it can with it. `options`: those of `AddAttention`."""
+        """The additive twin of `attention`.
+
+        It shares modules with it where possible. `options` go to `AddAttention`.
+        """
         q, k, v = _split(attention.qkv, 3)
         layer = cls.from_projections(
             q,
@@ -122,10 +125,10 @@ def _mask_and_bias(attn_mask: Tensor | None, is_causal: bool, x: Tensor) -> tupl
 
 
 class SpatialReductionAddAttention(AddAttention):
-    """In place of PVT v2's `Attention`: every token attends to a reduced grid of tokens.
+    """Replaces PVT v2's `Attention`, in which every token attends to a reduced grid of tokens.
 
-    The reduction (a strided convolution, or pooling in the linear variant) is kept. The convolution on the values is
-    over the reduced grid; each query takes it from the place it lies in.
+    The reduction (a strided convolution, or pooling in the linear variant) is kept. The convolution on the values works
+    on the reduced grid. Each query takes its outcome at the place of the query.
     """
 
     sr: nn.Module | None
@@ -135,7 +138,10 @@ class SpatialReductionAddAttention(AddAttention):
 
     @classmethod
     def from_attention(cls, attention: pvt_v2.Attention, **options) -> SpatialReductionAddAttention:
-        """The additive twin of `attention`, sharing what modules it can with it. `options`: those of `AddAttention`."""
+        """The additive twin of `attention`.
+
+        It shares modules with it where possible. `options` go to `AddAttention`.
+        """
         k, v = _split(attention.kv, 2)
         layer = cls.from_projections(
             attention.q,
@@ -155,7 +161,7 @@ class SpatialReductionAddAttention(AddAttention):
 
         Args:
             x: [B, N, C], the grid row by row.
-            feat_size: its height and width, N = height * width.
+            feat_size: height and width of the grid, N = height * width.
 
         Returns:
             [B, N, C].
@@ -215,10 +221,10 @@ def _split(linear: nn.Module, parts: int) -> list[nn.Linear]:
 
 
 class _TellGrid:
-    """Pre-hook of a model's patch embedding: tells a convolution on the values on which grid an image's patches lie.
+    """Pre-hook of a model's patch embedding. It tells a convolution on the values the grid of an image's patches.
 
-    Blocks are called with tokens alone, yet images may be of any size where the model has `dynamic_img_size`, and of
-    another one after `set_input_size`. Being an object, and no closure, it is copied and pickled with the model.
+    Blocks get tokens only. But images may have any size in a model with `dynamic_img_size`, and another size after
+    `set_input_size`. It is an object, not a closure, so that it is copied and pickled with the model.
     """
 
     def __init__(self, conv: TokenConv2d) -> None:
@@ -466,7 +472,7 @@ _LISTED = 4  # names in an error message
 
 
 def check_known(name: str, others: tuple[str, ...] = ()) -> None:
-    """Raise `UserError` unless timm has a model of this name; `others`: what may be named as well."""
+    """Raise `UserError` unless timm has a model of this name. `others` are other names that are allowed."""
     if is_model(name):
         return
     close = [*others, *list_models(f"*{name.split('.')[0][:8]}*")[:_LISTED]]
@@ -478,10 +484,10 @@ def check_known(name: str, others: tuple[str, ...] = ()) -> None:
 
 
 def input_size(name: str, others: tuple[str, ...] = ()) -> tuple[int, ...]:
-    """Channels, rows and columns of the pictures that one of timm's models is made for.
+    """Channels, rows and columns of the pictures for one of timm's models.
 
     Raises:
-        UserError: there is no such model, or timm does not say for which pictures; `others`: see `check_known`.
+        UserError: there is no such model, or timm does not give the size; `others`: see `check_known`.
     """
     check_known(name, others)
     described = get_pretrained_cfg(name)

@@ -1,8 +1,8 @@
-"""An image-based colour head: blend the colours the source views show, instead of inventing them.
+"""An image-based colour head: it blends colours from the source views.
 
-GNT's own head regresses a colour from the mean of the ray's features and has to learn, through it, to copy. In image
-based rendering (IBRNet, Wang et al. 2021, sec. 3.3) the colour is a mixture of observed ones, which is right wherever
-geometry is, from the first steps on.
+GNT's own head regresses a colour from the mean of a ray's features, and must learn to copy colours in that way. In
+image-based rendering (IBRNet, Wang et al. 2021, sec. 3.3), the colour is a mixture of observed ones. Wherever the
+geometry is right, so is the colour, from the first steps on.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from shiftadd3d.models.gnt.projection import PointSamples
 class ImageColorHead(nn.Module):
     """Two softmaxes and a correction: over the views at a sample, over the samples of a ray, plus the original head.
 
-    Both softmaxes start from what plane sweeping knows without learning: a view counts more the closer its direction is
-    to the target's, a sample counts more the better the views agree on its colour. The network learns what to add to
-    these logits. The original, regressing head enters through a scale that starts at zero: it repairs what no mixture
-    of source colours can show (highlights that move, regions nobody saw).
+    Both softmaxes start from priors that need no learning. A view counts more if its direction is closer to the
+    target's. A sample counts more if the views agree better on its colour (as in a plane sweep). The network learns
+    what to add to these logits. The original, regressing head is added with a scale that starts at zero. It can produce
+    what no mixture of source colours can show: highlights that move, and regions that no view has seen.
 
     Args:
         width: channels of the ray transformer's output.
@@ -63,7 +63,7 @@ class ImageColorHead(nn.Module):
         return rgb + self.regressed_scale * regressed, weights
 
     def scales(self) -> Scales:
-        """How much the priors count, scalars."""
+        """The weights of the priors: scalars."""
         spread = self.log_angle_scale.new_tensor(self.angle_spread)
         return Scales(self.log_angle_scale.exp(), self.log_agreement_scale.exp(), spread)
 

@@ -1,6 +1,6 @@
-"""A GNT's parts in their form for inference: each reads panels of its weights, and calls one op.
+"""The parts of a GNT in their form for inference. Each reads panels of its weights and calls one op.
 
-Importing this tells `freeze_` what becomes what.
+Importing this module registers them with `freeze_`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from shiftadd3d.nn.frozen import two_layers, weights_and_biases, whole_layers
 
 
 class FrozenViewAttention(FrozenModule, ViewAttention):
-    """`ViewAttention` with the products of its weights taken."""
+    """`ViewAttention`, with products of its weights computed beforehand."""
 
     def derive(self) -> Mapping[str, Tensor]:
         layers: dict[str, nn.Module] = {"q_fc": self.q_fc, "k_fc": self.k_fc, "v_fc": self.v_fc}
@@ -68,7 +68,7 @@ class FrozenViewAttention(FrozenModule, ViewAttention):
 
 
 class FrozenRayTransformer(FrozenModule, RayTransformer):
-    """`RayTransformer` as one op, the feed-forward network apart from it if that is not two plain layers."""
+    """`RayTransformer` as one op. The feed-forward network runs separately unless it is two plain layers."""
 
     attention: Attention
     has_perceptron: bool

@@ -46,16 +46,15 @@ class GNTConfig:
     color_head: bool = False
     """Blend source colours instead of regressing the colour alone."""
     angle_spread: float = 0.0
-    """How close together views lie when the blend prefers the nearest one twice as strongly, as the mean of 1 - cosine
-    of their angles to the target, 0 or more. 0: it prefers it by the angle alone, however close they lie."""
+    """The spread of views at which the blend prefers the nearest one twice as strongly: the mean of 1 - cosine of their
+    angles to the target. With 0, the preference depends on the angle only, not on the spread."""
     proposal_samples: int = 0
-    """Depths a ray at which a plane sweep looks first, to propose the samples for the transformers; 0: no proposal."""
+    """Depths on each ray for a plane sweep, which proposes the samples for the transformers; 0 for no proposal."""
     proposal_features: int = 8
-    """Feature channels the plane sweep compares."""
+    """Feature channels that the plane sweep compares."""
     canonical: bool = False
-    """Show the network where samples are from where their ray starts, in the axes of the nearest source view and in
-    units of the scene's depth, instead of in the world: so its weights serve scenes of any origin, orientation and
-    scale."""
+    """Give the network positions relative to the start of the ray, in the axes of the nearest source view and in units
+    of the scene's depth, not in the world. So its weights fit scenes of any origin, orientation and scale."""
 
 
 class GNTModel(nn.Module):
@@ -123,23 +122,24 @@ class GNTModel(nn.Module):
 
         Args:
             sources: encoded source views.
-            origins, directions: [R, 3] each; `near`, `far` and the depths are in units of the directions' length.
+            origins, directions: [R, 3] each. `near`, `far` and depths are in units of the length of `directions`.
             near, far: [R] or numbers.
             num_samples: S samples for the coarse pass.
             inverse_depth: space them evenly in 1 / depth.
-            num_importance: N further samples for a second pass; 0 for none.
+            num_importance: N more samples for a second pass; 0 for none.
             stratified: draw samples at random within their strata (training).
-            columns: of a picture whose rows the rays are, one after the other: the plane sweep then looks along every
-                other ray, as on a chessboard, and the rays between get the mean of what their neighbours have seen.
-                0: along each.
+            columns: width of the picture if the rays are its rows, one after the other. The plane sweep then looks
+                along every second ray, as on a chessboard, and the rays between get the mean of their neighbours. 0: it
+                looks along all rays.
 
         Returns:
             `rgb` [R, 3], `depth` [R], `accumulation` [R] (the weight on samples that some source view can see),
-            `weights` [R, S], `sample_depths` [R, S]; with importance sampling those of the second pass (S + N samples),
-            and the first pass's under `coarse`. Under `proposal` the plane sweep's, if it looks along all rays.
+            `weights` [R, S] and `sample_depths` [R, S]. With importance sampling, these are of the second pass (S + N
+            samples), and those of the first pass are under `coarse`. Those of the plane sweep are under `proposal`, if
+            it looks along all rays.
 
         Raises:
-            UserError: rays that are no whole rows.
+            UserError: the number of rays is no multiple of `columns`.
         """
         if columns and len(origins) % columns:
             raise UserError(f"{len(origins)} rays do not fill rows of {columns}; expected a multiple, or columns=0")
@@ -223,18 +223,18 @@ class GNTModel(nn.Module):
 def canonical_frame(
     sources: SourceViews, origins: Tensor, directions: Tensor, unit: Tensor
 ) -> tuple[SourceViews, Tensor, Tensor]:
-    """Sources and rays in a frame that means the same in every scene.
+    """Sources and rays in a frame with the same meaning in every scene.
 
-    Its origin and axes are those of the first source view (the nearest, as the source bank lists them), and its unit of
-    length is `unit`.
+    Its origin and axes are those of the first source view (the nearest, because the source bank sorts them). Its unit
+    of length is `unit`.
 
     Args:
         sources: V views.
         origins, directions: [R, 3] each.
-        unit: scalar, in the world's units; a depth of so many counts 1.
+        unit: scalar, in the world's units. This depth becomes 1.
 
     Returns:
-        The same views, origins [R, 3], and directions [R, 3], as long as before.
+        The same views, origins [R, 3], and directions [R, 3] with unchanged length.
     """
     axes, centre = sources.cameras.camera_to_world[0, :3, :3], sources.cameras.camera_to_world[0, :3, 3]
 

@@ -44,9 +44,9 @@ def may_change(_module: nn.Module, name: str) -> bool:
 
 
 def gnt_recipe(name: str, **changes: Any) -> Recipe:
-    """The recipe called `name` as GNTs take it: with a convolution on the values along the ray.
+    """The recipe `name` for GNTs, with a convolution on the values along the ray.
 
-    The networks that embed features and positions are as wide as the attention's: they follow it.
+    The networks that embed features and positions are as wide as the attention layers, and follow the same rule.
 
     Raises:
         UserError: as `Recipe.parse`.

@@ -91,7 +91,8 @@ class Cameras:
 
 @dataclass
 class Silhouettes:
-    """Where cameras see past an object: what is on it is in none of these pixels (the visual hull, Laurentini 1994).
+    """Pixels in which cameras see only background. A point of an object is in none of them (the visual hull, Laurentini
+    1994).
 
     Attributes:
         cameras: N pinhole cameras.
@@ -104,15 +105,16 @@ class Silhouettes:
 
 @dataclass
 class SourceViews:
-    """The pictures a ray is rendered from, with their feature maps.
+    """The pictures that a ray is rendered from, with their feature maps.
 
     Attributes:
         images: [V, H, W, 3], 0..1.
         cameras: V pinhole cameras.
         features: feature maps for the coarse and the fine network, each [V, C, h, w].
-        valid: [V, H, W] bool, False where a pixel says nothing (masked, beyond a lens's border); None if all do.
+        valid: [V, H, W] bool, False for pixels without information (masked, or beyond a lens's border); None if all are
+            valid.
         empty: [V, H, W] bool, True where a pixel is known to show background alone; None if none is.
-        silhouettes: of these and of further views; None for these alone.
+        silhouettes: silhouettes of these and of further views; None for these only.
     """
 
     images: Tensor
@@ -125,10 +127,10 @@ class SourceViews:
 
 @dataclass
 class PointSamples:
-    """What the source views say about points on rays.
+    """What the source views show at points on rays.
 
     Attributes:
-        values: [R, S, V, 3 + C], colour and features each view shows there.
+        values: [R, S, V, 3 + C], colour and features of each view.
         ray_diff: [R, S, V, 4], unit difference between the directions to the target and to the source camera, and the
             cosine between the two.
         mask: [R, S, V, 1] bool, whether the view can see the point at all (in front, inside the picture, valid pixel).
@@ -182,19 +184,19 @@ def sample_sources(points: Tensor, target_center: Tensor, sources: SourceViews, 
 
 
 class PointLookUp(nn.Module):
-    """`sample_sources` as a module without parameters, in whose place `freeze_` puts a kernel."""
+    """`sample_sources` as a module without parameters, which `freeze_` replaces by a kernel."""
 
     def forward(self, points: Tensor, target_center: Tensor, sources: SourceViews, maps: Tensor) -> PointSamples:
         return sample_sources(points, target_center, sources, maps)
 
 
 def empty_views(points: Tensor, sources: SourceViews) -> Tensor:
-    """How many views see nothing but background through points: none of these is on a surface (the visual hull).
+    """Number of views that see only background at points. Such a point is on no surface (the visual hull).
 
     Args:
         points: [R, S, 3], world.
-        sources: V views whose `empty` is known, or `silhouettes` of N. A view counts where all that is interpolated is
-            empty.
+        sources: V views with `empty`, or with `silhouettes` of N views. A view counts if all pixels that are
+            interpolated are empty.
 
     Returns:
         [R, S], 0..V, or 0..N.

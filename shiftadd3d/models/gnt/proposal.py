@@ -1,4 +1,4 @@
-"""Where the surfaces may be: a plane sweep over the source views proposes the few samples the transformers look at."""
+"""A plane sweep over the source views finds likely surfaces, and proposes the few samples for the transformers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class PlaneSweepProposal(nn.Module):
         return plane_sweep(samples.values, samples.ray_diff[..., 3], samples.mask[..., 0], *scales, self.score)
 
     def sweep(self, points: Tensor, origins: Tensor, sources: SourceViews) -> tuple[Tensor, Tensor, Tensor]:
-        """Look up points in the source views, and judge them.
+        """Look up points in the source views, and score them.
 
         Args:
             points: [R, P, 3], world.
@@ -55,7 +55,7 @@ class PlaneSweepProposal(nn.Module):
             sources: V views.
 
         Returns:
-            rgb [R, 3] and weights [R, P], as `forward` does, and whether any view sees a point, [R, P] bool.
+            rgb [R, 3] and weights [R, P], as from `forward`, and whether any view sees a point, [R, P] bool.
         """
         feature_maps = sources.features[0]
         samples = sample_sources(points, origins, sources, feature_maps[:, : self.feature_dim])

@@ -1,4 +1,4 @@
-"""Where along a ray the network looks: stratified, inverse-depth and importance sampling."""
+"""Depths of samples along a ray: stratified, inverse-depth and importance sampling."""
 
 from __future__ import annotations
 
@@ -104,17 +104,17 @@ def sample_importance(
 def sample_around(
     planes: Tensor, weights: Tensor, num_samples: int, *, stratified: bool = False, board: tuple[int, int] | None = None
 ) -> Tensor:
-    """A few samples where a plane sweep sees surfaces, and a few everywhere.
+    """Samples near the surfaces that a plane sweep sees, and a few everywhere else.
 
     Args:
-        planes: [R, P], depths that were looked at, increasing.
-        weights: [R, P], what was seen there; no gradient flows through them.
+        planes: [R, P], depths of the sweep, increasing.
+        weights: [R, P], weights from the sweep; no gradient flows through them.
         num_samples: S, at least 2.
-        board: rays of a picture and its columns, if only those on a chessboard's fields were looked along: R is half of
-            all, rounded up. Those beside them get the mean of what their neighbours have.
+        board: number of rays of a picture, and its columns, if the sweep only looked along the rays on one colour of a
+            chessboard. R is then half of all rays, rounded up. The rays between get the mean of their neighbours.
 
     Returns:
-        [R, S], increasing; of all rays of the picture.
+        [R, S], increasing, for all rays of the picture.
 
     Raises:
         UserError: fewer than two samples.

@@ -142,13 +142,15 @@ class RayTransformer(nn.Module):
 
 
 class PositionLayer(nn.Sequential):
-    """A perceptron that tells samples where they are and where their ray points."""
+    """A perceptron that gives samples their position and the direction of their ray."""
 
     def __init__(self, width: int) -> None:
         super().__init__(nn.Linear(width + 2 * EMBEDDING_DIM, width), nn.ReLU(), nn.Linear(width, width))
 
     def forward(self, x: Tensor, points: Tensor, directions: Tensor) -> Tensor:
-        """What becomes of features x [R, S, width] at points [R, S, 3] of rays along unit vectors [R, 3]."""
+        """The new features [R, S, width], for features x [R, S, width] at points [R, S, 3] of rays along unit vectors
+        [R, 3].
+        """
         return position_layer(x, points, directions, super().forward)
 
 
@@ -216,7 +218,7 @@ class GNT(nn.Module):
         return self.color_head(x, samples, regressed)
 
     def embed(self, samples: PointSamples) -> tuple[Tensor, Tensor]:
-        """What the views show, embedded, [R, S, V, width], and the first queries [R, S, width]."""
+        """The embedded values of the views, [R, S, V, width], and the first queries [R, S, width]."""
         consistency = None if self.color_head is None else self.color_head.consistency_fc
         return view_embedding(samples.values, samples.mask[..., 0], self.rgbfeat_fc, consistency)
 
