@@ -1,1 +1,1 @@
-"""Measuring: what things cost on the machine at hand."""
+"""Measure what models and kernels cost: operations, energy, and times on this machine."""

@@ -1,4 +1,4 @@
-"""An accelerator as data: processing elements, memories, and what each access and operation takes."""
+"""An accelerator as data: its processing elements and memories, and the energy of each access and operation."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _WHOLE = ("pes", "buffer_kib", "register_file_bytes", "accumulator_bits")
 
 @dataclass(frozen=True)
 class Levels:
-    """Picojoules of moving one bit to or from each memory."""
+    """Picojoules for moving one bit to or from each memory."""
 
     register: float
     noc: float
-    """Between the buffer and the processing elements, and among these."""
+    """Network between the buffer and the processing elements, and among the elements."""
     buffer: float
     dram: float
 
@@ -42,7 +42,7 @@ class Formats:
 
 @dataclass(frozen=True)
 class Area:
-    """Square micrometres of one unit for float32, and of a bit of registers."""
+    """Square micrometres of one unit for float32, and of one bit of registers."""
 
     mult: float
     add: float
@@ -53,20 +53,20 @@ class Area:
 @dataclass(frozen=True)
 class ElementwiseCost:
     special: float
-    """Multiplications and additions that a division, root or exponential takes."""
+    """Number of multiplications and additions in a division, root or exponential."""
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """Arrays of processing elements that multiply, shift and add, of equal area, behind one buffer."""
+    """Arrays of processing elements for multiplications, shifts and additions, with equal areas, behind one buffer."""
 
     name: str
     clock_mhz: float
     pes: int
-    """Processing elements that multiply."""
+    """Number of processing elements that multiply."""
     buffer_kib: int
     register_file_bytes: int
-    """Of one processing element."""
+    """Bytes of registers in one processing element."""
     accumulator_bits: int
     energy_per_bit: Levels
     mult: Formats
@@ -77,7 +77,10 @@ class Accelerator:
 
     @cached_property
     def arrays(self) -> dict[Primitive, int]:
-        """Processing elements of each kind. Each has a register file; those for shifts and products have an adder."""
+        """Number of processing elements of each kind.
+
+        Each has a register file. Those for shifts and products also have an adder.
+        """
         registers = 8 * self.register_file_bytes * self.area.register_bit
         one = {
             "mult": self.area.mult + self.area.add + registers,
@@ -90,7 +93,7 @@ class Accelerator:
         """Picojoules of one multiplication, shift or addition in a number format.
 
         Raises:
-            UserError: nothing is known of the format.
+            UserError: the energy of this format is unknown.
         """
         prices: Formats = getattr(self, kind)
         if dtype in ("float64", "int64", "int32", "bool"):  # what float32 costs; sums of indices and the like
@@ -108,10 +111,10 @@ class Accelerator:
 
 
 def load_accelerator(path: Path | None = None) -> Accelerator:
-    """Read an accelerator from a TOML file; the one that comes with the package, if none is named.
+    """Read an accelerator from a TOML file. Without a path, this is the file that comes with the package.
 
     Raises:
-        UserError: no such file, no TOML, a key that is unknown or missing, or a number that cannot be.
+        UserError: no such file, not TOML, an unknown or missing key, or an impossible number.
     """
     path = DEFAULT_FILE if path is None else path
     tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")

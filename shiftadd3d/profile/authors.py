@@ -1,18 +1,18 @@
-"""Energy as the authors of ShiftAddViT account for it, to look for the 42.9 % that the paper saves.
+"""Energy by the accounting of ShiftAddViT's authors, to look for the 42.9 % that the paper saves.
 
 This re-implements the accounting of `pvt/hw_utils.py` and `pvt/cal_energy.py` in their repository
-(GATECH-EIC/ShiftAddViT, commit 5f0edd5d), from what it computes; no code is taken over. A search over tilings of a
-row-stationary array of 192 elements and a buffer of 65,536 words picks, layer by layer, the least sum of normalised
+(GATECH-EIC/ShiftAddViT, commit 5f0edd5d) from what it computes. No code is copied. For each layer, a search over
+tilings of a row-stationary array of 192 elements and a buffer of 65,536 words finds the smallest sum of normalised
 energy and latency. Its assumptions:
 
-- DRAM takes 200 pJ for 16 bits; buffer, network and registers take 6, 2 and 1 times 3.7 pJ for 16 bits, weights in
-  registers twice that. Everything is 32 bits wide.
-- All data of *shift* layers, activations and sums included, is 10 bits wide.
+- DRAM takes 200 pJ for 16 bits. Buffer, network and registers take 6, 2 and 1 times 3.7 pJ for 16 bits, weights in
+registers twice that. Everything is 32 bits wide.
+- All data of *shift* layers, including activations and sums, is 10 bits wide.
 - *Add* layers pay nothing for DRAM, buffer and network.
-- A product takes one operation: a multiplication, a shift or an addition. No addition follows the first two.
+- A product is one operation: a multiplication, a shift or an addition. No addition follows the first two.
 - The second operand of an attention's product counts as one matrix for all heads and pictures.
 - Every row of a linear layer is a picture of one pixel.
-- Norms, softmax and activation functions take nothing.
+- Norms, softmax and activation functions cost nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _REGISTERS = {"sums": 16, "inputs": 12, "weights": 960}  # words
 
 @lru_cache(maxsize=4096)
 def authors_energy(product: Product) -> dict[str, float]:
-    """Picojoules of a product: of its arithmetic and at each level (dram, buffer, noc, register)."""
+    """Picojoules of a product: for its arithmetic, and at each level (dram, buffer, noc, register)."""
     size = _Size.of(product)
     tile = size.tilings()
     accesses = size.accesses(tile)

@@ -1,8 +1,8 @@
-"""Charts of a report as SVG, drawn by matplotlib from the facts that its JSON file holds.
+"""Charts of a report as SVG, drawn by matplotlib from the facts in its JSON file.
 
-Each comes in two shapes: for wide pages, panels side by side, and for narrow ones, one below the other. Colours are CSS
-variables of the page, so that one drawing serves light, dark and printed pages. What stands for a number has the
-number's place in the JSON file as its id, such as ``profiles.1.energy.accelerator.pj.dram``.
+Each chart has two shapes: with panels side by side for wide pages, and below one another for narrow pages. Colours are
+CSS variables of the page, so one drawing suits light, dark and printed pages. Each element that shows a number has as
+its id the place of that number in the JSON file, such as ``profiles.1.energy.accelerator.pj.dram``.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def work_by_part(facts: dict[str, Any], model: str) -> Chart:
 
 
 def energy_by_level(facts: dict[str, Any], model: str) -> Chart:
-    """Energy of each recipe, stacked by where it goes, account by account."""
+    """Energy of each recipe, stacked by level, account by account."""
     panels = []
     for account in facts["assumptions"]:
         rows, bars = [], []
@@ -111,7 +111,7 @@ def energy_by_level(facts: dict[str, Any], model: str) -> Chart:
 
 
 def energy_by_part(facts: dict[str, Any], model: str) -> Chart:
-    """Energy of each part on the accelerator, stacked by where it goes, recipe by recipe."""
+    """Energy of each part on the accelerator, stacked by level, recipe by recipe."""
     panels = []
     for number, each in _of_model(facts, model):
         rows, bars = [], []
@@ -186,7 +186,7 @@ class _Point(NamedTuple):
 
 
 def pareto(facts: dict[str, Any]) -> Chart:
-    """Quality against energy on the accelerator and, where it was measured, latency."""
+    """Quality against energy on the accelerator, and against latency if it was measured."""
     models = list(dict.fromkeys(each["model"] for each in facts["profiles"]))
     energies: list[_Point] = []
     times: dict[str, list[_Point]] = {}
@@ -223,7 +223,7 @@ def pareto(facts: dict[str, Any]) -> Chart:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which of these points (what it takes, quality) no other one beats in both, the cheapest first."""
+    """The points (cost, quality) that no other point beats in both, the cheapest first."""
     order = sorted(range(len(points)), key=lambda at: (points[at][0], -points[at][1]))
     front: list[int] = []
     for at in order:
@@ -233,7 +233,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def routing(facts: dict[str, Any], number: int) -> Chart:
-    """Which patches or rays each mixture sent to its first expert."""
+    """The patches or rays that each mixture sent to its first expert."""
     from matplotlib.colors import LinearSegmentedColormap
 
     each = facts["profiles"][number]
@@ -393,9 +393,10 @@ _BESIDE = tuple(
 
 
 def label_points(axis: Any, points: Sequence[tuple[float, float, str]], size: float) -> None:
-    """Write labels beside points (x, y, label): inside of the axes and over no other one or point, if there is room.
+    """Write labels beside points (x, y, label), inside the axes and over no other label or point, if there is room.
 
-    To be called when all else is drawn, as the layout decides about room. `size` is that of the letters in points.
+    Call it after everything else is drawn, because the layout decides where there is room. `size` is the font size in
+    points.
     """
     from matplotlib.transforms import Bbox
 

@@ -1,7 +1,7 @@
-"""What a model's work takes in energy, by three accounts that assume different things.
+"""The energy of a model's work by three accounts with different assumptions.
 
-- `arithmetic`: every operation at its price in 45 nm, and data for free.
-- `authors`: as the authors of ShiftAddViT count (`shiftadd3d.profile.authors`).
+- `arithmetic`: the price of every operation in 45 nm. Data traffic is free.
+- `authors`: the accounting of ShiftAddViT's authors (`shiftadd3d.profile.authors`).
 - `accelerator`: one set of rules for all layers, on an accelerator like Eyeriss (`shiftadd3d.profile.tiling`).
 """
 
@@ -26,19 +26,19 @@ LEVELS = ("arithmetic", "register", "noc", "buffer", "dram", "elementwise")
 
 @dataclass(frozen=True)
 class LayerEnergy:
-    """What one module's own work takes, on the whole batch."""
+    """The energy of one module's own work, on the whole batch."""
 
     name: str
     kind: str
     pj: dict[str, float]
-    """Picojoules by level: arithmetic, register, noc, buffer, dram, and elementwise, which products leave out."""
+    """Picojoules by level: arithmetic, register, noc, buffer, dram, and elementwise (work outside of products)."""
     cycles: int = 0
-    """Of the accelerator's arrays; 0 in the other accounts."""
+    """Cycles of the accelerator's arrays; 0 in the other accounts."""
 
 
 @dataclass(frozen=True)
 class EnergyReport:
-    """A model by one account."""
+    """The energy of a model by one account."""
 
     account: Account
     assumptions: str
@@ -47,17 +47,17 @@ class EnergyReport:
 
     @property
     def pj(self) -> dict[str, float]:
-        """Picojoules of one input, by level."""
+        """Picojoules for one input, by level."""
         return {level: sum(layer.pj.get(level, 0.0) for layer in self.layers) / self.inputs for level in LEVELS}
 
     @property
     def total(self) -> float:
-        """Picojoules of one input."""
+        """Picojoules for one input."""
         return sum(self.pj.values())
 
     @property
     def cycles(self) -> float:
-        """Of one input, if its products run one after the other."""
+        """Cycles for one input, if its products run one after the other."""
         return sum(layer.cycles for layer in self.layers) / self.inputs
 
     def saved(self, baseline: EnergyReport) -> float:
@@ -65,7 +65,7 @@ class EnergyReport:
         return 1 - self.total / baseline.total if baseline.total else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """In plain types, for JSON."""
+        """The report in plain types, for JSON."""
         layers = [{"name": each.name, "kind": each.kind, "pj": each.pj, "cycles": each.cycles} for each in self.layers]
         return {
             "account": self.account,
@@ -78,22 +78,22 @@ class EnergyReport:
 
 
 Change = Callable[[Product], Product]
-"""What becomes of a product where something else is assumed."""
+"""Changes a product for another assumption."""
 
 
 def energy(
     operations: OperationReport, account: Account, accelerator: Accelerator, change: Change | None = None
 ) -> EnergyReport:
-    """What `count_operations` found, in picojoules.
+    """The energy of counted operations, in picojoules.
 
     Args:
-        operations: the work.
+        operations: the work that `count_operations` counted.
         account: one of `ACCOUNTS`.
-        accelerator: whose prices of elementwise work and, in its own account, everything else count.
-        change: applied to each product first.
+        accelerator: gives the prices of elementwise work. In its own account, it gives all prices.
+        change: is applied to each product first.
 
     Raises:
-        UserError: no such account, or nothing is known of a number format.
+        UserError: an unknown account, or a number format without known energy.
     """
     _check(account)
     layers = tuple(_layer(layer, account, accelerator, change) for layer in operations.layers)
@@ -102,7 +102,7 @@ def energy(
 
 @dataclass(frozen=True)
 class AccountCosts:
-    """One of the accounts as what `shiftadd3d.nn.search_recipe` and `sensitivity` take for costs."""
+    """An account as the argument `costs` of `shiftadd3d.nn.search_recipe` and `sensitivity`."""
 
     account: Account
     accelerator: Accelerator
@@ -112,7 +112,7 @@ class AccountCosts:
         _check(self.account)
 
     def price(self, layer: LayerOperations) -> float:
-        """Picojoules of what one module does itself, on the whole batch."""
+        """Picojoules for the work of one module itself, on the whole batch."""
         return sum(_layer(layer, self.account, self.accelerator, None).pj.values())
 
 
@@ -170,7 +170,7 @@ def _elementwise(layer: LayerOperations, accelerator: Accelerator) -> float:
 
 
 def with_activation_bits(bits: int) -> Change:
-    """Activations stored in so many bits, where they have more; sums stay as wide as the accumulator."""
+    """A change: activations are stored in at most so many bits. Sums keep the width of the accumulator."""
 
     def change(product: Product) -> Product:
         kept = product.weight_bits if product.is_weight else min(bits, product.weight_bits)
@@ -185,7 +185,7 @@ def with_activation_bits(bits: int) -> Change:
 
 
 def with_shift_data_bits(bits: int) -> Change:
-    """All data of shift layers stored in so many bits: weights, inputs and outcomes."""
+    """A change: all data of shift layers is stored in so many bits: weights, inputs and outputs."""
 
     def change(product: Product) -> Product:
         if product.primitive != "shift":

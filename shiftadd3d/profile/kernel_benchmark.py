@@ -1,7 +1,7 @@
-"""Kernels against torch: measured in turns, told as ratios.
+"""Kernels against torch: times measured in turns, and their ratios.
 
-`measure` makes plain facts, which JSON can hold, and `tables` makes ratios of them; neither needs more than torch and
-TVM. The command is `shiftadd3d bench kernels`, or ``python benchmarks/kernels.py`` where there is no tyro.
+`measure` returns plain facts for JSON, and `tables` shows their ratios. Both need only torch and TVM. The command is
+`shiftadd3d bench kernels`, or ``python benchmarks/kernels.py`` without tyro.
 """
 
 from __future__ import annotations
@@ -59,18 +59,18 @@ def measure(
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
-        threads: numbers of CPU threads to measure with, one after the other; has no meaning on CUDA.
-        groups: of problems, keys of `CASES`; all if empty.
+        threads: numbers of CPU threads to measure with, one after the other. They have no effect on CUDA.
+        groups: groups of problems, keys of `CASES`; all if empty.
         report: called with a line of text for every problem.
-        keep: called with the facts so far after every problem, since all of them take long.
+        keep: called after every problem with the facts so far, because a whole run takes long.
 
     Returns:
         Facts for JSON: the machine, its peaks, and ``rows``, one for each solution of each problem: group, case,
-        threads, solution, whether it is ours, seconds (median, lower and upper quartile), the relative error against
-        float64 where that means something, or instead of times why it failed.
+            threads, solution, whether it is ours, seconds (median, lower and upper quartile), and the relative error
+            against float64 if it has a meaning. If a solution failed, the reason replaces the times.
 
     Raises:
-        UserError: for a device, a number of threads or a group that is not there.
+        UserError: for an unknown device, number of threads or group.
     """
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(
@@ -93,16 +93,16 @@ def measure(
 
 
 def describe(device: str) -> dict[str, Any]:
-    """What `measure` begins with: the machine, and no measurement yet."""
+    """The start of the facts of `measure`: the machine, without measurements."""
     facts: dict[str, Any] = {"device": device, "machine": machine_facts(), "target": _target(device)}
     return facts | {"peaks": [], "rows": [], "notes": []}
 
 
 def parse_threads(text: str) -> list[int]:
-    """Numbers with commas between.
+    """Numbers from a text such as ``1,2``.
 
     Raises:
-        UserError: if it is something else.
+        UserError: if the text is not a list of numbers.
     """
     try:
         return [int(word) for word in text.split(",")]
@@ -143,16 +143,18 @@ def _measure_with(
 
 
 def notes_of(told: Iterable[warnings.WarningMessage]) -> list[str]:
-    """Which kernels gave up, and why: their twins have been measured, and that has to be known."""
+    """Kernels that could not be used, and why. Their twins were measured instead, which readers must know."""
     return sorted({str(one.message) for one in told if str(one.message).startswith("kernel ")})
 
 
 def measure_case(case: Case, device: str, seconds: float | None = None) -> list[dict[str, Any]]:
-    """Time every solution of one problem: the rows of `measure`, without the number of threads; on CUDA, with
-    ``peak_bytes``, the most that a call takes at once on top of what was there.
+    """Time every solution of one problem.
+
+    The rows are those of `measure`, without the number of threads. On CUDA, they also have ``peak_bytes``: the most
+    memory of a call beyond what was allocated before.
 
     Args:
-        seconds: roughly how long they take turns; 2 if None.
+        seconds: roughly how long the solutions take turns; 2 if None.
     """
     working: dict[str, Callable[[], Any]] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -179,7 +181,7 @@ def measure_case(case: Case, device: str, seconds: float | None = None) -> list[
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most memory of the current CUDA device that a call takes at once, on top of what torch holds before it."""
+    """The most memory of the current CUDA device that a call needs beyond what torch has allocated before."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
@@ -198,15 +200,15 @@ def _relative_error(outcome: Tensor, reference: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Goal:
-    """How much faster than something else a kernel is meant to be.
+    """How many times faster a kernel should be than something else.
 
     Attributes:
-        what: in words.
-        group: of problems.
+        what: the goal in words.
+        group: the group of problems.
         ours, other: names of solutions.
         least: the ratio of their times.
-        over: of all problems of the group, the geometric mean of the ratios, or the smallest one.
-        more_than: problems whose name begins with no larger number are left out.
+        over: whether the geometric mean over all problems of the group counts, or the smallest ratio.
+        more_than: problems whose name begins with a number up to this are left out.
     """
 
     what: str
@@ -235,12 +237,12 @@ GOALS = (
     Goal("GNT, add+shift int8", "gnt", "GNT add+shift, int8", "GNT dense, exact", 2.0),
     Goal("MoE fast, more than 1024 tokens, against the dense MLP", "moe", "MoE fast", BASELINE, 1.0, "smallest", 1024),
 )
-"""What the project set out to reach on a CPU with AMX; on others they show how far these are."""
+"""Goals for a CPU with AMX. On other CPUs, they show how far these are from them."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A goal beside what was measured: the ratio that counts, and the range over the problems."""
+    """A goal with its measurements: the ratio that counts, and the range over the problems."""
 
     goal: Goal
     threads: int
@@ -254,7 +256,7 @@ class Outcome:
 
 
 def goals(facts: dict[str, Any], threads: int) -> list[Outcome]:
-    """What became of those goals that the measurements have an answer to."""
+    """The outcomes of those goals for which there are measurements."""
     outcomes = []
     for goal in GOALS:
         found = [
@@ -292,13 +294,13 @@ class Table:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """The root of their product."""
+    """The geometric mean of positive numbers."""
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs))
 
 
 def ratios(facts: dict[str, Any], group: str, over: str, threads: int) -> dict[str, dict[str, float]]:
-    """How many times faster than the solution `over` each solution is, by its name and the problem's."""
+    """How many times faster than the solution `over` each solution is, by names of solution and problem."""
     rows = [row for row in facts["rows"] if row["group"] == group and row["threads"] == threads and "seconds" in row]
     medians = {(row["solution"], row["case"]): row["seconds"][0] for row in rows}
     found: dict[str, dict[str, float]] = {}
@@ -309,7 +311,7 @@ def ratios(facts: dict[str, Any], group: str, over: str, threads: int) -> dict[s
 
 
 def tables(facts: dict[str, Any], threads: int) -> list[Table]:
-    """Everything about measurements with so many threads."""
+    """All tables for measurements with this number of threads."""
     groups = list(dict.fromkeys(row["group"] for row in facts["rows"] if row["threads"] == threads))
     made = [
         table for group in groups for table in (ratio_table(facts, group, threads), rate_table(facts, group, threads))
@@ -318,7 +320,9 @@ def tables(facts: dict[str, Any], threads: int) -> list[Table]:
 
 
 def ratio_table(facts: dict[str, Any], group: str, threads: int) -> Table:
-    """Speedup over torch in float32, one row a solution, the geometric mean last; interquartile ranges in between."""
+    """Speedup over torch in float32: one row for each solution, with the geometric mean in the last column and
+    interquartile ranges.
+    """
     found = ratios(facts, group, BASELINE, threads)
     problems = list(dict.fromkeys(case for by_case in found.values() for case in by_case))
     rows = []
@@ -330,7 +334,7 @@ def ratio_table(facts: dict[str, Any], group: str, threads: int) -> Table:
 
 
 def rate_table(facts: dict[str, Any], group: str, threads: int) -> Table:
-    """Times with quartiles, and for products operations a second and their share of the measured peak."""
+    """Times with quartiles. For products also operations per second and their share of the measured peak."""
     peak = next((peak for peak in facts["peaks"] if peak["threads"] == threads), None)
     rows = []
     for row in facts["rows"]:
@@ -352,7 +356,7 @@ def rate_table(facts: dict[str, Any], group: str, threads: int) -> Table:
 
 
 def goal_table(facts: dict[str, Any], threads: int) -> Table:
-    """What was to be reached, beside what was."""
+    """Goals and their outcomes."""
     rows = [
         [
             outcome.goal.what,

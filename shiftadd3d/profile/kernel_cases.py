@@ -1,7 +1,7 @@
-"""The problems that kernels are measured on, and everything that solves them.
+"""The problems that kernels are measured on, and all solutions of them.
 
-Sizes are those of the paper's models: PVT's linear layers and attention for pictures of 224 pixels, and GNT's for rays
-of a NeRF.
+Sizes are those of the paper's models: linear layers and attention of PVT for pictures of 224 pixels, and of GNT for
+rays of a NeRF.
 """
 
 from __future__ import annotations
@@ -84,16 +84,15 @@ class Case:
     """One problem.
 
     Attributes:
-        group: what it is a problem of, a key of `CASES`.
+        group: its group, a key of `CASES`.
         name: its sizes.
-        operations: additions and multiplications of the form with multiplications; None where there are hardly any.
-        bytes: of float32 inputs and outputs, each once.
+        operations: additions and multiplications of the form with multiplications; None if there are hardly any.
+        bytes: float32 inputs and outputs, each counted once.
         ours: solutions by this project's kernels, by name.
-        others: solutions by torch and torchao, by name. A function may return None where only its side effects
-            count.
-        rays: of a NeRF that are rendered, where that is what is solved.
-        reference: the outcome in float64, where errors are wanted.
-        inexact: names of solutions to another problem (other weights), which `reference` has nothing to say about.
+        others: solutions by torch and torchao, by name. A function may return None if only its side effects count.
+        rays: number of rendered rays of a NeRF, if there are any.
+        reference: the outcome in float64, for errors.
+        inexact: names of solutions to another problem (with other weights), for which `reference` has no meaning.
     """
 
     group: str
@@ -109,13 +108,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Setup:
-    """What problems are made for.
+    """Settings for making problems.
 
     Attributes:
         device: ``"cpu"`` or ``"cuda"``.
-        sizes: of the problems, in the form of the group's own; those if None.
-        narrow: what torch solves them in besides float32; in the first of these, compiled, too.
-        options: of `torch.compile`; None for those that make the fastest code.
+        sizes: sizes of the problems, in the form of the group's own; None for the group's own.
+        narrow: number formats besides float32 in which torch solves them. In the first one, torch also solves them
+            compiled.
+        options: options of `torch.compile`; None for those that make the fastest code.
     """
 
     device: str
@@ -124,7 +124,7 @@ class Setup:
     options: Mapping[str, Any] | None = None
 
     def compiled(self, function: Callable[..., Any], *arguments: Any) -> Run:
-        """`torch.compile`'s best for these very arguments."""
+        """The function, compiled by `torch.compile` for these arguments."""
         options = self.options
         if options is None:
             options = {"mode": "max-autotune-no-cudagraphs"} if self.device == "cuda" else {}
@@ -133,7 +133,7 @@ class Setup:
 
 
 def cases(group: str, setup: Setup) -> Iterator[Case]:
-    """The problems of a group, one after the other: the tensors of one are gone when the next one is made.
+    """The problems of a group, one after the other. The tensors of one are freed before the next one is made.
 
     Raises:
         UserError: if there is no such group.
@@ -155,16 +155,16 @@ def _in(name: Numerics, function: Callable[..., Any], *arguments: Any) -> Run:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As it stands in the names of solutions."""
+    """The name of a number format in names of solutions."""
     return str(dtype).removeprefix("torch.")
 
 
 def rivals(function: Callable[..., Any], arguments: tuple[Any, ...], setup: Setup) -> dict[str, Run]:
-    """Plain torch, as it is and compiled, in float32 and narrower.
+    """Plain torch, eager and compiled, in float32 and narrower formats.
 
     Args:
-        function: a function of its arguments alone, or a module.
-        arguments: in float32; tensors, and lists, tuples and dataclasses of such.
+        function: a function of its arguments only, or a module.
+        arguments: in float32: tensors, and lists, tuples and dataclasses of tensors.
     """
     runs: dict[str, Run] = {}
     for dtype in (torch.float32, *setup.narrow):
@@ -282,7 +282,7 @@ def _torchao_int8(x: Tensor, weight: Tensor, setup: Setup) -> Run:
 
 
 def late(prepare: Callable[[], Run]) -> Run:
-    """A function that `prepare` makes on the first call: what it raises then is told of that function alone."""
+    """A function that `prepare` makes on the first call, so that its errors are reported for this function only."""
     made: list[Run] = []
 
     def run() -> Any:

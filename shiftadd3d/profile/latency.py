@@ -1,8 +1,8 @@
-"""How long models take on the machine at hand, as a whole and part by part, in several forms.
+"""How long models take on this machine, as a whole and part by part, in several forms.
 
-A form is a way to run a model: as it was made, as `freeze_` leaves it, or that as one executable. The forms of all
-recipes take turns (`shiftadd3d.profile.timing`). The times of parts come from calls of their own, in which hooks read
-the clock; an executable is a single part.
+A form is a way to run a model: as it was made (eager), frozen by `freeze_`, or compiled into one executable. The forms
+of all recipes take turns (`shiftadd3d.profile.timing`). Times of parts come from separate calls, in which hooks read
+the clock. An executable has only one part.
 """
 
 from __future__ import annotations
@@ -63,41 +63,43 @@ FORMS: dict[str, Callable[[nn.Module, Any], nn.Module | None]] = {
     "frozen": _frozen,
     "compiled": _compiled,
 }
-"""By the name of a form: what is timed, of a model and its batch, the model itself staying as it is; or None, if the
-model has no such form."""
+"""By the name of a form: makes the function to be timed from a model and its batch, without changing the model. It
+returns None if the model has no such form."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds that one input takes."""
+    """Seconds for one input."""
 
     total: Spread
     parts: dict[str, float]
-    """Of what each part does itself; medians. Their sum is near the total, but clocks are read in between."""
+    """Median seconds of each part itself. Their sum is near the total, but includes reading the clock."""
     joules: float | None = None
-    """Measured for one input, the idle machine included; None where the machine does not measure it."""
+    """Measured joules for one input, including the idle power of the machine; None if it has no meter."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """What the machine has been seen to do, on the device and with the threads that models run on."""
+    """The measured peak of the machine, on the device and with the threads that models use."""
 
     operations_per_second: float
-    """Multiplications and additions of float32 in a product of large matrices."""
+    """Multiplications and additions per second in a float32 product of large matrices."""
     bytes_per_second: float
-    """Read and written, in a copy of a large tensor."""
+    """Bytes read and written per second in a copy of a large tensor."""
     threads: int
     card: str | None = None
     """The graphics card's name; None for the processor."""
 
     @property
     def place(self) -> str:
-        """In words, where models run."""
+        """The device and threads in words."""
         return self.card or f"{self.threads} {'thread' if self.threads == 1 else 'threads'}"
 
     def seconds(self, layers: Sequence[LayerOperations]) -> float:
-        """The roofline: no less time passes if products run at the peak, or if all their data, and that of elementwise
-        work, comes from memory and goes there. A kernel that fuses layers, or works in narrower formats, can be faster.
+        """The roofline: the least time for products at the peak, or for moving all their data and that of elementwise
+        work.
+
+        Kernels that fuse layers or use narrower formats can be faster.
         """
         operations = sum(2 * layer.products for layer in layers)
         moved = sum(
@@ -107,20 +109,20 @@ class Peak:
 
 
 def measure_peak(device: torch.device | None = None) -> Peak:
-    """Time torch's product of large matrices and its copy of a large tensor; on the processor if not said."""
+    """Time torch's product of large matrices and its copy of a large tensor. The default device is the processor."""
     kind = "cpu" if device is None else device.type
     card = torch.cuda.get_device_name(device) if kind == "cuda" else None
     return Peak(product_rate(kind, torch.float32), copy_rate(kind), torch.get_num_threads(), card)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's weights are; the processor, if it has none."""
+    """The device of a model's weights; the processor if it has no weights."""
     first = next(itertools.chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if first is None else first.device
 
 
 def find_meter(device: torch.device) -> Meter | None:
-    """What counts the energy of a device; None where nothing does."""
+    """The meter for the energy of a device; None if there is none."""
     if device.type == "cuda":
         return CardMeter.find(str(torch.cuda.get_device_properties(device).uuid))
     return PackageMeter.find()
@@ -132,18 +134,18 @@ def measure_latencies(
     """Time models in some forms.
 
     Args:
-        models: by name, such as that of a recipe: the model in evaluation, and its batch, all on one device.
+        models: by name, such as that of a recipe: the model in evaluation mode and its batch, all on one device.
         forms: some of `FORMS`.
-        inputs: how many a batch holds.
-        depth: of the names of parts (`part_depth`).
+        inputs: number of inputs in a batch.
+        depth: number of components in the names of parts (`part_depth`).
         seconds: roughly how long the whole models take turns.
 
     Returns:
-        For each model and form, the times of one input. A frozen model has no eager form, and not all can be
+        The times of one input for each model and form. A frozen model has no eager form, and some models cannot be
         compiled.
 
     Raises:
-        UserError: no such form, or a model that cannot be brought into it.
+        UserError: an unknown form, or a model that cannot be brought into it.
     """
     if unknown := [form for form in forms if form not in FORMS]:
         raise UserError(f"there is no form {unknown[0]!r} of a model; expected some of {', '.join(FORMS)}")

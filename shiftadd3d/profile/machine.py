@@ -1,4 +1,4 @@
-"""What a measurement depends on besides the code."""
+"""Facts about the machine that measurements depend on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def machine_facts() -> dict[str, Any]:
-    """Processor, cores, graphics card, versions."""
+    """Processor, cores, graphics card and versions."""
     import torch
 
     model = platform.processor() or platform.machine()

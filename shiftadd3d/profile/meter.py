@@ -1,8 +1,8 @@
-"""Energy that the hardware itself counts, where the machine offers it.
+"""Energy that the hardware itself measures, if the machine can do that.
 
-Processors count that of whole packages (RAPL, through Linux's powercap), graphics cards that of the whole card (NVML,
-the library of NVIDIA's driver): everything that runs on them, and what they take when idle, is in it. Virtual machines
-rarely have the first, and most systems let only root read it; then there is nothing to measure.
+Processors count the energy of whole packages (RAPL, through Linux's powercap), and graphics cards that of the whole
+card (NVML, the library of NVIDIA's driver). Both include everything that runs on them, and their idle power. Virtual
+machines rarely have RAPL, and on most systems only root may read it. Then nothing is measured.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ NVML = "libnvidia-ml.so.1"
 
 
 class Meter(ABC):
-    """Counters of something that takes energy."""
+    """Energy counters of a processor or a card."""
 
     def joules(self, call: Callable[[], Any], seconds: float = 1.0) -> float:
-        """What one call takes: the mean over calls for about so long, all else on the hardware included."""
+        """Joules of one call: the mean over calls for about this time, including everything else on the hardware."""
         calls, began, before = 0, time.perf_counter(), self._read()
         while not calls or time.perf_counter() - began < seconds:
             call()
@@ -46,7 +46,7 @@ class PackageMeter(Meter):
 
     @classmethod
     def find(cls, folder: Path | None = None) -> PackageMeter | None:
-        """The meter of this machine; None where there is none, or it may not be read."""
+        """The meter of this machine; None if there is none, or it may not be read."""
         zones = sorted((POWERCAP if folder is None else folder).glob("intel-rapl:[0-9]*"))
         try:
             # Their parts (intel-rapl:0:1), and the whole platform of a laptop (psys), would count the same again.
@@ -71,18 +71,17 @@ class PackageMeter(Meter):
 
 
 class CardMeter(Meter):
-    """The counter of one graphics card of NVIDIA's, of Volta or newer."""
+    """The counter of one NVIDIA graphics card, Volta or newer."""
 
     def __init__(self, nvml: Any, card: ctypes.c_void_p) -> None:
         self._nvml, self._card = nvml, card
 
     @classmethod
     def find(cls, uuid: str, nvml: Any = None) -> CardMeter | None:
-        """The meter of a card; None where there is none, or it may not be read.
+        """The meter of a card; None if there is none, or it may not be read.
 
         Args:
-            uuid: of the card, as torch's properties of a device have it. Numbers of cards are not the same for CUDA
-                and NVML.
+            uuid: UUID of the card from torch's device properties. Numbers of cards can differ between CUDA and NVML.
             nvml: the driver's library; looked for if not given.
         """
         card = ctypes.c_void_p()

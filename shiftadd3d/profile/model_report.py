@@ -1,4 +1,4 @@
-"""Models beside each other: what they do, what they move and what that takes, recipe by recipe."""
+"""Compare models recipe by recipe: their operations, their data traffic, and their energy."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 RECIPES = ("mult", "add", "add+shift", "add+shift-attn+moe")
-"""What is compared where nothing else is asked for; the first is what the others are compared with."""
+"""Default recipes. All are compared with the first."""
 
 
 UNCHANGED = (
     "no attention and no perceptron of this model is of a class that recipes know. `register_attention` and "
     "`register_mlp` name more (docs/own-model.md)."
 )
-"""What to say of recipes that leave a model as it was."""
+"""Note for recipes that change nothing in a model."""
 
 
 @dataclass(frozen=True)
 class Routing:
-    """What one mixture's router did with the input."""
+    """The routing of one mixture for the input."""
 
     layer: str
     experts: tuple[str, ...]
     share: float
-    """Of tokens that the first expert took."""
+    """Share of the tokens that went to the first expert."""
     map: list[list[float]] | None
-    """The same for each patch of the picture, or each ray of it, row by row; None where tokens are of no picture."""
+    """The same for each patch or ray of the picture, row by row; None if tokens belong to no picture."""
 
 
 @dataclass(frozen=True)
@@ -54,32 +54,32 @@ class Profile:
     model: str
     recipe: str
     weights: str
-    """Where they come from."""
+    """Where the weights come from."""
     operations: OperationReport
     energy: dict[Account, EnergyReport]
-    """By each account."""
+    """Energy by each account."""
     depth: int
     """Components in the names of the model's parts (`part_depth`)."""
     routing: tuple[Routing, ...] = ()
     latency: dict[str, Latency] = field(default_factory=dict)
-    """By form."""
+    """Latency by form."""
     quality: Quality | None = None
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether a recipe found nothing to change: every product still multiplies."""
+        """Whether the recipe found nothing to change, so that every product still multiplies."""
         is_dense = self.operations.mult == self.operations.add
         return self.recipe != "mult" and is_dense and not self.routing  # a router may send all tokens to Mult
 
     @property
     def work(self) -> dict[str, float]:
-        """Operations of one input: products' multiplications, shifts and additions, and all elementwise ones."""
+        """Operations for one input: multiplications, shifts and additions of products, and elementwise operations."""
         return _work((self.operations,), self.operations.inputs)
 
     def parts(self, peak: Peak | None) -> list[dict[str, Any]]:
-        """What each part does and takes, for one input, in plain types.
+        """The work and cost of each part for one input, in plain types.
 
-        What passes in parts that do no work, such as containers, counts for the model itself.
+        Time spent in parts without work of their own, such as containers, counts for the model itself.
         """
         inputs = self.operations.inputs
         names = [
@@ -110,16 +110,16 @@ def _work(parts: Sequence[Any], inputs: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class ProfileReport(RichReport):
-    """What `profile` found. Printing shows a table a model."""
+    """The results of `profile`. Printing shows a table for each model."""
 
     setting: str
-    """What the models see."""
+    """The input of the models, in words."""
     unit: str
-    """What all numbers are for one of, such as a picture."""
+    """The unit that all numbers refer to, such as a picture."""
     accelerator: Accelerator
     profiles: tuple[Profile, ...]
     peak: Peak | None = None
-    """Of this machine, where latencies were measured."""
+    """Peak of this machine, if latencies were measured."""
 
     def baseline(self, profile: Profile) -> Profile:
         """The same model in the first recipe."""
@@ -278,18 +278,18 @@ def profile(
     forms: Sequence[str] = (),
     evaluations: Sequence[Evaluation] = (),
 ) -> ProfileReport:
-    """Count what models do in each recipe, and what that takes by each account.
+    """Count the work of models in each recipe, and its energy by each account.
 
     Args:
         subjects: the models.
-        recipes: what becomes of their layers; the first is what the others are compared with.
-        accelerator: of the account that moves data.
-        forms: to time the models in, of `shiftadd3d.profile.latency.FORMS`.
-        evaluations: how good the models are.
+        recipes: what becomes of their layers. All recipes are compared with the first.
+        accelerator: the accelerator of the account with data traffic.
+        forms: forms to time the models in, from `shiftadd3d.profile.latency.FORMS`.
+        evaluations: the quality of the models.
 
     Raises:
-        UserError: no models or recipes, models whose inputs differ, one that fails, an unknown form, or evaluations of
-            something else.
+        UserError: no models or recipes, models with different inputs, a model that fails, an unknown form, or
+            evaluations of something else.
     """
     if not subjects or not recipes:
         raise UserError("there is nothing to profile: name at least one model and one recipe")
@@ -358,7 +358,7 @@ def _routing(subject: Subject, model: nn.Module) -> tuple[Routing, ...]:
 
 
 def count(subject: Subject, recipe: str) -> OperationReport:
-    """What a model in one recipe does with its input.
+    """The work of a model in one recipe for its input.
 
     Raises:
         UserError: the recipe does not fit, or the model fails.

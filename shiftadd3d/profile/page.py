@@ -1,7 +1,7 @@
-"""A report as one web page that needs no network, made of the very facts that its JSON file holds.
+"""A report as one web page that needs no network, made of the facts in its JSON file.
 
-Every number in the page's text is a ``<data>`` element that says where in the JSON file it stands (``data-place``), and
-its value there (``value``).
+Every number in the text of the page is a ``<data>`` element with its place in the JSON file (``data-place``) and its
+value there (``value``).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def render_page(facts: dict[str, Any]) -> str:
 
 
 def look_up(facts: Any, place: str) -> Any:
-    """What stands at a place such as ``profiles.1.energy.accelerator.saved``."""
+    """The value at a place such as ``profiles.1.energy.accelerator.saved``."""
     return reduce(lambda part, key: part[int(key)] if isinstance(part, list) else part[key], place.split("."), facts)
 
 

@@ -1,18 +1,18 @@
-"""The parts of a model that a report has a row for: its blocks and stages, not each of its hundreds of modules."""
+"""The parts of a model that have a row in a report: its blocks and stages, not each of its hundreds of modules."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 MOST_PARTS = 20
-"""More rows than these are not taken in at a glance."""
+"""The most rows that readers can take in at a glance."""
 
 ROOT = "(root)"
-"""What a model does itself, in none of its parts."""
+"""Name for the work of a model itself, in none of its parts."""
 
 
 def part_depth(names: Iterable[str], most: int = MOST_PARTS) -> int:
-    """How many components of qualified names tell parts apart: as many as leave `most` of these, and one at least."""
+    """How many components of qualified names make a part: as many as give at most `most` parts, but at least one."""
     names = [name for name in names if name != ROOT]
     longest = max((name.count(".") + 1 for name in names), default=1)
     depth = 1

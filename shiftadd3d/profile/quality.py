@@ -1,4 +1,4 @@
-"""How good models are, from the JSON files that evaluations write: what a report sets energy and latency against."""
+"""The quality of models, from the JSON files of evaluations, to compare with energy and latency."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class Quality:
-    """One number; the higher, the better."""
+    """One number. Higher is better."""
 
     name: str
     """top-1, a share of pictures, or PSNR in dB."""
     value: float
     source: str
-    """The file that it comes from."""
+    """The file of the evaluation."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A quality, and which model in which recipe has it, as far as that is known."""
+    """A quality, and the model and recipe that it belongs to, as far as they are known."""
 
     quality: Quality
     models: tuple[str, ...]
-    """Names that the model may go by; none if any will do."""
+    """Names that the model may have; empty if any name will do."""
     recipe: str | None
 
     def is_of(self, model: str, recipe: str) -> bool:
@@ -45,11 +45,11 @@ def read_evaluation(word: str) -> Evaluation:
     """Read an evaluation.
 
     Args:
-        word: ``FILE.json``, or ``RECIPE=FILE.json`` or ``MODEL:RECIPE=FILE.json`` where the file does not say what was
-            evaluated, or calls it otherwise.
+        word: ``FILE.json``. Write ``RECIPE=FILE.json`` or ``MODEL:RECIPE=FILE.json`` if the file does not say what was
+            evaluated, or uses another name.
 
     Raises:
-        UserError: no such file, or none of an evaluation.
+        UserError: no such file, or not the file of an evaluation.
     """
     label, _, name = word.rpartition("=") if not Path(word).is_file() else ("", "", word)
     path = Path(name)
@@ -96,10 +96,10 @@ def _same_path(one: str, other: str) -> bool:
 
 
 def assign(evaluations: Sequence[Evaluation], profiled: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Quality]:
-    """Which evaluation belongs to which model in which recipe.
+    """The evaluation of each model in each recipe.
 
     Raises:
-        UserError: one fits none or several of them, two fit the same, or they measure different things.
+        UserError: an evaluation fits no model or several, two fit the same model, or they measure different things.
     """
     found: dict[tuple[str, str], Quality] = {}
     names = ", ".join(f"{model}:{recipe}" for model, recipe in profiled)

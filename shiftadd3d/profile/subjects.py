@@ -1,7 +1,7 @@
-"""Models that go by a name, and an input of the size that they are made for.
+"""Models by name, each with an input of the size that it is made for.
 
-Weights are random: what a model costs does not depend on them, but for mixtures, whose untrained routers send each
-expert whatever they do.
+Weights are random, because costs do not depend on them. Mixtures are the exception: their untrained routers send some
+share of the tokens to each expert.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GNT_MODELS: dict[str, tuple[GNTConfig, int, int, int]] = {
     "gnt": (BASE, 1024, 16, 10),
     "gnt-big": (BIG, 512, 192, 10),
 }
-"""Sizes, and of a training batch of the nerfstudio method: rays, samples a ray for the transformers, source views."""
+"""Sizes of the network, and of a training batch: rays, samples on each ray for the transformers, source views."""
 
 # The feature network sees the source pictures once, not for each batch of rays: they are encoded beforehand, so that
 # their size does not matter.
@@ -35,27 +35,27 @@ _RAYS_OF_A_VIEW = 800
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with multiplications, and what to run it on."""
+    """A model with multiplications, and its input."""
 
     name: str
     make: Callable[[str], nn.Module]
-    """From a recipe's name to the model."""
+    """Makes the model from the name of a recipe."""
     batch: Callable[[nn.Module], Any]
-    """From a model to its input."""
+    """Makes the input for a model."""
     inputs: int
     unit: str
-    """What an input is."""
+    """The unit of inputs, such as a picture or a ray."""
     setting: str
     recipes: tuple[str, ...] | None = None
-    """The recipes that there are of it, where these are not whatever is asked for."""
+    """The recipes that exist of it; None if it can be made in any recipe."""
     weights: str = "random weights"
-    """Where weights come from: routers without training send tokens anywhere."""
+    """Where the weights come from. Untrained routers send tokens anywhere."""
     grid: tuple[int, int] | None = None
-    """Rows and columns of the picture that rays are of, row by row."""
+    """Rows and columns of the picture, if inputs are its rays, row by row."""
 
 
 def picture_setting(size: tuple[int, ...]) -> str:
-    """What a classifier sees, of pictures [C, H, W]."""
+    """The input of a classifier in words, for pictures [C, H, W]."""
     return f"batch 1, {size[-2]} x {size[-1]} px"
 
 
@@ -65,7 +65,7 @@ def random_picture(size: tuple[int, ...]) -> Tensor:
 
 
 def ray_grid(height: int, width: int, rays: int | None = None) -> tuple[int, int]:
-    """Rows and columns of about so many rays, 800 if not given, that are spread evenly over a picture of this size.
+    """Rows and columns of about `rays` rays, spread evenly over a picture of this size. The default is 800 rays.
 
     Raises:
         UserError: fewer than one ray.
@@ -76,13 +76,14 @@ def ray_grid(height: int, width: int, rays: int | None = None) -> tuple[int, int
 
 
 def subject(name: str, rays: int | None = None) -> Subject:
-    """What is called `name`: gnt-tiny, gnt or gnt-big, or any model of timm.
+    """The model with this name: gnt-tiny, gnt or gnt-big, or a model of timm.
 
     Args:
-        rays: how many rays a batch of a GNT has; None for those of its training.
+        name: the name.
+        rays: number of rays in a batch of a GNT; None for those of its training.
 
     Raises:
-        UserError: nothing is called so, or timm, which may know it, is not installed.
+        UserError: no model has this name, or timm is not installed.
     """
     if name in GNT_MODELS:
         return _gnt(name, rays)

@@ -1,14 +1,15 @@
 """The best way to run a product on an accelerator: an exhaustive search over tilings and loop orders.
 
 A product is three loops: over outputs K, inputs C and positions P (rows of a matrix, or rows of an image). DRAM holds
-all of it, the buffer a tile ``k1 x c1 x p1``, the array of processing elements a tile ``k2 x c2 x p2`` of that, spread
-over elements by ``sk x sc x sp``, each of which keeps ``rk x rc x rp`` in its registers. At both borders the loops over
-tiles may have any order. An operand is fetched anew when a loop that it does not depend on lies outside of one that it
-does: the order decides what stays (weights, inputs or sums).
+everything. The buffer holds a tile ``k1 x c1 x p1``. The array of processing elements holds a tile ``k2 x c2 x p2`` of
+that, spread over ``sk x sc x sp`` elements. Each element keeps ``rk x rc x rp`` in its registers. Both between DRAM and
+buffer and between buffer and array, the loops over tiles may have any order. An operand is fetched again if a loop that
+it does not depend on lies outside of one that it depends on. So the order decides which operand stays: weights, inputs
+or sums.
 
-Rules are the same for all products. Every operand moves at its own width; sums that are not finished, at that of the
-accumulator. What comes from DRAM is written into the buffer, what comes from the buffer goes over the network into the
-registers of every element that needs it, and each product reads two operands and a sum and writes a sum.
+The rules are the same for all products. Every operand moves at its own width, and unfinished sums at that of the
+accumulator. Data from DRAM is written into the buffer. Data from the buffer goes over the network into the registers of
+every element that needs it. Each product reads two operands and a sum, and writes a sum.
 
 Source: Chen et al., Eyeriss (ISCA 2016), section 3, for the levels; Parashar et al., Timeloop (ISPASS 2019), for
 counting accesses of a loop nest.
@@ -29,7 +30,7 @@ from shiftadd3d.nn.counting import Primitive, Product
 from shiftadd3d.profile.accelerator import Accelerator
 
 ORDERS = tuple(itertools.permutations("KCP"))
-"""Of loops over tiles, the outermost first."""
+"""Orders of the loops over tiles, the outermost first."""
 
 # What a registers' tile or a spread over elements may be along a loop.
 _IN_REGISTERS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -47,7 +48,7 @@ class Loops(NamedTuple):
     primitive: Primitive
     dtype: str
     groups: int
-    """Independent ones."""
+    """Number of independent products."""
     outputs: int
     inputs: int
     rows: int
@@ -64,16 +65,19 @@ class Loops(NamedTuple):
 
     @property
     def products(self) -> int:
-        """Of one group."""
+        """Number of products in one group."""
         return self.outputs * self.inputs * self.rows * self.columns * math.prod(self.kernel)
 
     def input_rows(self, rows: np.ndarray | int) -> np.ndarray | int:
-        """Rows of the input that so many rows of the outcome need."""
+        """Rows of the input that are needed for this number of output rows."""
         return (rows - 1) * self.stride[0] + self.kernel[0]
 
 
 def loops_of(product: Product, accelerator: Accelerator) -> Loops:
-    """A product as loops. Where kernels do not overlap, or do not fit into registers, they are inputs of a matrix."""
+    """A product as loops.
+
+    Kernels that do not overlap, or do not fit into registers, become inputs of a matrix product.
+    """
     kernel, stride = product.kernel, product.stride
     rows, columns = product.batch * product.size[0], product.size[1]
     inputs, input_columns = product.inputs, (product.input_size or product.size)[1]
@@ -102,12 +106,12 @@ def loops_of(product: Product, accelerator: Accelerator) -> Loops:
 
 @dataclass(frozen=True)
 class Mapping:
-    """How a product runs, and what that takes; all groups together."""
+    """How a product runs, and its cost, for all groups together."""
 
     buffer_tile: tuple[int, int, int]
     """Outputs, inputs and rows."""
     buffer_order: str
-    """Of the loops over tiles of the buffer, the outermost first."""
+    """Order of the loops over tiles of the buffer, the outermost first."""
     registers: tuple[int, int, int]
     """Outputs, inputs and positions in an element's registers."""
     spread: tuple[int, int, int]
@@ -121,12 +125,12 @@ class Mapping:
 
     @property
     def total(self) -> float:
-        """Picojoules."""
+        """Picojoules at all levels together."""
         return sum(self.energy.values())
 
 
 def sizes(length: int) -> list[int]:
-    """All tile sizes that differ in how many tiles a loop of this length takes, each the smallest for its number."""
+    """All useful tile sizes for a loop of this length: the smallest size for each number of tiles."""
     return sorted({-(-length // count) for count in _counts(length)})
 
 
@@ -161,19 +165,19 @@ _OPERANDS = {"weights": WEIGHTS, "inputs": INPUTS, "sums": SUMS}
 
 @lru_cache(maxsize=4096)
 def best_mapping(product: Product, accelerator: Accelerator) -> Mapping:
-    """The mapping of the least energy; of several, the fastest.
+    """The mapping with the least energy. If several have it, the fastest of them.
 
     Raises:
-        UserError: the buffer or the registers are too small for even the smallest tile.
+        UserError: the buffer or the registers are too small even for the smallest tile.
     """
     return search(loops_of(product, accelerator), accelerator)
 
 
 def search(loops: Loops, accelerator: Accelerator) -> Mapping:
-    """Look at every mapping there is, and leave out only those that cannot beat the best so far.
+    """Search all mappings, except those that cannot beat the best one so far.
 
-    Between buffer and registers nothing costs less than if the buffer held the whole product, where an operand that
-    stays does so throughout; nor is anything faster. That bounds what is worth looking at, of both kinds of tiles.
+    Between buffer and registers, no mapping costs less or is faster than if the buffer held the whole product. This
+    gives a bound for both kinds of tiles.
     """
     outer = _buffer_tiles(loops, accelerator)
     outer = _at(outer, np.argsort(outer["energy"], kind="stable"))

@@ -1,14 +1,13 @@
-"""Times of functions that do the same thing, taken so that they can be compared.
+"""Comparable times of functions that do the same thing.
 
-A machine is not equally fast at all times: clocks change, and others use it. So the functions take turns, round after
-round, and medians are compared. Each round begins with a call that does not count, which brings a function's code and
-data into the caches that it would find them in if it were called again and again.
+The speed of a machine changes: clocks change, and other processes use it. So functions take turns, round after round,
+and medians are compared. Each round begins with a call that is not timed. It brings the function's code and data into
+the caches, as if the function were called again and again.
 
-With one thread, what counts is the time that the thread had a processor for, so that others' work on a busy machine
-disturbs caches but not clocks. With more threads it is the time on the wall: they have to wait for one another.
+With one thread, the processor time of that thread counts. So other work on a busy machine disturbs caches but not
+clocks. With more threads, wall time counts, because they have to wait for one another.
 
-`torch.utils.benchmark` measures one statement to its end before the next one, and warms up with calls of its own each
-time: it does not take turns.
+`torch.utils.benchmark` finishes one statement before it starts the next one. It does not take turns.
 """
 
 from __future__ import annotations
@@ -57,18 +56,16 @@ def interleaved(
     """Time functions in turns.
 
     Args:
-        functions: by name; each has been called before, so that nothing is compiled or allocated now.
-        device: ``"cpu"`` or ``"cuda"``. On CUDA they are timed by events of the current stream, call by call, with
-            cold caches.
-        seconds: roughly how long to go on for; 5 rounds are gone through anyway, and 25 are enough.
-        rounds: just so many instead, 2 or more.
-        foreign: some compute in threads of their own. Then the time on the wall counts, on a CPU, and a rest before
-            each turn lets the threads of the one before come to rest: they wait actively for a while. As a processor
-            wakes up slowly from such a rest, calls of a twentieth of a second do not count then, and those of a tenth
-            do.
+        functions: by name. Each has been called before, so that nothing is compiled or allocated now.
+        device: ``"cpu"`` or ``"cuda"``. On CUDA, events of the current stream time each call, with cold caches.
+        seconds: roughly how long to measure. There are at least 5 rounds and at most 25.
+        rounds: exactly this many rounds instead, 2 or more.
+        foreign: some functions compute in threads of their own. Then wall time counts on a CPU. Such threads wait
+            actively for a while after a call, so there is a rest before each turn. A processor wakes up slowly from a
+            rest, so calls of the first twentieth of a second are not timed, and those of a tenth are.
 
     Raises:
-        UserError: for other devices.
+        UserError: for another device.
     """
     if device not in ("cpu", "cuda"):
         raise UserError(f"device must be cpu or cuda, not {device!r}")
@@ -84,7 +81,7 @@ def interleaved(
 
 
 def clock() -> Callable[[], float]:
-    """What tells seconds on a CPU: of this thread where it is the only one, of the wall where several have to wait."""
+    """The clock for a CPU: that of this thread if there is only one thread, else the wall clock."""
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
@@ -138,12 +135,14 @@ def _spread(values: list[float]) -> Spread:
 
 
 def product_rate(device: str, dtype: torch.dtype, size: int | None = None) -> float:
-    """Operations a second, additions and multiplications, of torch's product of two large matrices.
+    """Operations per second (additions and multiplications) of torch's product of two large matrices.
 
-    This is what "share of the peak" refers to: what the machine has been seen to do, not what its maker states.
+    "Share of the peak" refers to this measured rate, not to the rate that the maker states.
 
     Args:
-        size: of the matrices; 1024 on a CPU and 8192 on a graphics card if not given.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: number format.
+        size: rows and columns of the matrices; by default 1024 on a CPU and 8192 on a graphics card.
     """
     size = size or (8192 if device == "cuda" else 1024)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -152,7 +151,7 @@ def product_rate(device: str, dtype: torch.dtype, size: int | None = None) -> fl
 
 
 def copy_rate(device: str, size: int = 128 << 20) -> float:
-    """Bytes a second, read and written, of torch's copy of a large tensor onto another one."""
+    """Bytes per second, read and written, when torch copies a large tensor."""
     a = torch.zeros(size, dtype=torch.int8, device=device)
     b = torch.zeros_like(a)
     return 2 * size / interleaved({"copy": lambda: b.copy_(a)}, device)["copy"].lower
