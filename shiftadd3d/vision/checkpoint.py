@@ -1,7 +1,7 @@
 """Saving and loading classifiers: safetensors for weights, JSON for everything else.
 
-A saved classifier is a folder with `model.safetensors` and `config.json`. The JSON says which timm model it is, what
-`reparameterize_` made of it, how it numbers its classes and what pictures it expects; nothing in either file is code.
+A saved classifier is a folder with `model.safetensors` and `config.json`. The JSON file holds the name of the timm
+model, its recipe, the order of its classes, and the input pictures that it expects. Neither file contains code.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _LISTED = 4  # names in an error message
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """What a classifier is, besides its weights."""
+    """The description of a classifier, without its weights."""
 
     architecture: str
     """timm's name of the model with multiplications."""
     classes: tuple[str, ...]
-    """Names in the order of the outputs."""
+    """Names of the classes in the order of the outputs."""
     input: InputConfig = field(default_factory=InputConfig)
     model_args: dict[str, Any] = field(default_factory=dict)
     """Arguments for `timm.create_model` beyond the number of classes."""
     recipe: Recipe | None = None
-    """What `reparameterize_` made of it; None for nothing."""
+    """The recipe that `reparameterize_` applied; None for none."""
     frozen: bool = False
     """Whether its shift layers are packed, for inference only."""
 
@@ -58,10 +58,10 @@ class ClassifierConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ClassifierConfig:
-        """The configuration that `as_dict` made `values` of, also after a round through JSON.
+        """The configuration from the outcome of `as_dict`, also after a round through JSON.
 
         Raises:
-            UserError: it is none, or of a later version.
+            UserError: it is no configuration, or of a later version.
         """
         if not isinstance(values, Mapping) or values.get("format") != _FORMAT:
             raise UserError(f"not the configuration of a classifier of ours (it has no format {_FORMAT!r})")
@@ -89,17 +89,17 @@ class ClassifierConfig:
 
 
 def create_dense(config: ClassifierConfig, pretrained: bool | Path = False) -> nn.Module:
-    """The timm model that `config` names, as it is before any reparameterization.
+    """The timm model in `config`, before any reparameterization.
 
     Args:
-        config: what to make.
-        pretrained: with timm's pretrained weights (a download, where they are not in the cache), or with those of a
-            file in the form in which timm publishes them. Embeddings of positions are interpolated, and a classifier
-            for another number of classes starts anew.
+        config: the description of the model.
+        pretrained: True for timm's pretrained weights, which are downloaded if they are not in the cache. A path for
+            weights in a file, as timm publishes them. Position embeddings are interpolated. A classifier for another
+            number of classes starts from random weights.
 
     Raises:
-        UserError: timm knows no such model, cannot make it so, or has no weights for it; a file that is damaged, or
-            holds weights of another model.
+        UserError: timm has no such model, cannot make it with these arguments, or has no weights for it; or the file is
+            damaged, or holds weights of another model.
     """
     import timm
 
@@ -145,7 +145,7 @@ def _no_weights(name: str, reason: str) -> UserError:
 
 
 def describe_in(model: nn.Module, config: ClassifierConfig) -> None:
-    """Tell the model what it is: `pretrained_cfg`, where timm's tools look, and `classifier_config`."""
+    """Store the description in the model: `pretrained_cfg` for timm's tools, and `classifier_config`."""
     pretrained_cfg = dict(getattr(model, "pretrained_cfg", None) or {})
     pretrained_cfg.pop("state_dict", None)  # weights that were loaded from there; they would stay in memory
     pretrained_cfg.update(
@@ -177,7 +177,11 @@ def create_classifier(config: ClassifierConfig) -> nn.Module:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, if they are not there. Raises `UserError` when that cannot be."""
+    """Make a folder and its parents if they do not exist.
+
+    Raises:
+        UserError: it cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -189,10 +193,10 @@ def make_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` write a file beside `path`, and rename it to `path`: it exists whole or not at all.
+    """Let `write` write a file beside `path`, then rename it to `path`. So the file is there whole or not at all.
 
     Raises:
-        UserError: it cannot be written; what was there before is still there.
+        UserError: it cannot be written. An earlier file is unchanged.
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
     make_folder(path.parent)
@@ -219,7 +223,11 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_json_atomically(path: Path, facts: Any) -> None:
-    """`facts` as indented JSON, whole or not at all. Raises `UserError` when it cannot be written."""
+    """Write `facts` as indented JSON, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
     write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
@@ -228,9 +236,9 @@ def save_classifier(folder: Path, weights: Mapping[str, Tensor], config: Classif
     """Write `model.safetensors` and `config.json` into `folder`, each whole or not at all.
 
     Args:
-        folder: made if it is not there.
+        folder: made if it does not exist.
         weights: a state dict.
-        config: what the weights are of.
+        config: the description of the classifier.
 
     Raises:
         UserError: they cannot be written.
@@ -248,7 +256,7 @@ def read_config(folder: Path) -> ClassifierConfig:
         folder: the folder, or either file in it.
 
     Raises:
-        UserError: nothing there, or nothing of ours.
+        UserError: there is no classifier, or none that this version reads.
     """
     file = _folder_of(folder) / CONFIG_FILE
     try:
@@ -277,15 +285,15 @@ def _folder_of(path: Path) -> Path:
 def load(path: Path | str, device: torch.device | str = "cpu") -> nn.Module:
     """A saved classifier, in evaluation mode.
 
-    Its `classifier_config` says what it is; its `pretrained_cfg` tells timm's tools (`resolve_model_data_config`) how
+    Its `classifier_config` describes it. Its `pretrained_cfg` tells timm's tools (`resolve_model_data_config`) how
     pictures become inputs.
 
     Args:
         path: a folder with `model.safetensors` and `config.json`, or either file.
-        device: where to.
+        device: device for the model.
 
     Raises:
-        UserError: nothing there, damaged, or weights of another architecture.
+        UserError: there is no classifier, a file is damaged, or weights are of another architecture.
     """
     folder = _folder_of(Path(path))
     config = read_config(folder)
@@ -298,7 +306,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a state dict that torch saved (only tensors are unpickled).
 
     Raises:
-        UserError: no such file, damaged, or something else.
+        UserError: no such file, damaged, or not a file of weights.
     """
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected weights, such as {WEIGHTS_FILE}")
@@ -325,12 +333,12 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], file: Path) ->
     """Load a state dict that must fit.
 
     Args:
-        model: where to.
+        model: the model to load it into.
         weights: the state dict.
-        file: where it comes from, for errors.
+        file: its file, for errors.
 
     Raises:
-        UserError: it is of another architecture, and where it differs.
+        UserError: it is of another architecture. The message says how it differs.
     """
     problems = mismatches(model, weights)
     if problems:
@@ -342,7 +350,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], file: Path) ->
 
 
 def mismatches(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
-    """Where a state dict does not fit a model, one entry a tensor."""
+    """How a state dict does not fit a model, one entry for each tensor."""
     own = model.state_dict()
     return [
         *(f"{name} is missing" for name in own if name not in weights),

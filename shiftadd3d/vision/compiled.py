@@ -20,14 +20,15 @@ from shiftadd3d.vision.deploy import DeployedClassifier
 
 
 def compiled_where_it_can_be(model: nn.Module, console: Console | None = None) -> nn.Module:
-    """A classifier as one executable, in the numerics of the process; itself where that cannot be, and a line says why.
+    """A classifier as one executable in the numerics of the process. If it cannot be compiled, the classifier itself,
+    and a line says why.
 
-    Nothing is said of executables, nor of classifiers that run no kernels: those that are not packed, on GPUs, or in
+    There is no line for executables, nor for classifiers without kernels: those that are not packed, on GPUs, or with
     numerics ``"twin"``.
 
     Args:
-        model: what `load` made.
-        console: where to print the line.
+        model: a classifier from `load`.
+        console: prints the line.
     """
     config = model.classifier_config
     assert isinstance(config, ClassifierConfig)
@@ -55,15 +56,16 @@ def compiled_where_it_can_be(model: nn.Module, console: Console | None = None) -
 def build_ahead(
     folders: Sequence[Path], numerics: Sequence[Numerics], console: Console | None = None
 ) -> list[dict[str, Any]]:
-    """Have the cache hold the executables of packed classifiers, so that whoever loads these need not wait.
+    """Put the executables of packed classifiers into the cache, so that nobody has to wait for them later.
 
     Args:
-        folders: what `shiftadd3d export` packed. Their weights are not read: code does not depend on them.
-        numerics: those to compile for; empty for the process's.
-        console: where to print a line for each.
+        folders: folders that `shiftadd3d export` packed. Weights are not read, because the code does not depend on
+            them.
+        numerics: numerics to compile for; if empty, those of the process.
+        console: prints a line for each executable.
 
     Returns:
-        For each folder and numerics how many seconds that took.
+        The seconds for each folder and numerics.
 
     Raises:
         UserError: if a folder has no packed classifier, or one that cannot be compiled.

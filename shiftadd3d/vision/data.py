@@ -1,11 +1,11 @@
 """Pictures and their classes: from folders, zip files, Hugging Face datasets, torchvision sets, or scikit-learn.
 
-Whatever the source, a picture becomes 8-bit RGB as a viewer shows it, classes are numbered by the training pictures
-alone, and what cannot be read is left out, counted and listed. What happens to a picture at random depends on the seed,
-the epoch and the picture only: not on the number of workers or processes, nor on where a training was resumed.
+Whatever the source, pictures become 8-bit RGB as viewers show them. Only the training pictures decide the numbers of
+classes. Unreadable pictures are left out, counted and listed. Random changes of a picture depend only on the seed, the
+epoch and the picture. They do not depend on the number of workers or processes, nor on where a training was resumed.
 
-timm's folder readers are not used: they read no zip files, lose a class none of whose pictures they can read, and do
-not say what they leave out.
+timm's folder readers are not used. They cannot read zip files, lose classes without any readable picture, and do not
+list what they leave out.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ _LISTED = 5  # names in an error message
 def to_rgb(image: Image.Image) -> Image.Image:
     """A picture of any kind as 8-bit RGB, upright, as a viewer would show it.
 
-    The first frame of an animation; 16-bit values over 257; transparency on white; CMYK, palettes and grey converted.
+    Animations give their first frame, 16-bit values are divided by 257, and transparent pixels become white. CMYK,
+    palettes and grey are converted.
     """
     image.load()  # so that what is wrong with the pixels is not taken for damaged EXIF data
     with contextlib.suppress(Exception):  # damaged EXIF data, which say nothing: the picture is as it lies
@@ -87,7 +88,7 @@ def decode_picture(data: bytes | Path) -> Image.Image:
     """A picture file, or its bytes, as 8-bit RGB; see `to_rgb`.
 
     Raises:
-        UserError: it cannot be decoded, and why.
+        UserError: it cannot be decoded. The message says why.
     """
     try:
         with warnings.catch_warnings():
@@ -121,7 +122,7 @@ class Source(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """Which picture it is, in reports."""
+        """Names of the pictures, for reports."""
         ...
 
     @property
@@ -130,7 +131,11 @@ class Source(Protocol):
         ...
 
     def read(self, index: int) -> Image.Image:
-        """A picture as 8-bit RGB. Raises `UserError` if it cannot be read."""
+        """A picture as 8-bit RGB.
+
+        Raises:
+            UserError: it cannot be read.
+        """
         ...
 
 
@@ -208,7 +213,7 @@ class _HuggingFaceSource:
 
 
 class Skipped(NamedTuple):
-    """A picture that was left out, or several of a kind: the name, why, and how many."""
+    """A picture that was left out, or several with one reason: the name, the reason, and the number."""
 
     name: str
     reason: str
@@ -222,9 +227,9 @@ class PictureSet:
     """Some pictures of a source, with class numbers.
 
     Args:
-        source: where they come from.
-        indices: which of the source's pictures.
-        classes: the classes in the order of their numbers.
+        source: the source.
+        indices: numbers of the pictures in the source.
+        classes: names of the classes in the order of their numbers.
     """
 
     def __init__(self, source: Source, indices: Sequence[int], classes: Sequence[str]) -> None:
@@ -236,11 +241,15 @@ class PictureSet:
         return len(self.indices)
 
     def name(self, position: int) -> str:
-        """How reports call the picture at `position`."""
+        """The name of the picture at `position` in reports."""
         return self.source.names[self.indices[position]]
 
     def read(self, position: int) -> Image.Image:
-        """The picture at `position` as 8-bit RGB. Raises `UserError`, naming it, if it cannot be read."""
+        """The picture at `position` as 8-bit RGB.
+
+        Raises:
+            UserError: it cannot be read. The message names it.
+        """
         try:
             return self.source.read(self.indices[position])
         except UserError as error:
@@ -258,7 +267,7 @@ class PictureData:
     skipped: tuple[Skipped, ...] = ()
 
     def describe(self) -> str:
-        """One line on what there is."""
+        """One line about the pictures."""
         text = f"{self.name}: {len(self.classes)} classes, {len(self.train)} training and {len(self.val)} validation"
         missing = [name for number, name in enumerate(self.classes) if number not in set(self.val.targets)]
         if missing:
@@ -269,7 +278,7 @@ class PictureData:
         return text + (f"; {count} skipped" if count else "")
 
     def count_skipped(self) -> int:
-        """How many files were left out."""
+        """Number of files that were left out."""
         return sum(entry.count for entry in self.skipped)
 
 
@@ -295,15 +304,15 @@ class _Found(NamedTuple):
 
 
 def open_data(settings: DataSettings, broadcast: Callable[[Any], Any] = lambda made: made()) -> PictureData:
-    """The pictures that `settings` names, split, numbered and checked.
+    """The pictures in `settings`, split, numbered and checked.
 
     Args:
-        settings: where they are.
-        broadcast: makes the result of a function known to all processes; see `distributed.from_first_process`.
+        settings: options for the data.
+        broadcast: gives the result of a function to all processes; see `distributed.from_first_process`.
 
     Raises:
-        UserError: nothing there, fewer than two classes, classes that only validation has, no readable picture of a
-            class in training.
+        UserError: there are no pictures or fewer than two classes, validation has classes that training lacks, or a
+            class has no readable training picture.
     """
     name, found = _open_splits(settings)
     train = found.splits.get("train")
@@ -349,16 +358,16 @@ def open_data(settings: DataSettings, broadcast: Callable[[Any], Any] = lambda m
 
 
 def open_split(settings: DataSettings, split: str, classes: Sequence[str]) -> tuple[PictureSet, tuple[Skipped, ...]]:
-    """The pictures of one split, numbered as a trained model numbers its classes, and what was left out of them.
+    """The pictures of one split, with the class numbers of a trained model, and what was left out.
 
     Args:
-        settings: where they are.
-        split: "train", "val" or "test". "val" is the held-out part where there is no such folder, and "train" the rest.
-        classes: the model's classes.
+        settings: options for the data.
+        split: "train", "val" or "test". Without a folder val, "val" is the held-out part, and "train" the rest.
+        classes: the classes of the model.
 
     Raises:
-        UserError: no such split, classes that the model does not know, or no pictures named for a model of others than
-            the digits that are there without.
+        UserError: there is no such split, the model does not know a class, or no pictures are named for a model that
+            was not trained on the digits.
     """
     name, found = _open_splits(settings)
     if settings.data is None and not set(found.splits["train"].labels) <= set(classes):
@@ -467,7 +476,7 @@ def _arrange(files: Files, what: str, make_source: Callable[[Sequence[tuple[str,
 
 
 def skipped_files(names: Iterable[str]) -> list[Skipped]:
-    """Files that are no pictures as far as anybody can tell, one entry for each suffix."""
+    """Files that are probably no pictures, one entry for each suffix."""
     entries = []
     for suffix, count in count_by_suffix(names):
         hint = how_to_read(suffix)
@@ -660,17 +669,17 @@ def split_by_class(
 ) -> tuple[list[int], list[int]]:
     """Hold out a share of each class.
 
-    Which pictures those are depends on their names and the seed only: neither on the order of files nor, but for the
-    pictures at the edge of the share, on what else there is.
+    The choice depends only on names and seed. It does not depend on the order of files, nor (except for pictures at the
+    edge of the share) on other pictures.
 
     Args:
-        names: of the pictures.
-        labels: their classes.
-        fraction: share of each class to hold out, rounded; one picture of each class always stays.
-        seed: for another choice.
+        names: names of the pictures.
+        labels: classes of the pictures.
+        fraction: share of each class to hold out, rounded. At least one picture of each class is kept.
+        seed: another seed gives another choice.
 
     Returns:
-        The indices that stay and those held out, both ascending.
+        The indices that are kept and those that are held out, both ascending.
     """
     by_class: dict[str, list[int]] = defaultdict(list)
     for index, label in enumerate(labels):
@@ -683,7 +692,7 @@ def split_by_class(
 
 
 def find_unreadable(pictures: PictureSet) -> dict[int, str]:
-    """Read every picture; positions of those that cannot be read, and why."""
+    """Read every picture. Returns the positions of unreadable ones, with reasons."""
     if isinstance(pictures.source, _ArraySource):
         return {}
 
@@ -702,7 +711,7 @@ def find_unreadable(pictures: PictureSet) -> dict[int, str]:
 
 
 def leave_out(pictures: PictureSet, unreadable: dict[int, str]) -> tuple[PictureSet, tuple[Skipped, ...]]:
-    """The pictures without those at the given positions, and the names of these with the reasons."""
+    """The pictures without those at the given positions, and the names of the latter with reasons."""
     skipped = tuple(Skipped(pictures.name(position), reason) for position, reason in unreadable.items())
     keep = [index for position, index in enumerate(pictures.indices) if position not in unreadable]
     return PictureSet(pictures.source, keep, pictures.classes), skipped
@@ -715,24 +724,23 @@ def leave_out(pictures: PictureSet, unreadable: dict[int, str]) -> tuple[Picture
 
 @dataclass(frozen=True)
 class InputConfig:
-    """How a picture becomes a model's input; timm's names."""
+    """How a picture becomes the input of a model, with timm's names."""
 
     size: int = 224
-    """Pixels on a side."""
+    """Width and height in pixels."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: str = "bicubic"
     crop_pct: float = 0.9
-    """Share of the shorter side that evaluation looks at."""
+    """Share of the shorter side in the centre crop for evaluation."""
 
 
 def input_of(architecture: str, size: int) -> InputConfig:
-    """What a model of timm's takes in: normalised as its pretrained weights have seen pictures, which is not the same
-    for all of them.
+    """The input of a timm model, normalised like the pictures for its pretrained weights. This differs between models.
 
     Args:
-        architecture: timm's name; one that timm has no weights of gets ImageNet's mean and deviation.
-        size: pixels on a side.
+        architecture: timm's name. A model without pretrained weights gets the mean and deviation of ImageNet.
+        size: width and height in pixels.
     """
     import timm
 
@@ -741,7 +749,7 @@ def input_of(architecture: str, size: int) -> InputConfig:
 
 
 def seed_everything(*words: int) -> None:
-    """Seed Python's, numpy's and torch's generators by a few numbers, so that what follows depends on them alone."""
+    """Seed the generators of Python, numpy and torch by some numbers, so that results depend on these only."""
     state = np.random.SeedSequence([word & 0xFFFFFFFF for word in words]).generate_state(4)
     random.seed(int(state[0]))
     np.random.seed(state[1])
@@ -789,7 +797,7 @@ def train_transform(config: InputConfig, settings: TrainSettings) -> Transform:
     """timm's transform for training: random crop, mirror, colour, policy, erasing; normalise.
 
     Raises:
-        UserError: a policy that timm does not understand.
+        UserError: timm does not know the policy.
     """
     from timm.data import create_transform
 
@@ -816,7 +824,7 @@ def train_transform(config: InputConfig, settings: TrainSettings) -> Transform:
 
 
 class TransformedPictures(Dataset):
-    """Pictures through a transform. An index is a position, or (epoch, position) where the transform is random."""
+    """Pictures with a transform. An index is a position, or (epoch, position) if the transform is random."""
 
     def __init__(self, pictures: PictureSet, transform: Transform, seed: int | None = None) -> None:
         self.pictures, self.transform, self.seed = pictures, transform, seed
@@ -833,19 +841,19 @@ class TransformedPictures(Dataset):
 
 
 class TrainBatches(Sampler):
-    """Batches of one process, as (epoch, position), in an order that is the same however many processes share it.
+    """Batches of one process, as (epoch, position). Their order does not depend on the number of processes.
 
-    Every epoch is a permutation cut into batches of `batch_size`; the rest is left out. Of each batch a process takes
-    its part, so that the processes together do what one alone would.
+    Every epoch is a permutation, cut into batches of `batch_size`. The rest is left out. Each process takes its part of
+    each batch, so that all together do what one process would do alone.
 
     Args:
         length: number of pictures.
-        batch_size: pictures a step of all processes together.
-        seed: of the permutations.
-        rank, world_size: which process this is, and of how many.
+        batch_size: pictures in a step, over all processes together.
+        seed: seed of the permutations.
+        rank, world_size: number of this process, and of all processes.
 
     Raises:
-        UserError: a batch larger than the set, or one that cannot be shared evenly.
+        UserError: a batch is larger than the set, or cannot be shared evenly.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -859,7 +867,7 @@ class TrainBatches(Sampler):
         self.epoch, self.first_batch = 0, 0
 
     def start_at(self, epoch: int, batch: int = 0) -> None:
-        """The next iteration gives the batches of `epoch` from number `batch` on."""
+        """Start the next iteration at batch number `batch` of `epoch`."""
         self.epoch, self.first_batch = epoch, batch
 
     def __len__(self) -> int:
@@ -907,8 +915,10 @@ def eval_loader(
 
 
 def example_inputs(pictures: PictureSet, config: InputConfig, count: int = 256, batch_size: int = 32) -> list[Tensor]:
-    """Some of the pictures as inputs [B, 3, size, size], without augmentation: every so many of them, so that all
-    classes have their share."""
+    """Some of the pictures as inputs [B, 3, size, size], without augmentation.
+
+    They are spread evenly over the set, so that all classes are included.
+    """
     transform = eval_transform(config)
     positions = range(0, len(pictures), max(1, len(pictures) // count))[:count]
     images = [transform(pictures.read(position)) for position in positions]
@@ -916,7 +926,7 @@ def example_inputs(pictures: PictureSet, config: InputConfig, count: int = 256, 
 
 
 def count_workers(workers: int | None, device: torch.device) -> int:
-    """As asked for; else none beside a CPU that computes, and up to 8 beside a GPU that waits."""
+    """The number of workers in the settings. If not set: 0 on a CPU, which computes itself, and up to 8 with a GPU."""
     if workers is not None:
         return workers
     return min(8, os.cpu_count() or 1) if device.type == "cuda" else 0

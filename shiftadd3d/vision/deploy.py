@@ -1,4 +1,4 @@
-"""Classifiers as folders that run without torch: executable, weights, and what they need (see `docs/compile.md`)."""
+"""Classifiers as folders that run without torch: executable, weights and runtime (see `docs/compile.md`)."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from shiftadd3d.vision.distributed import choose_device
 
 
 class DeployedClassifier(nn.Module):
-    """A classifier from a folder that `export` wrote with ``--formats so``: for inference, on this CPU.
+    """A classifier from a folder that `export` wrote with ``--formats so``, for inference on this CPU.
 
     Args:
         folder: the folder. Code in it is run.
 
     Attributes:
-        classifier_config: what it is.
-        numerics: what it computes in.
+        classifier_config: its description.
+        numerics: the precision that it was compiled for.
         deployment: its program.
 
     Raises:
-        UserError: if the folder is damaged, not this user's, or for another machine.
+        UserError: if the folder is damaged, belongs to another user, or is for another machine.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,15 +49,15 @@ class DeployedClassifier(nn.Module):
 
 
 def deploy(model: nn.Module, folder: Path, numerics: Numerics | None) -> DeployedClassifier:
-    """Write a frozen classifier as a folder that runs without torch, and open that.
+    """Write a frozen classifier to a folder that runs without torch, and open that folder.
 
     Args:
-        model: as `load` makes it, packed.
-        folder: new, or an earlier one, which is replaced.
-        numerics: what it shall compute in; None for the process's.
+        model: a packed classifier from `load`.
+        folder: a new folder, or an earlier one, which is replaced.
+        numerics: precision to compile for; None for that of the process.
 
     Raises:
-        UserError: if it cannot be compiled, or the folder not be written.
+        UserError: if it cannot be compiled, or the folder cannot be written.
     """
     config = cast(ClassifierConfig, model.classifier_config)
     with warnings.catch_warnings():
@@ -80,10 +80,10 @@ def deploy(model: nn.Module, folder: Path, numerics: Numerics | None) -> Deploye
 
 
 def device_for(folder: Path, device: str | None) -> torch.device:
-    """Where a classifier computes: as `choose_device` has it, and an executable always on the CPU.
+    """The device for a classifier: as from `choose_device`, but always the CPU for an executable.
 
     Raises:
-        UserError: no such device, or not for this classifier.
+        UserError: no such device, or not one for this classifier.
     """
     if not is_deployment(folder):
         return choose_device(device)
@@ -93,14 +93,14 @@ def device_for(folder: Path, device: str | None) -> torch.device:
 
 
 def open_classifier(folder: Path, device: torch.device) -> nn.Module:
-    """Whatever `finetune` or `export` wrote, ready to classify pictures.
+    """A classifier that `finetune` or `export` wrote, ready to classify pictures.
 
     Args:
-        folder: where it lies.
-        device: what `device_for` says.
+        folder: its folder.
+        device: the device from `device_for`.
 
     Raises:
-        UserError: nothing there, or damaged.
+        UserError: there is no classifier, or it is damaged.
     """
     if is_deployment(folder):
         return DeployedClassifier(folder)

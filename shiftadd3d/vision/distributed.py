@@ -1,8 +1,8 @@
-"""Several processes, one model: what `torchrun` or `accelerate launch` start, torch.distributed connects.
+"""Several processes for one model. `torchrun` or `accelerate launch` starts them, and torch.distributed connects them.
 
-Each process holds a whole copy ("ddp": `DistributedDataParallel`) or a part of each block ("fsdp": `fully_shard`), for
-models that do not fit otherwise. States are saved by name and whole in either case, so that any number of processes can
-go on with them. Alone, every function here does what one process needs.
+Each process holds a whole copy of the model ("ddp": `DistributedDataParallel`), or a part of each block ("fsdp":
+`fully_shard`) for models that do not fit otherwise. In both cases, states are saved whole and by name, so that any
+number of processes can continue. In a single process, every function here does what that process needs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TIMEOUT = timedelta(hours=2)
 
 
 class Process(NamedTuple):
-    """Which process this is, and of how many."""
+    """The number of this process, and of all processes."""
 
     rank: int = 0
     world_size: int = 1
@@ -38,7 +38,7 @@ class Process(NamedTuple):
 
 
 def this_process() -> Process:
-    """As torch.distributed knows it."""
+    """This process, as torch.distributed knows it."""
     if dist.is_available() and dist.is_initialized():
         return Process(dist.get_rank(), dist.get_world_size())
     return Process()
@@ -73,9 +73,9 @@ _connections = itertools.count()
 
 @contextmanager
 def connected(device: torch.device) -> Iterator[Process]:
-    """Join the processes that a launcher started, if one did: NCCL between GPUs, gloo between CPUs.
+    """Connect the processes that a launcher started, if one did: NCCL between GPUs, gloo between CPUs.
 
-    Processes may connect several times, one after the other; all of them as many times.
+    Processes may connect several times, one after the other, if all of them do.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield this_process()
@@ -99,7 +99,7 @@ def connected(device: torch.device) -> Iterator[Process]:
 
 
 def from_first_process(make: Callable[[], _Made]) -> _Made:
-    """What `make` returns in the first process, in all of them; a `UserError` that it raises there, too."""
+    """Call `make` in the first process. All processes return its result, or raise its `UserError`."""
     process = this_process()
     if process.world_size == 1:
         return make()
@@ -126,7 +126,7 @@ def add_up(*tensors: Tensor, device: torch.device) -> None:
 
 
 def shard_(model: nn.Module, device: torch.device) -> None:
-    """Leave each process a part of every parameter of `model`, whose blocks are gathered one at a time to compute.
+    """Leave each process a part of every parameter of `model`. Blocks are gathered one at a time to compute.
 
     Raises:
         UserError: this torch is too old for it.
@@ -146,12 +146,12 @@ def shard_(model: nn.Module, device: torch.device) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard_` has been here: all processes have to run such a model together."""
+    """Whether `shard_` was applied. All processes have to run such a model together."""
     return dist.is_available() and any(type(p).__name__ == "DTensor" for p in model.parameters())
 
 
 def whole_model_state(model: nn.Module) -> dict[str, Any]:
-    """The state dict of a model, gathered from all processes onto the first one's CPU; others may get nothing."""
+    """The state dict of a model, gathered on the CPU of the first process. Others may get an empty one."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     return get_model_state_dict(model, options=_whole_states())

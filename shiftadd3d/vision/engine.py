@@ -1,8 +1,8 @@
 """Training and evaluating one classifier.
 
-`train` is one stage: any model, any recipe, from whatever weights it has. timm brings optimizers, schedule, mixing,
-smoothing and the moving average; the balance losses of mixtures of experts are added here. What it does depends on the
-settings alone: not on how many processes share the work, and not on whether it was interrupted and resumed.
+`train` runs one stage: any model, any recipe, starting from the present weights. timm provides optimizers, schedule,
+mixing, smoothing and the moving average. The balance losses of mixtures of experts are added here. Results depend on
+the settings only: not on the number of processes, and not on interruptions.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass
 class TrainResult:
-    """What came out of a stage."""
+    """The result of a stage."""
 
     model: nn.Module
-    """With the best weights, in evaluation mode."""
+    """The model with the best weights, in evaluation mode."""
     metrics: ClassificationMetrics
-    """Of the best weights on the validation pictures."""
+    """Metrics of the best weights on the validation pictures."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry an epoch: epoch (from 1), lr, train_loss, moe_loss, val_loss, top1, top5, seconds, mult_shares (of the
     tokens that the routers sent to the multiplying expert in validation, by layer)."""
@@ -89,23 +89,24 @@ def train(
     before_training: Callable[[], None] | None = None,
     console: Console | None = None,
 ) -> TrainResult:
-    """Train a classifier for a stage and keep the weights that do best in validation.
+    """Train a classifier in one stage, and keep the weights with the best validation result.
 
     Args:
-        model: maps [B, 3, size, size] to logits [B, classes]. Trained in place.
+        model: maps [B, 3, size, size] to logits [B, classes]. It is trained in place.
         data: the pictures.
-        config: what the model is; goes into checkpoints, and says how pictures become inputs.
+        config: the description of the model, for checkpoints and for turning pictures into inputs.
         stage: epochs and learning rate.
         settings: everything else.
-        folder: for checkpoints, history and tensorboard. If it holds an unfinished training, that goes on. None keeps
-            the best weights in memory only.
-        teacher: compare predictions with this model's, if `settings.distill_weight` says so.
-        before_training: called in every process before the first step, once all of this is known to fit together, a
-            state in `folder` included; not for a training that is finished.
+        folder: for checkpoints, history and tensorboard. An unfinished training in it continues. None keeps the best
+            weights in memory only.
+        teacher: a model whose predictions are compared if `settings.distill_weight` is not 0.
+        before_training: called in every process before the first step, after everything has been checked, including a
+            state in `folder`. Not called for a training that is finished.
         console: shows progress; None is silent.
 
     Raises:
-        UserError: a batch larger than the set, a loss that is not finite, no memory, no disk; nothing saved is lost.
+        UserError: a batch is larger than the set, the loss is not finite, or memory or disk are full. Nothing saved is
+            lost.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the state has been saved.
     """
     stage.validate()
@@ -124,13 +125,13 @@ def evaluate(
     workers: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> ClassificationMetrics:
-    """Measure a classifier; with several processes, each measures its share of the pictures.
+    """Measure a classifier. With several processes, each measures its share of the pictures.
 
     Args:
-        model: maps [B, 3, size, size] to logits [B, classes]; its mode is left as it was.
-        pictures: numbered as the model's outputs.
+        model: maps [B, 3, size, size] to logits [B, classes]. Its mode is left as it was.
+        pictures: numbered as the outputs of the model.
         input_config: how pictures become inputs.
-        batch_size: pictures at once in a process.
+        batch_size: pictures in a batch of one process.
         workers: processes that read pictures.
         on_batch: called with the number of pictures of each batch.
 
@@ -563,10 +564,10 @@ class _Training:
 
 
 def read_state(file: Path) -> Mapping[str, Any]:
-    """The state of a training; only tensors and plain containers are unpickled.
+    """The state of a training. Only tensors and plain containers are unpickled.
 
     Raises:
-        UserError: damaged, or something else.
+        UserError: it is damaged, or not such a state.
     """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -644,15 +645,15 @@ def _classifier_of(model: nn.Module) -> nn.Module:
 def explain_memory_errors(
     device: torch.device, batch_size: int, size: int, kept: Callable[[], str] = lambda: ""
 ) -> Iterator[None]:
-    """Tell what to do when torch or Python finds no memory left. Every other error stays what it is.
+    """Say what to do if torch or Python runs out of memory. All other errors are passed on.
 
     Args:
-        device: where the work is done.
-        batch_size, size: of the pictures.
+        device: the device of the work.
+        batch_size, size: size of a batch, and width of its pictures.
         kept: says what is not lost.
 
     Raises:
-        UserError: no memory left.
+        UserError: out of memory.
     """
     try:
         yield

@@ -29,12 +29,12 @@ _LISTED = 5
 def measure_throughput(
     model: nn.Module, input_config: InputConfig, batch_size: int, seconds: float = 2.0
 ) -> dict[str, float]:
-    """How fast a model classifies pictures that are inputs already.
+    """How many pictures a model classifies in a second. The time for making inputs of pictures is not included.
 
     Args:
         model: in evaluation mode.
-        input_config: says how large inputs are.
-        batch_size: pictures at once.
+        input_config: gives the size of inputs.
+        batch_size: pictures in a batch.
         seconds: about how long to measure.
 
     Returns:

@@ -1,9 +1,9 @@
-"""A trained classifier in the forms that others run.
+"""A trained classifier in forms that other tools run.
 
 - packed: `model.safetensors` with the packed codes and `config.json`, which `shiftadd3d.load` restores;
-- onnx: `model.onnx`, of the dense equivalent, for any runtime;
-- program: `model.pt2`, of the dense equivalent, which `torch.export.load` reads without this package;
-- so: a folder with machine code for CPUs like this one, and the packed weights, which runs without torch.
+- onnx: `model.onnx`, the dense equivalent, for any runtime;
+- program: `model.pt2`, the dense equivalent, which `torch.export.load` reads without this package;
+- so: a folder with machine code for CPUs like this one and the packed weights, which runs without torch.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class _AllExperts(nn.Module):
 
 
 def dense_equivalent(model: nn.Module) -> nn.Module:
-    """A copy of a model that computes the same in evaluation with ordinary layers only.
+    """A copy of a model with the same outputs in evaluation, made of ordinary layers only.
 
-    Shift layers become linear layers and convolutions with the weights that they stand for; mixtures run every expert
-    on every token and pick. What needs no special layer (binary codes are comparisons) stays.
+    Shift layers become linear layers and convolutions with the quantised weights. Mixtures run every expert on every
+    token and select. Parts that need no special layer stay, such as binary codes, which are comparisons.
 
     Args:
         model: reparameterized, not frozen.
@@ -94,19 +94,19 @@ def export_classifier(
     numerics: Numerics | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Write a classifier in other forms; the arguments are those of `shiftadd3d export`.
+    """Write a classifier in other forms. The arguments are those of `shiftadd3d export`.
 
     Args:
-        checkpoint: what `finetune` saved.
+        checkpoint: a classifier that `finetune` saved.
         out: a folder.
-        formats: which forms.
-        recipe_name: turn a dense classifier into this without any training, by calibration on pictures.
-        data: where those pictures are.
-        numerics: what the executable of format so computes in; None for the process's.
-        console: shows what happens; None is silent.
+        formats: the forms to write.
+        recipe_name: first convert a dense classifier to this recipe, without training, by calibration on pictures.
+        data: these pictures.
+        numerics: precision of the executable (format so); None for that of the process.
+        console: shows progress; None is silent.
 
     Returns:
-        The files with their bytes, and how far each one's logits are from the classifier's.
+        The files with their bytes, and how far the logits of each one differ from those of the classifier.
 
     Raises:
         UserError: anything in the arguments that the user can mend.

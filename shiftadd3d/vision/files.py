@@ -1,4 +1,4 @@
-"""Which files are pictures: whatever Pillow reads, by suffix, or by content where the suffix says nothing."""
+"""Which files are pictures: those that Pillow reads, judged by suffix, or by content if there is no known suffix."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def usual_suffixes() -> str:
 
 
 def is_heif(start: bytes) -> bool:
-    """Whether a file that begins so is of the kind that iPhones write, whatever its suffix."""
+    """Whether a file that begins with these bytes is HEIC, as iPhones write it, whatever its suffix."""
     return start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS
 
 
 def how_to_read(suffix: str) -> str:
-    """What would make files of a suffix that is not read readable; nothing if nobody knows."""
+    """How to make files with this suffix readable; empty if unknown."""
     if suffix in HEIF_SUFFIXES:
         return HEIF_REMEDY
     if suffix in (".avif", ".avifs"):
@@ -78,11 +78,11 @@ class Files(NamedTuple):
 
 
 def sort_out(names: Iterable[str], open_file: Callable[[str], BinaryIO]) -> Files:
-    """Which of some files are pictures.
+    """Find out which files are pictures.
 
     Args:
-        names: paths with slashes. Hidden files, and what desktops leave in folders, are in neither of the results.
-        open_file: opens one, for a look at its first bytes; an OSError means that it is none.
+        names: paths with slashes. Hidden files, and files that desktops leave in folders, are in neither result.
+        open_file: opens a file to look at its first bytes. After an OSError, the file counts as no picture.
     """
     files = Files([], [])
     for name in sorted(names):
@@ -138,7 +138,7 @@ def _raise(error: OSError) -> None:
 
 
 def is_note(name: str) -> bool:
-    """Whether a file that is no picture is text or a table: something about pictures, not one that cannot be read."""
+    """Whether a file that is no picture is text or a table: information about pictures, not an unreadable picture."""
     return PurePosixPath(name).suffix.lower() in _NOTES
 
 

@@ -1,8 +1,8 @@
 """From pictures to a ShiftAdd classifier in the paper's stages.
 
-Stage 0 trains the dense model (or loads it); stage 1 turns attention's products into additions; stage 2 turns linear
-layers into shifts and mixtures of experts. Each stage starts from the best weights of the one before, in a folder of
-its own, with its own learning rate, and can be interrupted and resumed.
+Stage 0 trains the dense model (or loads it). Stage 1 turns attention's products into additions. Stage 2 turns linear
+layers into shifts and mixtures of experts. Each stage starts from the best weights of the stage before. It has its own
+folder and learning rate, and can be interrupted and resumed.
 
 Source: You et al., ShiftAddViT (NeurIPS 2023), section 5 and appendix: two-stage fine-tuning of pretrained models.
 """
@@ -56,7 +56,7 @@ _LISTED = 5  # pictures that were left out, before the rest is counted
 
 @dataclass(frozen=True)
 class StageResult:
-    """A stage that ran: the folder of its best classifier, and how that does in validation."""
+    """A stage that ran: the folder of its best classifier, and its validation metrics."""
 
     name: str
     best: Path
@@ -65,7 +65,7 @@ class StageResult:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """The stages that ran, and the last one's classifier in evaluation mode."""
+    """The stages that ran, and the classifier of the last one in evaluation mode."""
 
     stages: tuple[StageResult, ...]
     model: nn.Module
@@ -79,19 +79,19 @@ def finetune(
     fallback: FinetuneSettings | None = None,
     console: Console | None = None,
 ) -> FinetuneResult:
-    """Run the stages; under `torchrun` or `accelerate launch`, each of the processes calls this.
+    """Run the stages. Under `torchrun` or `accelerate launch`, each of the processes calls this.
 
     Args:
-        settings: everything.
-        fallback: what to do instead, from random weights, where timm's pretrained ones cannot be had; about the same
-            pictures, in the same folder. None makes that an error.
-        resume: go on with an unfinished run in the same folder, of which only what does not change the model may have
-            changed. Stages that are finished are not run again.
-        console: shows what happens; None is silent.
+        settings: all settings.
+        fallback: settings that start from random weights, used if timm's pretrained weights are not available. They
+            must be for the same pictures and the same folder. None makes that an error.
+        resume: continue an unfinished run in the same folder. Settings may have changed if they do not change the
+            model. Finished stages are not run again.
+        console: shows progress; None is silent.
 
     Raises:
         UserError: anything in the settings, the pictures or the checkpoints that the user can mend.
-        KeyboardInterrupt: Ctrl-C; the state has been saved.
+        KeyboardInterrupt: Ctrl-C. The state has been saved.
     """
     from shiftadd3d.models.vit import check_known
 
@@ -165,7 +165,7 @@ def _architecture(settings: FinetuneSettings) -> str:
 
 
 def run_folder(settings: FinetuneSettings) -> Path:
-    """Where a run with these settings keeps everything."""
+    """The folder of a run with these settings."""
     data = settings.dataset.replace("/", "-") or ("digits" if settings.data is None else settings.data.stem)
     return settings.output_dir / (settings.name or f"{data}-{settings.model}-{settings.recipe}")
 

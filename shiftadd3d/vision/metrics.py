@@ -1,7 +1,8 @@
-"""What a classifier's predictions are worth: accuracy, per class, calibration. Sums that processes can add up.
+"""The quality of a classifier's predictions: accuracy, metrics for each class, calibration. They come from sums that
+processes can add up.
 
-All of it follows from one confusion matrix and three sums, so torchmetrics, which only nerfstudio brings, is not asked
-for: it would be a dependency of everyone's.
+A confusion matrix and three sums are enough for all of them. So torchmetrics is not needed, which only nerfstudio
+installs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _CALIBRATION_BINS = 15
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """One class: pictures of it, pictures taken for it, and the shares of both that are right (None of none)."""
+    """One class: its pictures, the predictions of it, and the shares of both that are right (None of none)."""
 
     name: str
     count: int
@@ -35,10 +36,10 @@ class ClassMetrics:
 
 @dataclass(frozen=True)
 class ClassificationMetrics(RichReport):
-    """All of them, as shares (0 to 1)."""
+    """All metrics, as shares from 0 to 1."""
 
     count: int
-    """Pictures."""
+    """Number of pictures."""
     top1: float
     """Share of pictures whose class is the likeliest one."""
     top5: float
@@ -48,14 +49,14 @@ class ClassificationMetrics(RichReport):
     calibration_error: float
     """Expected calibration error, over 15 bins of confidence (Guo et al., ICML 2017)."""
     mean_recall: float
-    """Mean over the classes that have pictures of the share found."""
+    """Recall (share of a class that is found), averaged over the classes with pictures."""
     classes: tuple[ClassMetrics, ...]
     confusion: tuple[tuple[int, ...], ...]
     """Pictures by class (rows) and predicted class (columns)."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ClassificationMetrics:
-        """The metrics that `as_dict` made `values` of, also after a round through JSON."""
+        """The metrics from the outcome of `as_dict`, also after a round through JSON."""
         return cls(
             **{
                 **values,
@@ -87,7 +88,7 @@ def _percent(share: float | None) -> str:
 
 
 class MetricSums:
-    """Counts what `ClassificationMetrics` are made of, batch by batch."""
+    """The sums for `ClassificationMetrics`, batch by batch."""
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
@@ -117,11 +118,11 @@ class MetricSums:
         self._bins.index_add_(1, bins, values)
 
     def sums(self) -> tuple[Tensor, ...]:
-        """Tensors whose sums over processes are those of all pictures; to be added up in place."""
+        """Tensors to be added up over processes, in place. Their sums are those of all pictures."""
         return self._confusion, self._in_top5, self._loss, self._bins
 
     def result(self, classes: Sequence[str]) -> ClassificationMetrics:
-        """The metrics of what was counted; at least one picture."""
+        """The metrics. There must be at least one picture."""
         confusion = self._confusion
         count = int(confusion.sum())
         right, actual, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)

@@ -1,4 +1,4 @@
-"""Pictures of how a training went and what a classifier sees: curves, confusion matrix, labels, routing."""
+"""Pictures of trainings and predictions: curves, confusion matrix, labels, routing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _save(figure: Any, path: Path) -> None:
 def save_curves(history: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Losses, accuracy and, with mixtures, the routers' shares over the epochs, as a PNG.
 
-    Top-5 accuracy is left out where it never differs from 1, as with few classes.
+    Top-5 accuracy is left out if it is always 1, as with few classes.
 
     Raises:
         UserError: it cannot be written.
@@ -82,7 +82,7 @@ def _colormap(name: str) -> Any:
 
 
 def save_confusion(metrics: ClassificationMetrics, title: str, path: Path) -> None:
-    """The confusion matrix, each row as shares of its class, as a PNG. Rows are classes, columns what they became.
+    """The confusion matrix as a PNG. Rows are classes, and columns are predictions. Each row shows shares of its class.
 
     Raises:
         UserError: it cannot be written.
@@ -143,13 +143,13 @@ _ROUTING_COLUMNS = 6
 
 
 def save_routing(seen: np.ndarray, maps: Sequence[RoutingMap], title: str, path: Path) -> None:
-    """Which expert took each patch, layer by layer, as colours over the picture; the paper's visualisation.
+    """The expert of each patch, layer by layer, as colours over the picture, as in the paper.
 
     Args:
-        seen: [size, size, 3] uint8, what the model saw.
-        maps: at least one.
-        title: stands above.
-        path: where to.
+        seen: [size, size, 3] uint8, the input of the model.
+        maps: at least one routing map.
+        title: a line above.
+        path: the file.
 
     Raises:
         UserError: it cannot be written.

@@ -1,4 +1,4 @@
-"""What a saved classifier says about pictures: labels, JSON, and which patches its routers sent where."""
+"""The predictions of a saved classifier for pictures: labels, JSON, and the routing of patches."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _TOP = 5
 
 
 class Prediction(NamedTuple):
-    """The likeliest classes of a picture, best first, with probabilities; what the model saw; its routers' maps."""
+    """The likeliest classes of a picture with probabilities, best first; the input of the model; its routing maps."""
 
     name: str
     labels: tuple[str, ...]
     probabilities: tuple[float, ...]
     seen: np.ndarray
-    """[size, size, 3] uint8: the part of the picture that evaluation looks at."""
+    """[size, size, 3] uint8: the part of the picture that evaluation uses."""
     routing: tuple[RoutingMap, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -61,10 +61,10 @@ def predict(model: nn.Module, image: Image.Image, name: str = "", routing: bool 
     """Classify one picture.
 
     Args:
-        model: a classifier that `load` made, in evaluation mode.
-        image: of any kind.
-        name: how reports call it.
-        routing: read the routers' maps, too.
+        model: a classifier from `load`, in evaluation mode.
+        image: a picture of any kind.
+        name: its name in reports.
+        routing: also read the routing maps.
     """
     config = model.classifier_config
     assert isinstance(config, ClassifierConfig)
@@ -95,14 +95,13 @@ def predict_pictures(
     compile: bool = True,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Classify picture files, folders of them, or a camera's frame; the arguments are those of `shiftadd3d predict`.
+    """Classify picture files, folders of them, or a frame of a camera. The arguments are those of `shiftadd3d predict`.
 
     Returns:
         `predictions` and `skipped` pictures, in plain types.
 
     Raises:
-        UserError: nothing that can be read, a picture that would be written over, or anything else in the arguments
-            that the user can mend.
+        UserError: no picture can be read, a picture would be overwritten, or another argument is wrong.
     """
     # Everything is found before anything is written: pictures may lie where results go.
     inputs, skipped = _find_pictures(pictures)

@@ -1,4 +1,4 @@
-"""timm's pretrained weights: where they come from, and whether they can be had, known within seconds."""
+"""timm's pretrained weights: where they come from, and, within seconds, whether they are available."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in timm's order
 
 
 def describe_source(model: str) -> str:
-    """Where timm has its weights of a model from, with their licence; empty if it has none."""
+    """The place of timm's weights for a model, with their licence; empty if there are none."""
     found = _config(model)
     if found is None:
         return ""
@@ -29,20 +29,20 @@ def describe_source(model: str) -> str:
 
 
 def fetch(model: str, wait: float = WAIT) -> Path | None:
-    """Get a model's pretrained weights into the cache, unless they are there.
+    """Get the pretrained weights of a model into the cache, unless they are there.
 
-    The libraries that download try a server that cannot be reached again and again, for minutes. So whether it answers
-    at all is found out first; and what is in the cache needs no server.
+    The download libraries retry for minutes if a server cannot be reached. So this first finds out whether it answers
+    at all. Weights in the cache need no server.
 
     Args:
         model: timm's name.
-        wait: seconds for an answer. Once there is one, the download takes the time that it takes.
+        wait: seconds to wait for an answer. The download itself has no limit.
 
     Returns:
-        The file; None where only timm itself can load them, from an address of another form than its own.
+        The file; None if only timm itself can load the weights, from another kind of address.
 
     Raises:
-        UserError: why they cannot be had, in one line.
+        UserError: the weights are not available. The message says why in one line.
     """
     found = _config(model)
     if found is None:

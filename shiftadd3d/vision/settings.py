@@ -1,4 +1,4 @@
-"""What fine-tuning does, as dataclasses: the arguments of `shiftadd3d finetune`, and of the functions behind it.
+"""All options of fine-tuning, as dataclasses: the arguments of `shiftadd3d finetune`, and of the functions behind it.
 
 Nothing heavy is imported here, so that the command line can show its help at once.
 """
@@ -216,7 +216,7 @@ class FinetuneSettings(TrainSettings, DataSettings):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FinetuneSettings:
-        """The settings in `values`, which come from `as_dict`, directly or through JSON.
+        """The settings from the outcome of `as_dict`, also after a round through JSON.
 
         Raises:
             UserError: `values` has a name that is not a setting.
@@ -244,7 +244,7 @@ def check_workers(workers: int | None) -> None:
 
 
 def option_of(name: str) -> str:
-    """What a setting is called on the command line: `--batch-size` for `batch_size`."""
+    """The option for a setting on the command line: `--batch-size` for `batch_size`."""
     return "--" + name.replace("_", "-")
 
 
@@ -252,7 +252,7 @@ SETTINGS_FILE = "settings.json"
 
 
 def read_settings(run: Path) -> FinetuneSettings:
-    """The settings of an earlier run, in its folder.
+    """The settings of an earlier run, from its folder.
 
     Raises:
         UserError: it is not the folder of a run, or the run is of another version.
@@ -269,7 +269,7 @@ def read_settings(run: Path) -> FinetuneSettings:
 
 
 def parse_key_values(option: str, words: tuple[str, ...]) -> dict[str, Any]:
-    """("depth=6", "act_layer=gelu") by name; values are Python literals, or else strings.
+    """Values by name from words such as ("depth=6", "act_layer=gelu"). Values are Python literals, or else strings.
 
     Raises:
         UserError: a word without `=`.
