@@ -1,4 +1,4 @@
-"""Which weights are evaluated and kept while training goes on with others: their moving average, or the best so far."""
+"""Weights to evaluate and keep in place of the present ones: their moving average, or the best so far."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from shiftadd3d._errors import UserError
 
 
 class WeightAverage:
-    """An exponential moving average beside a network (Polyak and Juditsky 1992; torch's `AveragedModel`).
+    """An exponential moving average of a network's weights (Polyak and Juditsky 1992; torch's `AveragedModel`).
 
     Args:
-        network: whose weights are averaged.
-        decay: share of the average that stays in a step, 0 < decay < 1.
+        network: the network.
+        decay: share of the average that a step keeps, 0 < decay < 1.
 
     Raises:
         UserError: another decay.
@@ -33,11 +33,11 @@ class WeightAverage:
         self._average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def update(self) -> None:
-        """Take the network's weights in, after a step of the optimizer."""
+        """Add the network's weights to the average, after a step of the optimizer."""
         self._average.update_parameters(self._network)
 
     def in_place(self) -> AbstractContextManager[None]:
-        """Let the network have the averaged weights for a while."""
+        """Inside this context, the network has the averaged weights."""
         return _for_a_while(self._exchange)
 
     def _exchange(self) -> None:
@@ -46,17 +46,17 @@ class WeightAverage:
             own.data, averaged.data = averaged.data, own.data
 
     def training_state(self) -> dict[str, Any]:
-        """What going on takes beside the averaged weights, to be asked for outside of `in_place`."""
+        """The state that training needs in addition to the averaged weights. Ask for it outside of `in_place`."""
         return {"weights": self._network.state_dict(), "updates": int(self._average.n_averaged)}
 
     def go_on(self, state: Mapping[str, Any]) -> None:
-        """Take the network's weights for the average, and `training_state`'s for the network."""
+        """Make the network's weights the average, and give the network the weights of `training_state`."""
         self._average.module.load_state_dict(self._network.state_dict())
         self._average.n_averaged.fill_(state["updates"])
         self._network.load_state_dict(state["weights"])
 
     def weights(self) -> dict[str, Any]:
-        """The averaged weights, to be asked for outside of `in_place`."""
+        """The averaged weights. Ask for them outside of `in_place`."""
         return self._average.module.state_dict()
 
 
@@ -71,10 +71,10 @@ def _for_a_while(exchange: Callable[[], None]) -> Iterator[None]:
 
 
 class BestWeights:
-    """The weights that did best so far, beside a network (early stopping that keeps what it stopped at; Prechelt 1998).
+    """The best weights of a network so far (early stopping that keeps the best weights; Prechelt 1998).
 
     Args:
-        network: whose weights they are.
+        network: the network.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -84,17 +84,17 @@ class BestWeights:
         """How well they did; minus infinity as long as there are none."""
 
     def offer(self, quality: float) -> None:
-        """Take the network's weights if they do better than all before."""
+        """Store the network's weights if their quality is higher than before."""
         if quality > self.quality:
             self.quality = quality
             self._weights = [parameter.detach().clone() for parameter in self._network.parameters()]
 
     def in_place(self) -> AbstractContextManager[None]:
-        """Let the network have the best weights for a while, if there are any."""
+        """Inside this context, the network has the best weights, if there are any."""
         return _for_a_while(self._exchange)
 
     def restore(self) -> None:
-        """Let the network go on from the best weights, if there are any."""
+        """Give the network the best weights, if there are any."""
         with torch.no_grad():
             for own, best in zip(self._network.parameters(), self._weights or (), strict=self._weights is not None):
                 own.copy_(best)

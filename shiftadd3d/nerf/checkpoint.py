@@ -1,4 +1,4 @@
-"""Checkpoints and configurations as nerfstudio writes them, read without running what is in them."""
+"""Read nerfstudio's checkpoints and configurations without running code in them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _NETWORK = "_model.gnt."
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A nerfstudio checkpoint, on the CPU; only tensors and plain containers are unpickled.
+    """A nerfstudio checkpoint, on the CPU. Only tensors and plain containers are unpickled.
 
     Raises:
-        UserError: no such file, damaged, or something else than a nerfstudio checkpoint.
+        UserError: no such file, a damaged file, or not a nerfstudio checkpoint.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; expected a nerfstudio_models/step-*.ckpt of an earlier run")
@@ -62,13 +62,13 @@ def latest_checkpoint(folder: Path) -> Path:
 
 
 def extra_of(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a pipeline's state dict tells beside the weights (`GNTNerfModel.get_extra_state`); else nothing."""
+    """The extra state in a pipeline's state dict (`GNTNerfModel.get_extra_state`); empty if there is none."""
     extra = state.get("_model._extra_state", state.get("_model.module._extra_state"))
     return extra if isinstance(extra, dict) else {}
 
 
 def stage_of(state: Mapping[str, Any]) -> int:
-    """Which of the paper's two stages a pipeline's state dict is of; 1 if it is of another network."""
+    """The stage of a pipeline's state dict, of the paper's two; 1 for another network."""
     return extra_of(state).get("stage", 1)
 
 
@@ -79,7 +79,7 @@ def network_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def misfits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-    """Which tensors keep a state dict from being loaded: (missing, strange or of another size)."""
+    """Names of tensors that prevent loading a state dict: (missing, unknown or of another size)."""
     fits = {name for name, value in state.items() if name in own and value.shape == own[name].shape}
     return [name for name in own if name not in fits], [name for name in state if name not in fits]
 
@@ -99,7 +99,7 @@ class RunScene(NamedTuple):
 
 
 def scene_of(run_config: Path) -> RunScene | None:
-    """The scene that a run's config.yml names; None if there is no such file, or nothing of the kind in it."""
+    """The scene in a run's config.yml; None if there is no such file, or no scene in it."""
     try:
         config = yaml.load(run_config.read_text(encoding="utf-8"), Loader=_ObjectsAsData)  # a safe loader
         datamanager = config["pipeline"]["datamanager"]

@@ -12,7 +12,10 @@ from shiftadd3d.nn.compiled import compile as compile_model
 
 
 def compiled_where_it_can_be(network: GNTModel, console: Console) -> GNTModel:
-    """A frozen network compiled, in the numerics of the process; itself where that cannot be, and a line says why."""
+    """A frozen network, compiled in the numerics of the process.
+
+    If that fails, the network itself, and a line says why.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)

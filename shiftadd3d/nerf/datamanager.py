@@ -1,4 +1,4 @@
-"""Rays of one target view per step, and the source views that go with them."""
+"""Rays of one target view in each step, and its source views."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _JUDGED_RAYS = 1024
 
 @dataclass
 class GNTDataManagerConfig(VanillaDataManagerConfig):
-    """One target view per step, seen from its nearest source views."""
+    """Each step has one target view, which is rendered from its nearest source views."""
 
     _target: type = field(default_factory=lambda: GNTDataManager)
     """Target class to instantiate."""
@@ -55,25 +55,25 @@ class GNTDataManagerConfig(VanillaDataManagerConfig):
     num_source_views: int = 10
     """Number of source views that a target is rendered from."""
     spare_source_views: int = 0
-    """In training, choose the source views at random among this many more than are needed, nearest first."""
+    """In training, choose source views at random from the nearest ones and this many more."""
     judged_views: int = 0
-    """Training on one scene, keep so many training views, an eighth of them at most and evenly spread, from being
-    targets: how well they are rendered tells which weights to keep (--steps-per-judgement). They stay source views.
-    0: all are targets, and the last weights are kept."""
+    """In training on one scene, this many training views (evenly spread, at most an eighth of all) are not targets.
+    Their quality decides which weights are kept (--steps-per-judgement). They are still source views.
+    0: all views are targets, and the last weights are kept."""
     near: float | None = None
-    """Nearest depth to sample, in units of the scaled scene. If not set, found from the scene."""
+    """Nearest depth to sample, in units of the scaled scene. If not set, it is found from the scene."""
     far: float | None = None
-    """Farthest depth to sample, in units of the scaled scene. If not set, found from the scene."""
+    """Farthest depth to sample, in units of the scaled scene. If not set, it is found from the scene."""
 
     train_scenes: tuple[Path, ...] = ()
-    """Train across these scenes instead of on --data, which is then the held-out scene that evaluation renders: scene
-    folders, folders of such, and .txt files with a path (and a weight) a line."""
+    """Train across these scenes: scene folders, folders of scene folders, and .txt files with a path (and a weight) a
+    line. --data is then the held-out scene, which evaluation renders."""
     train_scene_max_side: int = 400
-    """Longest side in pixels that training scenes are shrunk to."""
+    """Training scenes are shrunk to at most this many pixels on the longer side."""
     train_source_views: tuple[int, int] = (3, 10)
-    """Training across scenes, the fewest and the most source views of a step."""
+    """In training across scenes, the fewest and the most source views of a step."""
     train_scenes_memory: float = 4.0
-    """Memory in GB for the pictures of training scenes; beyond it, those drawn longest ago are read again."""
+    """Memory in GB for pictures of training scenes. Beyond it, scenes used longest ago are removed and read again."""
 
     # Settings of the base class that mean nothing when every step draws its rays from one view kept in memory.
     train_num_images_to_sample_from: tyro.conf.Suppress[int] = -1
@@ -164,10 +164,10 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
 
     @cached_property
     def train_mixture(self) -> SceneMixture | None:
-        """The scenes to train across; None where it is the one scene.
+        """The scenes to train across; None for training on one scene.
 
         Raises:
-            UserError: no scenes where some are named, or the held-out scene among them.
+            UserError: none of the named paths is a scene, or the held-out scene is among them.
         """
         config = self.config
         if not config.train_scenes:
@@ -300,7 +300,7 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
 
     @cached_property
     def judged(self) -> list[int]:
-        """Training views that are no targets; see `GNTDataManagerConfig.judged_views`."""
+        """Training views that are never targets; see `GNTDataManagerConfig.judged_views`."""
         if not self.config.judged_views or self.train_mixture is not None:
             return []
         views = self._all_train_pixels.views
@@ -308,7 +308,10 @@ class GNTDataManager(VanillaDataManager[InputDataset]):
         return [views[(2 * index + 1) * len(views) // (2 * count)] for index in range(count)]
 
     def judged_batches(self) -> list[tuple[RayBundle, dict[str, Tensor]]]:
-        """The same rays of each judged view whenever it is called, from the sources that a held-out view would have."""
+        """Rays of each judged view, with the sources that a held-out view would have.
+
+        Every call gives the same rays.
+        """
         generator = torch.Generator().manual_seed(0)
         batches = []
         for view in self.judged:

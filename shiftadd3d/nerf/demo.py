@@ -1,5 +1,8 @@
-"""The whole way on one page: render the embedded scene's test views with the weights that come with the package, train,
-render them again, compare with trivial renderers, make a video."""
+"""The demo: everything from an untrained network to a video.
+
+It renders the test views of the embedded scene with the weights that come with the package, trains, renders them again,
+compares the result with trivial renderers, and makes a video.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +44,11 @@ DEMO_STEPS = 600
 
 
 def train(config: GNTTrainerConfig, trainer: Callable[..., GNTTrainer] = GNTTrainer) -> Path:
-    """What ns-train does with a method's configuration, in this process; returns the run's `config.yml`.
+    """Train with a method's configuration in this process, as ns-train does. Returns the run's `config.yml`.
 
     Args:
-        config: of the method and its data; the run's own afterwards.
-        trainer: another one than ns-train's, for this time.
+        config: the configuration of the method and its data. Afterwards it is that of the run.
+        trainer: a trainer to use instead of ns-train's.
 
     Raises:
         UserError: the run's folder cannot be written.
@@ -65,8 +68,8 @@ def evaluate(pipeline: GNTPipeline) -> tuple[list[dict[str, float]], list[list[U
     """Render every evaluation view.
 
     Returns:
-        For each view `psnr`, `ssim` and `seconds` (of rendering), and for each four pictures: target, render, depth and
-        nearest source.
+        For each view, `psnr`, `ssim` and `seconds` (of rendering); and for each view, four pictures: target, rendering,
+        depth and nearest source view.
     """
     near, far = pipeline.model.near_far.tolist()
     metrics, pictures = [], []
@@ -98,17 +101,18 @@ def demo(
     data: Path | None = None,
     frames: int = 60,
 ) -> dict[str, Any]:
-    """Render the test views untrained, train, render them again; the files go to `output_dir`/demo, the run below it.
+    """Render the test views, train, and render them again. Files go to `output_dir`/demo, and the run to a folder in
+    it.
 
     Args:
         config: the method to train.
-        output_dir: as of ns-train.
+        output_dir: folder for results, as for ns-train.
         steps: training steps, or `DEMO_STEPS`.
-        data: another scene than the embedded one.
-        frames: of the video, at least 2.
+        data: another scene instead of the embedded one.
+        frames: number of frames of the video, at least 2.
 
     Returns:
-        What `metrics.json` holds.
+        The contents of `metrics.json`.
 
     Raises:
         UserError: whatever is wrong with the arguments, the scene or the folder.

@@ -1,7 +1,7 @@
 """Several processes train one network.
 
-On GPUs nerfstudio starts them itself, `ns-train shiftadd-gnt --machine.num-devices 8`. On CPUs it refuses to; there
-torchrun starts an ns-train each, and they find one another here.
+On GPUs, nerfstudio starts them itself: `ns-train shiftadd-gnt --machine.num-devices 8`. On CPUs it refuses. There,
+torchrun starts an ns-train in each process, and this module connects them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from shiftadd3d._errors import UserError
 
 
 def is_first_process() -> bool:
-    """Whether this process, of those that torchrun started, is the one that writes; alone, it is."""
+    """Whether this is the first of torchrun's processes, which writes files; True for a single process."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def from_first_process(value: str) -> str:
-    """What the first of the processes says, once they are connected; alone, one's own."""
+    """The value from the first of the connected processes; the own value in a single process."""
     if not dist.is_initialized():
         return value
     said = [value]
@@ -37,7 +37,7 @@ def from_first_process(value: str) -> str:
 
 @torch.no_grad()
 def take_from_first_process(module: nn.Module) -> None:
-    """Overwrite a module's parameters and buffers with those of the first of the processes; alone, nothing happens."""
+    """Overwrite a module's parameters and buffers with those of the first process. In a single process, do nothing."""
     if not dist.is_initialized():
         return
     for tensor in itertools.chain(module.parameters(), module.buffers()):
@@ -45,10 +45,10 @@ def take_from_first_process(module: nn.Module) -> None:
 
 
 def check_processes(machine: MachineConfig) -> None:
-    """See whether nerfstudio can start the processes that are asked for, before it tries.
+    """Check whether nerfstudio can start the processes in the options, before it tries.
 
     Raises:
-        UserError: it cannot, and what can.
+        UserError: it cannot. The message says what can.
     """
     if machine.num_devices * machine.num_machines > 1 and machine.device_type != "cuda":
         raise UserError(
@@ -58,10 +58,10 @@ def check_processes(machine: MachineConfig) -> None:
 
 
 def join_processes(machine: MachineConfig) -> dict[str, int]:
-    """Connect with the other processes that torchrun started, if it did: gloo between CPUs, NCCL between GPUs.
+    """Connect with the other processes of torchrun, if there are any: gloo between CPUs, NCCL between GPUs.
 
     Returns:
-        What a trainer takes, `local_rank` and `world_size`; nothing in a process of its own, or of nerfstudio's.
+        `local_rank` and `world_size` for the trainer; empty in a single process, or in processes of nerfstudio.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return {}

@@ -1,4 +1,4 @@
-"""One line for bad input, for Ctrl-C and for names that two packages share, under nerfstudio's own commands."""
+"""Under nerfstudio's own commands, one line for wrong input, for Ctrl-C, and for names that two packages share."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ _WHAT_TO_DO: tuple[tuple[type[Exception], str, str], ...] = (
 
 
 def print_expected_errors_as_one_line() -> None:
-    """Print an uncaught `UserError`, and Ctrl-C while a command works on a run of ours, as one line on stderr; likewise
-    what nerfstudio's commands cannot do with such a run.
+    """Print some uncaught exceptions as one line on stderr.
 
-    The exit code stays what Python makes of it: 1, and 130 for Ctrl-C. Everything else keeps its traceback.
+    These are `UserError`, Ctrl-C while a command works on one of our runs, and errors for things that nerfstudio's
+    commands cannot do with such a run. The exit code is Python's: 1, and 130 for Ctrl-C. All other exceptions keep
+    their traceback.
     """
     previous = sys.excepthook
 
@@ -63,7 +64,7 @@ def print_expected_errors_as_one_line() -> None:
 
 
 def warn_of_shared_names() -> None:
-    """Under nerfstudio's commands, say in one line on stderr which of our names another package has registered, too."""
+    """Under nerfstudio's commands, name in one line on stderr our names that another package has registered, too."""
     if Path(sys.argv[0]).name.startswith("ns-") and multiprocessing.parent_process() is None:
         shared = "; ".join(map(str, shared_names()))
         if shared:

@@ -1,4 +1,4 @@
-"""How well one network renders the held-out views of many scenes, none of which it is trained on for this."""
+"""How well one network renders the held-out views of many scenes, without training on them."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SceneQuality:
-    """What one scene's held-out views look like."""
+    """The quality of one scene's held-out views."""
 
     scene: str
     views: int
-    """How many were rendered."""
+    """Number of rendered views."""
     psnr: float
-    """Mean over them, in dB."""
+    """Mean PSNR of the views, in dB."""
     ssim: float
     nearest_psnr: float
-    """Of copies of the nearest source view, for comparison."""
+    """Mean PSNR of copies of the nearest source view, for comparison."""
     seconds_per_view: float
-    """Median."""
+    """Median seconds for a view."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class ScenesReport(RichReport):
     """A table of scenes."""
 
     network: str
-    """Whose weights."""
+    """Where the weights come from."""
     scenes: tuple[SceneQuality, ...]
     skipped: dict[str, str]
     """Scenes that could not be read, and why."""
 
     @property
     def mean_psnr(self) -> float:
-        """Mean of the scenes' means, in dB."""
+        """Mean PSNR of scenes, in dB."""
         return statistics.fmean(scene.psnr for scene in self.scenes)
 
     def __rich__(self) -> RenderableType:
@@ -83,13 +83,14 @@ def evaluate_scenes(
     """Render the held-out views of scenes.
 
     Args:
-        config: of the method whose weights come with the package; a run's own counts where `load_config` names one.
-        scenes: scene folders, folders of such, and list files, as `--pipeline.datamanager.train-scenes` takes them.
+        config: the method whose weights come with the package. With `load_config`, the configuration of the run is used
+            instead.
+        scenes: scene folders, folders of scene folders, and list files, as for `--pipeline.datamanager.train-scenes`.
         load_config: the config.yml of a run; None for the weights that come with the package.
-        max_side: longest side in pixels that views are shrunk to; None leaves them as they are.
+        max_side: shrink views to at most this many pixels on the longer side; None leaves them as they are.
 
     Raises:
-        UserError: no scene that can be read, or a run that cannot.
+        UserError: no scene can be read, or the run cannot be read.
     """
     if max_side is not None and max_side < 1:
         raise UserError(f"--max-side {max_side}: expected 1 or more")

@@ -1,8 +1,7 @@
-"""Photos taken with different exposures or white balances: how much brighter each view shows the same surfaces.
+"""Photos with different exposures or white balances: how bright each view shows the same surfaces.
 
-A network that blends what source views show has to take them for photos of one light. Phones and cameras on automatic
-change exposure from photo to photo. Blending such photos makes blotches, and a plane sweep finds no depth at which they
-agree.
+A network that blends source views assumes photos with one exposure. Phones and cameras on automatic change it from
+photo to photo. Blending such photos makes blotches, and a plane sweep finds no depth at which they agree.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ _ROUNDS = 8
 def exposure_gains(
     colors: Float[Tensor, "points views 3"], mask: Bool[Tensor, "points views"]
 ) -> Float[Tensor, "views 3"]:
-    """How much brighter each view shows the points than the views do in the mean: natural logarithms, a channel each.
+    """How much brighter each view shows points than the mean of the views: natural logarithms, for each channel.
 
-    The median over points is taken, so that what some views do not see, or see in a highlight, does not count.
+    It is the median over points. So points that some views do not see, or see as highlights, do not count.
 
     Args:
-        colors: what each view shows, 0..1.
-        mask: whether it can see the point.
+        colors: colours of the points in each view, 0..1.
+        mask: whether the view can see the point.
     """
     logs = colors.clamp(min=_DARKEST).log()
     share = mask.to(logs).unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Feature maps of source views, each computed once for a whole path of cameras."""
+"""A cache for feature maps of source views, so that each is computed once for a whole camera path."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Maps = tuple[Tensor, Tensor]
 
 
 class FeatureCache:
-    """Keeps the maps of the views asked for last, up to a bound of memory.
+    """Keeps the most recently used maps, up to a limit of memory.
 
     Args:
-        max_bytes: the bound. What one call asks for is kept until the next in any case.
+        max_bytes: the limit. Maps of one call are always kept until the next call.
     """
 
     def __init__(self, max_bytes: int = 2**30) -> None:
@@ -26,15 +26,15 @@ class FeatureCache:
         return len(self._kept)
 
     def clear(self) -> None:
-        """Forget all: weights or views have changed."""
+        """Forget all maps. Call this after weights or views have changed."""
         self._kept.clear()
 
     def maps(self, ids: Sequence[int], compute: Callable[[list[int]], Maps]) -> Maps:
         """The maps of some views, for the coarse and the fine network, [V, C, h, w] each.
 
         Args:
-            ids: V of them.
-            compute: the maps of some views, in their order; called for those that are not kept.
+            ids: ids of V views.
+            compute: computes the maps of some views, in their order. It is called for views that are not in the cache.
         """
         missing = [view for view in dict.fromkeys(ids) if view not in self._kept]
         if missing:

@@ -1,4 +1,4 @@
-"""Source views for rays that others made: nerfstudio's exporters and panoramic cameras know nothing of source views."""
+"""Source views for rays from elsewhere: nerfstudio's exporters and panoramic cameras do not choose source views."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _NEAREST = 1e-2
 
 
 class RayGroup(NamedTuple):
-    """Rays that are rendered from the same source views, ready for the network."""
+    """Rays with the same source views, ready for the network."""
 
     rows: Int[Tensor, " rays"]
-    """Which rays of the bundle, counted in row-major order."""
+    """Numbers of the rays in the bundle, in row-major order."""
     source_ids: Int[Tensor, " views"]
     origins: Float[Tensor, "rays 3"]
     directions: Float[Tensor, "rays 3"]
-    """Of unit length."""
+    """Directions of unit length."""
     length: Float[Tensor, "rays 1"]
     """Distance along the ray where z depth is 1."""
     near: Float[Tensor, " rays"]

@@ -46,23 +46,23 @@ def import_gnt(
     out: Path,
     recipe_name: str = "mult",
 ) -> Path:
-    """Write a run as ns-train would have, with the weights of an official checkpoint, for the nerfstudio commands.
+    """Write a run with the weights of an official checkpoint, in the form of ns-train, for the nerfstudio commands.
 
-    Depth, widths and the number of networks are the checkpoint's; all else is the method's. `out` gets `config.yml`
-    last: what has one is whole.
+    The checkpoint decides depth, widths and the number of networks, and the method everything else. `config.yml` is
+    written last, so a folder with that file is complete.
 
     Args:
-        methods: what the run is to be one of, the second for networks of 8 blocks and more.
+        methods: the method of the run, first for networks of less than 8 blocks, second for others.
         checkpoint: `model_NNNNNN.pth`, as the released code writes it.
         data: the scene to render, in any format that ns-train reads.
-        out: the run's folder: new or empty.
-        recipe_name: what the layers become, calibrated on the scene's views and not trained.
+        out: the run's folder, new or empty.
+        recipe_name: what the layers become. They are calibrated on the views of the scene, not trained.
 
     Returns:
         The run's `config.yml`.
 
     Raises:
-        UserError: no such recipe; or a checkpoint, a scene or a folder that does not serve.
+        UserError: no such recipe, or the checkpoint, the scene or the folder cannot be used.
     """
     recipe(recipe_name)
     if out.is_file():

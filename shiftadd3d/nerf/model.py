@@ -56,25 +56,25 @@ if TYPE_CHECKING:
 
 @dataclass
 class GNTNerfModelConfig(ModelConfig):
-    """GNT and what its layers become."""
+    """Settings of GNT, and what its layers become."""
 
     _target: type = field(default_factory=lambda: GNTNerfModel)
     """Target class to instantiate."""
     enable_collider: bool = False
-    """Near and far belong to the scene, not to single rays."""
+    """Off, because near and far belong to the scene, not to single rays."""
     gnt: GNTConfig = field(default_factory=GNTConfig)
     """Sizes of the network."""
     recipe: str = "mult"
-    """What its layers become: mult (nothing), add, add+shift-attn, add+shift, add+shift-attn+moe or moe."""
+    """What the layers become: mult (no change), add, add+shift-attn, add+shift, add+shift-attn+moe or moe."""
     shift_bits: int = 4
     """Bits of a shift weight."""
     shift_terms: int = 1
     """Powers of two in a shift weight."""
     second_stage_at: float = 0.0
-    """Share of the run after which linear layers become shifts and mixtures of experts, as in the paper's two stages;
-    until then only attention is what the recipe says. 0: all of it from the start."""
+    """Share of the run after which linear layers become shifts and mixtures of experts, as in the paper's two stages.
+    Before that, the recipe only changes attention. 0: it changes all layers from the start."""
     expert_latencies: tuple[float, float] | None = None
-    """Latencies of the Mult and the Shift expert, in any unit, for the load-balancing loss. If not set, measured."""
+    """Latencies of the Mult and the Shift expert in any unit, for the load-balancing loss. If not set: measured."""
     balance_loss_mult: float = 0.001
     """Weight of the mixture's latency-aware load-balancing loss."""
     proposal_loss_mult: float = 0.5
@@ -82,26 +82,25 @@ class GNTNerfModelConfig(ModelConfig):
     depth_loss_mult: float = 0.002
     """Weight of the plane sweep's cross entropy to true depths, for training scenes that have depth maps."""
     color_error: Literal["mse", "rmse"] = "mse"
-    """What colour losses are: the mean squared error, or its root, under which hard scenes weigh no more than easy
-    ones."""
+    """Colour losses: the mean squared error, or its root, with which hard scenes weigh no more than easy ones."""
     num_samples: int = 64
     """Samples a ray for the transformers."""
     num_importance: int = 0
-    """Further samples a ray, drawn where the first pass put its weight."""
+    """More samples on each ray, drawn where the first pass has most weight."""
     inverse_depth: bool = True
     """Space samples evenly in inverse depth instead of depth."""
     eval_num_rays_per_chunk: int = 1024
-    """Rays rendered at once."""
+    """Number of rays that are rendered at once."""
     chessboard: bool = True
-    """Of a whole picture, have the plane sweep look along every other ray, as on a chessboard, and take the mean of
-    the neighbours between them. In evaluation only."""
+    """In evaluation of whole pictures, the plane sweep looks along every second ray, as on a chessboard.
+    Rays between them get the mean of their neighbours."""
     match_exposure: bool = True
-    """With a colour head, bring the source views of a frame to one brightness, in evaluation: photos may differ in
-    exposure and white balance."""
+    """In evaluation with a colour head, bring the source views of a frame to one brightness.
+    Photos may differ in exposure and white balance."""
     compile: bool = True
-    """On a CPU, render with the frozen network as one executable, where that can be."""
+    """On a CPU, render with the frozen network as one executable, if it can be compiled."""
     lpips: bool = True
-    """Evaluate LPIPS, too; its network is downloaded when first wanted."""
+    """Also evaluate LPIPS. Its network is downloaded on first use."""
 
 
 #: How many views from all around say where an object is not, beside a ray's sources, in rendering. Each costs one
@@ -122,15 +121,15 @@ def method_recipe(config: GNTNerfModelConfig, latencies: tuple[float, float] | N
 
 
 class GNTNerfModel(Model):
-    """Renders a camera from the nearest views of its source bank.
+    """Renders a camera from the nearest views in its source bank.
 
-    The pipeline hands over the bank and, in training, the near and far depths; a checkpoint brings back the latter.
+    The pipeline sets the bank and, in training, near and far depths. A checkpoint restores near and far.
     """
 
     config: GNTNerfModelConfig
     near_far: Tensor
     stage: int
-    """Which of the paper's two the layers are of."""
+    """The present stage of the layers, of the paper's two."""
     use_own_view = False
     """Whether a camera that stands where a view does is rendered from that one, too. Not where it is to be judged how
     well the view is predicted; in a film, whose frames would be worse at views than between them."""
@@ -166,19 +165,19 @@ class GNTNerfModel(Model):
         return gnt
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What a checkpoint has to tell beside the weights."""
+        """State for checkpoints in addition to the weights."""
         return {"stage": self.stage, "recipe": self.config.recipe}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Layers do not follow what is loaded: the pipeline sees to that before."""
+        """Load the state from a checkpoint. Layers are not changed: the pipeline has done that before."""
         if state["stage"] != self.stage:
             raise RuntimeError(f"the weights are of stage {state['stage']}, the layers of stage {self.stage}")
 
     def enter_second_stage(self) -> dict[Parameter, Parameter]:
-        """Turn linear layers into the shifts and mixtures of experts that the recipe says, in place.
+        """Turn linear layers into the recipe's shifts and mixtures of experts, in place.
 
         Returns:
-            The parameters of the experts that began as copies of others, each with the one it is a copy of.
+            The parameters of experts that begin as copies of others, each with the parameter that it copies.
         """
         self.stage = 2
         self._reparameterized(self.gnt)
@@ -192,13 +191,13 @@ class GNTNerfModel(Model):
         }
 
     def pack(self) -> None:
-        """Go to the form for inference that the recipe ends in: second stage, packed weights."""
+        """Go to the form for inference at the end of the recipe: second stage, packed weights."""
         if self.stage == 1:
             self.enter_second_stage()
         self.freeze()
 
     def freeze(self) -> None:
-        """Go to the form for inference of this stage (`freeze_`), from which there is no way back."""
+        """Go to the form for inference of the present stage (`freeze_`). This cannot be undone."""
         freeze_(self.gnt, verbose=False)
         keep_routing(self.gnt)
         self._is_frozen = True
@@ -237,7 +236,7 @@ class GNTNerfModel(Model):
 
     @contextlib.contextmanager
     def without_routing(self) -> Iterator[None]:
-        """A block within which outputs lack `routing`, which takes time and which a film seldom shows."""
+        """Inside this context, outputs have no `routing`, which takes time and is seldom needed for videos."""
         mixtures = [module for module in self.gnt.modules() if isinstance(module, FrozenMoE) and module.keep_assignment]
         for mixture in mixtures:
             keep_routing(mixture, keep=False)
@@ -269,12 +268,12 @@ class GNTNerfModel(Model):
         num_source_views: int,
         drawn: Callable[[], DrawnSources | None] = lambda: None,
     ) -> None:
-        """Hand over the source views. They are data, not weights: they stay out of the state dict.
+        """Set the source views. They are data, not weights, and not in the state dict.
 
         Args:
             bank: the views that cameras are rendered from.
-            num_source_views: how many of them, for each camera.
-            drawn: in training, what the rays drawn last are to be rendered from if that is another scene.
+            num_source_views: number of views for each camera.
+            drawn: in training across scenes, the source views of the rays drawn last.
         """
         self._bank, self._num_source_views, self._drawn = bank, num_source_views, drawn
         self._forget_what_was_made()

@@ -1,4 +1,6 @@
-"""From photos to a video in one command: their poses, a network that comes with the package, a camera path."""
+"""From photos to a video in one command: it finds poses, uses a network that comes with the package, and makes a camera
+path.
+"""
 
 # What trains is imported where training begins: without it, a film needs a third of the imports.
 
@@ -46,19 +48,19 @@ _PREVIEW_SIDE = 96
 
 @dataclass(frozen=True)
 class MovieOptions:
-    """What a movie shall be."""
+    """Options of a movie."""
 
     scene: Path | None = None
-    """Folder for the scene that is made of photos; beside the movie if None."""
+    """Folder for the scene made from photos; beside the movie if None."""
     minutes: float = 0.0
-    """How long to train on the scene first."""
+    """Minutes of training on the scene before rendering."""
     size: int = 252
-    """Pixels on the longer side of a frame; never more than the photos have."""
+    """Pixels on the longer side of a frame, at most those of the photos."""
     path: MoviePath = "interpolate"
-    """`interpolate` passes views on a smooth way, `spiral` circles around the first one, `views` are the views
-    themselves, in their order."""
+    """`interpolate` is a smooth path past the views, `spiral` circles around the first one, and `views` are the views
+    themselves in their order."""
     frames: int = 60
-    """How many."""
+    """Number of frames."""
     fps: float = 24.0
     """Frames a second."""
     outputs: Sequence[str] = ("rgb",)
@@ -68,7 +70,7 @@ class MovieOptions:
     compile: bool = True
     """Render with the network as one executable, on a CPU."""
     numerics: Literal["exact", "fast", "int8"] = "int8"
-    """What kernels compute in. Frames have 8 bits, and show nothing of the difference."""
+    """Precision of the kernels. Frames have 8 bits, so the difference cannot be seen."""
 
 
 def movie(
@@ -80,19 +82,19 @@ def movie(
 ) -> dict[str, Any]:
     """Make a video from photos, from a video, or from a scene.
 
-    Ctrl-C loses nothing: photos that were looked at, the scene, a trained network and the frames rendered so far stay,
-    and what is printed says where.
+    After Ctrl-C nothing is lost: results about the photos, the scene, a trained network and the frames rendered so far
+    are kept, and a message says where.
 
     Args:
-        method: such as `shiftadd3d.configs.pretrained.shiftadd_gnt_tiny`.
+        method: a method such as `shiftadd3d.configs.pretrained.shiftadd_gnt_tiny`.
         source: a folder of photos, a video file, or a scene in any format that ns-train reads.
         out: .mp4, .gif, or a folder for PNG frames.
         options: see `MovieOptions`.
-        began: `time.time()` when the command was given, so that starting it counts; now if None.
+        began: `time.time()` at the start of the command, so that its start-up time counts; None for now.
 
     Returns:
         `movie`, `scene`, `run` (the config.yml of the training, or None), `preview` (or None), `frames`, `size`, and
-        `seconds` and `cpu_seconds` by step, which sum up to all that it took.
+        `seconds` and `cpu_seconds` of each step, which sum to the total.
 
     Raises:
         UserError: whatever is wrong with the arguments, the photos or the scene.

@@ -1,7 +1,7 @@
-"""The range of depths that a scene is sampled in, from whatever the scene offers.
+"""The range of depths to sample in a scene, from the information that the scene provides.
 
 All depths are z-depths (along the optical axis, not along the ray) in the units of the parsed poses. On a nerfstudio
-ray bundle the distance along a ray is `depth * metadata["directions_norm"]`.
+ray bundle, the distance along a ray is `depth * metadata["directions_norm"]`.
 """
 
 from __future__ import annotations
@@ -36,20 +36,19 @@ def scene_near_far(
     near: float | None = None,
     far: float | None = None,
 ) -> tuple[float, float]:
-    """The nearest and farthest z-depth worth sampling, from the best of what there is.
+    """The nearest and farthest z-depth to sample, from the best available information, which is printed.
 
-    In order: what is given explicitly (`near`, `far`), the scene's own hint, LLFF bounds, sparse points, points
-    triangulated here from matches between the views, and last the geometry of the cameras alone. Says which it was.
-    Points miss a plain background: from them, far is at least four times near, unless transparent pixels say that
-    nothing is behind.
+    In this order: the arguments `near` and `far`, the scene's own hint, LLFF bounds, sparse points, points triangulated
+    here from matches between the views, and the geometry of the cameras alone. Points miss a plain background. So with
+    points, far is at least four times near, unless transparent pixels show that there is nothing behind.
 
     Args:
         bank: the source views.
-        hint: (near, far) that the scene's camera file states.
+        hint: (near, far) from the scene's camera file.
         bounds: each view's nearest and farthest depth (LLFF).
         points: a sparse reconstruction, in the frame of the poses.
-        near: overrides the near end.
-        far: overrides the far end.
+        near: replaces the near end.
+        far: replaces the far end.
 
     Raises:
         UserError: unless 0 < near < far.
@@ -74,7 +73,7 @@ def scene_near_far(
 
 
 def check_near_far(near: float, far: float) -> None:
-    """Refuses a range of depths that cannot be sampled.
+    """Refuse a range of depths that cannot be sampled.
 
     Raises:
         UserError: unless 0 < near < far.
@@ -84,15 +83,15 @@ def check_near_far(near: float, far: float) -> None:
 
 
 def near_far_from_bounds(bounds: Float[Tensor, "n 2"]) -> tuple[float, float]:
-    """From LLFF's bounds: they are percentiles of the reconstructed points, so a margin goes on top."""
+    """From LLFF's bounds, with a margin, because they are percentiles of the reconstructed points."""
     return _BOUNDS_MARGINS[0] * float(bounds[:, 0].min()), _BOUNDS_MARGINS[1] * float(bounds[:, 1].max())
 
 
 def near_far_from_points(bank: SourceBank, points: Float[Tensor, "p 3"]) -> tuple[float, float] | None:
-    """From sparse points: percentiles of their z-depths in the cameras on whose valid pixels they fall, with margins.
+    """From sparse points: percentiles of their z-depths in cameras with valid pixels there, with margins.
 
     Returns:
-        (near, far), or None with too few points in view.
+        (near, far), or None if too few points are in view.
     """
     world_to_camera = torch.linalg.inv(bank.camera_to_world)
     depths = []
@@ -158,11 +157,12 @@ def near_far_from_matches(
 
 
 def near_far_from_cameras(bank: SourceBank) -> tuple[float, float]:
-    """From the cameras alone, when the images say nothing.
+    """From the cameras alone, if the images give no information.
 
-    Cameras that look inwards have a point closest to all optical axes, at some depth d from each: half the smallest d
-    to one and a half times the largest, which is 2 to 6 for the synthetic scenes of NeRF. Otherwise, or if that point
-    is not in front of them all, half to twenty times the largest distance between two cameras: a guess, and it says so.
+    Cameras that look inwards have a point closest to all optical axes, at some depth d from each. The range is half the
+    smallest d to one and a half times the largest, which is 2 to 6 for the synthetic scenes of NeRF. Otherwise, or if
+    that point is behind a camera, it is half to twenty times the largest distance between two cameras. This is a guess,
+    and a message says so.
     """
     centres, axes = bank.camera_to_world[:, :3, 3].double(), bank.camera_to_world[:, :3, 2].double()
     spread = float(torch.cdist(centres, centres).max()) if len(bank) > 1 else 0.0

@@ -1,4 +1,4 @@
-"""Learning rates that depend on what training starts from."""
+"""Learning rates that depend on whether training starts from trained weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from nerfstudio.engine.optimizers import AdamOptimizerConfig
 
 @dataclass
 class StartAdamConfig(AdamOptimizerConfig):
-    """Adam whose rate, unless one is set, is that of the start: trained weights take smaller steps than random ones."""
+    """Adam with a learning rate that depends on the start, unless one is set: trained weights need smaller steps than
+    random ones.
+    """
 
     lr: float | None = None  # GNTTrainer has set it when nerfstudio reads it
     """Peak of the learning rate. If not set, one of the following two."""
@@ -19,7 +21,7 @@ class StartAdamConfig(AdamOptimizerConfig):
     """Peak of the learning rate from trained weights (any other --pipeline.warm-start)."""
 
     def of_start(self, trained: bool) -> AdamOptimizerConfig:
-        """nerfstudio's own settings, with the rate that counts.
+        """nerfstudio's own settings, with the right learning rate.
 
         Args:
             trained: whether training starts from trained weights.

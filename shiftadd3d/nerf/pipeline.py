@@ -1,4 +1,4 @@
-"""Where data and model meet: the model gets its source views here."""
+"""Connects data and model: the model gets its source views here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from shiftadd3d.nerf.near_far import check_near_far
 
 @dataclass
 class GNTPipelineConfig(VanillaPipelineConfig):
-    """Data, model, and what to start from."""
+    """Settings of data and model, and the weights to start from."""
 
     _target: type = field(default_factory=lambda: GNTPipeline)
     """Target class to instantiate."""
@@ -36,9 +36,10 @@ class GNTPipelineConfig(VanillaPipelineConfig):
     model: GNTNerfModelConfig = field(default_factory=GNTNerfModelConfig)
     """Settings of the model."""
     warm_start: Path | None = None
-    """Start from a trained dense network, reparameterized: `pretrained` for the weights that come with the package
-    (for shiftadd-gnt-tiny, those that its packed network has), a gnt run's nerfstudio_models folder or step-*.ckpt, or
-    an official GNT checkpoint (.pth). `none`: random weights. Going on from a checkpoint takes no notice."""
+    """Start from a trained dense network, which is then reparameterized: `pretrained` for the weights that come with
+    the package (for shiftadd-gnt-tiny, those of its packed network), a gnt run's nerfstudio_models folder or
+    step-*.ckpt, or an official GNT checkpoint (.pth). `none`: random weights. This has no effect when training
+    continues from a checkpoint."""
 
     @property
     def starts_trained(self) -> bool:
@@ -79,7 +80,7 @@ class GNTPipeline(VanillaPipeline):
 
     @torch.no_grad()
     def judge(self) -> float:
-        """How well the judged views are rendered now: PSNR in dB of some of their pixels, the mean over views."""
+        """The quality of the judged views now: PSNR in dB of some of their pixels, averaged over the views."""
         self.eval()
         try:
             errors = [
@@ -91,7 +92,7 @@ class GNTPipeline(VanillaPipeline):
         return float(-10.0 * torch.stack(errors).clamp(min=1e-10).log10().mean())
 
     def enter_second_stage(self) -> dict[Parameter, Parameter]:
-        """See `GNTNerfModel.enter_second_stage`; other processes follow with the same weights."""
+        """See `GNTNerfModel.enter_second_stage`. Other processes get the same weights."""
         wrapped = self._model
         if not isinstance(wrapped, DistributedDataParallel):
             return self.model.enter_second_stage()
@@ -111,9 +112,9 @@ class GNTPipeline(VanillaPipeline):
         super().load_state_dict(state_dict, strict=strict is None or strict)
 
     def load_pipeline(self, loaded_state: Mapping[str, Any], step: int) -> None:
-        """Load a checkpoint of the same method; where that is not to train on, the network is frozen (`freeze_`).
+        """Load a checkpoint of the same method. Except for further training, the network is frozen (`freeze_`).
 
-        Its near and far are those it was trained with, but for what `--pipeline.datamanager.near` and `.far` say.
+        Near and far are those of the training, unless `--pipeline.datamanager.near` and `.far` are set.
 
         Raises:
             UserError: it holds another network, or near is beyond far.

@@ -1,6 +1,6 @@
-"""Scenes rendered by the networks that come with the package (`shiftadd3d.nerf.weights`), without any training.
+"""Render scenes with the networks that come with the package (`shiftadd3d.nerf.weights`), without any training.
 
-Neither nerfstudio's pipeline nor its trainer is imported here: they take longer than a scene takes to open.
+nerfstudio's pipeline and trainer are not imported here, because importing them takes longer than opening a scene.
 """
 
 from __future__ import annotations
@@ -32,37 +32,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PretrainedMethod:
-    """A method whose weights come with the package, as far as rendering needs it."""
+    """A method whose weights come with the package, with the settings that rendering needs."""
 
     name: str
-    """The method's, such as `shiftadd-gnt-tiny`."""
+    """Name of the method, such as `shiftadd-gnt-tiny`."""
     model: GNTNerfModelConfig
-    """Its model."""
+    """Settings of its model."""
     num_source_views: int
-    """How many views a frame is rendered from."""
+    """Number of source views of a frame."""
     training: Callable[[], GNTTrainerConfig]
     """Settings to train it with, which take seconds to import."""
 
 
 @dataclass(frozen=True)
 class OpenScene:
-    """A scene, ready to be rendered."""
+    """A scene that is ready to be rendered."""
 
     views: InputDataset
-    """All of its photos."""
+    """All photos of the scene."""
     scale: float
-    """Their pixels on a side, as a multiple of the files'."""
+    """Size of the views, as a multiple of the size of the files."""
     bank: SourceBank
-    """The same, undistorted."""
+    """The views, undistorted."""
     model: GNTNerfModel
     """In evaluation mode, with its weights, the source views and the scene's range of depths."""
 
 
 def load_pretrained(model: GNTNerfModel, path: Path) -> None:
-    """Load weights as `benchmarks/pretrain.py` writes them; they leave a network for inference, packed or not.
+    """Load weights that `benchmarks/pretrain.py` wrote. The network is for inference afterwards, packed or not.
 
     Raises:
-        UserError: unreadable, or of another network.
+        UserError: they cannot be read, or are of another network.
     """
     tensors, facts = read_weights(path)
     if facts.get("packed") == "true":
@@ -83,13 +83,13 @@ def load_pretrained(model: GNTNerfModel, path: Path) -> None:
 def open_scene(
     method: PretrainedMethod, data: Path, *, max_side: int | None = None, weights: Path | None = None
 ) -> OpenScene:
-    """A scene, ready to be rendered by the network that comes with the package, without any training.
+    """Open a scene for rendering by the network that comes with the package, without any training.
 
     Args:
-        method: such as `shiftadd3d.configs.pretrained.shiftadd_gnt_tiny`.
+        method: a method such as `shiftadd3d.configs.pretrained.shiftadd_gnt_tiny`.
         data: the scene's folder, in any format that ns-train reads. All of its views are source views.
-        max_side: longest side in pixels that its views are shrunk to; None leaves them as they are.
-        weights: instead of those that come with the package.
+        max_side: shrink views to at most this many pixels on the longer side; None leaves them as they are.
+        weights: a file with other weights than those of the package.
 
     Raises:
         UserError: no scene, fewer than three views, or weights that do not fit.
@@ -107,12 +107,12 @@ def open_scene(
 
 
 def scene_pipeline(config: GNTTrainerConfig, parser: AutoDataParserConfig, max_side: int | None = None) -> GNTPipeline:
-    """A method's pipeline on a scene, for evaluation: near and far are those of the scene, weights are random.
+    """A method's pipeline on a scene, for evaluation, with random weights. Near and far are those of the scene.
 
     Args:
-        config: of the method, or of a run.
-        parser: says where the scene is and which views are held out.
-        max_side: longest side in pixels that its views are shrunk to; None leaves them as they are.
+        config: configuration of the method, or of a run.
+        parser: gives the place of the scene and its held-out views.
+        max_side: shrink views to at most this many pixels on the longer side; None leaves them as they are.
 
     Raises:
         UserError: no scene, or fewer than three views to render from.

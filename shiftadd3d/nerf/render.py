@@ -1,6 +1,6 @@
-"""Videos and frames from a model: camera paths, what a frame shows, and files that appear whole.
+"""Videos and frames from a model: camera paths, the contents of frames, and complete files.
 
-What a film does not need is imported where it is used: nerfstudio's pipeline alone takes seconds.
+Modules that a video does not need are imported where they are used, because nerfstudio's pipeline alone takes seconds.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ _SPIRAL_RADIUS = 0.1
 
 
 def interpolated_path(cameras: Cameras, frames: int) -> Cameras:
-    """A smooth way through the views, level and at an even speed; see `smooth_path`.
+    """A smooth, level path through the views at an even speed; see `smooth_path`.
 
     Args:
-        cameras: the views to pass through, at least two. The lens (without its distortion) and size of the first one of
-            the size that most have are used throughout.
+        cameras: the views to pass through, at least two. All frames have the lens (without distortion) and size of the
+            first view with the most frequent size.
         frames: N, at least 2.
 
     Returns:
-        [N] cameras; first and last stand at views.
+        [N] cameras. The first and the last are at views.
 
     Raises:
         UserError: fewer than two views.
@@ -74,14 +74,14 @@ def interpolated_path(cameras: Cameras, frames: int) -> Cameras:
 
 
 def spiral_path(camera: Cameras, focus: float, frames: int) -> Cameras:
-    """Around a view, always looking at the point it looks at.
+    """A spiral around a view. All frames look at the same point as the view.
 
-    nerfstudio's own spiral takes the focal length in pixels for the distance of that point, and the camera's backward
-    axis for up, which makes it roll.
+    nerfstudio's own spiral uses the focal length in pixels as the distance of that point, and the camera's backward
+    axis as up, which makes it roll.
 
     Args:
-        camera: [1], where the spiral is centred.
-        focus: distance of the point looked at, in units of the scaled scene.
+        camera: [1], the centre of the spiral.
+        focus: distance of the point, in units of the scaled scene.
         frames: N, at least 2.
 
     Returns:
@@ -116,14 +116,14 @@ def _pinhole_path(like: Cameras, poses: Float[Tensor, "n 3 4"]) -> Cameras:
 
 
 def read_camera_path(path: Path) -> tuple[Cameras, float | None]:
-    """A camera path as nerfstudio's viewer exports it (`camera_paths/*.json`).
+    """A camera path from nerfstudio's viewer (`camera_paths/*.json`).
 
     Returns:
-        The cameras, and the frames a second that the file asks for, if it does.
+        The cameras, and the frames per second in the file, if there are any.
 
     Raises:
-        UserError: no such file, not such a path, or cameras that are neither perspective nor fisheye, have no pixels or
-            are not of finite numbers.
+        UserError: no such file, not a camera path, or cameras that are neither perspective nor fisheye, have no pixels,
+            or have numbers that are not finite.
     """
     expected = "expected a camera path exported from nerfstudio's viewer"
     try:
@@ -166,11 +166,11 @@ def make_path(
 
     Args:
         pipeline: its datamanager holds the views.
-        path: `interpolate` passes through views, `spiral` circles around the first of them, `test` and `train` are the
-            views themselves.
-        frames: how many; 120 by default, or all `test` or `train` views.
-        views: which ones `interpolate` and `spiral` start from; by default the test views, or the training views where
-            there is only one of those.
+        path: `interpolate` passes through views, `spiral` circles around the first of them, and `test` and `train` are
+            the views themselves.
+        frames: number of frames; 120 by default, or all `test` or `train` views.
+        views: the views for `interpolate` and `spiral`; by default the test views, or the training views if there is
+            only one test view.
 
     Raises:
         UserError: fewer than two frames, or too few views.
@@ -191,11 +191,11 @@ def path_past(
     """The cameras of a path, on the CPU.
 
     Args:
-        cameras: of the views.
-        model: knows the range of depths.
-        path: `interpolate` passes through the views, `spiral` circles around the first of them, anything else is the
-            views themselves.
-        frames: how many, 2 or more; 120 by default, or all views.
+        cameras: the views.
+        model: gives the range of depths.
+        path: `interpolate` passes through the views, `spiral` circles around the first of them, and anything else is
+            the views themselves.
+        frames: number of frames, 2 or more; 120 by default, or all views.
 
     Raises:
         UserError: too few views.
@@ -216,7 +216,7 @@ def scale_cameras(cameras: Cameras, scale: float) -> Cameras:
     """The same cameras with this many times the pixels on each side.
 
     Raises:
-        UserError: nothing would be left.
+        UserError: no pixel is left.
     """
     if scale == 1.0:
         return cameras
@@ -242,12 +242,13 @@ def to_bytes(image: Float[Tensor, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
 def picture(
     outputs: dict[str, Tensor], names: Sequence[str], near_far: tuple[float, float]
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Some outputs of the model side by side.
+    """Some outputs of the model, side by side.
 
     Args:
-        outputs: of `get_outputs_for_camera`, each [h, w, 1 or 3].
-        names: which, from left to right.
-        near_far: the depths at the ends of the colour scale: the same in every frame, so that a video does not flicker.
+        outputs: outputs of `get_outputs_for_camera`, each [h, w, 1 or 3].
+        names: names of outputs, from left to right.
+        near_far: depths at the ends of the colour scale. They are the same in every frame, so that a video does not
+            flicker.
 
     Raises:
         UserError: an output that the model does not have.
@@ -272,7 +273,7 @@ def _colours(name: str, value: Tensor, near_far: tuple[float, float]) -> Float[T
 def render_frames(
     model: GNTNerfModel, cameras: Cameras, names: Sequence[str] = ("rgb",)
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """Pictures along a path, one after the other, and how many there are to come.
+    """Pictures along a path, one after the other, and their number.
 
     Raises:
         UserError: an output that the model does not have.
@@ -292,7 +293,10 @@ def render_frames(
 
 
 class FrameWriter(ABC):
-    """Takes frames one by one. `close` ends well, `interrupt` keeps what there is, `discard` leaves nothing behind."""
+    """Writes frames one by one.
+
+    `close` completes the file, `interrupt` keeps the frames so far, and `discard` removes an unfinished file.
+    """
 
     @abstractmethod
     def write(self, frame: UInt8[np.ndarray, "h w 3"]) -> None:
@@ -300,14 +304,14 @@ class FrameWriter(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """All frames are there."""
+        """Complete the file after the last frame."""
 
     @abstractmethod
     def interrupt(self) -> Path:
-        """No more frames will come; returns where the ones written are."""
+        """Stop early. Returns the path of the frames written so far."""
 
     def discard(self) -> None:
-        """Something failed: take back an unfinished file. Frames that are whole stay."""
+        """Remove an unfinished file after an error. Complete frames stay."""
         return
 
 
@@ -369,7 +373,7 @@ class VideoWriter(FrameWriter):
 
 
 class FolderWriter(FrameWriter):
-    """`frame_00000.png` and so on, each of which exists whole or not at all."""
+    """`frame_00000.png` and so on. Each is there whole or not at all."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._count = folder, 0
@@ -404,10 +408,10 @@ class FolderWriter(FrameWriter):
 
 
 def check_out(out: Path) -> None:
-    """Refuse a place that frames cannot go to, before anything is loaded or rendered.
+    """Refuse a place that frames cannot be written to, before anything is loaded or rendered.
 
     Raises:
-        UserError: a suffix other than .mp4, .gif or none, a file where a folder is needed or the reverse.
+        UserError: a suffix other than .mp4, .gif or none, a file in place of a folder, or a folder in place of a file.
     """
     suffix = out.suffix.lower()
     if suffix and suffix not in VIDEO_SUFFIXES and not out.is_dir():
@@ -424,7 +428,7 @@ def check_out(out: Path) -> None:
 
 
 def is_video(out: Path) -> bool:
-    """Whether frames go into a video file there, and not into a folder."""
+    """Whether `out` is a video file, not a folder."""
     return out.suffix.lower() in VIDEO_SUFFIXES and not out.is_dir()
 
 
@@ -432,12 +436,12 @@ def open_writer(out: Path, fps: float, size: tuple[int, int]) -> FrameWriter:
     """A writer for a video (.mp4, .gif) or a folder (no suffix).
 
     Args:
-        out: where to.
-        fps: frames a second.
+        out: the file or folder.
+        fps: frames per second.
         size: (height, width) of the largest frame in pixels.
 
     Raises:
-        UserError: see `check_out`; also not writable.
+        UserError: see `check_out`; also if it cannot be written.
     """
     check_out(out)
     if is_video(out):
@@ -450,13 +454,13 @@ def write_path(
 ) -> None:
     """Render a path into a video or a folder of frames.
 
-    An interrupt keeps the frames written so far: in the folder, or as a shorter `NAME.unfinished.mp4` that plays.
+    After an interrupt, the frames so far are kept: in the folder, or as a shorter `NAME.unfinished.mp4`, which plays.
 
     Args:
         model: in evaluation mode.
         cameras: the path.
         out: .mp4, .gif, or a folder.
-        fps: frames a second.
+        fps: frames per second.
         names: outputs of the model, side by side.
 
     Raises:

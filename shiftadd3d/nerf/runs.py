@@ -1,4 +1,4 @@
-"""Opening a trained run: nerfstudio's `config.yml` and the newest checkpoint beside it."""
+"""Open a trained run: nerfstudio's `config.yml` and the newest checkpoint beside it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ class Run(NamedTuple):
 
 
 def read_config(path: Path) -> GNTTrainerConfig:
-    """A run's `config.yml`.
+    """The configuration in a run's `config.yml`.
 
-    It is YAML that names Python objects, as nerfstudio writes it: reading it can run code. Open only your own.
+    The file is nerfstudio's YAML, which names Python objects. Reading it can run code, so open only files that you
+    trust.
 
     Raises:
-        UserError: no such file, not a configuration, or one of another project's method.
+        UserError: no such file, not a configuration, or the configuration of another project's method.
     """
     expected = "expected the config.yml that ns-train wrote for a gnt or shiftadd-gnt method"
     try:
@@ -52,11 +53,11 @@ def read_config(path: Path) -> GNTTrainerConfig:
 def load_run(path: Path) -> Run:
     """The newest checkpoint of a run, with its scene.
 
-    What nerfstudio's `eval_setup` does, except that a run folder that has been moved, and every kind of missing or
-    damaged file, is answered for.
+    This does what nerfstudio's `eval_setup` does. It also opens run folders that have been moved, and explains missing
+    or damaged files.
 
     Args:
-        path: the run's `config.yml`; see `read_config` about trusting it.
+        path: the run's `config.yml`. Only open files that you trust; see `read_config`.
 
     Raises:
         UserError: anything wrong with the configuration, the checkpoint, or the scene.

@@ -47,36 +47,36 @@ class GNTTrainerConfig(TrainerConfig):
     data: Path | None = None
     """Scene folder, as --pipeline.datamanager.data. If not set, the embedded scene still_life."""
     max_num_iterations: int = 1_000_000
-    """Steps of the whole run, at the end of which the learning rates are down. Going on from a checkpoint, its steps
-    count: an interrupted run does the rest. One that has as many steps already does so many more."""
+    """Steps of the whole run. Learning rates reach their end with the last step. The steps of a checkpoint count, so an
+    interrupted run does the rest. A run that has done this many steps already does as many more."""
 
     average_weights: float = 0.0
-    """Evaluate and keep a moving average of the weights, of which so large a share stays in each step (0.995, say): it
-    is better than the weights themselves where steps are noisy. 0: no average."""
+    """Evaluate and keep a moving average of the weights. This is the share of it that each step keeps, such as 0.995.
+    The average is better than the weights if steps are noisy. 0: no average."""
 
     steps_per_judgement: int = 50
-    """Steps after which judged views (--pipeline.datamanager.judged-views) are rendered. Evaluated and kept are the
-    weights, or the averages, that did best: those training starts from, where it only makes things worse."""
+    """Steps between renderings of the judged views (--pipeline.datamanager.judged-views). The best weights or averages
+    are evaluated and kept. These are the initial ones if training only makes things worse."""
 
     # No fields: they are about this process, not about the run.
     _trains = False
     _folder = cast("Path | None", None)
 
     def setup(self, **kwargs: Any) -> Any:
-        """The trainer, one of several where torchrun started this process."""
+        """The trainer, connected with the others if torchrun started this process."""
         self._trains = True
         joined = join_processes(self.machine)
         self.timestamp = from_first_process(self.timestamp)  # clocks differ, and a folder may have got a number
         return super().setup(**{**kwargs, **joined})
 
     def set_timestamp(self) -> None:
-        """Choose the run's folder, in which no other process writes from then on.
+        """Choose the run's folder. From then on, no other process writes to it.
 
-        A timestamp that was not named, of a second in which another run began, gets a number.
+        An automatic timestamp gets a number if another run began in the same second.
 
         Raises:
-            UserError: a folder that was named holds another run, is written to by another process or cannot be made; or
-                nerfstudio cannot start the processes that are asked for.
+            UserError: a named folder holds another run, another process writes to it, or it cannot be made; or
+                nerfstudio cannot start the processes in the options.
         """
         check_processes(self.machine)
         named = self.timestamp != "{timestamp}"
@@ -119,7 +119,7 @@ class GNTTrainerConfig(TrainerConfig):
         return f"cannot write {self.get_base_dir()}: {error.strerror or error}; name a writable --output-dir"
 
     def save_config(self) -> None:
-        """Write the run's config.yml. It is the last thing that ns-train does before it starts processes.
+        """Write the run's config.yml, which is the last thing that ns-train does before it starts processes.
 
         Raises:
             UserError: its folder cannot be written to.
@@ -132,9 +132,9 @@ class GNTTrainerConfig(TrainerConfig):
             raise UserError(self._cannot_write(error)) from None
 
     def lie_at(self, config_file: Path) -> None:
-        """Take the run for where its config.yml was found, wherever it was when it was trained.
+        """Set the run's folder to that of its config.yml, wherever the run was trained.
 
-        Where no checkpoints lie beside the file, those of the folder that it names count, and that is said.
+        If there are no checkpoints beside the file, those of the folder in it are used, and a message says so.
         """
         folder = config_file.absolute().parent
         if (folder / self.relative_model_dir).is_dir():
@@ -151,12 +151,11 @@ class GNTTrainerConfig(TrainerConfig):
         return super().get_base_dir() if self._folder is None else self._folder
 
     def get_checkpoint_dir(self) -> Path:
-        """Where the run's checkpoints lie.
+        """The folder of the run's checkpoints.
 
-        ns-eval, ns-render and ns-viewer ask for it, then unpickle the file there whose name has the highest number
-        (before torch 2.6, with whatever code it brings along). Nothing else of ours runs between their reading the
-        configuration and that, so this is where the newest checkpoint beside the config.yml that they were given is
-        checked and chosen for them.
+        ns-eval, ns-render and ns-viewer call this, then unpickle the file in it with the highest number (before torch
+        2.6, this can run any code in the file). Between reading the configuration and that, they call nothing else of
+        ours. So this function checks the newest checkpoint beside their config.yml, and chooses it for them.
 
         Raises:
             UserError: the run has no checkpoint, or none that can be read.
@@ -175,7 +174,10 @@ class GNTTrainerConfig(TrainerConfig):
 
 
 class GNTTrainer(Trainer):
-    """Checkpoints appear whole or not at all, Ctrl-C saves one, and schedules end where the run does."""
+    """nerfstudio's trainer, with checkpoints that are whole or absent.
+
+    Ctrl-C saves one, and schedules end with the run.
+    """
 
     config: GNTTrainerConfig
     pipeline: GNTPipeline
@@ -335,7 +337,7 @@ class GNTTrainer(Trainer):
         return self._averaged() if self._best is None else self._best.in_place()
 
     def kept_weights(self, step: int) -> AbstractContextManager[None]:
-        """While this lasts, the network has the weights that would be kept if training ended before a step."""
+        """Inside this context, the network has the weights that would be kept if training ended now."""
         self._judge(step)
         return self._kept()
 
@@ -397,7 +399,7 @@ class GNTTrainer(Trainer):
         return f"mend that, and go on from {kept[-1]}" if kept else "there is no checkpoint to go on from yet"
 
     def share_done(self, step: int) -> float:
-        """Which share of the run is behind when a step begins, 0 to 1."""
+        """The share of the run that is done when a step begins, 0 to 1."""
         return step / self._steps_of_run
 
     def train_iteration(self, step: int) -> Any:
@@ -440,7 +442,7 @@ class GNTTrainer(Trainer):
 
     @check_main_thread
     def save_checkpoint(self, step: int) -> None:
-        """Save model and optimizers to `step-*.ckpt`, which exists whole or not at all."""
+        """Save model and optimizers to `step-*.ckpt`, whole or not at all."""
         path = self.checkpoint_dir / f"step-{step:09d}.ckpt"
         # Beside the folder, not in it: nerfstudio reads a step from every name in there.
         unfinished = self.base_dir / f"{path.name}.unfinished"

@@ -1,4 +1,4 @@
-"""The two renderers that need no training. A model that does not beat both has learnt nothing worth having."""
+"""Two renderers without training. A model that does not beat both has not learnt anything useful."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from shiftadd3d.nerf.source_bank import SourceBank, load_image, mend_fisheye_ray
 
 
 def nearest_image(datamanager: GNTDataManager, camera: Cameras) -> Float[Tensor, "h w 3"]:
-    """The training image whose camera stands nearest, as it is: 0..1, on the CPU, resized if the target's size differs.
+    """The image of the nearest training camera: 0..1, on the CPU, resized if the target has another size.
 
     As for the model, a view at the camera's own pose is left out.
 
     Args:
-        datamanager: whose training views to choose from.
+        datamanager: holds the training views.
         camera: one nerfstudio camera, batch shape [1].
     """
     pose = opencv_cameras(camera)[1][0]
@@ -51,16 +51,16 @@ def mean_of_projections(
     inverse_depth: bool = True,
     rays_per_chunk: int = 4096,
 ) -> Float[Tensor, "h w 3"]:
-    """The mean colour over the nearest views and all depths of a ray: what projecting shows without knowing geometry.
+    """The mean colour over the nearest views and all depths of a ray: projection without knowledge of the geometry.
 
     Args:
         bank: the source views.
-        camera: one nerfstudio camera, batch shape [1]; the result, 0..1, is on its device.
-        num_source_views: K; a view at the camera's own pose is left out.
+        camera: one nerfstudio camera, batch shape [1]. The result, 0..1, is on its device.
+        num_source_views: K. A view at the camera's own pose is left out.
         near_far: z depths in units of the scaled scene.
-        num_samples: S depths a ray, at least 2.
-        inverse_depth: spaced evenly in inverse depth instead of depth.
-        rays_per_chunk: rays looked up at once.
+        num_samples: S depths on each ray, at least 2.
+        inverse_depth: space them evenly in inverse depth instead of depth.
+        rays_per_chunk: number of rays in a chunk.
 
     Raises:
         UserError: fewer than K views, or near and far out of order.
