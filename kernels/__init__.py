@@ -1,7 +1,7 @@
-"""Kernels that make shifts and adds fast, each a torch op with a plain-torch twin of the same signature.
+"""Kernels that make shifts and adds fast. Each is a torch op with a plain-torch twin of the same signature.
 
-TVM compiles them on first use, for the CPU at hand, and keeps them in a cache; without TVM, a compiler or a kernel for
-the case, the twin runs. This package is the only one that imports TVM, and does so lazily.
+TVM compiles them on first use for the CPU of this machine, and keeps them in a cache. Without TVM, without a compiler,
+or in cases without a kernel, the twin runs. This package is the only one that imports TVM, and it does so lazily.
 
 `set_numerics` and the context manager `numerics` choose between ``"exact"`` (the default), ``"fast"``, ``"int8"`` and
 ``"twin"``.

@@ -1,1 +1,1 @@
-"""From weights to what a kernel reads."""
+"""Weights in the form that kernels read."""

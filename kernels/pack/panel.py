@@ -1,7 +1,7 @@
-"""Panels: weights with the inputs down and the outputs across, padded to whole vectors, as kernels read them.
+"""Panels: weights with inputs as rows and outputs as columns, padded to whole vectors, as kernels read them.
 
-A kernel's panels are a named tuple of float32 tensors that one function makes of weights and biases. They depend on
-the length of the vectors: those of this CPU's kernels, and single floats on other devices.
+A kernel's panels are a named tuple of float32 tensors, made by one function from weights and biases. They depend on the
+vector length: that of this CPU's kernels, and one float on other devices.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def padded(count: int, lanes: int) -> int:
 
 
 def filled(x: Tensor, columns: int) -> Tensor:
-    """Zeros after the last of x's columns [*, C], up to so many."""
+    """x with zeros after its last column, up to this many columns: [*, C] to [*, count]."""
     return F.pad(x, (0, columns - x.shape[-1]))
 
 
 def across(*weights: Tensor, lanes: int) -> Tensor:
-    """[outputs, inputs] each, to [inputs, outputs of all], each padded to whole vectors."""
+    """Weights [outputs, inputs] of several layers as one [inputs, all outputs], each layer padded to whole vectors."""
     return torch.cat([filled(weight.mT, padded(weight.shape[0], lanes)) for weight in weights], dim=1)
 
 
@@ -45,12 +45,12 @@ def row(bias: Tensor, lanes: int) -> Tensor:
 
 
 def stored(panel: Tensor) -> Tensor:
-    """As kernels read it: in float32, without gaps, and without a past."""
+    """A tensor as kernels read it: float32, contiguous, and without a gradient."""
     return panel.detach().float().contiguous()
 
 
 Sizes = Callable[[int], Sequence[tuple[int, ...]]]
-"""The shapes of a kernel's panels for vectors of so many floats."""
+"""The shapes of a kernel's panels, for a vector length in floats."""
 
 
 def lanes_of(op: str, panels: Sequence[Tensor], sizes: Sizes) -> int:

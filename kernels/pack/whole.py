@@ -1,4 +1,7 @@
-"""What programs of whole networks read: linear layers as codes or as panels, and those of one input as one."""
+"""Linear layers in the form that programs of whole networks read: as codes or as panels.
+
+Layers with one input become one.
+"""
 
 from __future__ import annotations
 

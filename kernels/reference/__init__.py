@@ -1,1 +1,1 @@
-"""What each op computes, in plain torch: the specification that kernels are tried against."""
+"""The specification of each op in plain torch. Kernels are compared with it."""

@@ -1,6 +1,6 @@
-"""Layers as the specifications take them: functions of a tensor, whether they are modules or made of weights.
+"""Layers as arguments of the specifications: functions of a tensor, which are modules or made from weights.
 
-So a network's own forward pass and what its kernel is compared with are one function.
+So a network's own forward pass and the reference for its kernel are the same function.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def attend(
     v: Tensor,  # [*, M, E]
     present: Tensor | None = None,  # [*, M, 1] bool, True where a key counts
 ) -> Tensor:  # [*, N, E]
-    """In linear order, ``q (k^T v)``; a query that sees no key gives zeros."""
+    """Attention in linear order, ``q (k^T v)``. A query without any key gives zeros."""
     scale = 1 / (math.pi * q.shape[-1])
     if present is None:
         count = k.shape[-2]
@@ -43,12 +43,12 @@ def attention_map(
     mask: Tensor | None = None,  # bool, broadcasts to [*, N, M]
     bias: Tensor | None = None,  # added to the similarities, which stay at least zero; broadcasts to [*, N, M]
 ) -> Tensor:  # [*, N, M]
-    """The map itself, whose rows sum to one where a query sees any key, and else to zero: the quadratic order."""
+    """The attention map, for the quadratic order. Rows sum to one, or to zero for a query without any key."""
     return _normalize((q @ k.transpose(-2, -1)) * (1 / (math.pi * q.shape[-1])) + 0.5, mask, bias)
 
 
 def first_row(q: Tensor, k: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:  # [*, M]
-    """The first row of `attention_map`, without the others."""
+    """The first row of `attention_map`, computed without the others."""
     similarity = (k @ q[..., 0, :].unsqueeze(-1)).squeeze(-1) / (math.pi * q.shape[-1]) + 0.5
     return _normalize(similarity, None if mask is None else mask[..., 0, :], None if bias is None else bias[..., 0, :])
 

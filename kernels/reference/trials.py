@@ -1,4 +1,4 @@
-"""Small random problems that compiled code is tried on before it counts, and how close it has to come."""
+"""Small random problems on which compiled code is tried before it is used, and the tolerance of its outcome."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class RandomLayer(NamedTuple):
 
 
 class Draw:
-    """Numbers from one seed."""
+    """Random numbers from one seed."""
 
     def __init__(self, seed: int = 0) -> None:
         self.generator = torch.Generator().manual_seed(seed)

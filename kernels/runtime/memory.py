@@ -24,10 +24,10 @@ DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "float32", torch.bfloat16: "b
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """`torch.empty` on the CPU, whose memory, if it is large, comes in pages of 2 MiB where Linux has them.
+    """`torch.empty` on the CPU. On Linux, large memory comes in pages of 2 MiB if possible.
 
-    The system clears fresh memory when it is first written to. In pages of 4 KiB that takes longer than many a kernel
-    takes to fill it.
+    The system clears fresh memory at the first write. With pages of 4 KiB, this takes longer than many kernels take to
+    fill it.
     """
     fresh = torch.empty(shape, dtype=dtype)
     if fresh.nbytes >= _LARGE:
@@ -40,28 +40,28 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def stored(x: Tensor) -> Tensor:
-    """`x` as functions take it: bfloat16 as its bits, a mask as bytes."""
+    """`x` as functions take it: bfloat16 as integers with its bits, and a mask as bytes."""
     if x.dtype == torch.bfloat16:
         return x.view(torch.int16)
     return x.view(torch.uint8) if x.dtype == torch.bool else x
 
 
 def float32_bias(bias: Tensor | None, outputs: int, device: torch.device | None = None) -> Tensor:
-    """The bias [outputs] as functions take it: in float32, of zeros on `device` where there is none."""
+    """The bias [outputs] as functions take it: in float32, or zeros on `device` if there is none."""
     if bias is None:
         return torch.zeros(outputs, device=device)
     return bias if bias.dtype == torch.float32 and bias.is_contiguous() else bias.float().contiguous()
 
 
 class Flag(threading.local):
-    """An int32 of each thread, zero, for compiled code to set to 1 where it cannot compute what it is asked for."""
+    """One int32 for each thread. It is zero, and compiled code sets it to 1 if it cannot compute the outcome."""
 
     def __init__(self) -> None:
         with torch.inference_mode(False):  # or else it could not be cleared outside
             self.tensor = torch.zeros(1, dtype=torch.int32, device="cpu")
 
     def was_raised(self) -> bool:
-        """Whether code has set it; it is zero again then."""
+        """Whether code has set the flag. Afterwards it is zero again."""
         raised = bool(self.tensor.item())
         if raised:
             self.tensor.zero_()
@@ -81,7 +81,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 
 
 def empty_by_heads(q: Tensor, v: Tensor) -> Tensor:
-    """[B, H, N, E] in the dtype of v, the heads side by side in memory where q has them so."""
+    """[B, H, N, E] in the dtype of v. Its heads are side by side in memory if those of q are."""
     batch, heads, tokens, _ = q.shape
     if heads > 1 and tokens > 1 and q.stride(1) < q.stride(2):
         return q.new_empty(batch, tokens, heads, v.shape[-1], dtype=v.dtype).transpose(1, 2)

@@ -1,13 +1,13 @@
-"""How exact the kernels compute: one setting for the whole process.
+"""The precision of kernels: one setting for the whole process.
 
-- ``"exact"`` (the default): float32 results differ from the twin's by the order of summation only, and their error
-  against float64 is no larger than that of torch's own float32 operations.
-- ``"fast"``: activations may be rounded to fewer bits on the way in. Each kernel states its bound.
-- ``"int8"``: as ``"fast"``, and inputs of shift layers may be rounded to 8-bit integers with a scale for each token,
-  where that is faster.
-- ``"twin"``: no compiled code, plain torch throughout.
+- ``"exact"`` (the default): float32 results differ from the twin's only by the order of summation, and their error
+against float64 is no larger than that of torch's own float32 operations.
+- ``"fast"``: activations may be rounded to fewer bits first. Each kernel states its bound.
+- ``"int8"``: as ``"fast"``. If it is faster, inputs of shift layers may also be rounded to 8-bit integers with a scale
+for each token.
+- ``"twin"``: no compiled code, only plain torch.
 
-`SHIFTADD3D_NUMERICS` sets what a process starts with.
+`SHIFTADD3D_NUMERICS` sets the initial value of a process.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ _lock = threading.Lock()
 
 
 def get_numerics() -> Numerics:
-    """What layers ask of kernels now."""
+    """The present numerics."""
     return _current
 
 
 def set_numerics(name: Numerics) -> None:
-    """Have layers ask this of kernels from now on, in all threads; within a `numerics` block, until it ends.
+    """Set the numerics for all threads. Inside a `numerics` block, this lasts until the end of the block.
 
     Raises:
-        UserError: if it is none of `NUMERICS`.
+        UserError: the name is not in `NUMERICS`.
     """
     global _current
     with _lock:
@@ -67,12 +67,13 @@ def set_numerics(name: Numerics) -> None:
 
 @contextlib.contextmanager
 def numerics(name: Numerics) -> Iterator[None]:
-    """`set_numerics` for the length of a ``with`` block.
+    """`set_numerics` for the duration of a ``with`` block.
 
-    All threads compute alike: of blocks in several threads the one begun last counts for each, until it ends.
+    All threads have the same numerics. If several threads are in such blocks, the block that began last decides, until
+    it ends.
 
     Raises:
-        UserError: if `name` is none of `NUMERICS`.
+        UserError: `name` is not in `NUMERICS`.
     """
     global _current
     block: list[Numerics] = [check_numerics(name)]
@@ -89,13 +90,13 @@ def numerics(name: Numerics) -> Iterator[None]:
 
 
 def uses_kernels(op: str, *tensors: Tensor) -> bool:
-    """Whether layers should call an op on these tensors for inference, in place of the plain torch that they are.
+    """Whether layers should call an op on these tensors for inference, instead of running in plain torch.
 
-    So it is where the op has a kernel for their device, no gradients are wanted, numerics are not ``"twin"``, and
-    nothing is recorded for TorchScript or ONNX, which should run where there are no such ops.
+    This is true if the op has a kernel for their device, no gradients are needed, numerics are not ``"twin"``, and
+    nothing is recorded for TorchScript or ONNX, whose programs must run without these ops.
 
     Args:
-        op: its name, such as ``"matshift"``.
+        op: name of the op, such as ``"matshift"``.
     """
     if get_numerics() == "twin" or torch.is_grad_enabled() or is_recorded():
         return False
@@ -104,4 +105,4 @@ def uses_kernels(op: str, *tensors: Tensor) -> bool:
 
 
 KERNEL_DEVICES: dict[str, tuple[str, ...]] = {}
-"""The types of device that each op has a kernel for, by the op's name; its twin runs on all others."""
+"""Device types for which an op has a kernel, by the op's name. Its twin runs on all others."""

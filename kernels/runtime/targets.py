@@ -1,8 +1,8 @@
-"""Which instruction set kernels are compiled for.
+"""The instruction sets that kernels are compiled for.
 
-A CPU's target is chosen when the first kernel runs, from the flags of the CPU that runs it, and never from TVM's own
-detection, which leaves out what it does not know the processor's name for. `SHIFTADD3D_TARGET` names another one, for
-instance to see what a smaller CPU would do. A GPU's target is its compute capability.
+A CPU's target is chosen when the first kernel runs, from the flags of this CPU. TVM's own detection is not used,
+because it ignores features of processors whose names it does not know. `SHIFTADD3D_TARGET` names another target, for
+instance to try what a smaller CPU would do. A GPU's target is its compute capability.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 @dataclass(frozen=True, eq=False)  # there is one object of each, whose hash is quick to take
 class CpuTarget:
-    """One instruction set that kernels are written for.
+    """One instruction set for kernels.
 
     Attributes:
-        name: what `SHIFTADD3D_TARGET` calls it.
+        name: its name in `SHIFTADD3D_TARGET`.
         lanes: float32 lanes of one vector register.
-        mcpu: the processor that LLVM is to assume.
-        flags: what Linux calls the features that code for this target uses (`/proc/cpuinfo`).
+        mcpu: the processor that LLVM compiles for.
+        flags: Linux's names of the features that code for this target uses (`/proc/cpuinfo`).
     """
 
     name: str
@@ -48,26 +48,26 @@ class CpuTarget:
 
     @property
     def has_fma(self) -> bool:
-        """Whether ``llvm.fma`` is an instruction here; elsewhere it is a slow library call."""
+        """Whether ``llvm.fma`` is one instruction. Without it, it is a slow library call."""
         return "fma" in self.flags
 
     @property
     def has_avx512(self) -> bool:
-        """Whether 512-bit vectors of bytes and words are there (AVX-512 F, BW, DQ, VL)."""
+        """Whether there are 512-bit vectors of bytes and words (AVX-512 F, BW, DQ, VL)."""
         return "avx512bw" in self.flags
 
     @property
     def has_vnni(self) -> bool:
-        """Whether 512-bit integer dot products are there (AVX-512 VNNI)."""
+        """Whether there are 512-bit integer dot products (AVX-512 VNNI)."""
         return "avx512_vnni" in self.flags
 
     @property
     def has_amx(self) -> bool:
-        """Whether the tile registers and their bfloat16 products are there (AMX), and AVX-512 bfloat16 with them."""
+        """Whether there are tile registers with bfloat16 products (AMX), and AVX-512 bfloat16."""
         return "amx_bf16" in self.flags
 
     def tvm_target(self) -> Target:
-        """What TVM compiles for."""
+        """The target for TVM."""
         import tvm
 
         return tvm.target.Target({"kind": "llvm", "mcpu": self.mcpu})
@@ -102,21 +102,21 @@ class CudaTarget:
 
     @property
     def name(self) -> str:
-        """What the command line calls it."""
+        """Its name on the command line."""
         return f"cuda-{self.arch}"
 
     @property
     def arch(self) -> str:
-        """What nvcc calls it."""
+        """Its name for nvcc."""
         return f"sm_{self.capability}"
 
     @property
     def has_bfloat16(self) -> bool:
-        """Whether tensor cores multiply bfloat16; float16 they do everywhere."""
+        """Whether tensor cores multiply bfloat16. All of them multiply float16."""
         return self.capability >= 80
 
     def tvm_target(self) -> Target:
-        """What TVM compiles for; it asks for a host, too, whose code nobody uses."""
+        """The target for TVM. It also needs a host, whose code is not used."""
         import tvm
 
         return tvm.target.Target(
@@ -129,10 +129,10 @@ CUDA_TARGETS = tuple(CudaTarget(capability) for capability in (75, 80, 89, 90))
 
 
 def find(name: str) -> CpuTarget | CudaTarget:
-    """The target called `name`; those of GPUs are spelled like ``cuda-sm_90``.
+    """The target called `name`. Names for GPUs look like ``cuda-sm_90``.
 
     Raises:
-        UserError: if there is none.
+        UserError: there is no such target.
     """
     for target in TARGETS:
         if target.name == name:
@@ -148,7 +148,7 @@ def of_gpu(device: torch.device) -> CudaTarget:
     """The target of a CUDA device.
 
     Raises:
-        UserError: if kernels are not made for its like.
+        UserError: there are no kernels for this generation.
     """
     target = CudaTarget(int("{}{}".format(*torch.cuda.get_device_capability(device))))
     if target.capability < CUDA_TARGETS[0].capability:
@@ -158,7 +158,7 @@ def of_gpu(device: torch.device) -> CudaTarget:
 
 @lru_cache(maxsize=1)
 def cpu_flags() -> frozenset[str]:
-    """The CPU's features by their names in Linux; none where the system does not tell."""
+    """The CPU's features by their names in Linux; empty if the system does not list them."""
     try:
         found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -167,7 +167,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def lacking(flags: frozenset[str]) -> list[str]:
-    """What keeps this CPU, under this kernel of Linux, from running code that uses these features of it."""
+    """The features that this CPU, with this version of Linux, lacks to run code that uses them."""
     missing = sorted(flags - cpu_flags())
     if not missing and "amx_tile" in flags and not _amx_permitted():
         return ["the system's permission to use AMX"]
@@ -175,18 +175,18 @@ def lacking(flags: frozenset[str]) -> list[str]:
 
 
 def runs_here(target: CpuTarget) -> bool:
-    """Whether this CPU, under this kernel of Linux, can run code for `target`."""
+    """Whether this CPU, with this version of Linux, can run code for `target`."""
     return not lacking(target.flags)
 
 
 @lru_cache(maxsize=1)
 def current() -> CpuTarget:
-    """The target of this process: the best that runs here, or the one that `SHIFTADD3D_TARGET` names.
+    """The target of this process: the best that this CPU can run, or the one that `SHIFTADD3D_TARGET` names.
 
-    It is asked for with every call of a kernel, so the variable counts as it is the first time.
+    Every call of a kernel needs it, so the variable is only read once.
 
     Raises:
-        UserError: if the variable names no target, or one that this CPU cannot run.
+        UserError: the variable names no target, or one that this CPU cannot run.
     """
     name = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if not name:

@@ -1,10 +1,10 @@
 """Parallel kernels run on torch's own threads.
 
-TVM brings a thread pool of its own. Next to torch's OpenMP threads, which keep spinning for a while after each
-operation, it would be a second set of threads on the same cores; it also pins its threads, sizes itself once for all,
-and hangs in a forked child. So the function through which compiled code starts parallel work is replaced by one that
-hands it to the OpenMP runtime torch has loaded. `torch.set_num_threads` then rules kernels too, every Python thread
-may call them, and a forked child, in which an OpenMP team of the parent's is gone, goes on alone.
+TVM has its own thread pool. It would compete with torch's OpenMP threads, which keep spinning for a while after each
+operation, for the same cores. It also pins its threads, never changes their number, and hangs in a forked child. So the
+function through which compiled code starts parallel work is replaced by one that uses the OpenMP runtime that torch has
+loaded. `torch.set_num_threads` then applies to kernels too, and every Python thread may call them. A forked child, in
+which the OpenMP team of its parent no longer exists, runs alone.
 """
 
 from __future__ import annotations
@@ -99,9 +99,10 @@ define i32 @__tvm_ffi_run_alone(ptr %self, ptr %args, i32 %count, ptr %result) {
 
 
 def install(launcher: Module) -> None:
-    """Let all kernels loaded from now on start parallel work through `launcher`, the compiled module of the above.
+    """Let all kernels that are loaded from now on start parallel work through `launcher`, the compiled module of the
+    above.
 
-    Must run after TVM's runtime library is loaded, which registers its own launcher.
+    Call it after TVM's runtime library is loaded, because that registers its own launcher.
     """
     import tvm_ffi.libinfo
 
@@ -113,8 +114,9 @@ def install(launcher: Module) -> None:
 
 
 def follow_torch() -> None:
-    """Have OpenMP in the calling thread use as many threads as torch says; call it before a kernel.
+    """Let OpenMP in the calling thread use as many threads as torch. Call it before a kernel.
 
-    torch sets the number for a thread when that thread first asks, which in a new Python thread it may not have done.
+    torch sets the number for a thread when that thread first asks. In a new Python thread, this may not have happened
+    yet.
     """
     torch.get_num_threads()

@@ -1,6 +1,6 @@
 """Looking up 3D points in source views, as an op. Inference only.
 
-A pixel of a map that is infinite or NaN also spoils points next to the border nearest to it.
+An infinite or NaN pixel of a map also affects points beyond the border next to it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def check_scene(scene: Scene) -> None:
 
 
 def is_served(scene: Scene) -> bool:
-    """Whether the compiled kernels take these: all float32, none empty."""
+    """Whether compiled kernels take these tensors: all must be float32, and none empty."""
     return all(tensor is not None and tensor.dtype == torch.float32 and tensor.numel() for tensor in scene[:-1])
 
 

@@ -38,12 +38,12 @@ LEAST_ANGLE = 1e-6
 
 
 class Scales(NamedTuple):
-    """How much the blend's priors count, scalars.
+    """Weights of the priors: scalars.
 
     Attributes:
-        angle: of a view's angle to the target, as a logit per 1 - cosine.
-        agreement: of the views' deviation, as a logit per unit of colour.
-        spread: the mean of 1 - cosine over the views at which `angle` counts twice; 0: it always counts the same.
+        angle: weight of a view's angle to the target, as a logit per 1 - cosine.
+        agreement: weight of the deviation of the views, as a logit per unit of colour.
+        spread: the mean of 1 - cosine over the views at which `angle` counts twice; 0 if it always counts once.
     """
 
     angle: Tensor
@@ -52,7 +52,7 @@ class Scales(NamedTuple):
 
 
 def angle_prior(cosine: Tensor, mask: Tensor, scales: Scales) -> Tensor:
-    """Logits of views [*, V], for cosines [*, V], of those that the mask [*, V] has: 0 straight on."""
+    """Logits of views [*, V] from cosines [*, V], for views in the mask [*, V]; 0 for the same direction."""
     off = 1.0 - cosine
     mean = (off * mask).sum(dim=-1, keepdim=True) / mask.sum(dim=-1, keepdim=True).clamp(min=1)
     return -scales.angle * (1.0 + scales.spread / mean.clamp(min=LEAST_ANGLE)) * off

@@ -34,7 +34,8 @@ def project_points(points: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ray_differences(points: Tensor, target_center: Tensor, source_centers: Tensor) -> Tensor:
-    """How differently a source camera looks at a point than the target does (IBRNet, Wang et al. 2021, sec. 3.2).
+    """How much the directions from which source camera and target see a point differ (IBRNet, Wang et al. 2021, sec.
+    3.2).
 
     Args:
         points: [R, S, 3].

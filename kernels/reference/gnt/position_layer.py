@@ -32,7 +32,7 @@ def position_layer(
     directions: Tensor,  # [R, 3], unit vectors
     layers: Layer,  # of C + 126 inputs
 ) -> Tensor:  # [R, S, E]
-    """The perceptron, whatever its layers are."""
+    """The perceptron, with any layers."""
     along = sinusoidal_embedding(directions)[:, None].expand(-1, x.shape[1], -1)
     return layers(torch.cat([x, sinusoidal_embedding(points), along], dim=-1))
 

@@ -45,11 +45,12 @@ def ray_attention(
     return_weights: bool = False,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention alone, with any layers; `dropout` is the rate at which entries of a softmax's map are dropped.
+    """The attention of the block, with any layers. `dropout` is the rate at which entries of a softmax's map are
+    dropped.
 
     Returns:
-        [R, S, C], and if wanted how the first sample of each ray attends, the mean over the heads, [R, S]: what GNT
-        reads as the weights of volume rendering.
+        [R, S, C]. If wanted, also the attention of the first sample of each ray, averaged over the heads, [R, S]. GNT
+        uses it as the weights of volume rendering.
     """
     queries, keys, values = (
         layer(x).unflatten(-1, (num_heads, -1)).transpose(1, 2) for layer in (q, k, v)
@@ -131,14 +132,14 @@ def random_block(
 
 
 def samples_of_certain_codes(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], eps: float) -> Tensor:
-    """The samples, [R, S] bool, whose outcome no rounding can change much, for attentions over signs.
+    """Samples, [R, S] bool, whose outcome cannot change much by rounding, for attentions over signs.
 
-    A query or key that is all but zero gets whichever sign rounding leaves it. A query decides its sample's outcome, a
-    key that of all samples of its ray.
+    If a query or key is almost zero, rounding decides its sign. A query affects its own sample, and a key affects all
+    samples of its ray.
 
-    Sums of n float32 products are off by less than ``5 sqrt(n) u`` times the sum of their sizes, but for one in 100,000
-    (Higham and Mary, "A new approach to probabilistic rounding error analysis", SIAM J. Sci. Comput. 41, 2019); n
-    counts the norm's sums as well.
+    Sums of n float32 products are off by less than ``5 sqrt(n) u`` times the sum of their sizes, except for one in
+    100,000 (Higham and Mary, "A new approach to probabilistic rounding error analysis", SIAM J. Sci. Comput. 41, 2019).
+    n includes the sums of the norm.
     """
     share = 5 * math.sqrt(2 * x.shape[-1]) * torch.finfo(torch.float32).eps / 2
     scale, *projections = (weight.double() for weight in weights[:3])

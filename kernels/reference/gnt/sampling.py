@@ -19,7 +19,7 @@ def invert(
     weights: Tensor,  # [R, M], not negative; need not sum to one
     quantiles: Tensor,  # [R, N], 0 to 1
 ) -> Tensor:  # [R, N]
-    """Where a piecewise constant density has its quantiles."""
+    """The quantiles of a piecewise constant density."""
     weights = weights + LEAST_WEIGHT
     cdf = torch.cumsum(weights / weights.sum(dim=-1, keepdim=True), dim=-1)
     cdf = torch.cat([torch.zeros_like(cdf[:, :1]), cdf], dim=-1)  # [R, M + 1]
@@ -38,7 +38,7 @@ def samples_around(
     weights: Tensor,  # [R, P]
     quantiles: Tensor,  # [R, S]
 ) -> Tensor:  # [R, S], increasing
-    """Depths by what was seen at planes; each has the bin between the middles to its neighbours."""
+    """Depths from the weights of planes. The bin of each plane reaches halfway to its neighbours."""
     middles = 0.5 * (planes[:, 1:] + planes[:, :-1])
     edges = torch.cat([planes[:, :1], middles, planes[:, -1:]], dim=-1)
     weights = (1.0 - EVEN_SHARE) * weights + EVEN_SHARE / planes.shape[1]
@@ -46,7 +46,9 @@ def samples_around(
 
 
 def chessboard(rays: int, columns: int) -> Tensor:  # [R] bool
-    """Which rays of a picture of so many columns, row by row, are on a chessboard's fields; the first one is."""
+    """The rays of a picture with this many columns, row by row, that lie on one colour of a chessboard, beginning with
+    the first.
+    """
     number = torch.arange(rays)
     return (number // columns + number % columns) % 2 == 0
 
@@ -56,7 +58,7 @@ def between_fields(
     rays: int,
     columns: int,
 ) -> Tensor:  # [R, P]
-    """Values of all rays of a picture: those beside the fields get the mean of their neighbours."""
+    """Values of all rays of a picture. Rays between those of the chessboard get the mean of their neighbours."""
     on = chessboard(rays, columns).to(values.device)
     spread = values.new_zeros(rays, values.shape[1] + 1)
     spread[on] = F.pad(values, (0, 1), value=1.0)  # the last number counts the neighbours
