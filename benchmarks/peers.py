@@ -58,43 +58,43 @@ SAME = (f"{OPENVINO}f32", "ONNX Runtime, float32")
 
 
 @dataclass
-class Run:
-    """Time models of random weights, all solutions in turns: timm's original in other engines, ours frozen."""
+class Measurement:
+    """Options of all measurements beside other engines, and the form of their JSON files."""
 
-    models: tuple[str, ...] = ("deit_tiny_patch16_224", "pvt_v2_b0")
-    """timm's names."""
-    batches: tuple[int, ...] = (1, 16)
-    """Pictures at once, of 224 px."""
     threads: tuple[int, ...] = (1, 2)
     """CPU threads to compute with."""
     rounds: int = 11
-    """Rounds that all take turns in, 2 or more; the median counts."""
+    """Rounds in which all take turns, 2 or more. The median counts."""
     instructions: str | None = None
-    """One of the targets of `SHIFTADD3D_TARGET`, to hold our kernels to, and the others' to the like."""
+    """Limit our kernels to this target of `SHIFTADD3D_TARGET`, and the other engines to the like."""
     out: Path = DATA
     """Folder for the JSON file."""
 
-    def __call__(self) -> None:
-        """Write the JSON file."""
+    def write(
+        self, script: str, files: str, options: dict[str, tuple[Any, ...]], rows: Callable[[], list[dict[str, Any]]]
+    ) -> None:
+        """Measure, and write the JSON file.
+
+        Args:
+            script: name of the script, for the command in the file.
+            files: name of the file, with `{}` for the instructions.
+            options: options of the command, besides those of all measurements.
+            rows: measures.
+        """
         hold_to(self.instructions)
         from shiftadd3d.kernels.runtime import targets
 
         check_installed()
-        commit, instructions, rows = git_commit(), targets.current().name, []
-        for model in self.models:
-            with tempfile.TemporaryDirectory() as folder:
-                dense = {batch: write_onnx(model, batch, Path(folder)) for batch in self.batches}
-                for threads in self.threads:
-                    for batch in self.batches:
-                        ms = measure(model, batch, threads, dense[batch], self.rounds)
-                        rows.append({"model": model, "batch": batch, "threads": threads, "ms": ms})
-        options = {"--models": self.models, "--batches": self.batches, "--threads": self.threads}
+        commit, instructions = git_commit(), targets.current().name
+        measured = rows()
+        options = {**options, "--threads": self.threads, "--rounds": (self.rounds,)}
+        if self.instructions is not None:
+            options["--instructions"] = (self.instructions,)
         words = [word for name, values in options.items() for word in (name, *map(str, values))]
-        words += [] if self.instructions is None else ["--instructions", self.instructions]
         write_result(
-            self.out / FILES.format(instructions),
+            self.out / files.format(instructions),
             {
-                "rows": rows,
+                "rows": measured,
                 "rounds": self.rounds,
                 "instructions": instructions,
                 "held": self.instructions is not None,
@@ -102,9 +102,35 @@ class Run:
                 "machine": machine_facts(),
                 "commit": commit,
                 "code": code_digest(),
-                "command": shlex.join(["python", "benchmarks/peers.py", "run", *words, "--rounds", str(self.rounds)]),
+                "command": shlex.join(["python", f"benchmarks/{script}", "run", *words]),
             },
         )
+
+
+@dataclass
+class Run(Measurement):
+    """Time models of random weights, all solutions in turns: timm's original in other engines, ours frozen."""
+
+    models: tuple[str, ...] = ("deit_tiny_patch16_224", "pvt_v2_b0")
+    """timm's names."""
+    batches: tuple[int, ...] = (1, 16)
+    """Pictures at once, of 224 px."""
+
+    def __call__(self) -> None:
+        """Write the JSON file."""
+        self.write("peers.py", FILES, {"--models": self.models, "--batches": self.batches}, self.rows)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Milliseconds of all solutions, for each model, number of threads and batch."""
+        rows = []
+        for model in self.models:
+            with tempfile.TemporaryDirectory() as folder:
+                dense = {batch: write_onnx(model, batch, Path(folder)) for batch in self.batches}
+                for threads in self.threads:
+                    for batch in self.batches:
+                        ms = measure(model, batch, threads, dense[batch], self.rounds)
+                        rows.append({"model": model, "batch": batch, "threads": threads, "ms": ms})
+        return rows
 
 
 ONEDNN_LIMIT = "ONEDNN_MAX_CPU_ISA"
@@ -220,9 +246,7 @@ def openvino_solutions(dense: Path, images: Tensor, threads: int) -> Iterator[tu
 
     nncf.set_log_level(logging.ERROR)
     core, array = openvino.Core(), images.numpy()
-    # Where oneDNN is held to less, bfloat16 is emulated, and slow.
-    has_bfloat16 = ONEDNN_LIMIT not in os.environ and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    forms = ["f32"] + ["bf16"] * has_bfloat16
+    forms = openvino_forms(core)
 
     def compiled(model: Any, form: str) -> Solution:
         request = core.compile_model(model, "CPU", openvino_settings(form, threads)).create_infer_request()
@@ -238,6 +262,13 @@ def openvino_solutions(dense: Path, images: Tensor, threads: int) -> Iterator[tu
     )
     for form in forms:
         yield f"{OPENVINO}NNCF int8, {form}", compiled(quantized, form)
+
+
+def openvino_forms(core: Any) -> list[str]:
+    """Number formats that OpenVINO multiplies in on this CPU."""
+    # If oneDNN is held to less, bfloat16 is emulated, and slow.
+    has_bfloat16 = ONEDNN_LIMIT not in os.environ and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return ["f32"] + ["bf16"] * has_bfloat16
 
 
 def openvino_settings(form: str, threads: int) -> dict[str, Any]:

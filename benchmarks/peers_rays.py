@@ -1,14 +1,13 @@
 """A chunk of a GNT's rays in other engines, for the table in docs/results/peers.md.
 
 make peers
-python benchmarks/peers_rays.py
+python benchmarks/peers_rays.py run
 python benchmarks/peers.py report
 """
 
 from __future__ import annotations
 
 import logging
-import shlex
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,14 +20,13 @@ from peers import (
     OPENVINO,
     OURS,
     RAYS_FILES,
+    Measurement,
     Solution,
-    check_installed,
-    hold_to,
+    openvino_forms,
     openvino_settings,
     session_options,
-    versions,
 )
-from reporting import DATA, code_digest, git_commit, machine_facts, run_command, write_result
+from reporting import run_command
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -136,7 +134,7 @@ def openvino_solutions(path: Path, inputs: tuple[Tensor, ...], threads: int) -> 
     core, arrays = openvino.Core(), [x.numpy() for x in inputs]
     small = quantize(core.read_model(path), Dataset([arrays] * 2), model_type=ModelType.TRANSFORMER, subset_size=2)
     models = {"f32": core.read_model(path), "NNCF int8, f32": small}
-    if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "bf16" in openvino_forms(core):
         models["bf16"] = core.read_model(path)
     for name, model in models.items():
         settings = openvino_settings(name.split(", ")[-1], threads)
@@ -174,46 +172,20 @@ def our_solutions() -> Iterator[tuple[str, Solution]]:
 
 
 @dataclass
-class Run:
+class Run(Measurement):
     """Time a chunk of 1,024 rays, all solutions in turns: the dense network in other engines, ours frozen."""
-
-    threads: tuple[int, ...] = (1, 2)
-    """CPU threads to compute with."""
-    rounds: int = 11
-    """Rounds that all take turns in, 2 or more; the median counts."""
-    instructions: str | None = None
-    """One of the targets of `SHIFTADD3D_TARGET`, to hold our kernels to, and the others' to the like."""
-    out: Path = DATA
-    """Folder for the JSON file."""
 
     def __call__(self) -> None:
         """Write the JSON file."""
-        hold_to(self.instructions)
-        from shiftadd3d.kernels.runtime import targets
+        self.write("peers_rays.py", RAYS_FILES, {}, self.rows)
 
-        check_installed()
-        commit, instructions = git_commit(), targets.current().name
+    def rows(self) -> list[dict[str, Any]]:
+        """Milliseconds and errors of all solutions, for each number of threads."""
         chunk, inputs = dense_chunk()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "gnt-tiny.onnx"
             write_onnx(chunk, inputs, path)
-            rows = [measure(chunk, inputs, path, threads, self.rounds) for threads in self.threads]
-        words = ["--threads", *map(str, self.threads), "--rounds", str(self.rounds)]
-        words += [] if self.instructions is None else ["--instructions", self.instructions]
-        write_result(
-            self.out / RAYS_FILES.format(instructions),
-            {
-                "rows": rows,
-                "rounds": self.rounds,
-                "instructions": instructions,
-                "held": self.instructions is not None,
-                "versions": versions(),
-                "machine": machine_facts(),
-                "commit": commit,
-                "code": code_digest(),
-                "command": shlex.join(["python", "benchmarks/peers_rays.py", "run", *words]),
-            },
-        )
+            return [measure(chunk, inputs, path, threads, self.rounds) for threads in self.threads]
 
 
 def measure(chunk: nn.Module, inputs: tuple[Tensor, ...], path: Path, threads: int, rounds: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -103,3 +104,23 @@ def test_a_page_says_that_a_cpu_was_held_to_less(benchmark, repository: Path):
     (facts, *_), _ = benchmark.read_results(repository / "docs" / "results" / "data")
     assert ", held to these instructions\n" in benchmark.by_machine([facts | {"held": True}], lambda _: "")
     assert "held" not in benchmark.by_machine([facts | {"held": False}], lambda _: "")
+
+
+def test_both_measurements_write_the_same_facts_and_their_own_command(
+    load_benchmark, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    written = []
+    for name, own in (("peers", {"models": ("m",), "batches": (4,)}), ("peers_rays", {})):
+        run = load_benchmark(name).Run
+        for function in ("hold_to", "check_installed", "versions"):  # these need the other engines
+            monkeypatch.setitem(run.write.__globals__, function, lambda *_: None)
+        monkeypatch.setattr(run, "rows", lambda self: [{"threads": 2}])
+        run(threads=(2,), rounds=3, instructions="avx512_vnni", out=tmp_path / name, **own)()
+        (file,) = (tmp_path / name).iterdir()
+        written.append(json.loads(file.read_text(encoding="utf-8")))
+    pictures, rays = written
+    assert pictures.keys() == rays.keys()
+    assert pictures["rows"] == [{"threads": 2}] and pictures["held"]
+    options = "--threads 2 --rounds 3 --instructions avx512_vnni"
+    assert pictures["command"] == f"python benchmarks/peers.py run --models m --batches 4 {options}"
+    assert rays["command"] == f"python benchmarks/peers_rays.py run {options}"
