@@ -24,7 +24,7 @@ def scene_path(name: str = "still_life") -> Path:
     """The folder of an embedded scene, which holds `transforms.json` and `images/`.
 
     Raises:
-        UserError: (a `ValueError`) for a name that is not in `scene_names()`.
+        UserError: for a name that is not in `scene_names()`.
     """
     names = scene_names()
     if name not in names:

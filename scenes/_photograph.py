@@ -1,8 +1,8 @@
-"""Photographs of a `Stage`: hardly any noise at few samples, with true depths.
+"""Photographs of a `Stage`: with very little noise at few samples, and with true depths.
 
-Light falls from lamps straight onto surfaces, with shadows, and from everywhere else by a formula of the normal and
-the albedo. Lamps without extent leave no noise; those with one leave a little at the borders of shadows. There are no
-reflections of things in things, and no light that walls throw back.
+Light comes directly from lamps to surfaces, with shadows, and from all sides by a formula of normal and albedo. Lamps
+without size give no noise. Lamps with size give a little at the borders of shadows. There are no reflections, and walls
+do not scatter light.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SURVEY = 36
 
 @dataclass(frozen=True)
 class Photograph:
-    """What a camera sees.
+    """A picture from a camera.
 
     Attributes:
         radiance: [H, W, 3] linear, premultiplied by `alpha`.
@@ -114,7 +114,7 @@ class Studio:
         return Photograph(seen[..., :3] + albedo * ambient, alpha, self._depth(pose, size))
 
     def survey(self, pose: np.ndarray) -> Photograph:
-        """A picture of few pixels and samples, seconds cheaper."""
+        """A picture with few pixels and samples, which saves seconds."""
         width, height = self._stage.size
         scale = _SURVEY / max(width, height)
         return self.photograph(pose, (max(4, round(width * scale)), max(4, round(height * scale))), 0, grid=1)
@@ -137,7 +137,7 @@ def picture(photograph: Photograph, factor: float, keep_alpha: bool) -> np.ndarr
 
 
 def objection(stage: Stage, photographs: list[Photograph]) -> str | None:
-    """What makes a stage unfit to learn from, by its small pictures; None if nothing does."""
+    """The reason why a stage is not suitable for training, judged by its small pictures; None if there is none."""
     factor = exposure(stage, photographs)
     shared = _overlap(stage, photographs)
     for k, seen in enumerate(photographs):

@@ -1,7 +1,7 @@
-"""Scenes drawn at random: which things stand where, how they are lit, and from where they are photographed.
+"""Random scenes: things, lights and cameras.
 
-World axes are x right, y away from forward-facing cameras, z up; one unit is about half a metre, so that things are
-0.2 to 2 units large and rooms 4 to 20 units wide.
+World axes are x right, y away from forward-facing cameras, z up. One unit is about half a metre. So things are 0.2 to 2
+units large, and rooms 4 to 20 units wide.
 """
 
 from __future__ import annotations
@@ -391,7 +391,7 @@ def _draw(rng: Rng, table: dict[Any, float]) -> Any:
 
 
 def draw_stage(rng: Rng, size: tuple[int, int] | None) -> Stage:
-    """A scene; `size` overrides the one that it would have drawn."""
+    """A random scene. `size` overrides the random size of pictures."""
     kind = _draw(rng, {name: share for name, (_, share) in KINDS.items()})
     longer, aspect = _draw(rng, _LONGER_SIDES), _draw(rng, _ASPECTS)
     shorter = 4 * round(longer * min(aspect, 1 / aspect) / 4)

@@ -1,6 +1,6 @@
-"""Things drawn at random for the factory's scenes: solids, vessels, furniture, plants and fur, with materials.
+"""Random things for the factory's scenes: solids, vessels, furniture, plants and fur, with materials.
 
-A thing stands on z = 0 or lies about the origin, about one unit in radius; whoever places it scales it.
+A thing stands on z = 0 or lies around the origin, with a radius of about one unit. The caller scales it.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """A factory of made-up scenes to train a renderer across: `shiftadd3d scenes make-factory`.
 
-A factory is a folder. `factory.json` says what decides its scenes and lists them; `scene_00000/` and so on are data
-sets in nerfstudio's format, each with
+A factory is a folder. `factory.json` holds the settings that decide its scenes, and lists them. `scene_00000/` and so
+on are data sets in nerfstudio's format, each with
 
 - `transforms.json`: cameras (conventions as in `shiftadd3d.scenes.make`), a train/test split, and in the block
-  `shiftadd3d` the range `near` to `far` of z-depths;
-- `images/*.png`: 8-bit sRGB, with an alpha channel where the scene has nothing behind its things;
+`shiftadd3d` the range `near` to `far` of z-depths;
+- `images/*.png`: 8-bit sRGB, with an alpha channel if there is nothing behind the things of the scene;
 - `depths/*.png`: true z-depth at pixel centres, 16-bit, thousandths of a unit (nerfstudio's `depth_file_path` and its
-  default unit); 0 where there is nothing;
-- `scene.json`: the scene's line in `factory.json`.
+default unit); 0 where there is nothing;
+- `scene.json`: the scene's entry in `factory.json`.
 
-What scene i of seed s shows follows from (s, i), the size asked for and `GENERATOR` alone.
+Scene i of seed s depends only on (s, i), the requested size and `GENERATOR`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from .make import load_mitsuba
 __all__ = ["GENERATOR", "Factory", "draw_contact_sheets", "make_factory", "open_factory", "scenes_of"]
 
 GENERATOR = 1
-"""Counts up whenever the same seed would give other scenes."""
+"""Version of the generator. It changes whenever the same seed would give other scenes."""
 
 _FORMAT = "shiftadd3d scene factory"
 _INDEX = "factory.json"
@@ -60,12 +60,12 @@ _SHEET_SCENES = 60
 
 @dataclass(frozen=True)
 class Factory:
-    """A folder of scenes, and what decides them.
+    """A folder of scenes, and the settings that decide them.
 
     Attributes:
-        folder: where they lie.
-        seed: with a scene's number, decides what the scene shows.
-        size: width and height of all pictures; if None, each scene draws its own.
+        folder: the folder.
+        seed: decides, together with a scene's number, what the scene shows.
+        size: width and height of all pictures; if None, each scene has a random size.
     """
 
     folder: Path
@@ -73,19 +73,19 @@ class Factory:
     size: tuple[int, int] | None = None
 
     def scene(self, index: int) -> Path:
-        """Where scene `index` lies, or will."""
+        """The folder of scene `index`, whether it exists or not."""
         return self.folder / f"scene_{index:05d}"
 
     def identity(self) -> dict[str, Any]:
-        """What two factories have to have in common to hold the same scenes."""
+        """Settings that two factories with the same scenes share."""
         return {"generator": GENERATOR, "seed": self.seed, "size": None if self.size is None else list(self.size)}
 
 
 def open_factory(folder: Path) -> Factory:
-    """The factory that lies in a folder.
+    """The factory in a folder.
 
     Raises:
-        UserError: where there is none, or its index cannot be read.
+        UserError: there is none, or its index cannot be read.
     """
     index = _read_index(folder)
     size = index["size"]
@@ -93,10 +93,10 @@ def open_factory(folder: Path) -> Factory:
 
 
 def scenes_of(factory: Factory) -> Iterator[dict[str, Any]]:
-    """What `factory.json` says of each finished scene, in order, found by looking into the folder.
+    """The entries of all finished scenes, in order, from the folder itself.
 
     Raises:
-        UserError: for a scene's folder that has lost its `scene.json`.
+        UserError: the folder of a scene has no `scene.json`.
     """
     for path in sorted(factory.folder.glob("scene_*")):
         yield _read_facts(path)
@@ -110,21 +110,21 @@ def _read_facts(scene: Path) -> dict[str, Any]:
 
 
 def make_factory(factory: Factory, count: int, *, workers: int = 1, console: Console | None = None) -> Path:
-    """Make the scenes 0 to `count` - 1 that are missing, and draw contact sheets.
+    """Make the missing ones of the scenes 0 to `count` - 1, and draw contact sheets.
 
-    Ctrl-C ends it; finished scenes stay, and the same call goes on.
+    After Ctrl-C, finished scenes stay, and the same call continues.
 
     Args:
-        factory: where to, and what decides the scenes.
-        count: how many scenes the folder shall hold; more that are there stay.
-        workers: processes, each on one core.
-        console: for progress.
+        factory: the folder and the settings.
+        count: number of scenes in the folder. Further existing scenes stay.
+        workers: number of processes, each on one core.
+        console: shows progress.
 
     Returns:
         The path of `factory.json`.
 
     Raises:
-        UserError: for a bad setting, a folder that holds something else or cannot be written to, a missing mitsuba.
+        UserError: a wrong setting, a folder that holds something else or cannot be written to, or a missing mitsuba.
     """
     console = console or Console()
     _check(factory, count, workers)
@@ -273,13 +273,13 @@ def _renderer() -> Any:
 
 
 def make_scene(factory: Factory, index: int) -> dict[str, Any]:
-    """Draw, photograph and write one scene; it appears in the folder when it is complete.
+    """Draw, photograph and write one scene. It appears in the folder when it is complete.
 
     Returns:
-        Its line in `factory.json`.
+        Its entry in `factory.json`.
 
     Raises:
-        UserError: where the disk takes no more, or no scene can be drawn at that size.
+        UserError: the disk is full, or no scene of this size can be drawn.
     """
     target = factory.scene(index)
     if target.exists():

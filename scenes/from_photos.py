@@ -36,28 +36,28 @@ _DEPTH_MARGINS = (0.85, 1.2)
 
 @dataclass(frozen=True)
 class FromPhotosReport(RichReport):
-    """What became of photos."""
+    """Which photos were placed, and which were not."""
 
     scene: Path
     """The folder with transforms.json, images and sparse_pc.ply."""
     photos: int
-    """How many were usable."""
+    """Number of usable photos."""
     registered: int
-    """How many have a pose, and are in the scene."""
+    """Number of photos with a pose, which are in the scene."""
     unregistered: tuple[str, ...]
-    """Names of those that have none."""
+    """Names of photos without a pose."""
     skipped: dict[str, str]
-    """Names of what was left out before, and why."""
+    """Names of photos that were left out before that, and why."""
     cameras: int
-    """How many cameras took them, as far as EXIF and sizes tell."""
+    """Number of cameras, judged by EXIF data and sizes."""
     points: int
-    """Points that were triangulated."""
+    """Number of triangulated points."""
     error: float
     """Mean reprojection error in pixels."""
     notes: tuple[str, ...] = ()
-    """What else to know."""
+    """Further notes for the user."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """How long reading the photos and finding their poses took."""
+    """Seconds for reading the photos and for finding their poses."""
 
     def as_dict(self) -> dict[str, Any]:
         """The report in plain types, for JSON."""
@@ -82,20 +82,24 @@ class FromPhotosReport(RichReport):
 def scene_from_photos(
     source: Path, out: Path, options: FromPhotosOptions | None = None, console: Console | None = None
 ) -> FromPhotosReport:
-    """Find out where photos were taken, and write them as a scene in nerfstudio's format.
+    """Find the camera poses of photos, and write the photos as a scene in nerfstudio's format.
 
-    `out` appears when it is whole. Until then everything is in a hidden folder beside it, from which the same call
-    goes on after an interruption. A scene that this call would only make again is left as it is.
+    `out` appears when it is complete. Until then everything is in a hidden folder beside it. After an interruption, the
+    same call continues from there. If the scene already exists, made from the same photos and options, it is not made
+    again.
 
     Args:
-        source: a folder of photos, or a video file; never written to.
+        source: a folder of photos, or a video file. It is never written to.
         out: the scene's folder.
         options: see `FromPhotosOptions`.
-        console: where to show progress and say what goes on; None is silent.
+        console: shows progress and messages; None is silent.
+
+    Returns:
+        The report.
 
     Raises:
-        UserError: no photos or no video, too few usable photos, photos that show no parallax or nothing in common;
-            `out` holds something else, or cannot be written; pycolmap is missing.
+        UserError: there are no photos, no video or too few usable photos; photos show no parallax or nothing in common;
+            `out` holds something else or cannot be written; or pycolmap is missing.
     """
     need_pycolmap()
     options = options or FromPhotosOptions()

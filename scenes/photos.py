@@ -1,7 +1,7 @@
-"""Photos and videos as cameras leave them, made ready for finding poses: upright, RGB, of bounded size, numbered.
+"""Prepare photos and videos for finding poses: upright, RGB, of limited size, numbered.
 
-The originals are only read. What is made of them lies in a folder `images`, `0001.jpg` and so on: names with blanks,
-umlauts, or of one stem then trouble nobody.
+The originals are only read. Prepared images are in a folder `images`, as `0001.jpg` and so on. So names with blanks or
+umlauts, and files whose names differ only in the suffix, cause no trouble.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _LOOK = 480
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo, or a frame of a video, ready for finding its pose."""
+    """A photo, or a frame of a video, prepared for finding its pose."""
 
     name: str
-    """What the user calls it."""
+    """Its name for the user."""
     file: str
     """Its name in the folder of prepared images."""
     width: int
@@ -53,21 +53,21 @@ class Photo:
     height: int
     """Pixels, of the prepared image."""
     camera: str
-    """The same for photos that one camera with one setting of its lens took, as far as EXIF and size tell."""
+    """The same for photos of one camera with one setting of its lens, judged by EXIF data and size."""
     focal: float | None
     """Focal length from EXIF, in pixels of the prepared image."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What became of a folder of photos or of a video."""
+    """The prepared photos of a folder, or frames of a video."""
 
     photos: tuple[Photo, ...]
-    """In the order of names, or of time."""
+    """Photos in the order of names, or frames in the order of time."""
     skipped: dict[str, str]
-    """What was left out, by name, and why."""
+    """Photos that were left out, by name, and why."""
     notes: tuple[str, ...] = ()
-    """What else the user should know."""
+    """Further notes for the user."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -104,20 +104,20 @@ def _counting(name: str) -> tuple[Any, ...]:
 def prepare_photos(
     files: Sequence[Path], images: Path, max_side: int, threads: int, console: Console | None
 ) -> Prepared:
-    """Write each photo upright, RGB and at most `max_side` pixels long into `images`.
+    """Write each photo upright, in RGB and with at most `max_side` pixels on a side into `images`.
 
-    A JPEG or PNG that is all of that already is copied byte for byte. Photos that cannot be read, and copies of
-    earlier ones, are left out and named.
+    A JPEG or PNG file that already meets this is copied byte for byte. Unreadable photos, and copies of earlier ones,
+    are left out and named.
 
     Args:
         files: the photos.
-        images: where to; made if missing.
+        images: the folder to write to; made if missing.
         max_side: in pixels.
-        threads: how many photos at once.
-        console: where to show progress; None shows none.
+        threads: number of photos at once.
+        console: shows progress; None shows none.
 
     Raises:
-        UserError: every photo is of a kind that cannot be read here.
+        UserError: no photo is of a kind that can be read here.
     """
     heif = [path for path in files if path.suffix.lower() in HEIF_SUFFIXES]
     no_heif = f"HEIC, which needs another package: {HEIF_REMEDY} (or let the phone save JPEG)"
@@ -245,18 +245,18 @@ def _focal(details: Any, size: tuple[int, int], scale: float) -> float | None:
 def prepare_video(video: Path, images: Path, max_side: int, frames: int | None, console: Console | None) -> Prepared:
     """Choose sharp frames that are spread over a video, and write them upright into `images`.
 
-    The video is read twice: small and grey to choose, then again to write what was chosen. One that breaks off is
-    used as far as it goes, which a note says.
+    The video is read twice: small and grey for choosing, then again to write the chosen frames. If the file is
+    truncated, the part that can be read is used, and a note says so.
 
     Args:
-        video: the file; anything that ffmpeg reads.
-        images: where to; made if missing.
+        video: a file that ffmpeg reads.
+        images: the folder to write to; made if missing.
         max_side: in pixels.
-        frames: how many; None is three a second, but at least 20 and at most 100.
-        console: where to show progress; None shows none.
+        frames: number of frames; None for three a second, but at least 20 and at most 100.
+        console: shows progress; None shows none.
 
     Raises:
-        UserError: it is no video, or one without a frame.
+        UserError: it is not a video, or has no frame.
     """
     need("reading a video", "imageio_ffmpeg", extra="poses")
     import imageio_ffmpeg
@@ -355,13 +355,13 @@ def _sharpness(grey: np.ndarray) -> float:
 def choose_frames(sharpness: np.ndarray, motion: np.ndarray, wanted: int) -> list[int]:
     """Indices of frames to use: the video is cut into passages, and each gives its sharpest frame.
 
-    Half of a passage's length is time and half is how much the picture changes, so that a camera that rests is not
-    looked at again and again.
+    Half of a passage's length is time, and half is how much the picture changes. So a resting camera does not give the
+    same view again and again.
 
     Args:
-        sharpness: of each frame, [n].
-        motion: how much each differs from the one before, [n].
-        wanted: how many frames; fewer come back where there are not as many.
+        sharpness: sharpness of each frame, [n].
+        motion: how much each frame differs from the one before, [n].
+        wanted: number of frames. The outcome has fewer if the video has fewer.
     """
     count = len(sharpness)
     if count <= wanted:

@@ -1,6 +1,6 @@
-"""Where photos were taken from: features, matches and structure from motion, by pycolmap.
+"""Camera poses of photos: features, matches and structure from motion, by pycolmap.
 
-Everything that took long is in COLMAP's database, so that an interrupted run goes on where it was.
+COLMAP's database holds the results of all long steps, so that an interrupted run continues where it was.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _FEW_FEATURES = 150
 
 @dataclass(frozen=True)
 class Lens:
-    """A camera as nerfstudio's OPENCV model has it; in pixels, whose corner is (0, 0)."""
+    """A camera with nerfstudio's OPENCV parameters, in pixels, with the corner of the picture at (0, 0)."""
 
     width: int
     height: int
@@ -66,7 +66,7 @@ class Lens:
 
 @dataclass(frozen=True)
 class Poses:
-    """What was found out about photos."""
+    """The result for all photos."""
 
     lenses: dict[str, Lens]
     """Each registered photo's camera, by file."""
@@ -91,7 +91,11 @@ def _take_sigterm_back() -> None:
 
 
 def need_pycolmap() -> None:
-    """Raises: UserError: pycolmap is not installed."""
+    """Check that pycolmap is installed.
+
+    Raises:
+        UserError: it is not installed.
+    """
     need("finding poses", "pycolmap", extra="poses")
 
 
@@ -106,20 +110,20 @@ def find_poses(
     seed: int,
     console: Console | None,
 ) -> Poses:
-    """Finds the poses of as many of `photos` as one model can hold.
+    """Find the poses of as many of `photos` as one model can hold.
 
     Args:
         photos: in order.
         images: the folder with their files.
-        work: folder for the database; what it holds already is not computed again.
-        in_sequence: frames of a video, so that neighbours overlap.
-        lens: how much distortion is looked for: one radial term, four, or none.
+        work: folder for the database. Results in it are not computed again.
+        in_sequence: whether they are frames of a video, so that neighbours overlap.
+        lens: distortion to fit: one radial term, four terms, or none.
         threads: CPU threads.
-        seed: of the random samples that robust estimators take.
-        console: where to show progress; None shows none.
+        seed: seed of the random samples of robust estimators.
+        console: shows progress; None shows none.
 
     Raises:
-        UserError: no model, or one without parallax; the message says what to photograph differently.
+        UserError: there is no model, or one without parallax. The message says how to take better photos.
     """
     need_pycolmap()
     import pycolmap
@@ -232,15 +236,15 @@ def _camera_params(photo: Photo, lens: LensModel) -> str:
 
 
 def pairs_to_match(count: int, in_sequence: bool, similarity: Callable[[], np.ndarray]) -> list[tuple[int, int]]:
-    """Which photos to compare: all with all if they are few, else those that look alike and neighbours in order.
+    """The photos to compare: all pairs if there are few photos, else those that look alike, and neighbours in order.
 
-    Frames of a video are compared with 10 neighbours and with those 16, 32, ... frames on, which bridges what is
-    blurred, and with a few of other passages that look alike, which closes loops.
+    Frames of a video are compared with 10 neighbours and with those 16, 32, ... frames later, which bridges blurred
+    passages, and with a few similar frames of other passages, which closes loops.
 
     Args:
-        count: how many photos.
-        in_sequence: they are frames of a video.
-        similarity: gives how alike two photos look, [count, count]; called if it is needed.
+        count: number of photos.
+        in_sequence: whether they are frames of a video.
+        similarity: gives how alike two photos look, [count, count]. It is called only if needed.
     """
     if count <= _ALL_PAIRS_UP_TO and not (in_sequence and count > _ALL_PAIRS_UP_TO // 2):
         return [(a, b) for a in range(count) for b in range(a + 1, count)]
