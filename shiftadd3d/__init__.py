@@ -33,14 +33,15 @@ except PackageNotFoundError:  # a source tree that was never installed
 def load(path: Path | str, device: torch.device | str = "cpu") -> nn.Module:
     """An image classifier that `shiftadd3d finetune` or `shiftadd3d export` saved, in evaluation mode.
 
-    Its `pretrained_cfg` tells timm's tools how pictures become inputs and what the classes are called.
+    Its `pretrained_cfg` tells timm's tools how pictures become inputs, and the names of the classes.
 
     Args:
         path: a folder with `model.safetensors` and `config.json`, or either file.
-        device: where to.
+        device: device for the model.
 
     Raises:
-        UserError: nothing there, damaged, or weights of another architecture; or timm is not installed.
+        UserError: there is no classifier, a file is damaged, weights are of another architecture, or timm is not
+            installed.
     """
     need("a classifier", "timm", extra="vision")
     from shiftadd3d.vision import checkpoint
@@ -57,13 +58,13 @@ def compile(
     """A frozen model as one executable, compiled or found in the cache: see `shiftadd3d.nn.compiled.compile`.
 
     Args:
-        model: as `freeze_` leaves it, in float32 on the CPU.
-        example: an input of the model, or all of them; a GNT takes none.
-        numerics: what to compute in, ``"exact"``, ``"fast"`` or ``"int8"``; None for the process's.
-        background: return at once, and run the frozen model until another process has compiled it.
+        model: a model that `freeze_` has frozen, in float32 on the CPU.
+        example: an input of the model, or a list of all its inputs. A GNT needs none.
+        numerics: precision: ``"exact"``, ``"fast"`` or ``"int8"``; None for that of the process.
+        background: return at once. Another process compiles the model, and until then the frozen model runs.
 
     Raises:
-        UserError: the model is not frozen, or the example none that it takes.
+        UserError: the model is not frozen, or does not take the example.
     """
     from shiftadd3d.nn import compiled
 

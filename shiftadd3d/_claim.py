@@ -1,4 +1,4 @@
-"""A folder or file is written to by one process at a time: whoever comes second is told, and nothing gets mixed up."""
+"""One process at a time writes to a folder or file. A second process is refused, so that results do not mix."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _made: dict[Path, list[Path]] = {}
 
 
 def try_claim(out: Path, *, file: bool = False) -> bool:
-    """Have this process be the only one that writes to a folder, which is made, or to a file, whose folder is made.
+    """Make this process the only one that writes to a folder (which is made) or to a file (whose folder is made).
 
-    It stays so until `release`, or the end of the process, however that comes. A process may claim a place several
-    times, and releases it as often.
+    This lasts until `release`, or until the process ends in any way. A process may claim a place several times, and
+    then releases it as often.
 
     Args:
         out: the folder or file.
         file: whether it is a file.
 
     Returns:
-        False where another process writes there.
+        False if another process writes there.
 
     Raises:
         OSError: the folder cannot be made or written to.
@@ -62,11 +62,11 @@ def try_claim(out: Path, *, file: bool = False) -> bool:
 
 
 def claim(out: Path, option: str, *, file: bool = False) -> None:
-    """`try_claim`, or say why not.
+    """`try_claim`, with an error if it fails.
 
     Args:
         out: the folder or file.
-        option: what chose it, such as `--out`.
+        option: the option that chose it, such as `--out`.
         file: whether it is a file.
 
     Raises:
@@ -86,9 +86,9 @@ def claim(out: Path, option: str, *, file: bool = False) -> None:
 
 
 def release(out: Path, *, file: bool = False) -> None:
-    """Give a place back that `try_claim` or `claim` took. Folders that were made for it and stayed empty go.
+    """Give up a place from `try_claim` or `claim`. Folders that were made for it are removed if they are empty.
 
-    Of another's place, or in a child of the process, do nothing.
+    For places of others, or in a child process, do nothing.
     """
     lock = _lock_file(out, file)
     handle, owner, times = _held.get(lock, (-1, -1, 0))

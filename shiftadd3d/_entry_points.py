@@ -1,4 +1,4 @@
-"""What packages offer to nerfstudio under one name, and which of them it takes."""
+"""The names that packages register with nerfstudio, and whose registration it uses."""
 
 from __future__ import annotations
 

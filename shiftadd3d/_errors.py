@@ -2,8 +2,8 @@
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong; the message says what is wrong and what would be right.
+    """An input is wrong. The message says what is wrong and what would be right.
 
     The command line prints it as one line, ``error: ...``, without a traceback, and exits with 1. It is a `ValueError`,
-    so library users catch it as they always have.
+    so library users can catch it as such.
     """

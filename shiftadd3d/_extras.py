@@ -22,15 +22,15 @@ def install(extra: str) -> str:
 
 
 def need(what: str, *packages: str, extra: str) -> None:
-    """Make sure that what an optional part imports is there; nothing is imported for that.
+    """Check that the packages of an optional part are installed, without importing them.
 
     Args:
         what: the part, as the message names it.
-        packages: what it imports.
+        packages: the packages that it imports.
         extra: the extra of this package that installs them.
 
     Raises:
-        MissingExtra: one of them is not installed, or older than the extra asks for.
+        MissingExtra: one of them is not installed, or older than the extra requires.
     """
     missing = [_DISTRIBUTIONS.get(name, name) for name in packages if importlib.util.find_spec(name) is None]
     if missing:

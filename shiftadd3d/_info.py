@@ -1,4 +1,4 @@
-"""What this installation and this machine offer, for `shiftadd3d info`."""
+"""Facts about this installation and this machine, for `shiftadd3d info`."""
 
 from __future__ import annotations
 

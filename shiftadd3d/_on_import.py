@@ -1,4 +1,4 @@
-"""Loads a module of ours as soon as a package that it extends is imported, by whomever, and not before."""
+"""Load one of our modules as soon as anyone imports the package that it extends, and not before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far something is, and when it will be done: one bar in a terminal, one line a minute elsewhere."""
+"""Progress of some work and when it will be done: one bar in a terminal, one line a minute elsewhere."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _EVERY = 60.0  # seconds between two lines where there is no terminal
 
 
 class Steps:
-    """Steps of some work, counted and timed; `progress` makes them.
+    """Steps of some work, counted and timed. `progress` makes them.
 
     Args:
-        description: what the work is.
-        total: how many steps it has.
-        unit: what a step is called, in the plural.
-        done: steps that were done earlier, and cost nothing now.
-        overhead: seconds spent in `aside` for each second spent in steps, as long as none has been measured.
+        description: the work.
+        total: number of steps.
+        unit: name of steps, in the plural.
+        done: number of earlier steps, which cost nothing now.
+        overhead: seconds in `aside` for each second in steps, until it has been measured.
     """
 
     def __init__(self, description: str, total: int, unit: str, done: int = 0, overhead: float = 0.0) -> None:
@@ -39,7 +39,7 @@ class Steps:
         self._first_step: tuple[int, float] | None = None  # how many were done then, and when in time for steps
 
     def advance(self, steps: int = 1, *, status: str | None = None) -> None:
-        """So many more steps are done. `status` is what else to show: the loss, what is next."""
+        """Count finished steps. `status` is a text to show, such as the loss."""
         if steps < 0:
             raise ValueError(f"steps must not be negative, not {steps}")
         self.done += steps
@@ -51,7 +51,10 @@ class Steps:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """For what is done every so many steps, and is none: a validation, a checkpoint. Not in a step's seconds."""
+        """A context for work between steps, such as a validation or a checkpoint.
+
+        Its time does not count as that of a step.
+        """
         began = time.monotonic()
         try:
             yield
@@ -60,14 +63,14 @@ class Steps:
             self._done_at_last_aside = self.done
 
     def seconds_a_step(self) -> float | None:
-        """The mean so far, without the first step, which makes ready what the others use; None before the second."""
+        """The mean so far without the first step, which prepares the others; None before the second step."""
         if self._first_step is None:
             return None
         first, then = self._first_step
         return (self._seconds_in_steps() - then) / (self.done - first) if self.done > first else None
 
     def seconds_left(self) -> float | None:
-        """What remains, with what is done aside; None as long as nobody can say."""
+        """Seconds for the remaining steps and the work between them; None as long as they are unknown."""
         seconds = self.seconds_a_step()
         if seconds is None:
             return None
@@ -77,12 +80,12 @@ class Steps:
         return (seconds + aside) * max(0, self.total - self.done)
 
     def when(self) -> str:
-        """`4 min left, done at 15:42`, or nothing as long as nobody can say."""
+        """`4 min left, done at 15:42`; empty as long as that is unknown."""
         left = self.seconds_left()
         return "" if left is None else f"{duration(left)} left, done at {clock_time(left)}"
 
     def line(self) -> str:
-        """All of it: what is done, of how much, and when the rest will be."""
+        """The whole line: steps done, their total, and when the rest will be done."""
         parts = [f"{self.description}: {self.done} of {self.total} {self.unit}", self.status, self.when()]
         return ", ".join(part for part in parts if part)
 
@@ -125,23 +128,25 @@ def progress(
     disable: bool = False,
     every: float = _EVERY,
 ) -> Iterator[Steps]:
-    """Show how far the work in this context is: one bar in a terminal, which goes when it is done, else one line a
-    minute, also while a single step takes longer than that.
+    """Show the progress of the work in this context.
+
+    In a terminal, this is one bar, which disappears at the end. Elsewhere, it is one line a minute, also during long
+    steps.
 
     ``with progress("stage 1", total=640) as steps: ...; steps.advance(status="loss 1.2")``
 
     Args:
-        description: what the work is.
-        total: how many steps it has.
-        unit: what a step is called, in the plural.
-        status: what else to show at first.
-        done: steps that were done earlier, as when something goes on that was interrupted.
-        overhead: what `Steps.aside` will cost for each second spent in steps, until it has been measured.
-        announce: print how many steps there are before the first, and after the fifth what each costs and when all
+        description: the work.
+        total: number of steps.
+        unit: name of steps, in the plural.
+        status: first text to show.
+        done: number of steps that were done earlier, for instance before an interruption.
+        overhead: seconds of `Steps.aside` for each second in steps, until it has been measured.
+        announce: print the number of steps before the first one; after the fifth, also the time of a step and when all
             will be done.
-        console: where to; None is standard output.
+        console: the console; None is standard output.
         disable: show nothing.
-        every: seconds between two lines where there is no terminal.
+        every: seconds between two lines without a terminal.
     """
     if disable:
         yield Steps(description, total, unit, done, overhead)
