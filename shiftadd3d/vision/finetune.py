@@ -191,7 +191,7 @@ def _check_folder(folder: Path, settings: FinetuneSettings, resume: bool, held: 
             raise UserError(f"{folder} was begun with other {options}; choose another --name for a new run")
     elif resume:
         raise UserError(f"{folder}: no {SETTINGS_FILE} in there; expected the folder of an earlier run")
-    held.enter_context(claimed(folder, "--name"))
+    held.enter_context(claimed(folder, "--output-dir or --name"))
 
 
 def _first_begun(folder: Path) -> int | None:
