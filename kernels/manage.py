@@ -1,4 +1,4 @@
-"""All kernels at once: what there is, what is built, and whether it computes what it should."""
+"""List, build or check all kernels at once."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Variant(Generic[Target]):
 
     @property
     def is_cached(self) -> bool:
-        """Whether the cache has it, whole."""
+        """Whether the cache holds it, undamaged."""
         return cache.find(self.entry, self.kernel.suffix) is not None
 
     def facts(self) -> Facts:
-        """What it is."""
+        """The facts about it for tables and JSON."""
         return {"kernel": self.kernel.name, "target": self.target.name, "spec": self.spec}
 
     def load(self) -> None:
@@ -65,14 +65,14 @@ _Row: TypeAlias = tuple[AnyVariant, Facts]
 
 
 def all_variants(names: Iterable[str] = (), target: str | None = None) -> Iterator[AnyVariant]:
-    """The specialisations that are built ahead, of all kernels or of those named.
+    """The variants that are built ahead, of all kernels or of those named.
 
     Args:
         names: kernels to take; all if empty.
-        target: the name of what they are for, in particular of a GPU's; this machine's CPU if None.
+        target: name of the target, in particular of a GPU's; None for this machine's CPU.
 
     Raises:
-        UserError: if there is no kernel or target of a name, or it is a CPU's and not this process's.
+        UserError: an unknown kernel or target, or a CPU target that is not the one of this process.
     """
     for module in pkgutil.walk_packages(shiftadd3d.kernels.__path__, f"{shiftadd3d.kernels.__name__}."):
         importlib.import_module(module.name)
@@ -100,10 +100,10 @@ def _variants(
 
 
 def list_kernels(names: Iterable[str] = (), json: Path | None = None, target: str | None = None) -> None:
-    """Print which variants there are and which of them the cache holds; write it to `json`, too.
+    """Print which variants exist and which of them the cache holds. Also write this to `json`.
 
     Raises:
-        UserError: if there is no kernel or target of a name, or the file cannot be written.
+        UserError: an unknown kernel or target, or the file cannot be written.
     """
     rows: list[_Row] = [(variant, {"cached": variant.is_cached}) for variant in all_variants(names, target)]
     _show(rows, json, "cached", lambda facts: "yes" if facts["cached"] else "[dim]no[/dim]")
@@ -112,13 +112,15 @@ def list_kernels(names: Iterable[str] = (), json: Path | None = None, target: st
 def build_kernels(
     names: Iterable[str] = (), json: Path | None = None, target: str | None = None, out: Path | None = None
 ) -> None:
-    """Have the cache hold all variants for a target; print what was done, and write it to `json`, too.
+    """Compile all variants for a target that the cache does not hold. Print what was done, and write it to `json`.
 
     Args:
-        out: a folder that is to become a bundle of them (see `shiftadd3d.kernels.bundle`).
+        names, target: as for `all_variants`.
+        json: a file for the same facts.
+        out: a folder for a bundle of them (see `shiftadd3d.kernels.runtime.bundle`).
 
     Raises:
-        UserError: if there is no kernel or target of a name, if one could not be built, or the folder not be written.
+        UserError: an unknown kernel or target, a variant that could not be built, or a folder that cannot be written.
     """
 
     def build(variant: AnyVariant) -> Facts:
@@ -138,10 +140,10 @@ def build_kernels(
 
 
 def check_kernels(names: Iterable[str] = (), json: Path | None = None, target: str | None = None) -> None:
-    """Compare all variants with their twins on this machine; print the outcome, and write it to `json`, too.
+    """Compare all variants with their twins on this machine. Print the outcome, and write it to `json`.
 
     Raises:
-        UserError: if there is no kernel or target of a name, or if one differs from its twin or could not be built.
+        UserError: an unknown kernel or target, or a variant that differs from its twin or could not be built.
     """
     variants = _with_progress("checking", all_variants(names, target))
     rows: list[_Row] = [(variant, _attempt(variant.check)) for variant in variants]

@@ -1,9 +1,9 @@
-"""The perceptron with a depthwise convolution as an op.
+"""The perceptron with a depthwise convolution, as an op.
 
-A few images at a time go through all three steps, so that what lies between these, eight times as wide as x in the
-first stages of PVT v2, stays in a third-level cache, and in memory that has been used before.
+A few images at a time go through all three steps. The hidden values, eight times as wide as x in the first stages of
+PVT v2, then stay in the third-level cache, and in memory that has been used before.
 
-Accuracy: that of `matshift`, `depthwise_conv` and `matshift` one after the other. Inference only.
+Accuracy: that of `matshift`, `depthwise_conv` and `matshift`, one after the other. Inference only.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ _HIDDEN_BYTES = 4 << 20
 
 
 class ShiftConvMlp(NamedTuple):
-    """Two linear layers with power-of-two weights, between them a depthwise convolution and an activation function.
+    """Two linear layers with power-of-two weights, with a depthwise convolution and an activation function between
+    them.
 
-    Runs compiled code on CPUs in float32 and bfloat16, and `shift_conv_mlp_twin` everywhere else. Raises `UserError` if
-    shapes, dtypes or names do not fit together.
+    A kernel runs on CPUs in float32 and bfloat16, and `shift_conv_mlp_twin` in all other cases. Raises `UserError` if
+    shapes, dtypes or names do not fit each other.
 
     Attributes:
         x: tokens, the grid row by row.
-        hidden_codes, hidden_offset, hidden_bias: the first layer, as `matshift` takes it.
-        weight, conv_bias: the convolution, as `depthwise_conv` takes it.
+        hidden_codes, hidden_offset, hidden_bias: the first layer, as in `matshift`.
+        weight, conv_bias: the convolution, as in `depthwise_conv`.
         codes, offset, bias: the second layer.
-        height, width: of the grid.
+        height, width: size of the grid.
         bits: bits of one code, 2 to 6, in both layers.
         activation: one of ``"none"``, ``"relu"``, ``"gelu"`` (with erf).
     """

@@ -1,7 +1,8 @@
 """How a kernel becomes a torch op.
 
-An op is its arguments, a named tuple, and functions of that tuple: what checks it, what the outcome looks like, and
-what each backend makes of it. Where a backend has nothing for a case, or numerics are ``"twin"``, the twin runs.
+An op consists of its arguments, which are a named tuple, and functions of that tuple: one that checks it, one for the
+shape of the outcome, and one for each backend. If a backend cannot do a case, or numerics are ``"twin"``, the twin
+runs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from shiftadd3d.kernels.runtime.targets import current
 
 OP_NAMESPACE = "shiftadd3d"
 TWINS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {}
-"""What each op computes, in plain torch, by the op's name; arguments as those of the op."""
+"""The twin of each op in plain torch, by the op's name, with the same arguments."""
 
 _TYPES: dict[object, str] = {
     Tensor: "Tensor",
@@ -136,11 +137,7 @@ def first_outcome(
     run: Callable[[Compiled, Form], Outcome | None],
     **spec: SpecValue,
 ) -> Outcome | None:
-    """What the first form that can express all activations makes of them; None where there is none.
-
-    Args:
-        choose: `Kernel.function`, or what takes its place.
-    """
+    """The outcome of the first form that can express all activations; None if there is none."""
     for form in forms:
         function = choose(**spec, form=form)
         outcome = None if function is None else run(function, form)
@@ -150,7 +147,7 @@ def first_outcome(
 
 
 def packed_function(kernel: Kernel, lanes: int, /, **spec: SpecValue) -> Compiled | None:
-    """`kernel.function` for weights that are packed for vectors of so many floats; None where its vectors differ."""
+    """`kernel.function` for weights packed for vectors of this many floats; None if the kernel's vectors differ."""
     if lanes != current().lanes:
         kernel.decline(f"weights are packed for vectors of {lanes} floats, those of another CPU: freeze the model here")
         return None

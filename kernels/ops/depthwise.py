@@ -1,7 +1,7 @@
-"""Depthwise convolution of tokens as an op.
+"""Depthwise convolution of tokens, as an op.
 
-Accuracy: results differ from the reference's by the order of summation only, whatever the numerics; bfloat16 is summed
-in float32. Inference only.
+Accuracy: for all numerics, results differ from the reference's only by the order of summation. bfloat16 is summed in
+float32. Inference only.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""MatAdd as ops: ``K^T V``, ``Q S``, both, and additive attention.
+"""MatAdd as ops: ``K^T V``, ``Q S``, both of them, and additive attention.
 
-Accuracy: results differ from the reference's by the order of summation only, whatever the numerics; bfloat16 is summed
-in float32. Infinity and NaN propagate as in a matmul, except that a masked key takes no part at all.
+Accuracy: for all numerics, results differ from the reference's only by the order of summation. bfloat16 is summed in
+float32. Infinity and NaN propagate as in a matrix product, but masked keys have no influence at all.
 
-Gradients: `matadd_kv` and `matadd_q` have those with respect to values and sums, each the other one's product. Codes
-are constants here; training differentiates `shiftadd3d.nn.binarize`. `matadd` and `add_attention` are for inference.
+Gradients: `matadd_kv` and `matadd_q` have gradients for values and sums. Each one's gradient is the other one's
+product. Codes have no gradient here: training differentiates `shiftadd3d.nn.binarize`. `matadd` and `add_attention` are
+for inference.
 """
 
 from __future__ import annotations

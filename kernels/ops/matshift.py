@@ -1,11 +1,11 @@
-"""MatShift as an op: the linear layer of shifts, straight from its packed codes.
+"""MatShift as an op: the linear layer of shifts, directly from its packed codes.
 
-Accuracy (see `shiftadd3d.kernels.runtime.numerics`): ``"exact"`` computes as float32 does throughout. ``"fast"`` does
-too, but for two cases (see `shiftadd3d.kernels.cpu.forms`). With one term of at most 5 bits on CPUs with AVX2,
-every row of x is rounded to 16-bit integers, and before the activation ``|y - exact y| <= 2**-15 * max |row of x| * sum
-|row of W|``, with 5 bits 2**-11 in place of 2**-15. On CPUs with AMX, x is rounded to bfloat16, and the bound is that
-with 2**-8. ``"int8"`` is the same, but for one term of at most 4 bits on CPUs with AVX2 and without AMX: every row of x
-is rounded to 8-bit integers there, and the bound is that with 1/253.
+Accuracy (see `shiftadd3d.kernels.runtime.numerics`): ``"exact"`` computes in float32 throughout. ``"fast"`` does as
+well, with two exceptions (see `shiftadd3d.kernels.cpu.forms`). With one term of at most 5 bits on CPUs with AVX2, every
+row of x is rounded to 16-bit integers. Before the activation, ``|y - exact y| <= 2**-15 * max |row of x| * sum |row of
+W|``, and with 5 bits 2**-11 instead of 2**-15. On CPUs with AMX, x is rounded to bfloat16, and the bound has 2**-8.
+``"int8"`` is the same, except for one term of at most 4 bits on CPUs with AVX2 and without AMX. There every row of x is
+rounded to 8-bit integers, and the bound has 1/253.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The perceptron of shifts as an op.
+"""The perceptron of shifts, as an op.
 
-Accuracy: that of two calls of `matshift`, except that hidden activations of a bfloat16 layer stay in float32.
-
-Inference only: no gradients flow through this op; training uses the layers of `shiftadd3d.nn`.
+Accuracy: that of two calls of `matshift`, except that hidden activations of a bfloat16 layer stay in float32. Inference
+only: this op has no gradients. Training uses the layers of `shiftadd3d.nn`.
 """
 
 from __future__ import annotations

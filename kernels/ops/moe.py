@@ -1,8 +1,7 @@
-"""The mixture of experts as an op.
+"""The mixture of experts, as an op.
 
-Accuracy: that of `shift_mlp` for experts of powers of two; the others are computed in float32 throughout.
-
-Inference only: no gradients flow through this op; training uses the layers of `shiftadd3d.nn`.
+Accuracy: that of `shift_mlp` for experts with power-of-two weights. Other experts are computed in float32 throughout.
+Inference only: this op has no gradients. Training uses the layers of `shiftadd3d.nn`.
 """
 
 from __future__ import annotations

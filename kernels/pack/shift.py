@@ -36,11 +36,12 @@ UNSIGNED = 128
 
 
 class WholeWeights(NamedTuple):
-    """The weights of a shift layer; or of any other in bfloat16 (`as_bfloat16`) or 16 bits (`in_int16`).
+    """The weights of a layer as integers or bfloat16.
 
     Attributes:
-        integers: [outputs, inputs], from -64 to 64; or the weights themselves; or integers of 16 bits.
-        unit: [outputs], what they count in, of a shift layer powers of two.
+        integers: [outputs, inputs]. For shift layers, integers from -64 to 64. For other layers, the weights in
+            bfloat16 (`as_bfloat16`), or integers of 16 bits (`in_int16`).
+        unit: [outputs], the value of 1 in each output. For shift layers, it is a power of two.
     """
 
     integers: Tensor
@@ -48,7 +49,7 @@ class WholeWeights(NamedTuple):
 
 
 def whole_weights(codes: Tensor, offset: Tensor, bits: int, inputs: int) -> WholeWeights | None:
-    """Those of codes, packed as `power_of_two.pack` does; None if they are sums of powers, or too many bits long."""
+    """The integers of codes from `power_of_two.pack`; None if weights are sums of powers, or have too many bits."""
     if bits > MOST_BITS or codes.shape[0] != 1:
         return None
     unit = power_of_two.exact_exp2(offset[0].int() - (power_of_two.num_exponents(bits) - 1))
@@ -57,24 +58,26 @@ def whole_weights(codes: Tensor, offset: Tensor, bits: int, inputs: int) -> Whol
 
 
 def as_bfloat16(weights: Sequence[Tensor]) -> list[WholeWeights] | None:
-    """Ordinary weights [outputs, inputs] for panels of ``"bfloat16"``; None if one is no such number."""
+    """Ordinary weights [outputs, inputs] for panels of ``"bfloat16"``; None if a weight is not a bfloat16 number."""
     if any(not torch.equal(weight.bfloat16().to(weight), weight) for weight in weights):
         return None
     return [WholeWeights(weight.detach(), weight.new_ones(len(weight))) for weight in weights]
 
 
 def in_pieces(weight: Tensor) -> WholeWeights:
-    """A weight [outputs, inputs] in two pieces of bfloat16, one behind the other: to 2**-17 of each number."""
+    """A weight [outputs, inputs] as the sum of two bfloat16 pieces, one after the other, exact to 2**-17 of each
+    number.
+    """
     first = weight.bfloat16().to(weight)
     pieces = torch.cat([first, (weight - first).bfloat16().to(weight)], dim=1)
     return WholeWeights(pieces, weight.new_ones(len(weight)))
 
 
 def in_int16(weight: Tensor) -> WholeWeights:
-    """A weight [outputs, inputs] in integers that sum up with rows of ``"int16"`` within 32 bits.
+    """A weight [outputs, inputs] as integers whose sums with rows of ``"int16"`` fit into 32 bits.
 
-    Rounding the weights of an output moves it by at most ``inputs / 65534`` of the largest activation times their
-    absolute sum.
+    Rounding the weights of an output changes it by at most ``inputs / 65534`` of the largest activation times the sum
+    of their absolute values.
     """
     size = weight.abs()
     unit = torch.maximum(size.sum(1) / (2**16 - weight.shape[1] / 2), size.amax(1) / 32767)
@@ -83,14 +86,14 @@ def in_int16(weight: Tensor) -> WholeWeights:
 
 
 def panel_forms(target: CpuTarget) -> tuple[PanelForm, ...]:
-    """The forms that there are on a CPU."""
+    """The forms that this CPU can run."""
     if target.has_amx:
         return ("bfloat16",)
     return ("int16", "int8") if "avx2" in target.flags else ()
 
 
 def panel_form(target: CpuTarget, numerics: Numerics) -> PanelForm | None:
-    """The form that computes with such numerics; None where float32 does."""
+    """The form for these numerics; None if it is float32."""
     found = panel_forms(target) if numerics in ("fast", "int8") else ()
     return found[-1 if numerics == "int8" else 0] if found else None
 

@@ -18,7 +18,7 @@ from shiftadd3d.kernels.reference.arguments import takes
 Codes = Literal["pm1", "01"]
 
 LOW: dict[Codes, float] = {"pm1": -1.0, "01": 0.0}
-"""The number that a cleared bit stands for; a set one stands for 1."""
+"""The number for a cleared bit. A set bit stands for 1."""
 
 
 class MatAddKV(NamedTuple):
@@ -49,18 +49,19 @@ class MatAddQ(NamedTuple):
 
 
 class AddAttention(NamedTuple):
-    """Linear-angular attention of binary codes, in linear order; the rest as in `MatAddKV`.
+    """Linear-angular attention of binary codes, in linear order. Other fields are those of `MatAddKV`.
 
-    ``out_i = sum_j s_ij v_j / sum_j s_ij`` with ``s_ij = 1/2 + q_i . k_j / (pi D)``, q and k being codes. A query
-    that sees no key gives zeros.
+    ``out_i = sum_j s_ij v_j / sum_j s_ij`` with ``s_ij = 1/2 + q_i . k_j / (pi D)``, where q and k are codes. A query
+    without any key gives zeros.
 
-    q, k and v [B, H, tokens, width] are read where they are, whatever their strides. Where q has its heads side by
-    side in memory, as a projection leaves them, so has the outcome.
+    q, k and v [B, H, tokens, width] may have any strides and are not copied. If the heads of q are side by side in
+    memory, as a projection leaves them, so are those of the outcome.
 
     Attributes:
-        contrast: for each head, the dimension before the last two, what the difference of an outcome to the mean of the
-            values is multiplied by. It costs next to nothing: ``K^T V`` takes it on, by an outer product.
-        attention: False for both products in a row alone, ``Q (K^T V)``, which have no contrast.
+        contrast: a factor for each head (the dimension before the last two), which multiplies the difference of an
+            outcome from the mean of the values. It costs next to nothing, because ``K^T V`` takes it up by an outer
+            product.
+        attention: False for the two products only, ``Q (K^T V)``, without contrast.
     """
 
     q: Tensor  # [*, N, D], or [*, N, ceil(D / 8)] uint8
@@ -80,12 +81,12 @@ def pack_signs(x: Tensor) -> Tensor:
 
 
 def features_of(x: Tensor, features: int | None) -> int:
-    """How many features' signs x holds, where it is said or not."""
+    """The number of features whose signs x holds."""
     return (8 * x.shape[-1] if x.dtype == torch.uint8 else x.shape[-1]) if features is None else features
 
 
 def decode_signs(x: Tensor, codes: Codes, features: int, dtype: torch.dtype) -> Tensor:
-    """Codes [*, features] as numbers, of features or of what `pack_signs` makes of them."""
+    """Codes [*, features] as numbers, from features or from the outcome of `pack_signs`."""
     if x.dtype == torch.uint8:
         number = torch.arange(8, dtype=torch.uint8, device=x.device)
         bits = ((x.unsqueeze(-1) >> number) & 1).flatten(-2)[..., :features].bool()
@@ -112,7 +113,7 @@ def matadd_q_twin(given: MatAddQ) -> Tensor:
 
 @takes(AddAttention)
 def add_attention_twin(given: AddAttention) -> Tensor:
-    """What `add_attention` computes, in plain torch, or where there is to be no `attention`, `matadd`: [*, N, E]."""
+    """`add_attention` in plain torch; without `attention`, `matadd`."""
     q, k, v, mask, codes, features, contrast, attention = given
     if not attention:
         return matadd_q_twin(q, matadd_kv_twin(k, v, mask, codes, features), codes)

@@ -1,6 +1,6 @@
-"""The mixture of experts: each token runs through the expert with its largest logit, and through no other.
+"""The mixture of experts: each token runs only through the expert with its largest logit.
 
-Experts are chains of linear layers with an activation function between them, of ordinary weights or of powers of two
+Experts are chains of linear layers with an activation function between them. Weights are ordinary ones or powers of two
 ({Mult, Shift} in the paper).
 
 Source: You et al., ShiftAddViT (NeurIPS 2023), section 4.3.

@@ -1,14 +1,14 @@
-"""Bundles: kernels compiled elsewhere, in a folder of their own.
+"""Bundles: folders of kernels that were compiled elsewhere.
 
-``shiftadd3d kernels build --out DIR`` makes one; where `SHIFTADD3D_BUNDLE` names it, a kernel that the cache does not
-have comes from there instead of from the compiler. A machine then needs torch, this package and ``apache-tvm-ffi`` (3
-MB), but neither TVM nor a C compiler: the part of TVM that compiled code calls while it runs lies in the bundle. As any
-new code, a kernel from a bundle has to pass its trial on the machine at hand, and is taken into the cache then.
+``shiftadd3d kernels build --out DIR`` makes one. If `SHIFTADD3D_BUNDLE` names it, kernels that are not in the cache
+come from the bundle instead of from the compiler. The machine then needs torch, this package and ``apache-tvm-ffi`` (3
+MB), but no TVM and no C compiler: the bundle contains the part of TVM that compiled code calls. As all new code, a
+kernel from a bundle must pass its trial on the machine. Then it is copied into the cache.
 
-A bundle belongs to one version of this package's kernels, of ``apache-tvm-ffi`` and of the processor architecture; what
-does not fit is not loaded. Code for GPUs is the driver's to run: a bundle of nothing else needs no ``apache-tvm-ffi``
-and fits any processor. Its libraries are run: name only a bundle whose maker you trust. Their digests guard against
-damage, not against him.
+A bundle is for one version of this package's kernels, of ``apache-tvm-ffi`` and of the processor architecture. Others
+are not loaded. The driver runs code for GPUs. So a bundle with nothing else needs no ``apache-tvm-ffi`` and is for any
+processor. Code in a bundle is run, so only name bundles from people whom you trust. Digests protect against damage, not
+against attacks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _GPU_CODE = ".cubin"
 
 @dataclass(frozen=True)
 class Packed:
-    """One library: its file, what it was compiled from, and what the cache is to record with it."""
+    """One library: its file, its sources, and the facts that the cache records with it."""
 
     file: Path
     identity: Mapping[str, object]
@@ -56,7 +56,7 @@ class _Listed(TypedDict):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder that has been opened."""
+    """An opened bundle."""
 
     folder: Path
     libraries: list[_Listed]
@@ -66,7 +66,7 @@ class Bundle:
         """Read the manifest.
 
         Raises:
-            UserError: if there is none, or the bundle is for another machine or another version.
+            UserError: there is none, or the bundle is for another machine or another version.
         """
         try:
             manifest = json.loads((folder / MANIFEST).read_bytes())
@@ -83,10 +83,10 @@ class Bundle:
         return cls(folder, manifest["libraries"])
 
     def find(self, **identity: object) -> Packed | None:
-        """The library of this identity, whole.
+        """The library of this identity, checked.
 
         Raises:
-            UserError: if its file is not what was put there.
+            UserError: its file has changed.
         """
         asked = json.loads(json.dumps(identity))
         for one in self.libraries:
@@ -100,7 +100,7 @@ class Bundle:
 
 
 def find(**identity: object) -> Packed | None:
-    """What the bundle that the environment names has of this identity; None without a bundle."""
+    """The library of this identity in the bundle that the environment names; None without a bundle."""
     name = os.environ.get(ENVIRONMENT_VARIABLE)
     return _open(name).find(**identity) if name else None
 
@@ -115,11 +115,12 @@ def write(folder: Path, libraries: list[Packed], tvm_runtime: Path | None) -> No
     """Copy libraries into a folder, which becomes a bundle.
 
     Args:
-        libraries: what it is to hold.
+        folder: the folder, new or empty, or an earlier bundle.
+        libraries: the libraries of the bundle.
         tvm_runtime: the library that code for CPUs calls while it runs.
 
     Raises:
-        UserError: if the folder holds something else, or cannot be written to.
+        UserError: the folder holds something else, or cannot be written to.
     """
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} holds other files: name a new folder for the bundle")

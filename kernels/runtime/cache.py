@@ -41,7 +41,7 @@ Record: TypeAlias = dict[str, object]
 
 
 def folder() -> Path:
-    """The folder of compiled kernels, made if it was not there; only its owner may look into it."""
+    """The folder of compiled kernels. It is made if necessary, and only its owner may open it."""
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if not named:
         from platformdirs import user_cache_dir  # the layers do without it
@@ -51,7 +51,7 @@ def folder() -> Path:
 
 
 def key(**facts: object) -> str:
-    """A name for what is determined by `facts`, numbers and strings or lists and tuples of such."""
+    """A key that depends on all `facts`: numbers, strings, and lists and tuples of these."""
     return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:32]
 
 
@@ -64,7 +64,7 @@ def version_of(distribution: str) -> str:
 
 
 def find(entry: str, suffix: str = ".so") -> Path | None:
-    """The library of the entry with this key, checked, or None where there is none that can be trusted."""
+    """The library of the entry with this key, checked; None if there is none that can be trusted."""
     place = folder()
     record = read_record(entry)
     if record is None:
@@ -80,7 +80,7 @@ def find(entry: str, suffix: str = ".so") -> Path | None:
 
 
 def read_record(entry: str) -> Record | None:
-    """What was recorded with an entry, or None."""
+    """The facts recorded with an entry, or None."""
     file = folder() / f"{entry}.json"
     try:
         record = json.loads(file.read_bytes()) if _is_private(file) else None
@@ -90,7 +90,7 @@ def read_record(entry: str) -> Record | None:
 
 
 def store(entry: str, library: Path, facts: Mapping[str, object]) -> Path:
-    """Take a library that lies in the cache's folder into the cache, with what `facts` say about it."""
+    """Move a library in the cache's folder into the cache, and record `facts` with it."""
     digest = hashlib.sha256(library.read_bytes()).hexdigest()
     final = folder() / f"{entry}-{digest}{library.suffix}"
     library.chmod(0o600)
@@ -118,7 +118,7 @@ def _drop_unused() -> None:
 
 @contextlib.contextmanager
 def scratch_file(suffix: str) -> Iterator[Path]:
-    """A path in the cache's folder for a file under construction; removed at the end unless renamed."""
+    """A path in the cache's folder for an unfinished file. It is removed at the end unless it was renamed."""
     handle, name = tempfile.mkstemp(suffix=suffix, prefix="building-", dir=folder())
     os.close(handle)
     path = Path(name)
@@ -132,11 +132,11 @@ def scratch_file(suffix: str) -> Iterator[Path]:
 def first_run(entry: str) -> Iterator[None]:
     """Guard the first run of new machine code, which may kill the process.
 
-    While it lasts, a note that names this process lies in the cache. Whoever finds the note of a process that is no
-    more knows that the code killed it.
+    Inside this context, a note in the cache names this process. If a later process finds the note of a process that has
+    ended, it knows that the code killed it.
 
     Raises:
-        RuntimeError: where there is such a note.
+        RuntimeError: there is such a note.
     """
     note = folder() / f"{entry}.trial"
     if note.is_file() and not _is_running(note):
@@ -151,7 +151,7 @@ def first_run(entry: str) -> Iterator[None]:
 
 
 def condemn(entry: str) -> None:
-    """Have every later process refuse to run this entry's code, as if it had killed one."""
+    """Let all later processes refuse to run this entry's code, as if it had killed a process."""
     (folder() / f"{entry}.trial").write_text("")
 
 

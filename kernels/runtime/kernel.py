@@ -1,8 +1,7 @@
-"""What all kernels have in common: compiling, checking, caching and falling back.
+"""What all kernels share: compiling, checking, caching and falling back to the twin.
 
-A `Kernel` has a function in TIR, which takes its vector width and its instructions from the `CpuTarget` it is built
-for, and a trial that compares it with the reference on a small problem. `docs/kernels.md` shows one from top to
-bottom.
+A `Kernel` has a function in TIR, which takes its vector width and instructions from the `CpuTarget`, and a trial that
+compares it with the reference on a small problem. `docs/kernels.md` shows one from top to bottom.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ cache or the linker's files; TVM's errors (all of them are `RuntimeError`, as ar
 torch's of a device); a bundle or a GPU that does not fit."""
 
 Compiled = Callable[..., None]
-"""A compiled function: it takes contiguous torch tensors and numbers, and writes into some of them."""
+"""A compiled function. It takes contiguous torch tensors and numbers, and writes into some of them."""
 
 SpecValue = str | int | bool | float
 Spec = dict[str, SpecValue]
-"""What is compiled in, by the names of `build`'s arguments."""
+"""Values that are compiled in, by the names of `build`'s arguments."""
 
 Target = TypeVar("Target", bound=CpuTarget | CudaTarget)
 Function = TypeVar("Function", bound=Compiled)
@@ -51,7 +50,7 @@ Outcome = TypeVar("Outcome")
 
 
 KERNELS: dict[str, Kernel] = {}
-"""All kernels by name, those whose modules have been imported."""
+"""All kernels by name, if their modules have been imported."""
 
 # Half of the time that compiling takes, for what LLVM does anyway.
 SLOW_PASSES = ("tirx.CommonSubexprElim", "s_tir.CompactBufferAllocation", "s_tir.HoistIfThenElse")
@@ -156,7 +155,17 @@ class DeviceKernel(ABC, Generic[Target]):
 
 
 class Kernel(DeviceKernel[CpuTarget]):
-    """A kernel for CPUs."""
+    """One function in TIR, with any number of specialisations.
+
+    Args:
+        name: its name in the cache, on the command line and in messages.
+        build: ``build(target, **spec)`` returns the function (a `tvm` PrimFunc) for a target and a spec. TVM is
+            imported inside of it.
+        trial: ``trial(function, **spec)`` runs the compiled function on a small random problem, compares the outcome
+            with the twin's, and raises `AssertionError` if they differ. Code must pass its trial on this machine before
+            it enters the cache or is used.
+        variants: the specs that `shiftadd3d kernels build` compiles ahead for a target.
+    """
 
     suffix = ".so"
 
@@ -167,8 +176,8 @@ class Kernel(DeviceKernel[CpuTarget]):
         """The compiled function for this machine, from memory, from the cache or from the compiler.
 
         Returns:
-            A function of contiguous torch tensors and numbers that writes into its last arguments, or None where one of
-            `FAILURES` kept it from being used: then the twin has to do. That is said once.
+            A function of contiguous torch tensors and numbers that writes into its last arguments. None if one of
+            `FAILURES` prevents it; then the twin must be used, and a warning says so once.
         """
         target = targets.current()
         known = (target.name, *spec.items())
@@ -177,7 +186,7 @@ class Kernel(DeviceKernel[CpuTarget]):
         return self._once(known, lambda: _with_torch_threads(self.load(target, **spec)))
 
     def load(self, target: CpuTarget, **spec: SpecValue) -> Compiled:
-        """The compiled function for `target`, from the cache or from the compiler, having passed its trial.
+        """The compiled function for `target`, from the cache or from the compiler. It has passed its trial.
 
         Raises:
             Exception: one of `FAILURES`; anything else is a bug.
@@ -198,7 +207,7 @@ class Kernel(DeviceKernel[CpuTarget]):
         return library[self.name]
 
     def compile(self, target: CpuTarget, **spec: SpecValue) -> Executable:
-        """For any target, whether or not this machine could run it."""
+        """Compile for any target, whether or not this machine can run it."""
         import tvm
 
         function = self.build(target, **spec).with_attr("global_symbol", self.name)
@@ -206,7 +215,7 @@ class Kernel(DeviceKernel[CpuTarget]):
             return tvm.compile(tvm.IRModule({self.name: function}), target=target.tvm_target())
 
     def assembly(self, target: CpuTarget, **spec: SpecValue) -> str:
-        """What `compile` makes of it, to read."""
+        """The assembly code from `compile`, for reading."""
         return self.compile(target, **spec).mod.inspect_source("asm")
 
     def entry(self, target: CpuTarget, **spec: SpecValue) -> str:
@@ -241,14 +250,15 @@ def obtain(
     facts: Mapping[str, object],
     packed: Callable[[], Path | None] = lambda: None,
 ) -> Module:
-    """The library of an entry of the cache, ready to be called: from there, or new, once it has passed its trial.
+    """The library of an entry of the cache, ready to be called. If it is new, it has passed its trial.
 
     Args:
-        compile: makes it.
-        link: ``link(executable, file)`` puts that into a library.
-        trial: ``trial(library)`` runs the code, and raises `AssertionError` if it computes what it should not.
-        facts: recorded with it.
-        packed: finds the library itself, compiled elsewhere.
+        entry: key of the entry.
+        compile: compiles the code.
+        link: ``link(executable, file)`` writes it to a library.
+        trial: ``trial(library)`` runs the code, and raises `AssertionError` for a wrong outcome.
+        facts: recorded with the entry.
+        packed: finds the library if it was compiled elsewhere.
 
     Raises:
         Exception: one of `FAILURES`; anything else is a bug.
@@ -296,7 +306,7 @@ for _file in Path(__file__).parents[1].rglob("*.py"):
 
 
 def sources_digest(*modules: ModuleType) -> str:
-    """A digest of the text of modules, which may stand elsewhere, and of all modules of this package that they use."""
+    """A digest of the text of modules and of all modules of this package that they use."""
     found: dict[str, ModuleType] = {}
     waiting = [*modules, sys.modules[__name__]]
     while waiting:

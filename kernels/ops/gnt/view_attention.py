@@ -1,7 +1,7 @@
-"""View attention as an op.
+"""View attention as an op. Inference only.
 
-NaN makes its point NaN, as in the reference; infinities may come out as infinities where the reference, which subtracts
-them, has NaN. Inference only.
+NaN makes its point NaN, as in the reference. The reference subtracts infinities, which gives NaN. The kernel may return
+infinities instead.
 """
 
 from __future__ import annotations
