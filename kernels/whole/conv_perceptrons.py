@@ -1,8 +1,8 @@
 """Two linear layers with a depthwise convolution between them, a band of a grid's rows at a time.
 
-What lies between the layers is several times as wide as what they read and write. Here it never leaves the second-level
-cache: for each panel of hidden channels, the first layer is followed at once by the convolution and the activation. A
-task goes down its rows, and keeps the last two rows before the convolution for the band that follows.
+The hidden activations are several times as wide as the inputs and outputs. Here they stay in the second-level cache:
+for each panel of hidden channels, the convolution and the activation follow the first layer at once. A task computes
+its rows from top to bottom. The next band reuses the last two rows that the convolution has read.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from shiftadd3d.kernels.whole.products import (
 from shiftadd3d.kernels.whole.program import Exactness, Function, Program, Value
 
 KERNEL = 3
-"""Of the convolution, along both sides."""
+"""The convolution's rows and columns."""
 _REACH = KERNEL // 2
 
-# Of a band's hidden activations, before and behind the convolution. More bands cost more decoding of weights.
+# Bytes of a band's hidden activations, before and after the convolution. More bands decode weights more often.
 _BAND_BYTES = 9 << 17
-# Of fewer tokens, threads have more from a share of the outputs each, and the cache holds all.
+# With fewer tokens, the cache holds everything, and it is faster to share outputs between threads.
 _LEAST_TOKENS = 128
 
 
 class Sizes(NamedTuple):
-    """What is compiled in: widths of tokens, and the grid that they lie on."""
+    """Sizes that are compiled in: widths of tokens, and their grid."""
 
     inputs: int
     hidden: int
@@ -64,7 +64,7 @@ class Sizes(NamedTuple):
 class _Band:
     """Hidden activations of a band of rows, in the memory of a task, panel by panel.
 
-    Before the convolution, a row of the grid has a place with a column of zeros at either end; places are used in turn.
+    Rows that the convolution reads have a column of zeros at each end. They are kept in a ring of rows.
     """
 
     def __init__(self, isa: Isa, sizes: Sizes, columns: int, rows: int) -> None:
@@ -73,11 +73,11 @@ class _Band:
         self._places, self._pitch = rows + 2 * _REACH, sizes.width + 2 * _REACH
         panels = sizes.hidden // columns
         self._before = T.alloc(panels, self._places * self._pitch, columns)
-        self.behind = T.alloc(panels, rows * sizes.width, columns)
+        self.after = T.alloc(panels, rows * sizes.width, columns)
         self._of_token = T.alloc(self._places * sizes.width, dtype="int32")
 
     def clear_sides(self) -> None:
-        """Before anything else."""
+        """Set the columns at both ends to zero. Call it first."""
         self._each_panel(self._clear_sides)
 
     def _clear_sides(self, panel: Expr) -> None:
@@ -86,7 +86,7 @@ class _Band:
                 self._clear(panel, place * self._pitch + column)
 
     def clear_row(self, row: Index) -> None:
-        """Of a row beyond the grid."""
+        """Set a row beyond the grid to zero."""
         start = held(self._start(row))
 
         def of_panel(panel: Expr) -> None:
@@ -104,11 +104,11 @@ class _Band:
             self._before[panel, token, self._isa.at(j)] = self._isa.splat(0.0)
 
     def _start(self, row: Index) -> Expr:
-        """Where a row of the grid begins; the one above the grid is -1."""
+        """The first token of a row of the grid. The row above the grid is -1."""
         return T.truncmod(row + _REACH, T.int64(self._places)) * self._pitch
 
     def find(self, first: Expr, last: Expr) -> None:
-        """Rows `first` to `last` - 1 are stored next."""
+        """Prepare to store rows `first` to `last` - 1."""
         width = self._sizes.width
         with T.serial(last - first) as i:
             start = T.bind(T.cast(self._start(first + i), "int32"))
@@ -116,20 +116,20 @@ class _Band:
                 self._of_token[i * width + j] = start + T.cast(j, "int32") + T.int32(_REACH)
 
     def store(self, row: Index, column: Index, value: Expr, count: int) -> None:
-        """Store hidden activations before the convolution, of tokens counted from the first row on."""
+        """Store inputs of the convolution. Tokens count from the first row on."""
         token = T.cast(self._of_token[row], "int64")
         panel, at = self._column(column)
         self._before[panel, token, T.at(at, count)] = value
 
     def load(self, row: Index, column: Index, count: int) -> Expr:
-        """Read them behind it."""
+        """Read outputs of the convolution."""
         panel, at = self._column(column)
-        return self.behind[panel, row, T.at(at, count)]
+        return self.after[panel, row, T.at(at, count)]
 
     def keep(self, row: Index, column: Index, value: Expr, count: int) -> None:
-        """Store them behind it."""
+        """Store outputs of the convolution."""
         panel, at = self._column(column)
-        self.behind[panel, row, T.at(at, count)] = value
+        self.after[panel, row, T.at(at, count)] = value
 
     def _column(self, column: Index) -> tuple[Expr, Expr]:
         return T.truncdiv(column, T.int64(self._columns)), T.truncmod(column, T.int64(self._columns))
@@ -146,7 +146,7 @@ class _Band:
     ) -> None:
         """Emit ``store(token, channel, apply(convolution), lanes)`` for rows `first` to `last` - 1 of a panel."""
         isa, width = self._isa, self._sizes.width
-        # As many outcomes side by side as leave the fewest to be computed twice.
+        # Of the possible numbers of outputs side by side, the one that computes the fewest twice.
         most = min(width, 8 if isa.target.has_avx512 else 4)
         tile = min(range(most, most // 2, -1), key=lambda size: -(-width // size) * size)
         for j in range(0, self._columns, isa.lanes):
@@ -197,7 +197,7 @@ def _build(
         added, control = T.argument("added", (batch, height * width, outputs)), control_argument()
         y = T.argument("y", (batch, height * width, outputs))
         x, y, added, threads = rows_of(x), rows_of(y), rows_of(added), threads_of(control)
-        # Threads share an image where there are few.
+        # Threads share an image if there are few images.
         alike = T.either(T.truncmod(batch, threads) == 0, batch >= 4 * threads)
         parts = held(T.select(alike, T.int64(1), T.min(threads, T.int64(height))))
         with T.parallel(batch * parts) as task:
@@ -223,7 +223,7 @@ class _Arguments(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What a task computes: of an image, the rows from `begin` to before `end`."""
+    """The rows of an image that a task computes: from `begin` to before `end`."""
 
     image: Expr
     begin: Expr
@@ -256,7 +256,7 @@ def _emit_rows(
         last = held(T.min(first + rows, task.end))
         with T.when(last == height):
             band.clear_row(T.int64(height))
-        # Those of the band before are there.
+        # The band before has left its last rows.
         fresh = held(T.select(step == 0, T.max(first - _REACH, T.int64(0)), first + _REACH))
         beyond = held(T.min(last + _REACH, T.int64(height)))
         band.find(fresh, beyond)
@@ -309,7 +309,7 @@ def _try(
     sizes: tuple[int, ...],
     rows: int,
 ) -> None:
-    """Each image by one thread, and two threads with a part of it each."""
+    """Try both: one thread for each image, and two threads that share an image."""
     draw, size = Draw(), Sizes(*sizes)
     inputs, hidden, outputs, height, width = size
     (one, first), (two, second) = (
@@ -327,7 +327,7 @@ def _try(
         before = F.linear(normal, first, one.bias)
         mixed = depthwise_conv_twin(before, taps, bias, height, width, activation)
         expected = F.linear(mixed, second, two.bias) + added
-        # What errors before the convolution come to behind it, gelu at its steepest.
+        # The effect of errors before the convolution on its outputs, with the steepest slope of gelu.
         off = (error_bound(form, bits) + 1e-6) * normal.abs().amax(-1, keepdim=True) * first.abs().sum(-1)
         off = depthwise_conv_twin(off, taps.abs(), torch.zeros(hidden), height, width, "none") * 1.2
         off = off + (COARSE_GELU_ERROR if error_bound(form, bits) else 0.0)
@@ -375,7 +375,7 @@ def conv_perceptron(
 
 
 def serves(layers: tuple[LinearWeights, LinearWeights], weight: Tensor, grid: tuple[int, int], columns: int) -> bool:
-    """Whether to have `conv_perceptron` do what such layers do, with panels of so many columns."""
+    """Whether to use `conv_perceptron` for such layers, with panels of this many columns."""
     first, second = layers
     alike = (first.bits, first.terms) == (second.bits, second.terms)
     fits = tuple(weight.shape[2:]) == (KERNEL, KERNEL) and first.outputs % columns == 0

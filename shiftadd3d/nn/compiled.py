@@ -348,19 +348,19 @@ def grid_convolution(
 # Models
 
 
-# Of inputs, for each thread: two pictures of 224 pixels. Their activations stay in caches from call to call, and there
-# are enough tokens for the decoding of weights not to count.
+# Bytes of inputs for each thread: two pictures of 224 pixels. Their activations stay in caches from function to
+# function, and there are so many tokens that decoding weights takes little of the time.
 _BYTES_AT_A_TIME = 2 * 3 * 224 * 224 * 4
 
 
 def _rows_at_a_time(inputs: Sequence[Tensor]) -> int:
-    """How much of a batch a program is given at a time."""
+    """How many items of a batch go into one call of the executable."""
     of_each = sum(x.nbytes for x in inputs) // len(inputs[0])
     return torch.get_num_threads() * max(1, _BYTES_AT_A_TIME // max(1, of_each))
 
 
 class CompiledModel(nn.Module):
-    """A frozen model, compiled: each call runs its executable once.
+    """A frozen model, compiled: a call runs its executable, several times for a large batch.
 
     It is for inference only. Weights and numerics are those of the time when it was compiled. If an integer product
     cannot express an activation, the call is repeated with an executable that computes in float32. That one is compiled
