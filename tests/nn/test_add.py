@@ -477,7 +477,7 @@ def test_autocast_to_bfloat16_flips_few_codes_and_trains(name: str) -> None:
         (lambda: TokenConv2d(4, 2), "odd"),
         (lambda: AddAttention(32, 4, order="linear", attn_dropout=0.1), "quadratic"),
         (lambda: AddAttention(8, 2)(torch.ones(1, 3, 8), bias=torch.ones(3)), "at least 2 dimensions"),
-        (lambda: AddAttention(8, 2)(torch.ones(1, 3, 8), bias=torch.ones(3, 3, dtype=torch.bool)), "is a mask"),
+        (lambda: AddAttention(8, 2)(torch.ones(1, 3, 8), bias=torch.ones(3, 3, dtype=torch.bool)), "give a mask"),
         (lambda: AddAttention(8, 2)(torch.ones(1, 3, 8), mask=torch.ones(1, 3)), "bool"),
     ],
 )

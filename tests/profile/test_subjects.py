@@ -34,5 +34,5 @@ def test_a_recipe_changes_what_a_gnt_does_and_not_how_much() -> None:
 def test_names_that_nothing_has() -> None:
     with pytest.raises(UserError, match=r"timm knows no model 'gnt-huge'.* gnt-tiny"):
         subject("gnt-huge")
-    with pytest.raises(UserError, match="at least one ray"):
+    with pytest.raises(UserError, match="--rays 0: expected 1 or more"):
         subject("gnt", rays=0)
