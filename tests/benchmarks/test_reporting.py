@@ -71,6 +71,17 @@ def test_results_of_other_code_are_refused(reporting: ModuleType, code: Path, tm
         reporting.refuse_old([result])
 
 
+def test_results_outlive_a_change_of_prose(reporting: ModuleType, code: Path):
+    before = reporting.code_digest()
+    code.write_text('"""What the module is for."""\n\n# Why.\nx = 1  # here, too\n"""What x is.\n\nAnd more.\n"""\n')
+    assert reporting.code_digest() == before
+
+
+def test_strings_that_are_code_are_no_prose(reporting: ModuleType):
+    source = 'def f():\n    """What it gives."""\n    return "# no comment"\n'
+    assert reporting.without_prose(source) == 'def f():\n    return "# no comment"'
+
+
 @pytest.mark.parametrize("name", ["nerf", "classification", "peers"])
 def test_reports_refuse_old_results(load_benchmark, name: str, monkeypatch: pytest.MonkeyPatch):
     """With --old, and not without."""
