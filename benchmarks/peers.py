@@ -136,6 +136,8 @@ class Run(Measurement):
 ONEDNN_LIMIT = "ONEDNN_MAX_CPU_ISA"
 LIMITS = {"avx512_vnni": "AVX512_CORE_VNNI", "avx512": "AVX512_CORE", "avx2": "AVX2"}
 """What oneDNN, which torch and OpenVINO compute products with, calls the instructions of our targets."""
+ATEN_LIMIT = "ATEN_CPU_CAPABILITY"
+"""Of torch's own loops. It knows only `avx512` and `avx2`."""
 
 
 def hold_to(instructions: str | None) -> None:
@@ -153,6 +155,12 @@ def hold_to(instructions: str | None) -> None:
         raise UserError(f"--instructions {instructions}: expected one of {', '.join(LIMITS)}")
     os.environ[targets.ENVIRONMENT_VARIABLE] = instructions
     os.environ[ONEDNN_LIMIT] = LIMITS[instructions]
+    os.environ[ATEN_LIMIT] = "avx2" if instructions == "avx2" else "avx512"
+
+
+def is_held() -> bool:
+    """Whether this process uses no more than some instructions."""
+    return bool(os.environ.get(ONEDNN_LIMIT))
 
 
 def check_installed() -> None:
@@ -267,7 +275,7 @@ def openvino_solutions(dense: Path, images: Tensor, threads: int) -> Iterator[tu
 def openvino_forms(core: Any) -> list[str]:
     """Number formats that OpenVINO multiplies in on this CPU."""
     # If oneDNN is held to less, bfloat16 is emulated, and slow.
-    has_bfloat16 = ONEDNN_LIMIT not in os.environ and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    has_bfloat16 = not is_held() and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return ["f32"] + ["bf16"] * has_bfloat16
 
 
@@ -282,7 +290,9 @@ def openvino_settings(form: str, threads: int) -> dict[str, Any]:
 
 
 def onnxruntime_solutions(dense: Path, images: Tensor, threads: int) -> Iterator[tuple[str, Solution]]:
-    """float32, and 8-bit integers whose scales are found on the way."""
+    """float32, and 8-bit integers whose scales are found on the way. None if held: it takes what the CPU has."""
+    if is_held():
+        return
     import onnx
     import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic

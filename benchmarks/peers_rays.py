@@ -20,8 +20,10 @@ from peers import (
     OPENVINO,
     OURS,
     RAYS_FILES,
+    SAME,
     Measurement,
     Solution,
+    is_held,
     openvino_forms,
     openvino_settings,
     session_options,
@@ -143,7 +145,9 @@ def openvino_solutions(path: Path, inputs: tuple[Tensor, ...], threads: int) -> 
 
 
 def onnxruntime_solutions(path: Path, inputs: tuple[Tensor, ...], threads: int) -> Iterator[tuple[str, Solution]]:
-    """float32."""
+    """float32. None if held: it takes what the CPU has."""
+    if is_held():
+        return
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
@@ -205,7 +209,7 @@ def measure(chunk: nn.Module, inputs: tuple[Tensor, ...], path: Path, threads: i
         theirs |= dict(openvino_solutions(path, inputs, threads))
         theirs |= dict(onnxruntime_solutions(path, inputs, threads))
         off = {name: float(np.abs(np.asarray(run()[0]) - expected).mean()) for name, run in theirs.items()}
-        if off[f"{OPENVINO}f32"] > 1e-3 or off["ONNX Runtime, float32"] > 1e-3:
+        if any(off.get(name, 0.0) > 1e-3 for name in SAME):
             raise AssertionError(f"other engines do not compute what torch does: {off}")
         ours = dict(our_solutions())
         exact = np.asarray(ours[f"{OURS}{SHIFTADD}, exact"]()[0])

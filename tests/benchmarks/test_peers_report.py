@@ -88,11 +88,26 @@ def test_what_is_missing_is_one_line(benchmark, monkeypatch: pytest.MonkeyPatch)
 def test_instructions_hold_our_kernels_and_other_engines(benchmark, monkeypatch):
     monkeypatch.setenv("SHIFTADD3D_TARGET", "")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "")
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "")
     benchmark.hold_to(None)
     assert os.environ["SHIFTADD3D_TARGET"] == ""
     benchmark.hold_to("avx512_vnni")
     assert os.environ["SHIFTADD3D_TARGET"] == "avx512_vnni"
     assert os.environ["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE_VNNI"
+    assert os.environ["ATEN_CPU_CAPABILITY"] == "avx512"
+
+
+def test_an_engine_that_cannot_be_held_does_not_take_part(load_benchmark, monkeypatch, tmp_path: Path):
+    """ONNX Runtime takes the instructions that the CPU has."""
+    benchmark, rays = load_benchmark("peers"), load_benchmark("peers_rays")
+    for name in ("SHIFTADD3D_TARGET", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
+        monkeypatch.setenv(name, "")
+    assert not benchmark.is_held()
+    benchmark.hold_to("avx2")
+    assert benchmark.is_held()
+    assert os.environ["ATEN_CPU_CAPABILITY"] == "avx2"
+    assert list(benchmark.onnxruntime_solutions(tmp_path / "no.onnx", torch.zeros(1, 3, 224, 224), 1)) == []
+    assert list(rays.onnxruntime_solutions(tmp_path / "no.onnx", (), 1)) == []
 
 
 def test_instructions_that_engines_have_no_name_for_are_refused(benchmark):
