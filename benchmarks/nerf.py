@@ -4,9 +4,10 @@
     python benchmarks/nerf.py trivial --scene still_life
     python benchmarks/nerf.py speed
     python benchmarks/nerf.py memory
+    python benchmarks/film.py run --scene PATH/TO/fern
     python benchmarks/nerf.py report
 
-The first four write JSON files into docs/results/data/; the last one makes docs/results/nerf.md from these alone.
+All but the last write JSON files into docs/results/data/. The last one makes docs/results/nerf.md from these alone.
 """
 
 from __future__ import annotations
@@ -881,7 +882,7 @@ class Report:
 
     def __call__(self) -> None:
         if not self.old:
-            refuse_old([*DATA.glob("nerf-memory.json"), *DATA.glob("nerf-speed*.json")])
+            refuse_old(path for kind in ("memory", "speed", "film") for path in DATA.glob(f"nerf-{kind}*.json"))
         results = read_results(DATA)
         if results["memory"]:
             plot_memory(results["memory"][0], PICTURES / "nerf-memory.png")
@@ -890,7 +891,8 @@ class Report:
 
 def read_results(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The results in a folder by kind, each sorted by file name."""
-    results: dict[str, list[dict[str, Any]]] = {"train": [], "samples": [], "trivial": [], "speed": [], "memory": []}
+    kinds = ("train", "samples", "trivial", "speed", "memory", "film")
+    results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     for path in sorted(folder.glob("nerf-*.json")):
         facts = json.loads(path.read_text(encoding="utf-8"))
         results[facts["kind"]].append(facts)
@@ -906,7 +908,7 @@ def render_report(results: dict[str, list[dict[str, Any]]], template: str) -> st
     trained, trivial = results["train"], results["trivial"]
     memory = results["memory"][0] if results["memory"] else None
     speeds = sorted(results["speed"], key=lambda facts: facts.get("keep_memory", False))
-    measured = [*trained, *results["samples"], *trivial, *speeds, *results["memory"]]
+    measured = [*trained, *results["samples"], *trivial, *speeds, *results["film"], *results["memory"]]
     fields = {
         "embedded": quality_table([f for f in trained if f["embedded"]], [f for f in trivial if f["embedded"]]),
         "photos": quality_table([f for f in trained if not f["embedded"]], [f for f in trivial if not f["embedded"]]),
@@ -916,6 +918,7 @@ def render_report(results: dict[str, list[dict[str, Any]]], template: str) -> st
         "scenes": scene_table(trained),
         "runs": run_table(trained),
         "speed": speed_table(speeds),
+        "film": film_table(results["film"]),
         "memory_train": memory_table(memory, "train"),
         "memory_render": memory_table(memory, "render"),
         "memory_verdict": memory_verdict(memory),
@@ -1093,6 +1096,22 @@ def speed_table(results: list[dict[str, Any]]) -> str:
         ]
         tables.append(markdown_table(header, rows))
     return "\n\n".join(tables) or NOT_MEASURED
+
+
+def film_table(films: list[dict[str, Any]]) -> str:
+    """Rows: films; columns: seconds from the command to the file, and those of each step."""
+    steps = ("start", "poses", "opening", "rendering")
+    rows = [
+        [
+            f"{facts['film']}, {facts['frames']} frames of {' x '.join(map(str, facts['size']))}",
+            f"{facts['first']:.0f}",
+            f"{statistics.median(facts['later']):.0f}",
+            *(f"{facts['steps'][step]:.0f}" for step in steps),
+        ]
+        for facts in films
+    ]
+    header = ["film, seconds", "the first", "a later one", *steps]
+    return markdown_table(header, rows) if rows else NOT_MEASURED
 
 
 def memory_table(memory: dict[str, Any] | None, what: str) -> str:

@@ -43,7 +43,7 @@ def test_every_picture_that_the_report_shows_is_there():
 def test_measurements_name_no_place_on_a_machine():
     for path in sorted((RESULTS / "data").glob("nerf-*.json")):
         command = json.loads(path.read_text(encoding="utf-8"))["command"]
-        assert command.startswith("python benchmarks/nerf.py ") and " /" not in command, path.name
+        assert re.match(r"python benchmarks/(nerf|film)\.py ", command) and " /" not in command, path.name
 
 
 def test_runs_from_random_weights_have_rows_of_their_own(nerf: ModuleType):
