@@ -1,4 +1,4 @@
-"""Every format and dialect of camera files, and every key: heeded, harmless or refused."""
+"""Every format and dialect of camera files, and every key: read, harmless or refused."""
 
 from __future__ import annotations
 
@@ -417,7 +417,7 @@ def test_harmless_keys_change_nothing(place, scene_folder, plain, said):
 
 @pytest.mark.parametrize("place", ["file", "frame"])
 @pytest.mark.parametrize("name", [name for name, key in KEYS.items() if key.verdict == "refused"])
-def test_keys_that_cannot_be_heeded_are_refused_by_name_unless_they_say_nothing(name, place, scene_folder, plain):
+def test_keys_that_cannot_be_read_are_refused_by_name_unless_they_say_nothing(name, place, scene_folder, plain):
     def put(meta, value):
         if name == "time":  # what matters is whether it differs
             for index, frame in enumerate(meta["frames"]):
@@ -486,7 +486,7 @@ INTRINSICS = [[FOCAL, 0.0, WIDTH / 2 + 2], [0.0, FOCAL * 1.1, HEIGHT / 2 - 1], [
     ],
     ids=lambda other: next(iter(other)),
 )
-def test_other_names_of_a_lens_are_heeded(place, other, scene_folder, said):
+def test_other_names_of_a_lens_are_read(place, other, scene_folder, said):
     def write(meta, lens):
         for key in pinhole():
             del meta[key]
@@ -590,7 +590,7 @@ def test_views_in_none_of_the_lists_are_counted(scene_folder, said):
     assert any("3 views of 10 are in none of the lists and are left out" in line for line in said), said
 
 
-def heeded(scene_folder, change) -> Any:
+def cameras_after(scene_folder, change) -> Any:
     with _rewritten(scene_folder, change):
         return parse(scene_folder).cameras
 
@@ -602,8 +602,8 @@ def test_is_fisheye_is_a_fisheye_lens(scene_folder):
         "frame": lambda meta: [frame.update(camera_model="OPENCV_FISHEYE") for frame in meta["frames"]],
     }
     for change in kinds.values():
-        assert (heeded(scene_folder, change).camera_type == CameraType.FISHEYE.value).all()
-    mixed = heeded(scene_folder, lambda meta: meta["frames"][3].update(is_fisheye=True))
+        assert (cameras_after(scene_folder, change).camera_type == CameraType.FISHEYE.value).all()
+    mixed = cameras_after(scene_folder, lambda meta: meta["frames"][3].update(is_fisheye=True))
     assert mixed.camera_type.flatten().tolist() == [1, 1, 1, 2, 1, 1, 1, 1, 1, 1]
     with _rewritten(scene_folder, lambda meta: meta.update(is_fisheye=True)):
         assert "camera_model is OPENCV, but is_fisheye is true" in refused(scene_folder)
@@ -645,7 +645,7 @@ def test_colmap_lenses(camera, kind, distortion, orbit, tmp_path):
         ("PINHOLE 24 0 20 20 12 8", "24x0 pixels"),
     ],
 )
-def test_colmap_lenses_that_cannot_be_heeded_are_refused_by_name(camera, expected, orbit, tmp_path):
+def test_colmap_lenses_that_cannot_be_read_are_refused_by_name(camera, expected, orbit, tmp_path):
     colmap_text(tmp_path, orbit, camera=camera)
     message = refused(tmp_path)
     assert expected in message
@@ -654,10 +654,10 @@ def test_colmap_lenses_that_cannot_be_heeded_are_refused_by_name(camera, expecte
 
 def test_a_frames_own_numbers_win_when_they_are_complete(scene_folder):
     own = {"fl_x": 30.0, "fl_y": 31.0, "cx": 11.0, "cy": 7.0}
-    cameras = heeded(scene_folder, lambda meta: meta["frames"][2].update(own))
+    cameras = cameras_after(scene_folder, lambda meta: meta["frames"][2].update(own))
     assert [float(getattr(cameras, key)[2]) for key in ("fx", "fy", "cx", "cy")] == [30, 31, 11, 7]
     assert [float(getattr(cameras, key)[3]) for key in ("fx", "fy", "cx", "cy")] == [20, 20, 12, 8]
-    cameras = heeded(scene_folder, lambda meta: meta["frames"][2].update(k1=0.1))
+    cameras = cameras_after(scene_folder, lambda meta: meta["frames"][2].update(k1=0.1))
     assert cameras.distortion_params[:, 0].tolist() == pytest.approx([0, 0, 0.1, 0, 0, 0, 0, 0, 0, 0])
 
 
@@ -1057,7 +1057,7 @@ def test_lists_of_names_that_are_no_frames_are_refused(orbit, tmp_path):
 
 
 @pytest.mark.parametrize("listed", ["val_list.txt", "validation_list.txt", "test_list.txt"])
-def test_a_colmap_scenes_list_of_held_out_photos_is_heeded(listed, orbit, tmp_path):
+def test_a_colmap_scenes_list_of_held_out_photos_is_read(listed, orbit, tmp_path):
     colmap_text(tmp_path, orbit)
     (tmp_path / listed).write_text("view002.png\nview005.png\n")
     assert [path.stem for path in parse(tmp_path, "val").image_filenames] == ["view002", "view005"]

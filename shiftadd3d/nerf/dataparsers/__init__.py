@@ -155,7 +155,7 @@ class AutoDataParserConfig(DataParserConfig):
 
 
 class AutoDataParser(DataParser):
-    """Reads what the folder holds, whatever that is; never asks a question.
+    """Reads whatever the folder holds. Never asks a question.
 
     Poses are centred at the mean of the (training) cameras and scaled to a box of -1 to 1; `dataparser_transform` (in
     float64) and `dataparser_scale` lead back. The outputs' `metadata` has
@@ -209,8 +209,8 @@ def find_scene(data: Path) -> tuple[Kind, Path]:
     """What a scene is, and its folder.
 
     Args:
-        data: the scene's folder, or its camera file: `transforms_train.json` stands for a Blender scene, every other
-            file for itself.
+        data: the scene's folder or its camera file. `transforms_train.json` means a Blender scene. Any other file is
+            read alone.
 
     Raises:
         UserError: nothing that is accepted was found there.
@@ -219,7 +219,7 @@ def find_scene(data: Path) -> tuple[Kind, Path]:
 
 
 def _look(data: Path) -> tuple[Kind, Path, Path | None, list[str]]:
-    """Kind, folder, camera file, and a few words on each other way in that is there."""
+    """Kind, folder, camera file, and a few words on each other format that was found."""
     if data.suffix.lower() == ".json" and data.is_file():
         return ("blender" if data.name == "transforms_train.json" else "nerfstudio"), data.parent, data, []
     data = _scene_folder(data)
@@ -254,7 +254,7 @@ def _look(data: Path) -> tuple[Kind, Path, Path | None, list[str]]:
 
 
 def _below(data: Path) -> str:
-    """A hint at a scene one or two folders further down, as archives and COLMAP's workspaces have them."""
+    """A hint at a scene one or two folders further down. Archives and COLMAP's workspaces have it there."""
     for folder in sorted(path for pattern in ("*/", "*/*/") for path in data.glob(pattern) if path.is_dir()):
         llff = (folder / "poses_bounds.npy").is_file()
         if llff or any(map(count_frames, folder.glob("transforms*.json"))) or find_models(folder):
@@ -263,7 +263,7 @@ def _below(data: Path) -> str:
 
 
 def _others(files: dict[Path, int | None], read: set[Path]) -> list[str]:
-    """Other camera files, and how many photos they list; those without any go without saying."""
+    """Other camera files, and how many photos they list. Files that list none are left out."""
     return [
         f"{path.name} ({'cannot be read' if count is None else plural(count, 'photo')})"
         for path, count in files.items()

@@ -8,7 +8,7 @@ from shiftadd3d._errors import UserError
 from shiftadd3d.nerf.dataparsers.checks import check_spread
 from shiftadd3d.nerf.dataparsers.files import Folder
 from shiftadd3d.nerf.dataparsers.scene import Scene, say_what_is_held_out
-from shiftadd3d.nerf.dataparsers.transforms import assemble, heed_settings, read_camera_file
+from shiftadd3d.nerf.dataparsers.transforms import assemble, read_camera_file, read_settings
 
 SPLITS = ("train", "val", "test")
 
@@ -19,7 +19,7 @@ def split_file(folder: Path, split: str) -> Path:
 
 
 def read_blender(folder: Path, requested_factor: float | None) -> Scene:
-    """The scene of a folder of Blender's files. The training views say where its middle is.
+    """Read the scene in a folder of Blender's files. The training views define its middle.
 
     Args:
         folder: holds `transforms_train.json`.
@@ -44,6 +44,6 @@ def read_blender(folder: Path, requested_factor: float | None) -> Scene:
     scene.splits = dict(zip(files, groups, strict=True))
     scene.reference = groups[0]
     scene.orientation = "none"  # up is z already
-    heed_settings(scene, files["train"])
+    read_settings(scene, files["train"])
     say_what_is_held_out(scene, {split: split_file(folder, split).name for split in SPLITS})
     return scene

@@ -1,4 +1,4 @@
-"""What a scene must satisfy before anything is trained on it; every refusal is one line."""
+"""What a scene must satisfy before training. Every refusal is one line."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def refuse_missing(missing: Sequence[Any], count: int, what: str) -> None:
 
 
 def check_lenses(cameras: Cameras, names: Sequence[str], where: str) -> None:
-    """Refuses numbers that no lens has.
+    """Refuses impossible numbers.
 
     Args:
         cameras: batch shape [n].
@@ -181,7 +181,7 @@ def check_lenses(cameras: Cameras, names: Sequence[str], where: str) -> None:
 
 
 def _right(name: str, value: float, side: float, kind: float) -> str:
-    """What would be right in place of a number that no lens has."""
+    """What would be right instead of an impossible number."""
     shares = 0 < value < 4 and side > 16  # of the picture: focal lengths are one or two, centres a half
     hint = ": is this a share of the picture? expected pixels" if shares else ""
     if name[0] == "c":

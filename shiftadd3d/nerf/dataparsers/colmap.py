@@ -1,7 +1,7 @@
 """COLMAP's models, text and binary: https://colmap.github.io/format.html.
 
-nerfstudio's reader splits file names at blanks and wants every part of a model; this one does not. `rigs` and `frames`
-files (COLMAP 3.12 and later) repeat what `images` says of each photo, and are left alone.
+nerfstudio's reader splits file names at blanks and needs all files of a model. This one does not. `rigs` and `frames`
+files (COLMAP 3.12 and later) repeat what `images` says of each photo. They are not read.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _guarded(path: Path, read: Callable[[Path], Content]) -> Content:
 
 
 def _lines(path: Path) -> list[str]:
-    """Without comments; blank ones stay, as they mean something in images.txt."""
+    """Lines without comments. Blank lines stay: they mean something in images.txt."""
     text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     return [line for line in text.replace("\r\n", "\n").split("\n") if not line.lstrip().startswith("#")]
 
@@ -194,7 +194,8 @@ def _images_text(path: Path) -> list[ColmapImage]:
 
 
 def _is_image_line(line: str) -> bool:
-    """Whether the points line, empty in models of known poses, was left out: points are numbers only."""
+    """Whether this is an image's line where a line of points was due. Models of known poses may lack those lines.
+    Points are numbers only."""
     head = line.split(maxsplit=9)
     if len(head) != 10:
         return False
@@ -226,7 +227,7 @@ def _images_binary(path: Path) -> list[ColmapImage]:
 
 
 def _count(file: BinaryIO, least: int) -> int:
-    """The number at the start of a binary file, if so many entries of at least `least` bytes fit into the rest."""
+    """The number of entries that starts a binary file. That many must fit into the rest, of `least` bytes or more."""
     (count,) = _unpack(file, "<Q")
     rest = os.fstat(file.fileno()).st_size - file.tell()
     if count * least > rest:
@@ -242,9 +243,9 @@ def _unpack(file: BinaryIO, form: str) -> tuple:
 
 
 def read_points(folder: Path) -> dict[str, np.ndarray]:
-    """`points3D` as nerfstudio's metadata has them, in COLMAP's frame, float64; nothing where there are none.
+    """`points3D` as nerfstudio's metadata has them: COLMAP's frame, float64. Empty without such a file.
 
-    A file that cannot be read counts as none, in a line: near and far can be found without.
+    A file that cannot be read counts as missing, and a line says so. Near and far are then found without points.
 
     Args:
         folder: of the model.
@@ -294,7 +295,7 @@ def _points_binary(path: Path) -> Iterator[tuple[float, ...]]:
 
 
 def find_models(data: Path) -> list[tuple[Path, str]]:
-    """Folders below a scene's that hold a model, and in which form; a folder may be there twice."""
+    """Folders of the scene that hold a model, and the model's form. A folder with both forms is there twice."""
     folders = [data]
     for parent in (data / "sparse", data / "colmap/sparse", data / "colmap"):
         folders += [parent, *(sorted(path for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else [])]
@@ -307,7 +308,7 @@ def find_models(data: Path) -> list[tuple[Path, str]]:
 
 
 def count_photos(folder: Path, suffix: str) -> int:
-    """How many photos a model has; none if it cannot be read."""
+    """How many photos a model has. 0 if it cannot be read."""
     try:
         return len(read_model(folder, suffix).images)
     except UserError:
@@ -315,7 +316,7 @@ def count_photos(folder: Path, suffix: str) -> int:
 
 
 def choose_model(data: Path) -> ColmapModel:
-    """The model with the most photos; names the others in a line.
+    """The model with the most photos. A line names the others.
 
     Args:
         data: the scene's folder.
@@ -464,9 +465,9 @@ def _lens(
 
 
 def _photo_folders(data: Path, names: Sequence[str]) -> dict[int, Path]:
-    """The folder that has most of the photos, and its images_N by factor; names others that have some.
+    """The folder with most of the photos, and its images_N by factor. A line names other folders with photos.
 
-    A name may begin with the folder's own, where COLMAP was given the scene's folder: then that is the root.
+    Names begin with the folder's own name if COLMAP was given the scene's folder. Then the scene's folder is the root.
     """
     skipped = ("sparse", "colmap", "mask", "depth", "normal", "distorted", "stereo")
     others = sorted(

@@ -27,7 +27,7 @@ _MAP = re.compile(r"(^|[._-])(depth|normal|normals|mask|alpha|dynamic_mask)([._-
 
 
 def say(line: str) -> None:
-    """One line on the console, however long, whatever signs are in it."""
+    """Print one line on the console. It is not wrapped, and brackets in it are no markup."""
     CONSOLE.print(line, style="yellow", soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
@@ -169,7 +169,7 @@ def _plain(name: str) -> str:
 
 
 def white_mask(width: int, height: int) -> Path:
-    """A mask that leaves every pixel in, for a view that has none while others have; in a folder of this process."""
+    """A mask that keeps every pixel, for a view without one where other views have one. In a folder of this process."""
     path = _white_masks() / f"white_{width}x{height}.png"
     if not path.is_file():
         Image.new("L", (width, height), 255).save(path)

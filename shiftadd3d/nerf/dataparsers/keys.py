@@ -1,6 +1,6 @@
 """Every key that known programs write into camera files of the `transforms.json` kind, and what becomes of it here.
 
-A key that changes the geometry is heeded or refused by name; the others are harmless. `docs/camera-files.md` shows this
+A key that changes the geometry is read or refused by name. The others are harmless. `docs/camera-files.md` shows this
 list as a table.
 """
 
@@ -19,66 +19,66 @@ from shiftadd3d._errors import UserError
 class Key:
     """What becomes of one key."""
 
-    verdict: Literal["heeded", "harmless", "refused"]
+    verdict: Literal["read", "harmless", "refused"]
     note: str
-    """Heeded: what it is. Harmless: why it may be left unread. Refused: what would be right."""
+    """Read: what it is. Harmless: why nobody needs to read it. Refused: what would be right."""
     writers: str
     """Programs that write or read it."""
 
 
-_GROUPS: list[tuple[Literal["heeded", "harmless", "refused"], str, str, str]] = [
-    # Heeded
-    ("heeded", "frames", "the views", "all"),
-    ("heeded", "fx fy c_x c_y width height", "other names of `fl_x`, `fl_y`, `cx`, `cy`, `w`, `h`", "converters"),
+_GROUPS: list[tuple[Literal["read", "harmless", "refused"], str, str, str]] = [
+    # Read
+    ("read", "frames", "the views", "all"),
+    ("read", "fx fy c_x c_y width height", "other names of `fl_x`, `fl_y`, `cx`, `cy`, `w`, `h`", "converters"),
     (
-        "heeded",
+        "read",
         "K intrinsics intrinsic_matrix camera_intrinsics",
         "a 3x3 matrix of focal lengths and principal point, where those are not given; other forms are not read",
         "converters",
     ),
-    ("heeded", "file_path", "the picture; `\\`, `./`, other machines' folders and a missing suffix are mended", "all"),
-    ("heeded", "transform_matrix", "camera to world, OpenGL axes, 4x4 or 3x4", "all"),
-    ("heeded", "fl_x fl_y", "focal length in pixels; `fl_y` is `fl_x` where it is not given", "all"),
+    ("read", "file_path", "the picture; `\\`, `./`, other machines' folders and a missing suffix are mended", "all"),
+    ("read", "transform_matrix", "camera to world, OpenGL axes, 4x4 or 3x4", "all"),
+    ("read", "fl_x fl_y", "focal length in pixels; `fl_y` is `fl_x` where it is not given", "all"),
     (
-        "heeded",
+        "read",
         "camera_angle_x camera_angle_y",
         "angle of view in radians, where there is no `fl_x`",
         "Blender, instant-ngp",
     ),
-    ("heeded", "x_fov y_fov", "angle of view in degrees, where there is no `fl_x`", "instant-ngp"),
-    ("heeded", "cx cy", "principal point in pixels, the corner of the picture at 0; its middle where not given", "all"),
-    ("heeded", "w h", "size of the full picture in pixels; the picture's own where not given", "all"),
-    ("heeded", "k1 k2 k3 k4 p1 p2", "lens distortion as OpenCV has it, but k4 of r^8 for perspective lenses", "all"),
-    ("heeded", "distortion_params", "the six of them: k1, k2, k3, k4, p1, p2", "nerfstudio"),
-    ("heeded", "camera_model", "perspective and OPENCV_FISHEYE kinds; for the file or for a frame", "nerfstudio"),
-    ("heeded", "is_fisheye", "true is camera_model OPENCV_FISHEYE", "instant-ngp"),
-    ("heeded", "fisheye_crop_radius", "pixels farther from the centre of a fisheye picture are not used", "nerfstudio"),
-    ("heeded", "mask_path", "white where a pixel may be used; frames without one use all pixels", "nerfstudio"),
+    ("read", "x_fov y_fov", "angle of view in degrees, where there is no `fl_x`", "instant-ngp"),
+    ("read", "cx cy", "principal point in pixels, the corner of the picture at 0; its middle where not given", "all"),
+    ("read", "w h", "size of the full picture in pixels; the picture's own where not given", "all"),
+    ("read", "k1 k2 k3 k4 p1 p2", "lens distortion as OpenCV has it, but k4 of r^8 for perspective lenses", "all"),
+    ("read", "distortion_params", "the six of them: k1, k2, k3, k4, p1, p2", "nerfstudio"),
+    ("read", "camera_model", "perspective and OPENCV_FISHEYE kinds; for the file or for a frame", "nerfstudio"),
+    ("read", "is_fisheye", "true is camera_model OPENCV_FISHEYE", "instant-ngp"),
+    ("read", "fisheye_crop_radius", "pixels farther from the centre of a fisheye picture are not used", "nerfstudio"),
+    ("read", "mask_path", "white where a pixel may be used; frames without one use all pixels", "nerfstudio"),
     (
-        "heeded",
+        "read",
         "depth_file_path depth_unit_scale_factor",
         "true z depths to train by, and their unit (a thousandth): where all frames have them, and read only to train "
         "across scenes",
         "nerfstudio",
     ),
-    ("heeded", "train_filenames val_filenames test_filenames", "which views are in which split", "nerfstudio"),
-    ("heeded", "orientation_override", "how to turn the scene: up, vertical, pca or none", "nerfstudio, Polycam"),
+    ("read", "train_filenames val_filenames test_filenames", "which views are in which split", "nerfstudio"),
+    ("read", "orientation_override", "how to turn the scene: up, vertical, pca or none", "nerfstudio, Polycam"),
     (
-        "heeded",
+        "read",
         "applied_transform applied_scale",
         "what was done to the matrices before; undone on the way back",
         "nerfstudio",
     ),
-    ("heeded", "from_na", "true: the matrices have OpenCV axes", "instant-ngp"),
+    ("read", "from_na", "true: the matrices have OpenCV axes", "instant-ngp"),
     (
-        "heeded",
+        "read",
         "normal_mts_args",
         "its presence: the matrices have Mitsuba's axes (x left, y up, z ahead)",
         "instant-ngp",
     ),
-    ("heeded", "camera_convention coordinate_system", "`opengl` or `opencv`: axes of the matrices", "converters"),
-    ("heeded", "is_bad", "true: the frame is left out", "ScanNet++"),
-    ("heeded", "shiftadd3d", "near and far in units of the matrices", "shiftadd3d"),
+    ("read", "camera_convention coordinate_system", "`opengl` or `opencv`: axes of the matrices", "converters"),
+    ("read", "is_bad", "true: the frame is left out", "ScanNet++"),
+    ("read", "shiftadd3d", "near and far in units of the matrices", "shiftadd3d"),
     # Refused, unless they say nothing (zero, false, empty)
     ("refused", "k5 k6", "expected no more than k1, k2, k3, k4, p1, p2: undistort the pictures", "COLMAP converters"),
     ("refused", "p3 p4", "expected no more than k1, k2, k3, k4, p1, p2: undistort the pictures", "Metashape"),
@@ -189,7 +189,7 @@ _PIXELS = ("b1", "b2", "sk_x", "sk_y", "skew")
 
 
 def says_nothing(value: Any) -> bool:
-    """Whether a key might as well not be there: null, false, zero, empty, or a list of nothing else."""
+    """Whether a value means nothing: null, false, zero, empty, or a list of only these."""
     if isinstance(value, (list, tuple)):
         return all(says_nothing(item) for item in value)
     return value is None or value is False or value == 0 or value in ("", {})

@@ -152,7 +152,7 @@ def lens_of(meta: Mapping[str, Any], frame: Mapping[str, Any], where: str) -> Le
 
 
 def _stated(values: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The keys of each quantity that are there, best first. An angle of zero says nothing."""
+    """The keys that are given for each quantity, best first. An angle of zero counts as not given."""
     matrix = next((numbers for key in MATRICES if (numbers := _matrix(values.get(key))) is not None), None)
     if matrix is not None:
         values = {**values, **{f"K[{i}][{j}]": matrix[i, j] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2))}}
@@ -175,7 +175,7 @@ def _matrix(value: Any) -> np.ndarray | None:
 
 
 def _agree(own: Mapping[str, float], common: Mapping[str, float]) -> bool:
-    """Whether the two state the same: some key has one value in both, or two keys the same number of pixels."""
+    """Whether both state the same: a key has the same value in both, or two keys mean the same number of pixels."""
     return any(
         math.isclose(value, other, rel_tol=1e-6)
         for key, value in own.items()
@@ -233,8 +233,9 @@ def _distortion_stated(values: Mapping[str, Any], where: str) -> dict[str, float
 
 
 def say_where_numbers_disagree(lens: Lens, width: float, height: float, where: str) -> None:
-    """One line if an angle of view is another than the focal length beside it, which is taken; one if pixels are far
-    from square, as where one angle of view was written for both sides.
+    """Print a line if an angle of view contradicts the focal length beside it. The focal length is used.
+
+    Print a line if pixels are far from square: some programs write one angle of view for both sides.
     """
     fx, fy = lens.focal_lengths(width, height, where)
     if min(fx, fy) > 0 and max(fx, fy) > 1.2 * min(fx, fy):

@@ -1,7 +1,7 @@
 """All views of a scene as its files state them, in float64, and how they become nerfstudio's `DataparserOutputs`.
 
-Poses stay in float64 until they are centred and scaled: float32 has half a metre between neighbours at 5,000 km, which
-is where maps put their origin. Every format comes through here, so that all of them are centred and scaled alike.
+Poses stay in float64 until they are centred and scaled. Maps put their origin 5,000 km away, and there neighbours in
+float32 are half a metre apart. Every format comes through here, so all are centred and scaled alike.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def _whole_transform(scene: Scene, transform: np.ndarray) -> np.ndarray:
 def _rounded_sizes(images: Sequence[Path], expected: np.ndarray) -> np.ndarray:
     """The images' own sizes where they are those expected up to rounding (one pixel), else those expected.
 
-    Programs that shrink images round 333.5 pixels up or down as they please; the focal length does not care.
+    Some programs that shrink images round 333.5 pixels up, others down. The focal length is the same.
     """
     sizes = expected.copy()
     for row, path in enumerate(images):
@@ -266,7 +266,7 @@ _FAR_AWAY = 30.0
 
 
 def say_what_stands_far_away(scene: Scene) -> None:
-    """One line if some cameras stand so far from the rest that these shrink to a point when the scene is scaled."""
+    """Print a line if some cameras stand very far away. Scaling then shrinks the rest to a point."""
     positions = scene.poses[:, :3, 3]
     distance = np.linalg.norm(positions - np.median(positions, axis=0), axis=1)
     far = distance > _FAR_AWAY * np.median(distance)
@@ -286,8 +286,8 @@ def say_what_stands_far_away(scene: Scene) -> None:
 def split_views(scene: Scene, split: str, config: Any) -> np.ndarray:
     """Which views are in a split: those that the scene lists, else by the eval mode.
 
-    Validation and test views stand in for each other. Where a scene lists training views alone, some of them are held
-    out; where it lists others alone, all the rest are trained on.
+    Validation and test views stand in for each other. If a scene lists training views only, some of them are held out.
+    If it lists only others, all the rest are trained on.
 
     Args:
         scene: its views.

@@ -136,15 +136,15 @@ def count_frames(path: Path) -> int | None:
 
 
 def read_camera_file(path: Path, may_be_empty: bool = False) -> CameraFile:
-    """Reads and checks a camera file, but for the lenses and pictures.
+    """Reads and checks a camera file. Does not check lenses and pictures.
 
     Args:
         path: the file.
-        may_be_empty: whether a file without frames is an answer, as it is for a split.
+        may_be_empty: whether a file without frames is accepted. A split may be empty.
 
     Raises:
-        UserError: not JSON; no frames; a frame without a name or with a pose that is none; values that are not what
-            their key says; keys that are not supported.
+        UserError: not JSON; no frames; a frame without a name; a pose that is not a matrix; values of a wrong kind;
+            keys that are not supported.
     """
     content = read_json(path)
     frames = content.get("frames") if isinstance(content, dict) else None
@@ -182,7 +182,7 @@ def read_camera_file(path: Path, may_be_empty: bool = False) -> CameraFile:
 
 
 def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Null is how programs write what they do not have."""
+    """Without keys whose value is null: programs write null for what they do not have."""
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -280,7 +280,7 @@ def _is_length(value: Any) -> bool:
 
 
 def numbers(value: Any) -> np.ndarray:
-    """What a value from JSON is as numbers; of shape [0] where it is none, or not finite."""
+    """A value from JSON as an array of numbers. Of shape [0] if it is not numbers, or not finite."""
     try:
         found = np.array(value, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -299,7 +299,7 @@ def _near_far_hint(meta: Mapping[str, Any], path: Path) -> tuple[float, float] |
     """(near, far) of the block `"shiftadd3d"`, in the units of the file's matrices.
 
     Raises:
-        UserError: a block without them, or unless 0 < near < far.
+        UserError: one of them is missing, or not 0 < near < far.
     """
     block = meta.get("shiftadd3d")
     if block is None:
@@ -336,7 +336,7 @@ def read_transforms(path: Path, requested_factor: float | None) -> Scene:
     folder = Folder(path.parent)
     factor = _factor(file, folder, requested_factor)
     scene, _ = assemble([file], folder, factor)
-    heed_settings(scene, file)
+    read_settings(scene, file)
     if "applied_transform" not in file.meta and (path.parent / "colmap/sparse/0").exists():
         # What ns-process-data did before it wrote it down.
         scene.applied_transform = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, -1, 0], [0, 0, 0, 1]], dtype=np.float64)
@@ -346,11 +346,11 @@ def read_transforms(path: Path, requested_factor: float | None) -> Scene:
     return scene
 
 
-def heed_settings(scene: Scene, file: CameraFile) -> None:
-    """What a file says of the scene as a whole: near and far, which side is up, what was done to the matrices before.
+def read_settings(scene: Scene, file: CameraFile) -> None:
+    """Take over what a file says of the whole scene: near and far, which side is up, earlier changes of the matrices.
 
     Raises:
-        UserError: a block `"shiftadd3d"` that is none.
+        UserError: the block `"shiftadd3d"` does not hold what it should.
     """
     scene.near_far = _near_far_hint(file.meta, file.path)
     scene.orientation = file.meta.get("orientation_override", scene.orientation)
@@ -513,7 +513,7 @@ def _with_lenses(
 
 
 def _look_beside(file: CameraFile, scene: Scene) -> None:
-    """Says what lies beside the pictures and is not read; refuses instant-ngp's files of rays."""
+    """Print what lies beside the pictures and is not read. Refuse instant-ngp's files of rays."""
     if not scene.masks:
         for name in ("mask", "masks"):
             found = image_files(file.path.parent / name)
