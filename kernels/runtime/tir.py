@@ -7,7 +7,7 @@ code is emitted is compiled in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from types import ModuleType
@@ -219,9 +219,10 @@ def panel(name: str, *shape: int) -> Buffer:
     return argument(name, shape, align=64)
 
 
-def panels(shapes: Iterable[tuple[int, ...]]) -> list[Buffer]:
+def panels(shapes: Sequence[tuple[int, ...]], names: Sequence[str] = ()) -> list[Buffer]:
     """The next arguments, panels of these shapes."""
-    return [panel(f"panel{number}", *shape) for number, shape in enumerate(shapes)]
+    names = names or [f"panel{number}" for number in range(len(shapes))]
+    return [panel(name, *shape) for name, shape in zip(names, shapes, strict=True)]
 
 
 def scalar(name: str, dtype: str = "int64") -> Expr:

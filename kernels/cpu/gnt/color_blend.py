@@ -1,4 +1,7 @@
-"""The blend of the views' colours on CPUs, ray by ray, in one pass over what the views show."""
+"""The blend of the views' colours on CPUs: ray by ray, with one pass over the values of the views.
+
+`shiftadd3d.kernels.reference.gnt.color_blend` has the formulas.
+"""
 
 from __future__ import annotations
 
@@ -20,38 +23,38 @@ from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
-# (sample, view) rows at once, and samples of a task, which takes one ray at least.
+# (sample, view) rows that are multiplied at once, and the samples of a task. A task takes one ray or more.
 ROWS, _POINTS_A_TASK = 64, 64
 
 
 class Judge(Protocol):
-    """Judges points by what views show of them, some at a time; made at the beginning of a task."""
+    """Computes colours and scores of a task's points from the values of the views. Each task makes one."""
 
     def judge(self, first: Expr, count: Expr, row: Expr, outcome: Outcome) -> None:
-        """Emit the code.
+        """Emit the code for some points. It writes their colours, scores and counts.
 
         Args:
-            first, count: points of the task.
-            row: of the first point's first view.
+            first, count: the points, counted within the task.
+            row: the (sample, view) row of the first point's first view.
         """
         ...
 
     def finish(self) -> None:
-        """Emit what a task has to do last."""
+        """Emit the last code of a task."""
         ...
 
 
 class Outcome(NamedTuple):
-    """Of the points of a task, what is known of them, and what becomes of it."""
+    """Buffers for the points of a task. `own` is an input of a `Judge`, the others are its results."""
 
     own: Buffer  # [points, hidden + 1]: a point's part of the views' hidden layer, then its own logit
-    colors: Buffer  # [points, 4]: of each the colour, and something
+    colors: Buffer  # [points, 4]: red, green, blue, and a number without a meaning
     scores: Buffer  # [points]
-    counts: Buffer  # [points]: how many views see it
+    counts: Buffer  # [points]: the number of views that see the point
 
 
 class Views:
-    """What the views show, whose rows are (ray, sample, view).
+    """A `Judge` of values in float32. Rows are (ray, sample, view).
 
     Args:
         shown: values [rows, inputs], ray differences [rows, 4], mask [rows] uint8.
@@ -86,7 +89,10 @@ class Views:
         pass
 
     def _shares(self, row: Expr) -> Expr:
-        """The softmax of the logits, angles added, but for the division by what is returned; counts who sees."""
+        """Turn the logits of a sample's views into unnormalised softmax weights; returns their sum.
+
+        The angle prior is added to the logits first. `_seen` gets the number of views that see the sample.
+        """
         one, scales = T.float32(1.0), self._weights.scales
         self._seen[0] = self._off[0] = T.float32(0.0)
         with T.serial(self._V) as v:
@@ -102,7 +108,11 @@ class Views:
         return softmax_of_row(self._isa, self._logits, self._V)
 
     def _blend(self, row: Expr, color: Buffer) -> None:
-        """From the views' logits of a sample, whose rows begin at `row`: its colour, and the first feature."""
+        """Write a sample's colour, and the blend of the first feature, from the logits of its views.
+
+        Args:
+            row: the row of the sample's first view.
+        """
         four = Isa(self._isa.target, 4)
         mixed = four.register(0.0)
         total = T.bind(T.float32(1.0) / self._shares(row))
@@ -112,7 +122,12 @@ class Views:
         color[four.at(0)] = mixed.value * four.splat(total)
 
     def _consensus(self, row: Expr, first: Expr, point: Expr, outcome: Outcome) -> None:
-        """How far the views of a point are from what they show together, in rows from `first` on; its score."""
+        """Write the distances of a point's views from their consensus, and the point's score.
+
+        Args:
+            row: the row of the point's first view.
+            first: the first of the V rows of `_apart` that get the distances.
+        """
         isa, logits, inputs = self._isa, self._logits, self._values.extent(1)
         mean, deviation = T.alloc(isa.padded(inputs)), T.alloc(1, align=4)
         with T.serial(self._V) as v:
@@ -147,7 +162,7 @@ class Views:
         outcome.scores[point] = score(self._weights, outcome, point, deviation[0] * total)
 
     def _each_channel(self, of_vector: Callable[[Isa, Expr], None], of_one: Callable[[Expr], None]) -> None:
-        """``of_vector(vectors, index)`` for channels of a view that fill vectors, ``of_one(channel)`` for others."""
+        """Emit ``of_vector(vectors, index)`` for channels that fill vectors, and ``of_one(channel)`` for the rest."""
         inputs, end = self._values.extent(1), 0
         for vectors in (self._isa, Isa(self._isa.target, 4)):
             while end + vectors.lanes <= inputs:
@@ -158,7 +173,11 @@ class Views:
 
 
 def score(weights: Weights, outcome: Outcome, point: Expr, deviation: Expr) -> Expr:
-    """A point's, of its own logit and of what its views' colours deviate by, summed over channels."""
+    """The score of a point: its own logit less a multiple of the deviation of its views' colours.
+
+    Args:
+        deviation: the sum over the three colour channels.
+    """
     agreement = outcome.own[point, weights.hidden] - weights.scales[1] * (deviation * T.float32(1.0 / 3.0))
     return T.select(outcome.counts[point] < T.float32(1.5), T.float32(MASKED_LOGIT), agreement)
 
@@ -186,11 +205,11 @@ def _build(target: CpuTarget, *, width: int, inputs: int, hidden: int) -> T.Prim
 
 
 class Weights(NamedTuple):
-    """The arguments that hold `shiftadd3d.kernels.pack.gnt.color_blend.Panels`, and sizes."""
+    """The arguments that hold `shiftadd3d.kernels.pack.gnt.color_blend.Panels`, and their sizes."""
 
     width: int
     hidden: int
-    own: Buffer  # of a sample: its part of the views' hidden layer, then its own logit
+    own: Buffer  # outputs: a sample's part of the views' hidden layer, then its own logit
     own_bias: Buffer
     view: Buffer
     view_logit: Buffer
@@ -201,7 +220,7 @@ class Weights(NamedTuple):
         """The next arguments of a function.
 
         Args:
-            tiles: whether the views' layer is `shiftadd3d.kernels.pack.gnt.color_blend.tile_panel`.
+            tiles: whether the views' layer is a `shiftadd3d.kernels.pack.gnt.color_blend.tile_panel`.
         """
         own, own_bias, view, logit, scales = sizes(isa.lanes, width, inputs, hidden)
         of_points = T.panel("own", *own), T.panel("own_bias", *own_bias)
@@ -225,16 +244,18 @@ def emit(
     seen: Buffer | None = None,
     behind: Callable[[Expr, Expr], None] = lambda ray, number: None,
 ) -> None:
-    """Emit the blend of all rays, after all arguments: colours [R, 3], and shares of samples [R, S].
+    """Emit the blend of all rays, after all arguments.
 
     Args:
-        features: ``features(ray, points)``, emitted first in a task: what gives those of its samples, so many from a
-            ray's first on.
-        judge: ``judge()``, emitted next: what judges samples.
+        features: ``features(ray, points)`` is called first in a task. It returns the features of the task's samples:
+            `points` of them, beginning with the first sample of `ray`.
+        judge: ``judge()`` is called next, and makes the `Judge` of the task.
         V: the number of views.
-        at_once: (sample, view) rows.
-        seen: [R, S], set to 1 where any view sees a sample, else to 0.
-        behind: ``behind(ray, number)``, emitted last for each ray, the so-manieth of a task.
+        rgb: [R, 3], for the colours.
+        shares: [R, S], for the weights of the samples.
+        at_once: how many (sample, view) rows the judge takes at once.
+        seen: [R, S], set to 1 if any view sees the sample, else to 0.
+        behind: ``behind(ray, number)`` is called last for each ray. The number counts the rays of the task.
     """
     isa, (R, S), own = Isa(target), shares.shape, weights.own.extent(1)
     samples_of_block = T.bind(T.truncdiv(at_once + T.int64(0), V))
@@ -265,7 +286,7 @@ def emit(
 
 
 def _logit(isa: Isa, view: Buffer, own: Buffer, weight: Buffer) -> Expr:
-    """The second layer for a view of a sample, without its bias, which all views have alike."""
+    """The second layer for one view of a sample. Its bias is left out: it is the same for all views."""
     total = isa.splat(0.0)
     for n in range(0, weight.extent(0), isa.lanes):
         total = isa.fma(isa.relu(view[isa.at(n)] + own[isa.at(n)]), weight[isa.at(n)], total)
@@ -275,6 +296,7 @@ def _logit(isa: Isa, view: Buffer, own: Buffer, weight: Buffer) -> Expr:
 def run(
     function: Compiled, x: Tensor, values: Tensor, ray_diff: Tensor, mask: Tensor, panels: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
+    """Call a compiled function: colours [R, 3] and weights of samples [R, S]; arguments as those of the op."""
     rays, samples, views, inputs = values.shape
     rgb, weights = torch.empty(rays, 3), torch.empty(rays, samples)
     function(

@@ -1,4 +1,4 @@
-"""The blend of the views' colours where what they show is packed: by matrix tiles, a vector of points at a time."""
+"""The blend of the views' colours for packed values: in matrix tiles (AMX), a vector of points at a time."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _LOG2_E = 1.4426950408889634
 
 
 class PackedViews:
-    """Judges no more points at once than a vector has lanes.
+    """A `color_blend.Judge` of packed values. It takes at most as many points at once as a vector has lanes.
 
     Args:
         shown: features [rows, C / 2] words, pixels [rows, 4], ray differences [rows, 4], mask [rows] uint8; rows are
             (ray, sample, view).
         V: the number of views.
-        control: where `finish` tells of what tiles cannot express.
+        control: `finish` sets its first number to 1 if tiles cannot express a value.
     """
 
     def __init__(
@@ -71,7 +71,15 @@ class PackedViews:
         return self._isa.at(v * self._isa.lanes)
 
     def _weigh(self, row: Expr, last: Expr) -> Buffer:
-        """Angles as logits, in powers of two, and shares by these alone; returns how many views see each point."""
+        """Compute the angle priors, as base-2 logits, and the shares from these alone.
+
+        Args:
+            row: the row of the first point's first view.
+            last: the number of the last point.
+
+        Returns:
+            [lanes], the number of views that see each point.
+        """
         isa, V, scales = self._isa, self._V, self._weights.scales
         zero, one = isa.splat(0.0), isa.splat(1.0)
         with T.serial(isa.lanes) as i, T.serial(V) as v:
@@ -92,7 +100,7 @@ class PackedViews:
         return self._factor
 
     def _share(self, logit: Callable[[Expr], Expr]) -> None:
-        """Softmax over the views, of logits in powers of two."""
+        """Write the softmax of base-2 logits over the views into the shares."""
         isa = self._isa
         total = softmax_of_vectors(isa, self._shares, self._V, logit, lambda v, share: None, exp2)
         factor = isa.keep(isa.splat(1.0) / total)
@@ -100,7 +108,15 @@ class PackedViews:
             self._shares[self._at(v)] = self._shares[self._at(v)] * factor
 
     def _compare(self, i: Expr, row: Expr) -> Expr:
-        """How far views are from what they show together of a point, packed; returns what their colours deviate by."""
+        """Pack the inputs of the views' layer for one point: values, ray differences, distances from the consensus.
+
+        Args:
+            i: the point's number.
+            row: the row of its first view.
+
+        Returns:
+            The deviation of the views' colours, summed over the channels.
+        """
         isa, four, V = self._isa, self._four, self._V
         groups = range(0, self._of_row, WORDS)
         means = {g: (isa.register(0.0), isa.register(0.0)) for g in groups}
@@ -126,7 +142,7 @@ class PackedViews:
         return deviation[0] + deviation[1] + deviation[2]
 
     def _logit(self, v: Expr, last: Expr, own: Buffer) -> Expr:
-        """The logits of a view, for all points, in powers of two."""
+        """The base-2 logits of one view, for all points."""
         isa, V, weight = self._isa, self._V, self._weights.view_logit
         with T.serial(isa.lanes) as i:
             point = T.bind(T.min(T.cast(i, "int64"), last))

@@ -1,9 +1,9 @@
-"""Looking up 3D points in source views on CPUs, all steps at once.
+"""Looking up 3D points in source views on CPUs, all steps in one pass.
 
-torch needs a pass over memory for each of some thirty steps, and gathers channel by channel from maps stored channel
-after channel. Here a point is projected into all views while its numbers stay in registers, and a pixel's channels,
-stored side by side, are read together. What comes out has the layout the next layer reads: ``[points, views, colour +
-channels]``.
+torch needs a pass over memory for each of about thirty steps. It gathers channel by channel from maps that are stored
+channel after channel. Here a point is projected into all views while its numbers are in registers. The channels of a
+pixel are stored side by side and read together. The result has the layout that the next layer reads: ``[points, views,
+colour + channels]``.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
 
 class Views(NamedTuple):
-    """What points are looked up in: arguments of a function.
+    """The source views, as arguments of a function.
 
     Attributes:
         projection: [V, 3, 4].
         centers: [V, 3].
-        images: [V, H, W, 3], or [V, H, W, 4], whose last channel is 1 where a pixel is valid, else 0.
+        images: [V, H, W, 3]; or [V, H, W, 4], with a last channel that is 1 for a valid pixel, else 0.
         maps: [V, h, w, C].
-        valid: [V * H * W] uint8, or nothing; without a meaning beside images of four channels.
+        valid: [V * H * W] uint8, or empty. Not used if images have four channels.
     """
 
     projection: Buffer
@@ -65,11 +65,11 @@ class Views(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where points are that are looked up, coordinate by coordinate: ``(point, axis)``.
+    """Coordinates of points, as functions ``(point, axis)``.
 
     Attributes:
-        point: its own place.
-        origin: where its ray starts.
+        point: coordinates of the point.
+        origin: coordinates of the origin of its ray.
     """
 
     point: Callable[[Expr, int], Expr]
@@ -77,19 +77,19 @@ class Places(NamedTuple):
 
 
 class Lookup:
-    """Where a vector of points lies in one view, as statements of a kernel: lanes are points.
+    """Emits the look-up of a vector of points in one view after another. Lanes are points.
 
-    Emits into the function, at the place where it is made, the buffers it keeps its results in.
+    The constructor emits the buffers for the results.
 
     Args:
-        isa: the target's.
-        views: what to look up in.
+        isa: the vectors of the target.
+        views: the source views.
         images, maps: those of `views`, flat.
 
     Attributes:
-        seen: [lanes] float32, 1 where the view sees the point (but for pixels that are not valid), else 0.
+        seen: [lanes] float32, 1 if the view sees the point, else 0. It does not know of pixels that are not valid.
         difference: [4 * lanes] float32, the ray difference, component by component.
-        has_pixels: whether images have four channels, so that `pixel` reads them.
+        has_pixels: whether images have four channels, so that `pixel` can read them.
     """
 
     def __init__(self, isa: Isa, views: Views, images: Buffer, maps: Buffer) -> None:
@@ -103,7 +103,7 @@ class Lookup:
         self.seen, self.difference = T.alloc(isa.lanes), T.alloc(4 * isa.lanes)
 
     def load(self, first: Expr, count: Expr, places: Places) -> None:
-        """Take up the points from `first` on, `count` at most."""
+        """Read the coordinates of `count` points from `first` on; at most as many as there are lanes."""
         isa, lanes = self._isa, self._isa.lanes
         with T.serial(lanes) as i:
             point = T.bind(first + T.min(T.cast(i, "int64"), count - 1))
@@ -115,7 +115,7 @@ class Lookup:
             self._place[isa.at((6 + axis) * lanes)] = to_target[axis]
 
     def look(self, view: Expr) -> None:
-        """Project the points into a view: fills `seen`, `difference` and what the values are mixed from."""
+        """Project the points into a view. Fills `seen`, `difference`, and the weights for `color`, `feature` etc."""
         isa = self._isa
         position = [self._component(axis) for axis in range(3)]
         across, down, depth = (self._projected(view, row, position) for row in range(3))
@@ -143,7 +143,7 @@ class Lookup:
         return isa.keep(total + isa.splat(projection[3]))
 
     def _compare_rays(self, view: Expr, position: list[Expr]) -> None:
-        """How the view's ray to a point differs from the camera's: unit vector of the difference, cosine."""
+        """Write the ray difference: the unit vector of the difference of both directions, and their cosine."""
         isa = self._isa
         to_source = [isa.splat(self._views.centers[view, axis]) - position[axis] for axis in range(3)]
         to_source = [isa.keep(x) for x in self._unit(to_source)]
@@ -169,7 +169,7 @@ class Lookup:
         return view * (self._height * self._width * self._pitch)
 
     def is_valid(self, view: Expr, lane: Expr) -> Expr:
-        """Whether all pixels that are mixed count."""
+        """Whether all pixels that are mixed into the value are valid."""
         pixels, valid = view * (self._height * self._width), self._views.valid
         share = self._on_image.value(lane, lambda offset: T.cast(valid[pixels + offset // 3], "float32"))
         return share > T.float32(VALID)
@@ -179,7 +179,7 @@ class Lookup:
         return self._on_map.value(lane, lambda offset: self._maps[self._map(view) + (offset + channel)])
 
     def features(self, view: Expr, lane: Expr, channel: Index, isa: Isa) -> Expr:
-        """A vector of the map's channels at a point, of any width."""
+        """A vector of the map's channels at a point, with the lanes of `isa`."""
         return self._on_map.vector(lane, lambda offset: self._maps[isa.at(self._map(view) + (offset + channel))], isa)
 
     def _map(self, view: Expr) -> Expr:
@@ -239,6 +239,7 @@ def _build(target: CpuTarget, *, with_valid: bool) -> T.PrimFunc:
 
 
 def run(function: Compiled, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
+    """Call a compiled function; the outcome is that of `point_samples_twin`."""
     (rays, samples), views, channels = scene.points.shape[:2], scene.images.shape[0], scene.maps.shape[-1]
     values = memory.empty(rays, samples, views, 3 + channels, dtype=torch.float32)
     ray_diff = memory.empty(rays, samples, views, 4, dtype=torch.float32)

@@ -1,8 +1,8 @@
 """The plane sweep on CPUs, ray by ray.
 
-Points are looked up as in `shiftadd3d.kernels.cpu.gnt.gather`, but what the views show stays in the kernel: of each
-point only the mean and the deviation over the views are kept, for as long as the ray is worked on, and a small network
-turns those of a point and its two neighbours into its score.
+Points are looked up as in `shiftadd3d.kernels.cpu.gnt.gather`, but the values of the views never leave the kernel. It
+keeps the mean and the deviation over the views for each point of one ray. A small network turns the deviations of a
+point and of its two neighbours into the point's score.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
-# Enough for memory to be allocated seldom, few enough to share out evenly.
+# Enough that memory is allocated rarely; few enough that threads get equal shares.
 _RAYS_A_TASK = 16
 
 
 class _Columns:
-    """What a view shows of a point, `pitch` floats: channels, zeros up to a multiple of four, colour, and one more.
+    """The layout of a view's values of a point: channels, zeros up to a multiple of four, colour, one more float.
 
     Attributes:
+        pitch: floats from a point's values to the next point's.
         color: where the colour begins.
-        groups: vectors that cover it all, and where they begin: the colour's first.
-        is_one_vector: whether a single one does, with room to spare.
+        groups: vectors that cover all values, and where they begin. The vector with the colour comes first.
+        is_one_vector: whether all values fit into one vector, with room to spare.
     """
 
     def __init__(self, target: CpuTarget, channels: int) -> None:
@@ -69,7 +70,7 @@ def _build(target: CpuTarget, *, channels: int, hidden: int, with_valid: bool) -
 
 
 class Network(NamedTuple):
-    """What scores points: arguments of a function, `shiftadd3d.kernels.pack.gnt.plane_sweep.Panels`."""
+    """The network that scores points: the arguments that hold `shiftadd3d.kernels.pack.gnt.plane_sweep.Panels`."""
 
     channels: int  # of the maps that are compared
     hidden: int
@@ -96,10 +97,14 @@ def emit(
     *,
     with_valid: bool,
 ) -> None:
-    """Emit the sweep of all rays, after all arguments: colours [R, 3], weights and whether points are seen [R, P].
+    """Emit the sweep of all rays, after all arguments.
 
     Args:
-        places: ``places(ray)``: those of its points, counted from its first one.
+        places: ``places(ray)`` gives the coordinates of the ray's points. Points are counted within the ray.
+        rgb: [R, 3], for the colours.
+        weights: [R, P], for the weights of points.
+        seen: [R, P] uint8, set to 1 if any view sees the point, else to 0.
+        with_valid: whether some pixels are not valid.
     """
     isa, columns = Isa(target), _Columns(target, network.channels)
     own, hidden = 3 + network.channels + 1, network.hidden  # floats of evidence on a point
@@ -108,7 +113,7 @@ def emit(
     R, P = weights.shape
     images, maps = scene.images.flat(), scene.maps.flat()
     with T.parallel((R + (_RAYS_A_TASK - 1)) // _RAYS_A_TASK) as task:
-        # A row for each point and for a neighbour beyond either end: three in a row are what the network takes.
+        # A row for each point, and for a neighbour beyond either end: the network reads three rows in sequence.
         evidence, means = T.alloc((P + 2 + ROW_PADDING) * own + 4), T.alloc(P * 4)
         activation, scores = T.alloc(P + ROW_PADDING, wide), T.alloc(P + ROW_PADDING, isa.lanes)
         logits = T.alloc(P + isa.lanes)
@@ -141,10 +146,10 @@ def emit(
 
 
 class _Agreement:
-    """What the views show of a vector of points, and how far they agree, as statements of a kernel.
+    """Emits the look-up of a vector of points in all views, and how well the views agree.
 
     Attributes:
-        count: [lanes]: how many views see each point.
+        count: [lanes], the number of views that see each point.
     """
 
     def __init__(
@@ -158,7 +163,7 @@ class _Agreement:
             self._shown[i] = T.float32(0.0)
 
     def load(self, first: Expr, count: Expr, places: Places) -> None:
-        """Look `count` points up, from `first` on, and weigh the views."""
+        """Look up `count` points, from `first` on, and compute the weights of the views."""
         isa, lookup, here = self._isa, self._lookup, self._isa.at(0)
         lookup.load(first, count, places)
         self.count[here] = isa.splat(0.0)
@@ -183,7 +188,7 @@ class _Agreement:
             self._share[at] = self._share[at] / total
 
     def _show(self, view: Expr, lane: Expr) -> None:
-        """Fill in what the view looked at shows of one point."""
+        """Store the values of the current view for one point."""
         columns, lookup = self._columns, self._lookup
         row = (view * self._isa.lanes + lane) * columns.pitch
         if self._has_pixels:
@@ -199,7 +204,7 @@ class _Agreement:
                     self._shown[row + c] = lookup.feature(view, lane, c)
 
     def agree(self, lane: Expr, means: Buffer, mean_at: Expr, evidence: Buffer, row: Expr) -> None:
-        """Mean and deviation over the views of all that is shown of one point: `view_agreement`."""
+        """Write the mean colour and the deviations of all values over the views for one point: `view_agreement`."""
         columns = self._columns
         if columns.is_one_vector:
             mean, apart = self._agreement(self._isa, lane, 0)
@@ -217,7 +222,7 @@ class _Agreement:
                 evidence[group.at(row + 3 + column)] = apart
 
     def _agreement(self, group: Isa, lane: Expr, column: int) -> tuple[Expr, Expr]:
-        """Mean and deviation of the vector of what is shown from a column on."""
+        """Mean and deviation over the views of a vector of values, from a column on."""
         pitch, lanes = self._columns.pitch, self._isa.lanes
         total, apart = group.register(0.0), group.register(0.0)
         for sums in (total, apart):
@@ -229,6 +234,7 @@ class _Agreement:
 
 
 def run(function: Compiled, scene: Scene, panels: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Call a compiled function; the outcome is that of `plane_sweep_twin`."""
     rays, samples = scene.points.shape[:2]
     rgb, weights = torch.empty(rays, 3), torch.empty(rays, samples)
     seen = torch.empty(rays, samples, dtype=torch.bool)

@@ -1,7 +1,7 @@
 """The position layer on CPUs.
 
-The embedding, 63 floats a point, lives for as long as a block of points is worked on; a ray's direction makes one bias
-for all of its samples, before them.
+The embedding has 63 floats a point. It exists only for the block of points that a task works on. The embedding of a
+ray's direction is multiplied once, and becomes a bias for all samples of the ray.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
-# Samples at once: a multiple of every vector width and of every tile of the products.
+# Samples that are multiplied at once: a multiple of every vector width and of every tile of the products.
 _ROWS = 48
 _BLOCKS_A_TASK = 16
 
@@ -71,14 +71,14 @@ def emit(
 
     Args:
         x, out: [R * S, channels].
-        point: where samples are.
-        direction: where rays point, unit vectors.
+        point: coordinates of samples.
+        direction: unit vectors of rays.
     """
     isa, (N, outputs), width = Isa(target), out.shape, weights.x.extent(0)
     assert isinstance(outputs, int)
     hidden, deep, wide = weights.second.extent(0), weights.first_bias.extent(0), weights.second_bias.extent(0)
 
-    # What a ray's direction adds for all of its samples, the bias included.
+    # The sum of the first layer's bias and the product of the ray's direction, one row a ray.
     along = T.alloc(R + (_ROWS + ROW_PADDING), deep)
     with T.parallel((R + (_ROWS - 1)) // _ROWS) as block:
         first = T.bind(block * _ROWS)
@@ -109,7 +109,7 @@ def emit(
 
 
 def _embedding(isa: Isa, place: Place, count: Index, first: Expr, rows: Expr) -> Buffer:
-    """The embedding of so many rows of `count` places, from the first on: its components are rows."""
+    """The embeddings of `rows` of `count` vectors, from the first on: [63, rows]."""
     embedded = T.alloc(EMBEDDING_DIM, _ROWS + ROW_PADDING)
     with T.serial(_ROWS) as r:
         for axis in range(3):
@@ -120,7 +120,7 @@ def _embedding(isa: Isa, place: Place, count: Index, first: Expr, rows: Expr) ->
 
 
 def _embed(isa: Isa, embedded: Buffer, start: Expr) -> None:
-    """The embedding of a vector of points, whose coordinates are there already: rows of it are its components."""
+    """Write the sines and cosines for a vector of points. Components are rows; the first three are there already."""
     for octave in range(NUM_FREQUENCIES):
         for axis in range(3):
             x = embedded[axis, isa.at(start)] * isa.splat(2.0**octave)
@@ -129,6 +129,7 @@ def _embed(isa: Isa, embedded: Buffer, start: Expr) -> None:
 
 
 def run(function: Compiled, x: Tensor, points: Tensor, directions: Tensor, panels: Panels, outputs: int) -> Tensor:
+    """Call a compiled function: [R, S, outputs]; arguments as those of the op."""
     width = x.shape[-1]
     out = memory.empty(*x.shape[:2], outputs, dtype=torch.float32)
     function(

@@ -1,19 +1,21 @@
-"""The transformer block along rays on CPUs: all of a ray stays in the caches.
+"""The transformer block along rays on CPUs. All data of a ray stays in the caches.
 
-With (Q, K, V) = W norm(x) + b, the norms' weights taken into the layers behind them::
+With (Q, K, V) = W norm(x) + b::
 
     x' = x + W_o (attention of (Q, K, V) + convolution of V along the ray) + b_o
     out = x' + W_2 relu(W_1 norm(x') + b_1) + b_2
 
-Shift weights in panels of integers have to stay powers of two: there a norm's weight multiplies its outcome.
+The weights and biases of norms are folded into the layers behind them. Shift weights in panels of integers must stay
+powers of two, so there the norm's weight multiplies the activation instead.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from shiftadd3d.kernels.cpu.gnt.shift_problems import random_ray_block
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import ROW_PADDING, Term, product
 from shiftadd3d.kernels.pack.gnt.ray_block import Layout, layout_of, panels, shift_sizes
+from shiftadd3d.kernels.pack.gnt.ray_block import sizes as panel_sizes
 from shiftadd3d.kernels.pack.shift import panel_forms, shift_panel
 from shiftadd3d.kernels.reference.gnt.ray_block import (
     random_block,
@@ -38,21 +41,22 @@ from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
-# Rows of activations at once, at least one ray: enough to fill the tiles of the products.
+# Rows of activations in a block, which has one ray or more: enough to fill the tiles of the products.
 _ROWS = 64
 
 
 @dataclass(frozen=True)
 class _Ray:
-    """The attention of one ray, as statements of a kernel: S rows of `projected` from `first` on.
+    """Emits the attention of one ray: S rows of `projected` from `first` on.
 
     Attributes:
-        isa, of_head: vectors along channels, and along a head's values.
+        isa: vectors along channels.
+        of_head: vectors along a head's values.
         layout: where queries, keys and values lie in a row of `projected`.
         size: channels of a head.
-        scale: of the products of queries and keys.
-        projected: [rows, layout.end]: queries, keys and values; of linear attention, queries and keys are codes.
-        attended: [rows, heads * layout.head], the outcome.
+        scale: the factor of the products of queries and keys.
+        projected: [rows, layout.end]: queries, keys and values. In linear attention, queries and keys are codes.
+        attended: [rows, heads * layout.head], for the outcome.
     """
 
     isa: Isa
@@ -94,7 +98,7 @@ class _Ray:
             self._look_up(head, summed, counts)
 
     def _sum_keys(self, head: Expr, summed: Buffer, counts: Buffer) -> None:
-        """The sums over the samples."""
+        """Sum up keys, values and their products over the samples."""
         isa, size = self.of_head, self.size
         with T.serial(size + 1) as i:
             for c in self.columns:
@@ -117,7 +121,7 @@ class _Ray:
             summed[size, isa.at(c)] = summed[size, isa.at(c)] * isa.splat(0.5)
 
     def _look_up(self, head: Expr, summed: Buffer, counts: Buffer) -> None:
-        """What the samples' queries make of the sums."""
+        """Multiply the sums by the samples' queries, and normalise."""
         isa, row_sum = self.of_head, T.alloc(1, align=4)
         with T.serial(self.S) as j:
             row_sum[0] = T.cast(self.S, "float32") * T.float32(0.5)
@@ -167,7 +171,7 @@ class _Ray:
         with T.serial(self.heads) as head:
             for tap in range(kernel):
                 distance = tap - kernel // 2
-                # Which samples have a neighbour at this distance.
+                # Only samples that have a neighbour at this distance.
                 with T.serial(T.max(self.S - abs(distance), T.int64(0))) as j:
                     to = max(0, -distance) + j
                     for c in self.columns:
@@ -176,7 +180,7 @@ class _Ray:
                         self.attended[place] = x
 
     def first_weights(self, out: Buffer, *, softmax: bool) -> None:
-        """How the first sample of a ray attends, the mean over the heads, into out [S]."""
+        """Write the attention of the ray's first sample, averaged over the heads, to out [S]."""
         similarity, whole = T.alloc(self.S + self.isa.lanes), T.alloc(1, align=4)
         with T.serial(self.S) as j:
             out[j] = T.float32(0.0)
@@ -197,53 +201,43 @@ class _Ray:
                 out[j] = out[j] + similarity[j] / (whole[0] * T.float32(self.heads))
 
 
-class _Layers(Protocol):
-    """The linear layers of a block, within a task."""
-
-    def project(self, rows: Expr, normed: Buffer, sink: Sink) -> None:
-        """Queries, keys and values."""
-        ...
-
-    def leave(self, rows: Expr, attended: Buffer, out: Buffer) -> None:
-        """The attention's output layer."""
-        ...
-
-    def add_perceptron(self, rows: Expr, normed: Buffer, out: Buffer) -> None:
-        """Add the perceptron."""
-        ...
-
-
 class _FloatLayers:
-    """In float32."""
+    """The linear layers of a block in float32, within a task."""
 
     def __init__(self, isa: Isa, sizes: Sizes, weights: Weights, rows: Expr) -> None:
         self._isa, self._sizes, self._weights = isa, sizes, weights
         self._activation = T.alloc(rows + ROW_PADDING, max(sizes.deep, 1))
 
     def project(self, rows: Expr, normed: Buffer, sink: Sink) -> None:
+        """Emit the layer of queries, keys and values."""
         weights, sizes = self._weights, self._sizes
         term = (sizes.width, normed, weights.projections)
         product(self._isa, rows, sizes.layout.end, weights.projection_bias, [term], sink)
 
     def leave(self, rows: Expr, attended: Buffer, out: Buffer) -> None:
+        """Emit the output layer of the attention."""
         weights, sizes = self._weights, self._sizes
         terms = [_head(attended, weights.out, sizes.layout, sizes.size, n) for n in range(sizes.heads)]
         product(self._isa, rows, sizes.layout.keys, weights.out_bias, terms, out)
 
     def add_perceptron(self, rows: Expr, normed: Buffer, out: Buffer) -> None:
+        """Emit ``out += perceptron(normed)``."""
         isa, weights, sizes, wide = self._isa, self._weights, self._sizes, self._sizes.layout.keys
         term = (sizes.width, normed, lambda k, c: weights.first[isa.at(k * sizes.deep + c)])
         product(isa, rows, sizes.deep, weights.first_bias, [term], self._activation, isa.relu)
         term = (sizes.hidden, self._activation, lambda k, c: weights.second[isa.at(k * wide + c)])
         product(isa, rows, wide, lambda r, c: out[r, isa.at(c)] + weights.second_bias[isa.at(c)], [term], out)
 
+    def finish(self, flag: Buffer) -> None:
+        """Emit the last code of a task: float32 expresses every activation."""
+
 
 class _ShiftLayers:
-    """Of shift weights in panels of integers.
+    """The methods of `_FloatLayers` for shift weights in panels of integers.
 
     Args:
         norms: [1 or 2, width], the weights of the norms.
-        panels: of projections and out, and of first and second where there is a perceptron.
+        panels: those of projections and out; with a perceptron, also of first and second.
     """
 
     def __init__(
@@ -255,7 +249,8 @@ class _ShiftLayers:
         norms: Buffer,
         *panels: Buffer,
     ) -> None:
-        self.product, self._isa, self._weights, self._norms, self._panels = product, product.isa, weights, norms, panels
+        self._product, self._isa, self._weights = product, product.isa, weights
+        self._norms, self._panels = norms, panels
         self._staged = product.staged(rows, sizes.width)
         if sizes.hidden:
             self._activation = T.alloc(rows + forms.ROW_PADDING, sizes.hidden)
@@ -263,12 +258,12 @@ class _ShiftLayers:
 
     def project(self, rows: Expr, normed: Buffer, sink: Sink) -> None:
         self._stage_normed(rows, normed, 0)
-        self.product.multiply(rows, self._staged, self._panels[0], self._weights.projection_bias, sink)
+        self._product.multiply(rows, self._staged, self._panels[0], self._weights.projection_bias, sink)
 
     def leave(self, rows: Expr, attended: Buffer, out: Buffer) -> None:
         isa, last = self._isa, rows - 1
-        self.product.stage(self._staged, rows, lambda r, c: attended[T.min(r, last), isa.at(c)])
-        self.product.multiply(rows, self._staged, self._panels[1], self._weights.out_bias, self._into(out))
+        self._product.stage(self._staged, rows, lambda r, c: attended[T.min(r, last), isa.at(c)])
+        self._product.multiply(rows, self._staged, self._panels[1], self._weights.out_bias, self._into(out))
 
     def add_perceptron(self, rows: Expr, normed: Buffer, out: Buffer) -> None:
         isa, last, weights, activation = self._isa, rows - 1, self._weights, self._activation
@@ -280,9 +275,12 @@ class _ShiftLayers:
             return out[r, isa.at(c)] + weights.second_bias[isa.at(c)]
 
         self._stage_normed(rows, normed, 1)
-        self.product.multiply(rows, self._staged, self._panels[2], weights.first_bias, activate)
-        self.product.stage(self._staged_activation, rows, lambda r, c: activation[T.min(r, last), isa.at(c)])
-        self.product.multiply(rows, self._staged_activation, self._panels[3], before, self._into(out))
+        self._product.multiply(rows, self._staged, self._panels[2], weights.first_bias, activate)
+        self._product.stage(self._staged_activation, rows, lambda r, c: activation[T.min(r, last), isa.at(c)])
+        self._product.multiply(rows, self._staged_activation, self._panels[3], before, self._into(out))
+
+    def finish(self, flag: Buffer) -> None:
+        self._product.finish(flag)
 
     def _stage_normed(self, rows: Expr, normed: Buffer, norm: int) -> None:
         isa, last = self._isa, rows - 1
@@ -290,7 +288,7 @@ class _ShiftLayers:
         def scaled(r: Expr, c: int) -> Expr:
             return normed[T.min(r, last), isa.at(c)] * self._norms[norm, isa.at(c)]
 
-        self.product.stage(self._staged, rows, scaled)
+        self._product.stage(self._staged, rows, scaled)
 
     def _into(self, out: Buffer) -> Sink:
         def store(r: Expr, c: int, x: Expr) -> None:
@@ -300,13 +298,13 @@ class _ShiftLayers:
 
 
 class Sizes(NamedTuple):
-    """Of a block; one without a perceptron has no hidden units."""
+    """The sizes of a block. Without a perceptron, `hidden` is 0."""
 
     width: int
     heads: int
     size: int  # of a head
     hidden: int
-    deep: int  # hidden units, in whole vectors
+    deep: int  # hidden units, padded to whole vectors
     layout: Layout
 
     @classmethod
@@ -330,24 +328,15 @@ class Weights(NamedTuple):
     shifts: list[Buffer]
 
     @classmethod
-    def argument(cls, sizes: Sizes, kernel: int, form: AnyForm) -> Weights:
+    def argument(cls, isa: Isa, sizes: Sizes, kernel: int, form: AnyForm) -> Weights:
         """The next arguments of a function."""
-        width, deep, layout, wide = sizes.width, sizes.deep, sizes.layout, sizes.layout.keys
-        panels = [
-            T.panel("w_projections", width, layout.end),
-            T.panel("b_projections", layout.end),
-            T.panel("w_out", width, wide),
-            T.panel("b_out", wide),
-            T.panel("w_first", width * deep),
-            T.panel("b_first", deep),
-            T.panel("w_second", sizes.hidden * wide),
-            T.panel("b_second", wide),
-            T.panel("conv", sizes.heads * kernel),
-        ]
+        width, heads, _, hidden, _, layout = sizes
+        layers = [f"{kind}_{name}" for name in ("projections", "out", "first", "second") for kind in "wb"]
+        panels = T.panels(panel_sizes(isa.lanes, width, heads, hidden, kernel), [*layers, "conv"])
         shifts: list[Buffer] = []
         if form != "float32":
-            shifts.append(T.panel("norms", 2 if sizes.hidden else 1, width))
-            shifts += panel_arguments(form, shift_sizes(width, sizes.hidden, layout))
+            shifts.append(T.panel("norms", 2 if hidden else 1, width))
+            shifts += panel_arguments(form, shift_sizes(width, hidden, layout))
         return cls(*panels, shifts=shifts)
 
 
@@ -366,7 +355,7 @@ def _build(
     with T.function("ray_block") as function:
         N, F = T.sizes(2)
         x = T.argument("x", (N, width))  # rows are (ray, sample)
-        weights = Weights.argument(sizes, kernel, form)
+        weights = Weights.argument(Isa(target), sizes, kernel, form)
         S, eps = T.scalar("S"), T.scalar("eps", "float32")
         out, first_out = T.argument("out", (N, width)), T.argument("first_out", (F, S))
         flag = T.argument("flag", (1,), "int32")
@@ -394,8 +383,10 @@ def emit(
 
     Args:
         x, out: [rays * S, C].
+        S: samples of a ray.
+        flag: its first number becomes 1 if the form cannot express an activation.
         kernel: taps of the convolution on the values.
-        first: [rays, S], for how the first sample of each ray attends.
+        first: [rays, S], for the attention of each ray's first sample.
     """
     isa, layout, (N, _) = Isa(target), sizes.layout, x.shape
     width, heads = sizes.width, sizes.heads
@@ -410,10 +401,9 @@ def emit(
         normed, residual = (T.alloc(room, layout.keys) for _ in range(2))
         projected, attended = T.alloc(room, layout.end), T.alloc(room, heads * layout.head)
         if form == "float32":
-            shifts, layers = None, _FloatLayers(isa, sizes, weights, rows_of_block)
+            layers = _FloatLayers(isa, sizes, weights, rows_of_block)
         else:
-            shifts = panel_product(target, form)
-            layers = _ShiftLayers(shifts, sizes, weights, rows_of_block, *weights.shifts)
+            layers = _ShiftLayers(panel_product(target, form), sizes, weights, rows_of_block, *weights.shifts)
 
         def project(r: Index, c: int, sums: Expr) -> None:
             if not softmax and c < layout.values:
@@ -437,8 +427,7 @@ def emit(
             layers.add_perceptron(rows, normed, residual)
         with T.serial(rows) as r:
             copy_row(isa, residual.part(r), out.part(begin + r), width)
-        if shifts is not None:
-            shifts.finish(flag)
+        layers.finish(flag)
 
 
 def _head(attended: Buffer, weight: Buffer, layout: Layout, size: int, head: int) -> Term:
@@ -449,7 +438,7 @@ def _head(attended: Buffer, weight: Buffer, layout: Layout, size: int, head: int
 def run(
     function: Compiled, x: Tensor, panels: Sequence[Tensor], eps: float, return_weights: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """Call a compiled function with the panels of its form; None if that cannot express an activation."""
+    """Call a compiled function with the panels of its form; None if the form cannot express an activation."""
     rays, samples, width = x.shape
     out = memory.empty(rays * samples, width, dtype=torch.float32)
     first, flag = torch.empty(rays if return_weights else 0, samples), torch.zeros(1, dtype=torch.int32)
@@ -459,32 +448,41 @@ def run(
 
 
 def _trial(
-    function: Compiled,
-    *,
-    width: int,
-    heads: int,
-    hidden: int,
-    attention: str,
-    kernel: int,
-    return_weights: bool,
-    form: AnyForm,
+    function: Compiled, *, attention: str, return_weights: bool, form: AnyForm, heads: int, **sizes: int
 ) -> None:
-    sizes = {"rays": 13, "samples": 9, "width": width, "heads": heads, "hidden": hidden, "kernel": kernel}
+    compare_with_reference(partial(run, function), form, attention, heads, 1e-6, return_weights, **sizes)
+
+
+def compare_with_reference(
+    run: Callable[[Tensor, Sequence[Tensor], float, bool], tuple[Tensor, Tensor] | None],
+    form: AnyForm,
+    attention: str,
+    heads: int,
+    eps: float,
+    return_weights: bool,
+    **sizes: int,
+) -> None:
+    """Raise `AssertionError` unless ``run(x, panels, eps, return_weights)`` computes what the reference does.
+
+    Args:
+        sizes: width, hidden and kernel.
+    """
+    sizes |= {"rays": 13, "samples": 9, "heads": heads}
     if form != "float32":
-        problem = random_ray_block(0, attention, **sizes)
+        problem = random_ray_block(0, attention, **sizes)._replace(eps=eps)
         shifts = [problem.norms, *(shift_panel(layer, form) for layer in problem.shifts.values())]
-        outcome = run(function, problem.x, [*problem.panels, *shifts], problem.eps, return_weights)
+        outcome = run(problem.x, [*problem.panels, *shifts], eps, return_weights)
         assert outcome is not None, "it found an activation that it cannot express"
         problem.check(*outcome, form)
         return
     x, weights, biases, conv, _ = random_block(0, **sizes)
-    outcome = run(function, x, panels(weights, biases, conv, heads, current().lanes), 1e-6, return_weights)
+    outcome = run(x, panels(weights, biases, conv, heads, current().lanes), eps, return_weights)
     assert outcome is not None
     out, first = outcome
-    twin, twins_first = ray_block_twin(x, weights, biases, conv, heads, attention, 1e-6, return_weights)
+    twin, twins_first = ray_block_twin(x, weights, biases, conv, heads, attention, eps, return_weights)
     certain = torch.ones(x.shape[:2], dtype=torch.bool)
     if attention != "softmax":
-        certain = samples_of_certain_codes(x, weights, biases, 1e-6)
+        certain = samples_of_certain_codes(x, weights, biases, eps)
         assert certain.any(), "rounding decides a code in each of the trial's rays"
     torch.testing.assert_close(out[certain], twin[certain], rtol=1e-3, atol=1e-4)
     if return_weights:

@@ -1,4 +1,7 @@
-"""Random view attention and ray blocks of shift weights, and what they are when layers round as number forms do."""
+"""Trial problems with shift weights, for view attention and ray blocks.
+
+Each problem also has a reference whose layers round activations as a number form does.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,12 @@ from shiftadd3d.kernels.runtime.targets import current
 
 
 class ShiftAttention(NamedTuple):
-    """An attention with shift weights.
+    """A view attention with shift weights.
 
     Attributes:
         inputs: query, views, ray_diff and mask.
         weights, biases: as the twin takes them.
-        shifts: what panels of integers hold, by name.
+        shifts: the weights for panels of integers, by name.
     """
 
     inputs: tuple[Tensor, Tensor, Tensor, Tensor]
@@ -36,9 +39,9 @@ class ShiftAttention(NamedTuple):
         return view_attention.panels(self.weights, self.biases, current().lanes)
 
     def rounded(self, form: PanelForm) -> Tensor:
-        """The reference with layers that round what they are given as a form does.
+        """The reference with layers that round their inputs as a form does.
 
-        Where a number lies halfway between two that the form has, float32 rounds it either way.
+        If a number lies halfway between two numbers of the form, float32 may round it either way.
         """
         w_q, w_k, w_v, w_p1, w_p2, w_a1, w_a2, w_o = self.weights
         b_p1, b_p2, b_a1, b_a2, b_o = self.biases
@@ -54,7 +57,7 @@ class ShiftAttention(NamedTuple):
 
 
 def random_shift_attention(seed: int, *, points: int, views: int, width: int, hidden: int) -> ShiftAttention:
-    """For a trial."""
+    """A problem for a trial."""
     sizes = {"points": points, "views": views, "width": width, "hidden": hidden}
     query, shown, ray_diff, mask, weights, biases = reference_view_attention.random_attention(seed, **sizes)
     draw = Draw()
@@ -66,11 +69,12 @@ def random_shift_attention(seed: int, *, points: int, views: int, width: int, hi
 
 
 class ShiftRayBlock(NamedTuple):
-    """A block of shift weights.
+    """A ray block with shift weights.
 
     Attributes:
         x, weights, biases, conv, heads, attention, eps: as the twin takes them.
-        norms, shifts: what panels of integers hold, by name, and the norms' weights.
+        norms: weights of the norms.
+        shifts: the weights for panels of integers, by name.
     """
 
     x: Tensor
@@ -88,10 +92,14 @@ class ShiftRayBlock(NamedTuple):
         return ray_block.panels(self.weights, self.biases, self.conv, self.heads, current().lanes)
 
     def check(self, out: Tensor, first: Tensor, form: PanelForm) -> None:
-        """Raise `AssertionError` unless a form's outcome is that of the reference with layers that round as it does.
+        """Raise `AssertionError` unless an outcome is that of the reference with layers that round as a form does.
 
-        Where a number lies halfway between two that the form has, float32 rounds it either way, and what that moves
-        through zero gets the other code: such samples are left out.
+        If a number lies halfway between two numbers of the form, float32 may round it either way. If a query or key
+        changes its sign by that, it gets the other code. Such samples are not compared.
+
+        Args:
+            out: [R, S, C], from the kernel.
+            first: [R, S], how the first sample of each ray attends, or empty.
         """
         x, conv = self.x.double(), None if self.conv is None else self.conv.double()
         weights = [weight.double() for weight in self.weights]
@@ -126,7 +134,7 @@ class ShiftRayBlock(NamedTuple):
 
 
 def random_ray_block(seed: int, attention: str, **sizes: int) -> ShiftRayBlock:
-    """For a trial; sizes as those of `reference.gnt.ray_block.random_block`."""
+    """A problem for a trial; `sizes` are those of `reference.gnt.ray_block.random_block`."""
     x, weights, biases, conv, heads = reference_ray_block.random_block(seed, **sizes)
     draw = Draw()
     whole = {n: draw.whole(*reversed(weights[n].shape)) for n in range(1, len(weights)) if weights[n].dim() > 1}

@@ -1,7 +1,8 @@
-"""What the views show, in bfloat16 from function to function, and products of it in matrix tiles (AMX).
+"""Products in matrix tiles (AMX) of rows that are packed in bfloat16 already.
 
-`shiftadd3d.kernels.cpu.forms.panels` stages float32 activations and hands on sums vector by vector. Here rows are
-packed where they come up, and sums are used while they are in the first-level cache.
+The values of the views stay in bfloat16 from function to function. `shiftadd3d.kernels.cpu.forms.panels` does it
+differently: it stages float32 activations and hands on sums vector by vector. Here the code that makes a row packs it,
+and sums are used while they are in the first-level cache.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr
 
 WORDS = 16
-"""Words of a row that a tile takes, of two numbers each."""
+"""Words of a row in one tile. A word has two numbers."""
 ROWS = 32
-"""Rows at once: as many more than the last one are read and written to."""
+"""Rows that are multiplied at once. Buffers need this many rows beyond the last: they are read and written, too."""
 
 
 class Tiles:
-    """The tile registers of a task, from here until `finish`: 0 to 3 are sums, 4 and 5 rows, 6 and 7 weights."""
+    """The tile registers of a task, from here to `finish`: 0 to 3 are sums, 4 and 5 rows, 6 and 7 weights."""
 
     def __init__(self, target: CpuTarget) -> None:
         self.isa = Isa(target)
@@ -29,14 +30,14 @@ class Tiles:
         self._largest = self.isa.register(0, integer=True)
 
     def pack(self, low: Expr, high: Expr) -> Expr:
-        """A vector of words of two vectors of float32, in order. `finish` tells of those that are too large."""
+        """Two vectors of float32 as one vector of words, in order. `finish` reports values that are too large."""
         low, high = self.isa.keep(low), self.isa.keep(high)
         for x in (low, high):
             self._largest.value = T.max(self._largest.value, self.isa.magnitude_bits(x))
         return self.isa.to_bfloat16(low, high)
 
     def finish(self, flag: Buffer) -> None:
-        """Emit what a task has to do last: raise the flag [1] int32 if a number was above 2**64, infinite or NaN."""
+        """Emit the last code of a task: it sets the flag, [1] int32, if a value was above 2**64, infinite or NaN."""
         self.isa.release_tiles()
         with T.when(self.isa.largest_int(self._largest.value) > HIGHEST - 1):
             flag[0] = T.int32(1)
@@ -50,15 +51,15 @@ class Tiles:
         sums: Buffer,
         use: Callable[[Expr, Expr], None] | None = None,
     ) -> None:
-        """The products of rows with a panel.
+        """Emit the products of rows with a panel.
 
         Args:
-            rows: how many.
-            packed: [rows and `ROWS`, words] int32.
+            rows: their number.
+            packed: [rows + `ROWS`, words] int32.
             panel: [*, outputs] int32, as `shiftadd3d.kernels.pack.shift` packs bfloat16; outputs are a multiple of 16.
-            parts: what is summed up: the first of `WORDS` words of a row, and the panel's row that belongs to it.
-            sums: [rows and `ROWS`, outputs], for the products.
-            use: with it, sums are [ROWS, outputs], and ``use(row, i)`` finds those of a row in row i.
+            parts: the summands, as pairs: the first of `WORDS` words in a row, and the panel's row for that word.
+            sums: [rows + `ROWS`, outputs], for the products.
+            use: with it, sums are only [ROWS, outputs]. ``use(row, i)`` is called for each row; its sums are in row i.
         """
         with T.serial((rows + (ROWS - 1)) // ROWS) as number:
             top = T.bind(number * ROWS)
@@ -71,7 +72,7 @@ class Tiles:
     def _columns(
         self, top: Expr, packed: Buffer, panel: Buffer, parts: Sequence[tuple[int, int]], left: int, sums: Buffer
     ) -> None:
-        """Two tiles of columns, from one on, of `ROWS` rows."""
+        """Multiply `ROWS` rows, from row `top` on, by up to two tiles of columns, from column `left` on."""
         isa, width, pitch = self.isa, panel.extent(1), 4 * packed.extent(1)
         halves = [j for j in range(2) if left + 16 * j < width]
         places = [(i, j) for i in range(2) for j in halves]
@@ -90,17 +91,17 @@ class Tiles:
 
 
 def unit(isa: Isa, panel: Buffer, column: int) -> Expr:
-    """A vector of what a panel's outputs count in."""
+    """The units of a vector of a panel's outputs (see `shiftadd3d.kernels.pack.shift.WholeWeights`)."""
     return isa.as_float(panel[panel.extent(0) - 1, isa.at(column)])
 
 
 def copy_words(source: Buffer, out: Buffer, count: int) -> None:
-    """So many words of a row, a multiple of `WORDS`."""
+    """Copy the first `count` words of a row, a multiple of `WORDS`."""
     for start in range(0, count, WORDS):
         out[T.ramp(start, WORDS)] = source[T.ramp(start, WORDS)]
 
 
 def unpacked(isa: Isa, words: Expr) -> tuple[Expr, Expr]:
-    """The numbers of a vector of words: the first ones of each, and the second ones."""
+    """The numbers in a vector of words, as float32: the first of each word, and the second of each."""
     words = isa.keep(words, integer=True)
     return isa.as_float(words << isa.splat_int(16)), isa.as_float(words & isa.splat_int(-65536))

@@ -1,28 +1,28 @@
-"""View attention on CPUs, in one pass over the views: nothing of the size [points, views, C] is written.
+"""View attention on CPUs, in one pass over the views. No tensor of the size [points, views, C] is written.
 
-With x_v what view v shows of a point, d_v how its ray differs, q the point's query, and products of weights taken
-beforehand (`shiftadd3d.kernels.pack.gnt.view_attention`)::
+x_v are the features of view v at a point, d_v is its ray difference, and q is the point's query. Products of weights
+are computed beforehand (`shiftadd3d.kernels.pack.gnt.view_attention`)::
 
     p_v = relu(P d_v + b)                               position
     (u_v, h_v) = R (x_v, p_v) + b                       row
     s_v = A relu(h_v - W q + b)                         score, -1e9 where the view is masked
     out = W_o sum_v softmax_v(s)_v u_v + b_o            out
 
-With shift weights in panels of integers, products of weights are taken only where they are small: a power of two times
-another one is a power of two, but a sum of them is not::
+With shift weights in panels of integers, W_v W_k and A_1 W_k are not computed beforehand. A product of two powers of
+two is a power of two, but a sum of such products is not::
 
     k_v = W_k x_v                                       key
-    (u_v, h_v) = (W_v, A_1) k_v + R' p_v + b            row, and what `row` above has for p_v
+    (u_v, h_v) = (W_v, A_1) k_v + R' p_v + b            row; R' are the columns of R for p_v
 
-CPUs without VNNI have the products of weights in 16 bits, rounded, and need no key (`merges_key`). Nor do matrix tiles
-in executables (`shiftadd3d.kernels.cpu.gnt.view_tiles`).
+There is no key in two cases. CPUs without VNNI read the products of weights, rounded to 16 bits (`merges_key`). Matrix
+tiles in executables read them as sums of two bfloat16 pieces (`shiftadd3d.kernels.cpu.gnt.view_tiles`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from shiftadd3d.kernels.cpu.gnt.shift_problems import random_shift_attention
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import ROW_PADDING, Scalars, product
 from shiftadd3d.kernels.cpu.trials import check_within
-from shiftadd3d.kernels.pack.gnt.view_attention import merges_key, panels, shift_forms, shift_sizes
+from shiftadd3d.kernels.pack.gnt.view_attention import merges_key, panels, shift_forms, shift_sizes, sizes
 from shiftadd3d.kernels.pack.shift import PanelForm, shift_panel
 from shiftadd3d.kernels.reference.gnt.view_attention import (
     MAX_VIEWS,
@@ -46,11 +46,14 @@ from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
-# (point, view) rows at once: what they need of caches stays within the first level for 64 channels.
+# (point, view) rows of a block. With 64 channels, all their data fits into the first-level cache.
 _ROWS = 64
 
-# Blocks of so many rows that a parallel task takes: enough to allocate buffers for, few enough to share out evenly.
+# Blocks of a task: enough to allocate buffers for, few enough that threads get equal shares.
 _BLOCKS_A_TASK = 16
+
+# Rows behind the last one that products read and write.
+_PADDING = max(ROW_PADDING, forms.ROW_PADDING)
 
 
 def _build(target: CpuTarget, *, width: int, hidden: int, form: AnyForm) -> T.PrimFunc:
@@ -66,7 +69,7 @@ def _build(target: CpuTarget, *, width: int, hidden: int, form: AnyForm) -> T.Pr
 
 
 class Shown(NamedTuple):
-    """What the views show of points: rows are (point, view)."""
+    """The values of the views. Rows are (point, view)."""
 
     views: Buffer  # [rows, C]
     ray_diff: Buffer  # [rows, 4]
@@ -78,7 +81,7 @@ class Weights(NamedTuple):
 
     row: Buffer
     row_bias: Buffer
-    position: Buffer  # the bias last
+    position: Buffer  # the last row is the bias
     query: Buffer
     query_bias: Buffer
     score: Buffer
@@ -89,19 +92,10 @@ class Weights(NamedTuple):
     @classmethod
     def argument(cls, isa: Isa, width: int, hidden: int, form: AnyForm) -> Weights:
         """The next arguments of a function."""
-        wide, narrow = isa.padded(width), isa.padded(hidden)
-        sizes = shift_sizes(isa.target, width, hidden)
-        return cls(
-            row=T.panel("w_row", width + hidden, wide + narrow),
-            row_bias=T.panel("b_row", wide + narrow),
-            position=T.panel("w_position", 5, narrow),
-            query=T.panel("w_query", width, narrow),
-            query_bias=T.panel("b_query", narrow),
-            score=T.panel("w_score", hidden, wide),
-            out=T.panel("w_out", width, wide),
-            out_bias=T.panel("b_out", wide),
-            shifts=[] if form == "float32" else panel_arguments(form, sizes),
-        )
+        names = ("w_row", "b_row", "w_position", "w_query", "b_query", "w_score", "w_out", "b_out")
+        panels = T.panels(sizes(isa.lanes, width, hidden), names)
+        shifts = [] if form == "float32" else panel_arguments(form, shift_sizes(isa.target, width, hidden))
+        return cls(*panels, shifts=shifts)
 
 
 def emit(
@@ -123,60 +117,23 @@ def emit(
         eps: with one, queries are normalised first, and added to what comes out: a residual block, pre-norm. The norm's
             weight and bias are taken into those of the query.
     """
-    isa, (P, width), hidden = Isa(target), query.shape, weights.score.extent(0)
+    isa, (P, width), wide = Isa(target), query.shape, weights.out_bias.extent(0)
     assert isinstance(width, int)
-    wide, narrow = isa.padded(width), isa.padded(hidden)
-    padding = max(ROW_PADDING, forms.ROW_PADDING)
-    rows_of_tile = _ROWS + padding
     points_of_block = T.bind(T.int64(_ROWS) // V)
     blocks = T.bind((P + points_of_block - 1) // points_of_block)
     with T.parallel((blocks + _BLOCKS_A_TASK - 1) // _BLOCKS_A_TASK) as task:
-        hidden_rows = T.alloc(rows_of_tile, narrow)
-        row_out, query_out = T.alloc(rows_of_tile, wide + narrow), T.alloc(rows_of_tile, narrow)
-        normed = T.alloc(rows_of_tile, wide)
+        block = _Block(isa, query, given, weights, V, eps)
         begin = T.bind(task * _BLOCKS_A_TASK * points_of_block)
         points_of_task = T.bind(T.min(points_of_block * _BLOCKS_A_TASK, P - begin))
-        pooled, shares = T.alloc(points_of_task + padding, wide), T.alloc(MAX_VIEWS * isa.lanes)
+        pooled, shares = T.alloc(points_of_task + _PADDING, wide), T.alloc(MAX_VIEWS * isa.lanes)
         shifts = None if form == "float32" else _Shifts(panel_product(target, form), width, *weights.shifts)
-        power, factor = (exp, 1.0) if shifts is None else (exp2, math.log2(math.e))
-        with T.serial(T.min(T.int64(_BLOCKS_A_TASK), blocks - task * _BLOCKS_A_TASK)) as block:
-            first = T.bind(begin + block * points_of_block)
+        with T.serial(T.min(T.int64(_BLOCKS_A_TASK), blocks - task * _BLOCKS_A_TASK)) as number:
+            first = T.bind(begin + number * points_of_block)
             points = T.bind(T.min(points_of_block, P - first))
-            rows = T.bind(points * V)
-
-            def view(r: Index, k: Index) -> Expr:
-                return given.views[first * V + T.min(r, rows - 1), k]
-
-            def point(r: Index, k: Index) -> Expr:
-                r = T.min(r, points - 1)
-                return query[first + r, k] if eps is None else normed[r, k]
-
-            with T.serial(rows) as r:
-                position(isa, given.ray_diff.part(first * V + r), weights.position, hidden_rows.part(r))
-            of_position = hidden, hidden_rows, weights.row.below(width)
-            if shifts is None:
-                product(isa, rows, wide + narrow, weights.row_bias, [(width, view, weights.row), of_position], row_out)
-            else:
-                product(isa, rows, wide + narrow, weights.row_bias, [of_position], row_out)
-                shifts.add_views(rows, view, row_out)
-            if eps is not None:
-                layer_norm(isa, points, width, lambda r, c: query[first + r, c], normed, T.float32(eps))
-            product(isa, points, narrow, weights.query_bias, [(width, point, weights.query)], query_out)
-            with T.serial(points) as p:
-                shown, hidden_of_point = row_out.below(p * V), hidden_rows.below(p * V)
-                seen = given.mask.below((first + p) * V)
-                with T.serial(V) as v:
-                    if shifts is not None:
-                        prefetch(given.views.part((first + points + p) * V + v), width)
-                    for n in range(0, narrow, isa.lanes):
-                        sums = isa.relu(shown[v, isa.at(wide + n)] + query_out[p, isa.at(n)])
-                        hidden_of_point[v, isa.at(n)] = sums if shifts is None else sums * isa.splat(factor)
-                with T.serial(wide // isa.lanes) as n:
-                    channels = isa.at(n * isa.lanes)
-                    vector = pool(isa, hidden_of_point, weights.score, seen, shown, V, channels, shares, power)
-                    pooled[first - begin + p, channels] = vector
+            block.multiply(first, points, shifts)
+            block.pool(first, points, shifts, shares, pooled.below(first - begin))
         # All points of a task together: a block's alone would leave tiles half empty.
-        outcome = T.alloc(points_of_task + padding, wide)
+        outcome = T.alloc(points_of_task + _PADDING, wide)
         if shifts is None:
             product(isa, points_of_task, wide, weights.out_bias, [(width, pooled, weights.out)], outcome)
         else:
@@ -188,8 +145,63 @@ def emit(
             copy_row(isa, outcome.part(p), out.part(begin + p), width)
 
 
+class _Block:
+    """Emits the pooling of views for a block of points, and holds the memory for it within a task."""
+
+    def __init__(self, isa: Isa, query: Buffer, given: Shown, weights: Weights, V: Expr, eps: float | None) -> None:
+        self._isa, self._query, self._given, self._weights, self._V, self._eps = isa, query, given, weights, V, eps
+        self._width, wide, narrow = query.extent(1), weights.out_bias.extent(0), weights.query_bias.extent(0)
+        rows = _ROWS + _PADDING
+        self._hidden = T.alloc(rows, narrow)
+        self._row_out, self._query_out = T.alloc(rows, wide + narrow), T.alloc(rows, narrow)
+        self._normed = T.alloc(rows, wide)
+
+    def multiply(self, first: Expr, points: Expr, shifts: _Shifts | None) -> None:
+        """Emit the products of `points` queries and of their views, from point `first` on."""
+        isa, query, given, weights, V = self._isa, self._query, self._given, self._weights, self._V
+        width, both, narrow = self._width, self._row_out.extent(1), self._query_out.extent(1)
+        rows = T.bind(points * V)
+
+        def view(r: Index, k: Index) -> Expr:
+            return given.views[first * V + T.min(r, rows - 1), k]
+
+        def point(r: Index, k: Index) -> Expr:
+            r = T.min(r, points - 1)
+            return query[first + r, k] if self._eps is None else self._normed[r, k]
+
+        with T.serial(rows) as r:
+            position(isa, given.ray_diff.part(first * V + r), weights.position, self._hidden.part(r))
+        terms = [(weights.score.extent(0), self._hidden, weights.row.below(width))]
+        if shifts is None:
+            terms = [(width, view, weights.row), *terms]
+        product(isa, rows, both, weights.row_bias, terms, self._row_out)
+        if shifts is not None:
+            shifts.add_views(rows, view, self._row_out)
+        if self._eps is not None:
+            layer_norm(isa, points, width, lambda r, c: query[first + r, c], self._normed, T.float32(self._eps))
+        product(isa, points, narrow, weights.query_bias, [(width, point, weights.query)], self._query_out)
+
+    def pool(self, first: Expr, points: Expr, shifts: _Shifts | None, shares: Buffer, pooled: Buffer) -> None:
+        """Emit the softmax and the sum over the views of `points` points, into the first rows of `pooled` [*, C]."""
+        isa, given, weights, V = self._isa, self._given, self._weights, self._V
+        wide, narrow = weights.out_bias.extent(0), self._query_out.extent(1)
+        power, factor = (exp, 1.0) if shifts is None else (exp2, math.log2(math.e))
+        with T.serial(points) as p:
+            shown, hidden = self._row_out.below(p * V), self._hidden.below(p * V)
+            seen = given.mask.below((first + p) * V)
+            with T.serial(V) as v:
+                if shifts is not None:
+                    prefetch(given.views.part((first + points + p) * V + v), self._width)
+                for n in range(0, narrow, isa.lanes):
+                    sums = isa.relu(shown[v, isa.at(wide + n)] + self._query_out[p, isa.at(n)])
+                    hidden[v, isa.at(n)] = sums if shifts is None else sums * isa.splat(factor)
+            with T.serial(wide // isa.lanes) as n:
+                channels = isa.at(n * isa.lanes)
+                pooled[p, channels] = pool(isa, hidden, weights.score, seen, shown, V, channels, shares, power)
+
+
 def prefetch(row: Buffer, width: int) -> None:
-    """Ask for a row of the next block, which is staged all at once: memory would be waited for."""
+    """Prefetch a row of the next block. Blocks are staged at once, so the CPU would wait for memory."""
     for c in range(0, width, 16):
         Isa.prefetch(row.address(c))
 
@@ -198,8 +210,8 @@ class _Shifts:
     """Products with shift weights, within a task.
 
     Args:
-        product: of the weights' form.
-        panels: key, row and out; without a key, the row has its products, and takes the views themselves.
+        product: the product for the form of the weights.
+        panels: key, row and out; or row and out, if the row's weights are products with those of the key.
     """
 
     def __init__(self, product: PanelProduct, width: int, *panels: Buffer) -> None:
@@ -208,7 +220,7 @@ class _Shifts:
         self._isa, self._width = product.isa, width
 
     def add_views(self, rows: Expr, view: Scalars, sums: Buffer) -> None:
-        """Add to rows what there is of the views themselves."""
+        """Add the views' products to the sums of rows."""
         isa, last = self._isa, rows - 1
 
         def keep(r: Expr, c: int, x: Expr) -> None:
@@ -236,7 +248,7 @@ class _Shifts:
 
 
 def position(isa: Isa, ray_diff: Buffer, weight: Buffer, out: Buffer) -> None:
-    """``relu(P d + b)`` of one view."""
+    """Write ``relu(P d + b)`` for one view."""
     for n in range(0, weight.extent(1), isa.lanes):
         total = weight[4, isa.at(n)]
         for i in range(4):
@@ -255,14 +267,23 @@ def pool(
     shares: Buffer,
     power: Callable[[Isa, Expr], Expr],
 ) -> Expr:
-    """``sum_v softmax_v(A h)_v u_v`` of the V views of one point, for a vector of channels."""
+    """``sum_v softmax_v(A h)_v u_v`` over the V views of one point, for a vector of channels.
+
+    Args:
+        hidden: [V, H], the scores' hidden layer.
+        w_score: [H, C].
+        mask: [V] uint8.
+        shown: [V, *], of which `channels` are u_v.
+        shares: [V * lanes], scratch memory.
+        power: the exponential function for the softmax.
+    """
     summed = isa.register(0.0)
 
     def score(v: Expr) -> Expr:
         total = isa.splat(0.0)
         for h in range(w_score.extent(0)):
             total = isa.fma(isa.splat(hidden[v, h]), w_score[h, channels], total)
-        # Not a branch: which views are masked is hard to guess.
+        # Not a branch: the CPU cannot predict which views are masked.
         return T.select(mask[v] != T.number("uint8", 0), total, isa.splat(-1e9))
 
     def add(v: Expr, share: Expr) -> None:
@@ -273,14 +294,18 @@ def pool(
 
 
 def error_bound(form: PanelForm, width: int) -> float:
-    """What an activation may be off by, as a multiple of the largest magnitude of its row, with what weights are."""
+    """The largest error of an activation by rounding, in multiples of the largest magnitude of its row.
+
+    Without VNNI, it includes the rounding of weights.
+    """
     return (1 + width) / 65534 if merges_key(current()) else forms.error_bound(form)
 
 
 def _trial(function: Compiled, *, width: int, hidden: int, form: AnyForm) -> None:
-    def packed(*arguments: Any) -> Tensor:
-        *inputs, weights, biases = arguments
-        out = run(function, *inputs, panels=panels(weights, biases, current().lanes))
+    def packed(
+        query: Tensor, views: Tensor, ray_diff: Tensor, mask: Tensor, weights: list[Tensor], biases: list[Tensor]
+    ) -> Tensor:
+        out = run(function, query, views, ray_diff, mask, panels(weights, biases, current().lanes))
         assert out is not None
         return out
 
@@ -297,7 +322,7 @@ def _trial(function: Compiled, *, width: int, hidden: int, form: AnyForm) -> Non
 def run(
     function: Compiled, query: Tensor, views: Tensor, ray_diff: Tensor, mask: Tensor, panels: Sequence[Tensor]
 ) -> Tensor | None:
-    """Call a compiled function with the panels of its form; None if that cannot express an activation."""
+    """Call a compiled function with the panels of its form; None if the form cannot express an activation."""
     count, width = views.shape[-2:]
     out, flag = memory.empty(*query.shape, dtype=torch.float32), torch.zeros(1, dtype=torch.int32)
     function(

@@ -1,4 +1,4 @@
-"""The views' embedding on CPUs: one pass over what the views show, where torch makes a dozen."""
+"""The views' embedding on CPUs: one pass over the values of the views. torch needs a dozen."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shiftadd3d.kernels.runtime.kernel import Compiled, Kernel, Spec
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
-# (point, view) rows at once.
+# (point, view) rows of a block.
 _ROWS = 64
 _BLOCKS_A_TASK = 16
 
@@ -73,11 +73,11 @@ class Embedding:
     """The embedding of a block of points, within a task.
 
     Args:
-        rows, points: as many as there may be.
+        rows, points: the largest numbers of (point, view) rows and of points.
 
     Attributes:
-        shown: [rows, inputs and zeros up to whole vectors], to be filled in.
-        seen: [rows], 1 where the view sees the point, else 0, to be filled in.
+        shown: [rows, inputs], padded to whole vectors with zeros. The caller writes the values of the views here.
+        seen: [rows]. The caller writes 1 here if the view sees the point, else 0.
     """
 
     def __init__(self, isa: Isa, layers: Layers, rows: Index, points: Index) -> None:
@@ -91,7 +91,12 @@ class Embedding:
             self.shown[r, c] = T.float32(0.0)
 
     def emit(self, points: Expr, V: Expr, embedding: Buffer, query: Buffer) -> None:
-        """Embed what V views show of so many points: the first rows of both [*, width]."""
+        """Embed the values of V views for some points.
+
+        Args:
+            embedding: [*, width]; its first rows are written.
+            query: [*, width]; its first rows are written.
+        """
         isa, layers, embedded = self._isa, self._layers, self._embedded
         rows = T.bind(points * V)
         first = layers.inputs, self.shown, layers.first
@@ -106,14 +111,14 @@ class Embedding:
 
 
 class EmbeddingInTiles:
-    """The same by matrix tiles, in bfloat16, of what views show in another order, and packed.
+    """`Embedding` in matrix tiles, in bfloat16. Values come in another order, and results are packed.
 
     Args:
-        shifts: panels of both layers, `tile_sizes`.
+        shifts: panels of both layers, of `tile_sizes`.
 
     Attributes:
-        shown: [rows, *]: features, colour and validity, and zeros; to be filled in.
-        seen: [rows], 1 where the view sees the point, else 0, to be filled in.
+        shown: [rows, *]: features, colour, validity, zeros. The caller writes the values of the views here.
+        seen: [rows]. The caller writes 1 here if the view sees the point, else 0.
     """
 
     def __init__(self, target: CpuTarget, layers: Layers, rows: Index, points: Index, shifts: Sequence[Buffer]) -> None:
@@ -129,10 +134,10 @@ class EmbeddingInTiles:
             self.shown[r, isa.at(self._channels)] = isa.splat(0.0)
 
     def emit(self, points: Expr, V: Expr, features: Buffer, embedding: Buffer, query: Buffer) -> None:
-        """Embed what V views show of so many points.
+        """Embed the values of V views for some points. The first rows of the results are written.
 
         Args:
-            features: [*, channels / 2] words: what is shown, its first rows.
+            features: [*, channels / 2] words, for the packed features.
             embedding: [*, width / 2] words.
             query: [*, width].
         """
@@ -168,7 +173,7 @@ class EmbeddingInTiles:
         self._queries.emit(points, V, self.shown, self.seen, query)
 
     def finish(self, control: Buffer) -> None:
-        """Emit what a task has to do last: tell of what tiles cannot express."""
+        """Emit the last code of a task: it sets `control[0]` if tiles cannot express a value."""
         self._tiles.finish(control)
 
 
@@ -181,17 +186,17 @@ class _Queries:
 
     def __init__(self, isa: Isa, layers: Layers, points: Index) -> None:
         self._isa, self._layers = isa, layers
-        # Vectors reach beyond the statistics.
+        # The last vector that is written reaches beyond the statistics.
         pitch = layers.inputs + isa.padded(layers.inputs) + 1 if layers.statistics else 1
         self._summary = T.alloc(points + ROW_PADDING, pitch)
         self._queries = T.alloc(points + ROW_PADDING, isa.padded(layers.width))
 
     def start(self, point: Expr, embedded: Buffer, V: Expr) -> None:
-        """Begin a point's with the largest of each channel over its views."""
+        """Set a point's query to the maximum of its embeddings over the views, channel by channel."""
         _largest(self._isa, embedded, point * V, V, self._queries.part(point))
 
     def emit(self, points: Expr, V: Expr, shown: Buffer, seen: Buffer, query: Buffer) -> None:
-        """Add what the moments give, and write all of them: the first rows of [*, width]."""
+        """Add the products of the moments, and write all queries to the first rows of `query` [*, width]."""
         isa, layers, queries = self._isa, self._layers, self._queries
         wide = queries.extent(1)
         if layers.statistics:
@@ -211,12 +216,12 @@ class _Queries:
 
 
 def tile_sizes(inputs: int, hidden: int, width: int) -> list[tuple[int, int]]:
-    """Inputs and outputs of the panels for matrix tiles: features first, then colour, validity and zeros."""
+    """Inputs and outputs of the panels for matrix tiles. Inputs are features, colour, validity and zeros."""
     return [(inputs - 4 + 2 * WORDS, hidden), (hidden, width)]
 
 
 def _largest(isa: Isa, embedded: Buffer, row: Expr, V: Expr, out: Buffer) -> None:
-    """The largest of each channel over the V views from a row on."""
+    """Write the maximum of each channel over the V rows from `row` on."""
     for n in range(0, out.extent(0), isa.lanes):
         at = isa.at(n)
         out[at] = embedded[row, at]
@@ -225,7 +230,7 @@ def _largest(isa: Isa, embedded: Buffer, row: Expr, V: Expr, out: Buffer) -> Non
 
 
 def _moments(isa: Isa, inputs: int, shown: Buffer, seen: Buffer, row: Expr, V: Expr, out: Buffer) -> None:
-    """Mean, deviation and share of seeing views of the V views from a row on: `view_moments`."""
+    """Write the `view_moments` of the V rows from `row` on: mean, deviation, and the share of views that see."""
     count = T.alloc(1, align=4)
     count[0] = T.float32(0.0)
     with T.serial(V) as v:
@@ -244,7 +249,7 @@ def _moments(isa: Isa, inputs: int, shown: Buffer, seen: Buffer, row: Expr, V: E
             square.value = isa.fma(apart * apart, isa.splat(seen[row + v]), square.value)
         deviations.append(isa.keep(isa.square_root(square.value * isa.splat(count[0]) + isa.splat(LEAST_VARIANCE))))
         out[there] = mean.value
-    # From here on over what the last vector of means has written beyond them.
+    # The last vector of means has written beyond the means. The deviations overwrite that.
     for number, deviation in enumerate(deviations):
         out[isa.at(inputs + number * isa.lanes)] = deviation
     out[2 * inputs] = share
@@ -253,6 +258,7 @@ def _moments(isa: Isa, inputs: int, shown: Buffer, seen: Buffer, row: Expr, V: E
 def run(
     function: Compiled, values: Tensor, mask: Tensor, panels: Sequence[Tensor], width: int
 ) -> tuple[Tensor, Tensor]:
+    """Call a compiled function: embeddings [*, V, width] and queries [*, width]; arguments as those of the op."""
     *leading, views, inputs = values.shape
     embedding = memory.empty(*leading, views, width, dtype=torch.float32)
     query = memory.empty(*leading, width, dtype=torch.float32)

@@ -1,8 +1,8 @@
-"""View attention in matrix tiles, as a residual block.
+"""View attention in matrix tiles (AMX), as a residual block.
 
-What the views' rows become is one product, whose sums are all that the rest reads: beside the embedding, rows hold what
-their ray difference gives, twice, and two ones, for the second pieces of weights, and for the bias. See
-`shiftadd3d.kernels.cpu.gnt.view_attention`.
+`shiftadd3d.kernels.cpu.gnt.view_attention` has the formulas. Here ``R (x_v, p_v) + b`` is one product. A row holds the
+embedding x_v, p_v twice, and two ones. p_v stands there twice because its weights have two bfloat16 pieces. The ones
+multiply the two pieces of the bias.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr
 
-# (point, view) rows at once, and blocks of so many that a parallel task takes.
+# (point, view) rows of a block, and blocks of a task.
 _ROWS, _BLOCKS_A_TASK = 64, 16
 
 
@@ -53,11 +53,14 @@ class Weights(NamedTuple):
 def emit(
     target: CpuTarget, x: Buffer, given: Shown, weights: Weights, V: Expr, out: Buffer, control: Buffer, eps: float
 ) -> None:
-    """Emit ``x + view attention of norm(x)``, all points [P, C], after all arguments.
+    """Emit ``out = x + view attention of norm(x)`` for all points, after all arguments.
 
     Args:
-        given: views are [P * V, C], or packed, [P * V, C / 2] words.
+        x, out: [P, C].
+        given: its views are [P * V, C], or packed, [P * V, C / 2] words.
         V: the number of views.
+        control: its first number becomes 1 if tiles cannot express a value.
+        eps: epsilon of the norm.
     """
     isa, (P, width) = Isa(target), x.shape
     assert isinstance(width, int)
@@ -88,11 +91,11 @@ def emit(
 
 
 class _Block:
-    """Memory for some points' views, within a task.
+    """Emits the pooling of views for a block of points, and holds the memory for it within a task.
 
     Attributes:
-        tiles: that multiply.
-        sums: [ROWS, C], to be used at will between blocks.
+        tiles: the tile registers.
+        sums: [ROWS, C], scratch memory that is free between blocks.
     """
 
     def __init__(self, target: CpuTarget, weights: Weights, given: Shown, width: int) -> None:
@@ -103,7 +106,7 @@ class _Block:
         self._places = T.alloc(_ROWS, 2 * isa.lanes)
         self._rows, self._hidden = T.alloc(_ROWS + ROWS, weights.row.extent(1)), T.alloc(_ROWS, isa.lanes)
         self._shares, self.sums = T.alloc(MAX_VIEWS * isa.lanes), T.alloc(ROWS, width)
-        # The embedding's words count twice, by both pieces of their weights.
+        # The embedding's words are multiplied twice: by both pieces of their weights.
         words = range(0, self._of_row, WORDS)
         self._parts = [*((word, piece + word) for word in words for piece in (0, self._of_row))]
         self._parts.append((self._of_row, 2 * self._of_row))
@@ -112,11 +115,12 @@ class _Block:
                 self._places[r, isa.at(c)] = isa.splat(0.0)
 
     def emit(self, points: Expr, V: Expr, row: Expr, queries: Buffer, pooled: Buffer) -> None:
-        """What is pooled of points, packed: the first rows of [*, C / 2] words.
+        """Pool the views of some points.
 
         Args:
-            row: of the first point's first view.
+            row: the row of the first point's first view.
             queries: [*, H].
+            pooled: [*, C / 2] words; its first rows are written.
         """
         isa, tiles, weights, given, packed = self._isa, self.tiles, self._weights, self._given, self._packed
         rows, hidden = T.bind(points * V), weights.query_bias.extent(0)
@@ -141,7 +145,7 @@ class _Block:
                 pooled[p, isa.at(c // 2)] = tiles.pack(low, high)
 
     def _take(self, view: Buffer, packed: Buffer) -> None:
-        """Copy an embedding."""
+        """Copy an embedding, and pack it if it is float32."""
         if view.dtype == "int32":
             copy_words(view, packed, self._of_row)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -134,17 +135,19 @@ def hidden_and_kernel(panels: Sequence[Tensor], heads: int) -> tuple[int, int]:
     return panels[6].numel() // panels[7].numel(), panels[8].numel() // heads
 
 
+def sizes(lanes: int, width: int, heads: int, hidden: int, kernel: int) -> list[tuple[int, ...]]:
+    """The shapes of the panels; `hidden` and `kernel` are 0 without a perceptron and without a convolution."""
+    layout, deep = layout_of(lanes, width, heads), padded(hidden, lanes)
+    wide = layout.keys
+    attention = [(width, layout.end), (layout.end,), (width, wide), (wide,)]
+    return [*attention, (width * deep,), (deep,), (hidden * wide,), (wide,), (heads * kernel,)]
+
+
 def check_panels(panels: Sequence[Tensor], width: int, heads: int) -> int:
     """`lanes_of` the panels of a block of so many channels and heads."""
     hidden, kernel = hidden_and_kernel(panels, heads)
-
-    def sizes(lanes: int) -> list[tuple[int, ...]]:
-        layout, deep = layout_of(lanes, width, heads), padded(hidden, lanes)
-        wide = layout.keys
-        attention = [(width, layout.end), (layout.end,), (width, wide), (wide,)]
-        return [*attention, (width * deep,), (deep,), (hidden * wide,), (wide,), (heads * kernel,)]
-
-    return lanes_of("ray_block", panels[: len(Panels._fields)], sizes)
+    of_lanes = partial(sizes, width=width, heads=heads, hidden=hidden, kernel=kernel)
+    return lanes_of("ray_block", panels[: len(Panels._fields)], of_lanes)
 
 
 def ray_block_of_panels(

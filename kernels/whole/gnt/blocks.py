@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shiftadd3d.kernels.cpu.forms.panels import AnyForm
 from shiftadd3d.kernels.cpu.gnt import position_layer, ray_block, view_attention, view_tiles
-from shiftadd3d.kernels.cpu.gnt.shift_problems import random_ray_block, random_shift_attention
+from shiftadd3d.kernels.cpu.gnt.shift_problems import random_shift_attention
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.trials import Draw, check_within
 from shiftadd3d.kernels.pack.gnt import position_layer as pack_position_layer
@@ -18,7 +18,6 @@ from shiftadd3d.kernels.pack.gnt import ray_block as pack_ray_block
 from shiftadd3d.kernels.pack.gnt import view_attention as pack_view_attention
 from shiftadd3d.kernels.pack.shift import shift_panel
 from shiftadd3d.kernels.reference.gnt.position_layer import position_layer_twin, random_samples
-from shiftadd3d.kernels.reference.gnt.ray_block import random_block, ray_block_twin, samples_of_certain_codes
 from shiftadd3d.kernels.reference.gnt.view_attention import random_attention, view_attention_twin
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled
@@ -140,7 +139,7 @@ def _build_ray_block(
     with T.function("ray_block") as function:
         R, S = T.sizes(2)
         x = T.argument("x", (R, S, width))
-        weights = ray_block.Weights.argument(sizes, kernel, form)
+        weights = ray_block.Weights.argument(Isa(target), sizes, kernel, form)
         control = control_argument()
         y = rows_of(T.argument("y", (R, S, width)))
         x, options = rows_of(x), {"attention": attention, "kernel": kernel, "eps": T.float32(eps)}
@@ -148,28 +147,13 @@ def _build_ray_block(
     return function.get()
 
 
-def _try_ray_block(
-    function: Compiled, width: int, heads: int, hidden: int, attention: str, kernel: int, form: AnyForm, eps: float
-) -> None:
-    sizes = {"rays": 13, "samples": 9, "width": width, "heads": heads, "hidden": hidden, "kernel": kernel}
-    control = torch.tensor([0, 2], dtype=torch.int32)
-    if form != "float32":
-        problem = random_ray_block(0, attention, **sizes)._replace(eps=eps)
-        shifts = [problem.norms, *(shift_panel(layer, form) for layer in problem.shifts.values())]
-        y = torch.empty_like(problem.x)
-        function(problem.x, *problem.panels, *shifts, control, y)
-        assert control[0] == 0, "it found an activation that it cannot express"
-        problem.check(y, y.new_empty(0), form)
-        return
-    x, weights, biases, conv, _ = random_block(0, **sizes)
-    y = torch.empty_like(x)
-    function(x, *pack_ray_block.panels(weights, biases, conv, heads, current().lanes), control, y)
-    expected, _ = ray_block_twin(x, weights, biases, conv, heads, attention, eps, False)
-    certain = torch.ones(x.shape[:2], dtype=torch.bool)
-    if attention != "softmax":
-        certain = samples_of_certain_codes(x, weights, biases, eps)
-        assert certain.any(), "rounding decides a code in each of the trial's rays"
-    torch.testing.assert_close(y[certain], expected[certain], rtol=1e-3, atol=1e-4)
+def _try_ray_block(function: Compiled, attention: str, form: AnyForm, heads: int, eps: float, **sizes: int) -> None:
+    def run(x: Tensor, panels: Sequence[Tensor], eps: float, return_weights: bool) -> tuple[Tensor, Tensor] | None:
+        control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty_like(x)
+        function(x, *panels, control, y)
+        return None if control[0] else (y, y.new_empty(0))
+
+    ray_block.compare_with_reference(run, form, attention, heads, eps, False, **sizes)
 
 
 RAY_BLOCK = Function("ray_block", _build_ray_block, _try_ray_block)
