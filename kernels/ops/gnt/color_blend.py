@@ -1,9 +1,8 @@
-"""The blend of the views' colours as an op. Inference only."""
+"""The blend of the views' colours as an op."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,20 +10,9 @@ from torch import Tensor
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.cpu.gnt.color_blend import KERNEL, run
 from shiftadd3d.kernels.ops.define import define_op, packed_function
-from shiftadd3d.kernels.pack.gnt.color_blend import color_blend_of_panels, sizes
+from shiftadd3d.kernels.pack.gnt.color_blend import ColorBlend, color_blend_of_panels, sizes
 from shiftadd3d.kernels.pack.panel import lanes_of
 from shiftadd3d.kernels.reference.gnt.color_blend import MAX_VIEWS
-
-
-class ColorBlend(NamedTuple):
-    """The op's arguments."""
-
-    x: Tensor
-    values: Tensor
-    ray_diff: Tensor
-    mask: Tensor
-    panels: list[Tensor]
-    hidden: int
 
 
 def _check(given: ColorBlend) -> None:
@@ -49,8 +37,6 @@ def _cpu(given: ColorBlend) -> tuple[Tensor, Tensor] | None:
     return None if function is None else run(function, x, values, ray_diff, mask, panels)
 
 
-#: ``torch.ops.shiftadd3d.color_blend``; arguments and outcome as those of its twin, but for the weights, which are the
-#: panels of `shiftadd3d.kernels.pack.gnt.color_blend`. float32; 1 to 32 views, more go through plain torch.
 color_blend = define_op(
     "color_blend",
     ColorBlend,

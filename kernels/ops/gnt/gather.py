@@ -1,7 +1,4 @@
-"""Looking up 3D points in source views, as an op. Inference only.
-
-An infinite or NaN pixel of a map also affects points beyond the border next to it.
-"""
+"""Looking up 3D points in source views, as an op. Inference only."""
 
 from __future__ import annotations
 
@@ -70,8 +67,6 @@ def _fake(scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
     return values, points.new_empty(*shape, 4), points.new_empty(*shape, dtype=torch.bool)
 
 
-#: ``torch.ops.shiftadd3d.point_samples``; arguments and outcome as those of its twin. float32, on CPUs and CUDA GPUs;
-#: maps stored with a pixel's channels side by side are read where they are, others are copied first.
 point_samples = define_op(
     "point_samples", Scene, twin=point_samples_twin, check=check_scene, cpu=_cpu, cuda=_cuda, fake=_fake
 )

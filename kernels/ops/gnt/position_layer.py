@@ -1,9 +1,8 @@
-"""The position layer as an op. Inference only."""
+"""The position layer as an op."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,19 +10,9 @@ from torch import Tensor
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.cpu.gnt.position_layer import KERNEL, run
 from shiftadd3d.kernels.ops.define import define_op, packed_function
-from shiftadd3d.kernels.pack.gnt.position_layer import Panels, position_layer_of_panels, sizes
+from shiftadd3d.kernels.pack.gnt.position_layer import Panels, PositionLayer, position_layer_of_panels, sizes
 from shiftadd3d.kernels.pack.panel import lanes_of
 from shiftadd3d.kernels.runtime.targets import current
-
-
-class PositionLayer(NamedTuple):
-    """The op's arguments."""
-
-    x: Tensor
-    points: Tensor
-    directions: Tensor
-    panels: list[Tensor]
-    outputs: int
 
 
 def _check(given: PositionLayer) -> None:
@@ -47,9 +36,6 @@ def _cpu(given: PositionLayer) -> Tensor | None:
     return None if function is None else run(function, x, points, directions, packed, outputs)
 
 
-#: ``torch.ops.shiftadd3d.position_layer``; arguments and outcome as those of its twin, but for the weights, which are
-#: the panels of `shiftadd3d.kernels.pack.gnt.position_layer`. float32; coordinates up to 2000, beyond which sines of
-#: their 512-fold lose more digits than torch's.
 position_layer = define_op(
     "position_layer",
     PositionLayer,

@@ -1,9 +1,8 @@
-"""The transformer block along rays as an op. Inference only."""
+"""The transformer block along rays as an op."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from shiftadd3d.kernels.cpu.gnt.ray_block import KERNEL, run
 from shiftadd3d.kernels.ops.define import define_op, first_outcome, packed_function
 from shiftadd3d.kernels.pack.gnt.ray_block import (
     Panels,
+    RayBlock,
     check_panels,
     hidden_and_kernel,
     layout_of,
@@ -20,21 +20,9 @@ from shiftadd3d.kernels.pack.gnt.ray_block import (
     shift_sizes,
 )
 from shiftadd3d.kernels.pack.shift import forms_of, panel_form
-from shiftadd3d.kernels.reference.gnt.ray_block import Attention
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.numerics import get_numerics
 from shiftadd3d.kernels.runtime.targets import current
-
-
-class RayBlock(NamedTuple):
-    """The op's arguments."""
-
-    x: Tensor
-    panels: list[Tensor]
-    num_heads: int
-    attention: Attention
-    eps: float
-    return_weights: bool
 
 
 def _check(given: RayBlock) -> None:
@@ -70,7 +58,4 @@ def _fake(given: RayBlock) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(x.shape[:2] if given.return_weights else (0,))
 
 
-#: ``torch.ops.shiftadd3d.ray_block``; arguments and outcome as those of its twin, but for the weights, which are the
-#: panels of `shiftadd3d.kernels.pack.gnt.ray_block`. float32 and bfloat16 (computed in float32); any number of rays and
-#: samples.
 ray_block = define_op("ray_block", RayBlock, twin=ray_block_of_panels, check=_check, cpu=_cpu, fake=_fake)

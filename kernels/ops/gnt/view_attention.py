@@ -1,13 +1,8 @@
-"""View attention as an op. Inference only.
-
-NaN makes its point NaN, as in the reference. The reference subtracts infinities, which gives NaN. The kernel may return
-infinities instead.
-"""
+"""View attention as an op."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +15,7 @@ from shiftadd3d.kernels.cuda.gnt.view_attention import CUDA_KERNEL
 from shiftadd3d.kernels.ops.define import define_op, first_outcome, packed_function
 from shiftadd3d.kernels.pack.gnt.view_attention import (
     Panels,
+    ViewAttention,
     check_panels,
     hidden_of,
     shift_form,
@@ -31,16 +27,6 @@ from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.numerics import get_numerics
 from shiftadd3d.kernels.runtime.targets import current
-
-
-class ViewAttention(NamedTuple):
-    """The op's arguments."""
-
-    query: Tensor
-    views: Tensor
-    ray_diff: Tensor
-    mask: Tensor
-    panels: list[Tensor]
 
 
 def _check(given: ViewAttention) -> None:
@@ -97,9 +83,6 @@ def _cuda(given: ViewAttention) -> Tensor | None:
     return None if function is None else cuda_view_attention.run(function, query, views, ray_diff, mask, panels)
 
 
-#: ``torch.ops.shiftadd3d.view_attention``; arguments as those of the reference, but for its layers, which are the
-#: panels of `shiftadd3d.kernels.pack.gnt.view_attention`. Any width; float32 and bfloat16 (computed in float32); more
-#: than 32 views go through plain torch.
 view_attention = define_op(
     "view_attention",
     ViewAttention,

@@ -1,9 +1,8 @@
-"""The views' embedding as an op. Inference only."""
+"""The views' embedding as an op."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,18 +10,9 @@ from torch import Tensor
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.cpu.gnt.view_embedding import KERNEL, run
 from shiftadd3d.kernels.ops.define import define_op, packed_function
-from shiftadd3d.kernels.pack.gnt.view_embedding import sizes, view_embedding_of_panels
+from shiftadd3d.kernels.pack.gnt.view_embedding import ViewEmbedding, sizes, view_embedding_of_panels
 from shiftadd3d.kernels.pack.panel import lanes_of
 from shiftadd3d.kernels.reference.gnt.view_embedding import MAX_VIEWS
-
-
-class ViewEmbedding(NamedTuple):
-    """The op's arguments."""
-
-    values: Tensor
-    mask: Tensor
-    panels: list[Tensor]
-    width: int
 
 
 def _check(given: ViewEmbedding) -> None:
@@ -47,8 +37,6 @@ def _fake(given: ViewEmbedding) -> tuple[Tensor, Tensor]:
     return values.new_empty(*values.shape[:-1], width), values.new_empty(*values.shape[:-2], width)
 
 
-#: ``torch.ops.shiftadd3d.view_embedding``; arguments and outcome as those of its twin, but for the weights, which are
-#: the panels of `shiftadd3d.kernels.pack.gnt.view_embedding`. float32, any number of views.
 view_embedding = define_op(
     "view_embedding", ViewEmbedding, twin=view_embedding_of_panels, check=_check, cpu=_cpu, fake=_fake
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 from shiftadd3d.kernels.pack.panel import across, filled, padded, row, stored
 from shiftadd3d.kernels.pack.shift import GRANULE, WholeWeights, shift_panel
 from shiftadd3d.kernels.pack.shift import across as across_whole
+from shiftadd3d.kernels.reference.arguments import takes
 from shiftadd3d.kernels.reference.gnt.color_blend import Scales, color_blend_twin
 
 
@@ -33,7 +34,7 @@ class Panels(NamedTuple):
 
 
 def panels(weights: Sequence[Tensor], biases: Sequence[Tensor], scales: Scales, lanes: int) -> Panels:
-    """What the kernel reads, of weights, biases and scales as `color_blend_twin` takes them."""
+    """The panels of weights, biases and scales as `color_blend_twin` takes them."""
     point, view, view_logit, sample_logit = weights
     point_bias, view_bias, _, sample_logit_bias = biases
     packed = Panels(
@@ -47,21 +48,21 @@ def panels(weights: Sequence[Tensor], biases: Sequence[Tensor], scales: Scales, 
 
 
 def sizes(lanes: int, width: int, inputs: int, hidden: int) -> list[tuple[int, ...]]:
-    """Of the panels for so many features, channels of a view, and hidden units."""
+    """The shapes of the panels for C features, K values of a view, and D hidden units."""
     own, deep = padded(hidden + 1, lanes), padded(hidden, lanes)
     return [(width, own), (own,), (2 * inputs + 4, deep), (deep,), (3,)]
 
 
 def tile_inputs(channels: int) -> int:
-    """Inputs of the views' layer by matrix tiles, for so many features."""
+    """Inputs of the views' layer in matrix tiles, for this many features of a view."""
     return 2 * channels + GRANULE
 
 
 def tile_panel(view: WholeWeights) -> Tensor:
-    """The views' layer for matrix tiles, its hidden units padded to `GRANULE` / 2.
+    """The views' layer for matrix tiles, with hidden units padded to a multiple of `GRANULE` / 2.
 
-    Inputs are features, their distances, of each `GRANULE` first those of even number, and, padded to `GRANULE`:
-    colour, a zero, ray difference, the colour's distances.
+    Inputs are the features; then their distances from the consensus; then, padded to `GRANULE`, the colour, a zero, the
+    ray difference and the colour's distances. In each `GRANULE` of distances, those with even numbers come first.
     """
     channels = (view.integers.shape[1] - 4) // 2 - 3
     whole = across_whole(view, lanes=GRANULE // 2)
@@ -72,10 +73,34 @@ def tile_panel(view: WholeWeights) -> Tensor:
     return shift_panel(whole._replace(integers=integers), "bfloat16")
 
 
-def color_blend_of_panels(
-    x: Tensor, values: Tensor, ray_diff: Tensor, mask: Tensor, panels: Sequence[Tensor], hidden: int
-) -> tuple[Tensor, Tensor]:
-    """The twin of the weights that panels hold: where no kernel serves."""
+class ColorBlend(NamedTuple):
+    """A ray's colour as a mixture of what the source views show: see `shiftadd3d.kernels.reference.gnt.color_blend`.
+
+    A kernel runs on CPUs in float32 for 1 to 32 views, and plain torch in all other cases. The outcome is the colours
+    of rays [R, 3] and the weights of their samples [R, S]. Inference only. Raises `UserError` if shapes or dtypes do
+    not fit each other.
+
+    Attributes:
+        x: features of samples.
+        values: colour and features that each view shows.
+        ray_diff: differences of rays, of `point_samples`.
+        mask: which views see a sample.
+        panels: `Panels`.
+        hidden: D.
+    """
+
+    x: Tensor  # [R, S, C]
+    values: Tensor  # [R, S, V, K]
+    ray_diff: Tensor  # [R, S, V, 4]
+    mask: Tensor  # [R, S, V] bool
+    panels: list[Tensor]
+    hidden: int
+
+
+@takes(ColorBlend)
+def color_blend_of_panels(given: ColorBlend) -> tuple[Tensor, Tensor]:
+    """The twin with the weights of panels. It runs where no kernel serves."""
+    x, values, ray_diff, mask, panels, hidden = given
     own, own_bias, view, view_logit, scales = panels
     weights = [own[:, :hidden].mT, view[:, :hidden].mT, view_logit[None, :hidden], own[:, hidden : hidden + 1].mT]
     none = own_bias.new_zeros(hidden)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shiftadd3d.kernels.pack.panel import across, padded, row, stored
+from shiftadd3d.kernels.reference.arguments import takes
 from shiftadd3d.kernels.reference.gnt.position_layer import EMBEDDING_DIM, position_layer_twin
 
 
@@ -33,7 +34,7 @@ class Panels(NamedTuple):
 
 
 def panels(weights: Sequence[Tensor], biases: Sequence[Tensor], lanes: int) -> Panels:
-    """What the kernel reads, of weights and biases as `position_layer_twin` takes them."""
+    """The panels of weights and biases as `position_layer_twin` takes them."""
     first, second = weights
     inputs = first.shape[1]
     of_x, of_point, of_direction = first.split([inputs - 2 * EMBEDDING_DIM, EMBEDDING_DIM, EMBEDDING_DIM], dim=1)
@@ -49,16 +50,38 @@ def panels(weights: Sequence[Tensor], biases: Sequence[Tensor], lanes: int) -> P
 
 
 def sizes(lanes: int, width: int, hidden: int, outputs: int) -> list[tuple[int, ...]]:
-    """Of the panels of a layer from so many channels to so many."""
+    """The shapes of the panels for C channels, D hidden units and E outputs."""
     deep, wide = padded(hidden, lanes), padded(outputs, lanes)
     first = (width, deep), (EMBEDDING_DIM, deep), (EMBEDDING_DIM, deep), (deep,)
     return [*first, (hidden, wide), (wide,)]
 
 
-def position_layer_of_panels(
-    x: Tensor, points: Tensor, directions: Tensor, panels: Sequence[Tensor], outputs: int
-) -> Tensor:
-    """The twin of the weights that panels hold: where no kernel serves."""
+class PositionLayer(NamedTuple):
+    """Telling samples where they are: see `shiftadd3d.kernels.reference.gnt.position_layer`.
+
+    A kernel runs in float32 on CPUs with fused multiply-adds, and plain torch in all other cases. Coordinates may be up
+    to 2000. Beyond that, sines of 512 times a coordinate lose more digits than torch's. The outcome is [R, S, E].
+    Inference only. Raises `UserError` if shapes do not fit each other.
+
+    Attributes:
+        x: features of samples.
+        points: positions of samples.
+        directions: unit vectors of rays.
+        panels: `Panels`.
+        outputs: E.
+    """
+
+    x: Tensor  # [R, S, C]
+    points: Tensor  # [R, S, 3]
+    directions: Tensor  # [R, 3]
+    panels: list[Tensor]
+    outputs: int
+
+
+@takes(PositionLayer)
+def position_layer_of_panels(given: PositionLayer) -> Tensor:
+    """The twin with the weights of panels. It runs where no kernel serves."""
+    x, points, directions, panels, outputs = given
     of_x, of_point, of_direction, first_bias, second, second_bias = panels
     hidden = second.shape[0]
     first = torch.cat([of_x, of_point, of_direction])[:, :hidden].mT

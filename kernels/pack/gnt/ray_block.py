@@ -12,7 +12,8 @@ from torch import Tensor
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.pack.panel import filled, lanes_of, padded, stored
 from shiftadd3d.kernels.pack.shift import WholeWeights, across
-from shiftadd3d.kernels.reference.gnt.ray_block import ray_block_twin
+from shiftadd3d.kernels.reference.arguments import takes
+from shiftadd3d.kernels.reference.gnt.ray_block import Attention, ray_block_twin
 
 
 class Layout(NamedTuple):
@@ -63,7 +64,7 @@ class Panels(NamedTuple):
 def panels(
     weights: Sequence[Tensor], biases: Sequence[Tensor | None], conv: Tensor | None, heads: int, lanes: int
 ) -> Panels:
-    """What the kernel reads, of weights, biases and convolution as `ray_block_twin` takes them.
+    """The panels of weights, biases and convolution as `ray_block_twin` takes them.
 
     Raises:
         UserError: if the convolution is not of an odd length, for each head.
@@ -144,21 +145,40 @@ def sizes(lanes: int, width: int, heads: int, hidden: int, kernel: int) -> list[
 
 
 def check_panels(panels: Sequence[Tensor], width: int, heads: int) -> int:
-    """`lanes_of` the panels of a block of so many channels and heads."""
+    """`lanes_of` the panels of a block with this many channels and heads."""
     hidden, kernel = hidden_and_kernel(panels, heads)
     of_lanes = partial(sizes, width=width, heads=heads, hidden=hidden, kernel=kernel)
     return lanes_of("ray_block", panels[: len(Panels._fields)], of_lanes)
 
 
-def ray_block_of_panels(
-    x: Tensor,
-    panels: Sequence[Tensor],
-    num_heads: int,
-    attention: str,
-    eps: float,
-    return_weights: bool,
-) -> tuple[Tensor, Tensor]:
-    """The twin of the weights that panels hold, with norms that do nothing but normalise: where no kernel serves."""
+class RayBlock(NamedTuple):
+    """A transformer block along rays: see `shiftadd3d.kernels.reference.gnt.ray_block`.
+
+    A kernel runs on CPUs in float32 and bfloat16 (computed in float32), and plain torch in all other cases. The outcome
+    is [R, S, C], and how the first sample of each ray attends, [R, S], empty unless `return_weights`. Inference only.
+    Raises `UserError` if shapes or names do not fit each other.
+
+    Attributes:
+        x: features of samples.
+        panels: `Panels`. The weights of norms and panels of integers may follow (`shift_layers`).
+        num_heads: heads of the attention.
+        attention: one of ``"softmax"``, ``"pm1"``, ``"01"``.
+        eps: epsilon of the norms.
+        return_weights: whether the second outcome is wanted.
+    """
+
+    x: Tensor  # [R, S, C]
+    panels: list[Tensor]
+    num_heads: int
+    attention: Attention
+    eps: float
+    return_weights: bool
+
+
+@takes(RayBlock)
+def ray_block_of_panels(given: RayBlock) -> tuple[Tensor, Tensor]:
+    """The twin with the weights of panels, and with norms without weight and bias. It runs where no kernel serves."""
+    x, panels, num_heads, attention, eps, return_weights = given
     width = x.shape[-1]
     layout = layout_of(check_panels(panels, width, num_heads), width, num_heads)
     hidden, kernel = hidden_and_kernel(panels, num_heads)

@@ -1,8 +1,9 @@
 """The weights of view attention, in the panels that kernels read.
 
-What the sum needs of a view is linear in (x_v, relu(...)), so that products of weights are taken once: ``W_v W_k``,
-``A_1 W_k``, ``A_1 P_2`` and ``A_1 W_q`` (in float64, rounded to float32), which saves nearly half of the
-multiplications; ``a_2``, the same for all views, drops out of the softmax.
+`shiftadd3d.kernels.reference.gnt.view_attention` has the formulas. Values and scores are linear in ``(x_v, relu(P_1 d_v
++ b_1))`` before the next ReLU. So the products ``W_v W_k``, ``A_1 W_k``, ``A_1 P_2`` and ``A_1 W_q`` are computed once,
+in float64, and rounded to float32. This saves nearly half of the multiplications. ``a_2`` is the same for all views and
+drops out of the softmax.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from shiftadd3d.kernels.pack.shift import (
     shift_panel,
 )
 from shiftadd3d.kernels.pack.shift import across as across_whole
+from shiftadd3d.kernels.reference.arguments import takes
 from shiftadd3d.kernels.reference.gnt.view_attention import blend_views
 from shiftadd3d.kernels.runtime.numerics import Numerics
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
@@ -58,7 +60,7 @@ class Panels(NamedTuple):
 
 
 def panels(weights: Sequence[Tensor], biases: Sequence[Tensor], lanes: int) -> Panels:
-    """What the kernel reads, of weights and biases as `view_attention_twin` takes them."""
+    """The panels of weights and biases as `view_attention_twin` takes them."""
     w_q, w_k, w_v, w_p1, w_p2, w_a1, w_a2, w_o = (weight.detach().double() for weight in weights)
     b_p1, b_p2, b_a1, _, b_o = (bias.detach().double() for bias in biases)
     packed = Panels(
@@ -75,22 +77,22 @@ def panels(weights: Sequence[Tensor], biases: Sequence[Tensor], lanes: int) -> P
 
 
 def merges_key(target: CpuTarget) -> bool:
-    """Whether products of shift weights are taken for panels of integers, too, and rounded to 16 bits (`in_int16`).
+    """Whether panels of integers also hold products of shift weights, rounded to 16 bits (`in_int16`).
 
-    Without VNNI, half as many products in float32 are as fast as those of integers: key and row take 0.97 (bytes) and
-    0.88 (16 bits) of its speed, one product of 16-bit integers 1.21.
+    Without VNNI, float32 with half as many products is as fast as integers. Relative to its speed, key and row in bytes
+    reach 0.97, in 16 bits 0.88, and one product of 16-bit integers reaches 1.21.
     """
     return not target.has_vnni
 
 
 def shift_forms(target: CpuTarget) -> tuple[PanelForm, ...]:
-    """The forms that are faster than float32, which needs half as many products."""
+    """The forms that are faster than float32. float32 needs half as many products."""
     forms = panel_forms(target)
     return forms[:1] if merges_key(target) else forms
 
 
 def shift_form(target: CpuTarget, numerics: Numerics) -> PanelForm | None:
-    """The one that computes with such numerics; None where float32 does."""
+    """The form for these numerics; None if it is float32."""
     if not merges_key(target):
         return panel_form(target, numerics)
     found = shift_forms(target) if numerics == "int8" else ()  # the weights are too coarse for "fast"
@@ -100,7 +102,7 @@ def shift_form(target: CpuTarget, numerics: Numerics) -> PanelForm | None:
 def shift_layers(
     key: WholeWeights, value: WholeWeights, score: WholeWeights, out: WholeWeights, lanes: int
 ) -> dict[str, WholeWeights]:
-    """What panels of integers hold, of the layers W_k, W_v, A_1 and W_o: key, row and out, or row and out."""
+    """The weights for panels of integers, from W_k, W_v, A_1 and W_o: key, row and out, or row and out."""
     row = across_whole(value, score, lanes=lanes)
     if not merges_key(current()):
         return {"key": across_whole(key, lanes=lanes), "row": row, "out": across_whole(out, lanes=lanes)}
@@ -109,22 +111,22 @@ def shift_layers(
 
 
 def shift_sizes(target: CpuTarget, width: int, hidden: int) -> list[tuple[int, int]]:
-    """Inputs and outputs of the same."""
+    """Inputs and outputs of the layers of `shift_layers`."""
     wide, narrow = padded(width, target.lanes), padded(hidden, target.lanes)
     key = [] if merges_key(target) else [(width, wide)]
     return [*key, (width, wide + narrow), (width, wide)]
 
 
 class TilePanels(NamedTuple):
-    """The weights as matrix tiles in executables take them: of packed embeddings, with a norm of queries taken in.
+    """The weights for matrix tiles in executables. Embeddings are packed, and the norm of queries is folded in.
 
     Attributes:
-        position: [5, 2 H + 2], of a row's further numbers: H that its ray difference gives, the same again, two ones.
+        position: [5, 2 H + 2], to the further numbers of a row: the H positions twice, and two ones.
         query: [C, H]. query_bias: [H].
-        score: [H, C], in powers of two.
+        score: [H, C], for base-2 logits.
         out_bias: [C].
-        row: from (embedding, embedding, further numbers) to (what is summed, score's hidden layer), both pieces of
-            weights in bfloat16: [C + 17, C + H] words. All units are 1.
+        row: [C + 17, C + H] words, from (embedding, embedding, further numbers) to (value, scores' hidden layer). Each
+            weight has two bfloat16 pieces. All units are 1.
         out: [C / 2 + 1, C] words.
     """
 
@@ -138,7 +140,7 @@ class TilePanels(NamedTuple):
 
 
 def tile_panels(panels: Panels, out: Tensor, gain: Tensor, shift: Tensor, lanes: int) -> TilePanels:
-    """What matrix tiles take.
+    """The weights for matrix tiles.
 
     Args:
         out: panel of the last layer, in bfloat16.
@@ -148,7 +150,7 @@ def tile_panels(panels: Panels, out: Tensor, gain: Tensor, shift: Tensor, lanes:
     place = panels.position[:, :hidden]
     ones = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0]).to(place)[:, None].expand(5, 2)
     further = in_pieces(torch.stack([*panels.row[width:], panels.row_bias]).mT).integers
-    # H of the first pieces, H of the second ones, and the pieces of the bias.
+    # First pieces of the H positions, their second pieces, and the two pieces of the bias.
     first, second = further[:, : hidden + 1], further[:, hidden + 1 :]
     further = torch.cat([first[:, :-1], second[:, :-1], first[:, -1:], second[:, -1:]], dim=1)
     whole = in_pieces(panels.row[:width].mT)
@@ -166,13 +168,13 @@ def tile_panels(panels: Panels, out: Tensor, gain: Tensor, shift: Tensor, lanes:
 
 
 def behind_norm(query: Tensor, bias: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """A panel of queries that are normalised before, and its bias, with the norm's weight and bias taken in."""
+    """A panel of queries and its bias, with the weight and bias of the norm before it folded in."""
     query, bias = query.double(), bias.double()
     return stored(gain.double()[:, None] * query), stored(bias + shift.double() @ query)
 
 
 def fits_tiles(panels: Panels) -> bool:
-    """Whether matrix tiles in executables take an attention."""
+    """Whether the sizes of an attention fit matrix tiles in executables."""
     width, hidden = panels.query.shape[0], panels.score.shape[0]
     return width % GRANULE == 0 and 2 * hidden + 2 <= GRANULE
 
@@ -183,27 +185,52 @@ def tile_sizes(lanes: int, width: int, hidden: int) -> list[tuple[int, int]]:
 
 
 def hidden_of(panels: Sequence[Tensor], width: int) -> int:
-    """H, for so many channels."""
+    """H, from the panels for this many channels."""
     return panels[0].shape[0] - width
 
 
 def sizes(lanes: int, width: int, hidden: int) -> list[tuple[int, ...]]:
-    """Of the panels of an attention over so many channels."""
+    """The shapes of the panels for C channels and H hidden units of the scores."""
     wide, narrow = padded(width, lanes), padded(hidden, lanes)
     both = (width + hidden, wide + narrow), (wide + narrow,)
     return [*both, (5, narrow), (width, narrow), (narrow,), (hidden, wide), (width, wide), (wide,)]
 
 
 def check_panels(panels: Sequence[Tensor], width: int) -> int:
-    """`lanes_of` the panels of an attention over so many channels."""
+    """`lanes_of` the panels of an attention over this many channels."""
     of_sizes = partial(sizes, width=width, hidden=hidden_of(panels, width))
     return lanes_of("view_attention", panels[: len(Panels._fields)], of_sizes)
 
 
-def view_attention_of_panels(
-    query: Tensor, views: Tensor, ray_diff: Tensor, mask: Tensor, panels: Sequence[Tensor]
-) -> Tensor:
-    """`view_attention`, whose products of weights have been taken, in plain torch: where no kernel serves."""
+class ViewAttention(NamedTuple):
+    """Attention of points over source views: see `shiftadd3d.kernels.reference.gnt.view_attention`.
+
+    Kernels run on CPUs in float32 and bfloat16, and on CUDA GPUs in these and float16, for 1 to 32 views; they compute
+    in float32. Plain torch runs in all other cases. The outcome is [*, C] in the dtype of the query. Inference only.
+    Raises `UserError` if shapes or dtypes do not fit each other.
+
+    NaN makes its point NaN, as in the reference. The reference subtracts infinities, which gives NaN. The kernel may
+    return infinities instead.
+
+    Attributes:
+        query: features of points.
+        views: features of what each view shows.
+        ray_diff: differences of rays, of `point_samples`.
+        mask: which views see a point.
+        panels: `Panels`. Panels of integers may follow (`shift_layers`).
+    """
+
+    query: Tensor  # [*, C]
+    views: Tensor  # [*, V, C]
+    ray_diff: Tensor  # [*, V, 4]
+    mask: Tensor  # [*, V] bool
+    panels: list[Tensor]
+
+
+@takes(ViewAttention)
+def view_attention_of_panels(given: ViewAttention) -> Tensor:
+    """View attention with the weights of panels, in plain torch. It runs where no kernel serves."""
+    query, views, ray_diff, mask, panels = given
     width = query.shape[-1]
     hidden = hidden_of(panels, width)
     rows, row_bias, position, to_query, query_bias, score, out, out_bias = (

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shiftadd3d.kernels.reference.arguments import takes
 from shiftadd3d.kernels.reference.trials import Draw
 
-#: An interpolated pixel is valid only if all that is mixed into it is: at a border a wrong colour would come in.
+#: An interpolated pixel is valid only if all pixels that are mixed into it are. Else a wrong colour would come in.
 VALID = 0.999
 
 
@@ -34,8 +35,9 @@ def project_points(points: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ray_differences(points: Tensor, target_center: Tensor, source_centers: Tensor) -> Tensor:
-    """How much the directions from which source camera and target see a point differ (IBRNet, Wang et al. 2021, sec.
-    3.2).
+    """The difference of the directions from which target camera and source cameras see a point.
+
+    Source: Wang et al., "IBRNet" (CVPR 2021), section 3.2.
 
     Args:
         points: [R, S, 3].
@@ -57,7 +59,11 @@ def ray_differences(points: Tensor, target_center: Tensor, source_centers: Tenso
 
 
 class Scene(NamedTuple):
-    """Points on rays, and the source views to look them up in.
+    """Points on rays, and the source views to look them up in: the arguments of `point_samples`.
+
+    Kernels run in float32 on CPUs and CUDA GPUs. They read maps where they are if a pixel's channels are side by side
+    in memory, and copies of all others. Plain torch runs in all other cases. Raises `UserError` if shapes or dtypes do
+    not fit each other. An infinite or NaN pixel of a map also affects points beyond the border next to it.
 
     Attributes:
         points: [R, S, 3], world.
@@ -78,22 +84,16 @@ class Scene(NamedTuple):
     valid: Tensor | None
 
 
-def point_samples_twin(
-    points: Tensor,
-    origins: Tensor,
-    projection: Tensor,
-    centers: Tensor,
-    images: Tensor,
-    maps: Tensor,
-    valid: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `point_samples` computes, in plain torch; differentiable. Arguments are those of a `Scene`.
+@takes(Scene)
+def point_samples_twin(scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
+    """What `point_samples` computes, in plain torch; differentiable.
 
     Returns:
         values [R, S, V, 3 + C], the colour and the features each view shows at a point, zeros beyond its border; ray
         differences [R, S, V, 4]; and mask [R, S, V] bool, whether the view sees the point: in front of the camera,
         inside the picture, among valid pixels.
     """
+    points, origins, projection, centers, images, maps, valid = scene
     height, width = images.shape[1:3]
     pixels, depth = project_points(points, projection)
     x, y = pixels.unbind(-1)
