@@ -1,12 +1,12 @@
-"""MatAdd on NVIDIA GPUs: products with the signs of features, taken as these are read, or with packed bits.
+"""MatAdd on NVIDIA GPUs: products with the signs of features, or with packed bits.
 
-Two functions, ``K^T V`` over shares of the tokens, and ``Q S``. A block of 128 threads has 64 x 64 sums, each of which
-adds or subtracts one number per code, in float32: a fused multiply-add with +1, -1 or 0, which takes a GPU as long as
-an addition and rounds the same. Tensors are read where they are, whatever their strides; any number of tokens, features
-and columns is served, by guarded loads and stores.
+There are two functions: ``K^T V`` over shares of the tokens, and ``Q S``. A block of 128 threads has 64 x 64 sums in
+float32. Each sum adds or subtracts one number for each code. This is a fused multiply-add with +1, -1 or 0. On a GPU,
+it takes as long as an addition and rounds the same. Tensors may have any strides and are not copied. Loads and stores
+are guarded, so there may be any number of tokens, features and columns.
 
-For attention, a feature that is always 1 follows the features, and a value that is always 1 the values: their sums are
-what the denominator and the constant part of the similarities take.
+For attention, a feature that is always 1 follows the features, and a value that is always 1 follows the values. Their
+sums give the denominator and the constant part of the similarities.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from shiftadd3d.kernels.runtime.targets import CudaTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
 STORAGE: dict[torch.dtype, str] = {**DTYPES, torch.uint8: "uint8"}
-"""What functions call the dtypes that signs are taken of; those of uint8 are packed."""
+"""Names of the dtypes of q and k in specs. uint8 stands for packed signs."""
 
 _THREADS = 128
 _TILE = 64  # rows and columns of the sums of a block
 _DEPTH = 16  # numbers of each sum that are staged at once
 _PADDING = 4  # elements between rows in shared memory, against conflicts of banks
-_BLOCKS_A_PROCESSOR = 4  # that K^T V is cut into shares for
+_BLOCKS_A_PROCESSOR = 4  # how many blocks of K^T V each multiprocessor should get
 _LEAST_SHARE = 64  # tokens
 
 
@@ -47,7 +47,7 @@ def _tiles(count: Expr) -> Expr:
 
 
 def _rows(name: str, shape: tuple[Index, ...], dtype: str) -> Buffer:
-    """The next arguments: strides, and what has them, of batch, head and token, and columns side by side if any."""
+    """The next arguments: strides of batch, head and token, then the tensor. Its columns, if any, lie side by side."""
     strides = T.scalars(f"{name}_batch", f"{name}_head", f"{name}_token")
     return T.tensor(name, shape, dtype, strides=[*strides, 1][: len(shape)])
 
@@ -62,12 +62,15 @@ def _code(x: Buffer, feature: Expr, low: Expr) -> Expr:
 
 
 def build_sums(target: CudaTarget, codes: str, dtype: str, masked: bool, attention: bool) -> T.PrimFunc:
-    """The function of (k, v, mask, low, tokens of a share, shares, state), the state [batch * heads * shares, D + a,
-    E + a] float32, a = 1 for attention, else 0. Blocks: shares along x, features along y, columns along z."""
+    """The function ``(k, v, mask, low, tokens of a share, shares, state)``.
+
+    The state is [batch * heads * shares, D + a, E + a] float32, where a is 1 for attention, else 0. Blocks: shares
+    along x, features along y, columns along z.
+    """
     extra = int(attention)
 
     def or_one(x: Expr, index: Expr, count: Expr) -> Expr:
-        """x, and behind the last one what attention sums up in addition."""
+        """x; for attention, 1 behind the last one; then 0."""
         return T.select(index < count, x, T.select(index < count + extra, T.float32(1), T.float32(0)))
 
     with T.function("matadd_kv") as function:
@@ -113,8 +116,11 @@ def build_sums(target: CudaTarget, codes: str, dtype: str, masked: bool, attenti
 
 
 def build_products(target: CudaTarget, codes: str, dtype: str, attention: bool) -> T.PrimFunc:
-    """The function of (q, state [batch * heads, D + a, E + a] float32, low, scale, least row sum, out) with a = 1 for
-    attention, else 0. Blocks: tokens of all heads along x, columns along y."""
+    """The function ``(q, state, low, scale, least row sum, out)``.
+
+    The state is [batch * heads, D + a, E + a] float32, where a is 1 for attention, else 0. Blocks: tokens of all heads
+    along x, columns along y.
+    """
     extra = int(attention)
     with T.function("matadd_q") as function:
         batch, heads, tokens, width, columns = T.scalars("batch", "heads", "tokens", "width", "columns")
@@ -125,7 +131,7 @@ def build_products(target: CudaTarget, codes: str, dtype: str, attention: bool) 
         out = _rows("out", (batch, heads, tokens, columns), dtype)
         with grid(batch * heads * _tiles(tokens), _tiles(columns), threads=_THREADS) as (block, column_block, thread):
             qs = shared(_DEPTH, _TILE + _PADDING)
-            # The last column of the state, which every row sum takes, follows those of the block.
+            # Every row sum needs the last column of the state. It follows the columns of the block.
             ss = shared(_DEPTH, _TILE + extra)
             sums = Tile(thread, _TILE // ACROSS, last=_TILE if attention else None)
             features = T.bind(state_rows - extra)
@@ -167,7 +173,7 @@ def build_products(target: CudaTarget, codes: str, dtype: str, attention: bool) 
 
 
 def try_sums(function: CudaFunction, codes: str, dtype: str, masked: bool, attention: bool) -> None:
-    """Several shares and heads, more features and columns than a block has, tails of all; and a strided key."""
+    """Several shares and heads, more features and columns than a block has, partial blocks, and a strided key."""
     (tokens, features, columns), draw = (45, _TILE + 3, _TILE + 5), Draw()
     k, v = draw.signs(codes, 1, tokens, 2, features).transpose(1, 2), draw.normal(1, 2, tokens, columns, dtype=dtype)
     mask = draw.normal(1, 2, tokens) > 0 if masked else None
@@ -183,7 +189,7 @@ def try_sums(function: CudaFunction, codes: str, dtype: str, masked: bool, atten
 
 
 def try_products(function: CudaFunction, codes: str, dtype: str, attention: bool) -> None:
-    """Several heads, more tokens and columns than a block has, tails of all; and a strided query."""
+    """Several heads, more tokens and columns than a block has, partial blocks, and a strided query."""
     (tokens, features, columns), draw = (_TILE + 7, 21, _TILE + 5), Draw()
     q = draw.signs(codes, 1, tokens, 2, features).transpose(1, 2)
     state = draw.normal(2, features + attention, columns + attention)
@@ -199,13 +205,13 @@ def try_products(function: CudaFunction, codes: str, dtype: str, attention: bool
 
 
 def sums_variants(target: CudaTarget) -> Iterator[Spec]:
-    """Values of all dtypes, with signs of features of the same or packed, no mask, for products and attention."""
+    """Products and attention without a mask, for values of all dtypes and keys of the same dtype or packed."""
     for dtype, packed, attention in itertools.product(("float32", "bfloat16", "float16"), (False, True), (False, True)):
         yield {"codes": "uint8" if packed else dtype, "dtype": dtype, "masked": False, "attention": attention}
 
 
 def products_variants(target: CudaTarget) -> Iterator[Spec]:
-    """Outcomes of all dtypes, with signs of features of the same or packed, for products and attention."""
+    """Products and attention, for outcomes of all dtypes and queries of the same dtype or packed."""
     for spec in sums_variants(target):
         yield {name: spec[name] for name in ("codes", "dtype", "attention")}
 
@@ -227,7 +233,7 @@ def _sizes(state: Tensor, rows: Tensor, width: int) -> dict[str, Tensor | int]:
 
 
 def sums(given: MatAddKV) -> Tensor | None:
-    """``K^T V`` of heads, [B, H, D, E] float32; None where the twin has to do."""
+    """``K^T V`` of heads, [B, H, D, E] float32; None if the twin must run instead."""
     k, v, mask, codes, _ = given
     features = features_of(k, given.features)
     state = sum_keys(k, v, mask, LOW[codes], features, attention=False)
@@ -235,14 +241,14 @@ def sums(given: MatAddKV) -> Tensor | None:
 
 
 def products(given: MatAddQ) -> Tensor | None:
-    """``Q S`` of heads, [B, H, N, E]; None where the twin has to do."""
+    """``Q S`` of heads, [B, H, N, E]; None if the twin must run instead."""
     q, kv, codes = given
     state = kv.float().reshape(-1, *kv.shape[-2:]).contiguous()
     return look_up(q, state, LOW[codes], kv.shape[-2], empty_by_heads(q, kv), attention=False)
 
 
 def attend(given: AddAttention) -> Tensor | None:
-    """Both in a row, [B, H, N, E]; None where the twin has to do."""
+    """``K^T V``, then ``Q S``: [B, H, N, E]; None if the twin must run instead."""
     q, k, v, mask, codes, _, contrast, attention = given
     features = features_of(k, given.features)
     state = sum_keys(k, v, mask, LOW[codes], features, attention)
@@ -254,7 +260,7 @@ def attend(given: AddAttention) -> Tensor | None:
 
 
 def _add_contrast_(state: Tensor, contrast: Tensor) -> None:
-    """Give contrast [H] to sums [B * H, D + 1, E + 1] whose last row and column sum values and codes, in place."""
+    """Apply the contrast [H] to sums [B * H, D + 1, E + 1] in place. The last row and column sum values and codes."""
     keys, values, count = state[:, :-1, -1:], state[:, -1:, :-1], state[:, -1:, -1:]
     factors = contrast.to(state.dtype).repeat(len(state) // len(contrast))[:, None, None]
     state[:, :-1, :-1] = torch.lerp(keys * (values / count.clamp(min=1)), state[:, :-1, :-1], factors)
@@ -270,7 +276,7 @@ def sum_keys(
     function: CudaFunction | None = None,
     shares: int | None = None,
 ) -> Tensor | None:  # [B * H, D + attention, E + attention] float32
-    """The sums over keys, by that function and for so many shares of the tokens; by default those for the case."""
+    """The sums over keys. By default, the function and the number of shares are those for the case."""
     batch, heads, tokens, columns = v.shape
     if function is None:
         if k.dtype not in STORAGE or v.dtype not in STORAGE or not _fits(SUMS, k, v):
@@ -302,7 +308,7 @@ def look_up(
     attention: bool,
     function: CudaFunction | None = None,
 ) -> Tensor | None:
-    """What queries make of the sums, in `out`, by that function; by default the one for the case."""
+    """Write the products of queries with the sums to `out`. By default, the function is the one for the case."""
     batch, heads, tokens, columns = out.shape
     if function is None:
         if q.dtype not in STORAGE or out.dtype not in STORAGE or not _fits(PRODUCTS, q, state, out):
@@ -318,7 +324,7 @@ def look_up(
 
 
 def _fits(kernel: CudaKernel, *tensors: Tensor) -> bool:
-    """Whether offsets within the tensors are such numbers as the kernels have; says so, once, if not."""
+    """Whether offsets within the tensors fit the kernel's numbers. If not, a message says so once."""
     for x in tensors:
         if sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) > MAX_ELEMENTS:
             kernel.decline(f"a tensor of {list(x.shape)} is too large for it")

@@ -26,7 +26,7 @@ from shiftadd3d.kernels.runtime.tir import Expr
 
 
 class ShiftSpec(NamedTuple):
-    """What is compiled in: how products are formed, the weights' code, dtype and activation."""
+    """The compiled-in constants: the form of products, the weights' code, dtype and activation."""
 
     form: product.Form
     bits: int
@@ -36,7 +36,10 @@ class ShiftSpec(NamedTuple):
 
 
 def build(target: CudaTarget, spec: ShiftSpec) -> T.PrimFunc:
-    """The function of rows, a layer's weights, x and y in the spec's dtype. Blocks: rows along x, outputs along y."""
+    """The function ``(rows, weights of a layer, x, y)``, with x and y in the dtype of the spec.
+
+    Blocks: rows along x, outputs along y.
+    """
     form, bits, terms, dtype, activation = spec
     with T.function("matshift") as function:
         (rows,) = T.scalars("rows")
@@ -58,7 +61,7 @@ def build(target: CudaTarget, spec: ShiftSpec) -> T.PrimFunc:
 
 
 def trial(function: CudaFunction, spec: ShiftSpec) -> None:
-    """Odd sizes with tails on every side, several blocks each way, exponents far apart."""
+    """Odd sizes with partial blocks on every side, several blocks in each direction, exponents far apart."""
     (form, bits, terms, dtype, activation), draw = spec, Draw()
     inputs = 3 * product.INPUTS["tensor"] + 5
     layer = draw.layer(inputs, COLUMNS + 7, bits, terms, far_apart=True)
@@ -90,7 +93,7 @@ def run(function: CudaFunction, x: Tensor, codes: Tensor, offset: Tensor, bias: 
 
 
 def matshift(given: MatShift) -> Tensor | None:
-    """The product of x [rows, inputs], none of them 0, or None where the twin has to do."""
+    """The product of x [rows, inputs], neither of them 0; None if the twin must run instead."""
     x, codes, offset, bias, bits, activation = given
     terms, outputs, _ = codes.shape
     if len(x) * max(x.shape[1], outputs) > MAX_ELEMENTS or outputs > 65535 * COLUMNS:

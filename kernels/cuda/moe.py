@@ -1,12 +1,13 @@
 """Mixtures of experts on NVIDIA GPUs: a counting sort of the tokens, and one product for each layer of the experts.
 
-`SORT` lists the tokens of each expert, in no particular order, and counts them; nobody waits for the counts. `LAYER`
-then takes 64 tokens of one expert at a time through a layer. There are as many blocks as there could be at most, and
-each finds out by the counts which expert's tokens it has, or that it has none. The first layer reads tokens from where
-they lie, the last one writes to where they belong, times the router's gate; in between, rows stay as they are sorted.
+`SORT` lists the tokens of each expert, in no particular order, and counts them. The CPU does not wait for the counts.
+`LAYER` then computes a layer for 64 tokens of one expert at a time. It starts the largest number of blocks that may be
+needed. Each block reads the counts to find out which expert's tokens it has, or that it has none. The first layer reads
+tokens from their places in x. The last layer writes them to their places in y, multiplied by the router's gate. Between
+these layers, rows are sorted by expert.
 
-The products are those of `product`, with whose bounds a layer's outcome agrees. A token's outcome does not depend
-on its place in a block, so the order of the sort is not seen in it.
+The products are those of `product`, with its error bounds. A token's outcome does not depend on its place in a block,
+so the order of the sort does not change it.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ _MAX_BLOCKS_ACROSS = 65535
 
 
 def build_sort(target: CudaTarget, experts: int) -> T.PrimFunc:
-    """The function of (assignment [tokens] int64, counts [experts] int32, order [experts, tokens] int32): adds to the
-    counts, which begin at 0, and lists each expert's tokens. Blocks: tokens along x."""
+    """The function ``(assignment [tokens] int64, counts [experts] int32, order [experts, tokens] int32)``.
+
+    It lists each expert's tokens and counts them. The counts must be 0 before. Blocks: tokens along x.
+    """
 
     def add(buffer: Buffer, index: Expr, value: Expr) -> Expr:
-        """Add to an element that other threads add to as well; what it was before."""
+        """Add to an element atomically, as other threads add to it, too. Returns its value before."""
         return T.call("int32", "atomicAdd", buffer.address(index), value)
 
     with T.function("moe_sort") as function:
@@ -72,7 +75,7 @@ def build_sort(target: CudaTarget, experts: int) -> T.PrimFunc:
 
 
 def trial_sort(function: CudaFunction, experts: int) -> None:
-    """Several blocks, a tail, and an expert without tokens."""
+    """Several blocks, a partial one, and an expert without tokens."""
     tokens = 2 * _SORT_THREADS + 77
     assignment = torch.randint(max(1, experts - 1), (tokens,), generator=torch.Generator().manual_seed(0))
     counts, order = (tensor.cpu() for tensor in run_sort(function, assignment.to(function.device), experts))
@@ -86,7 +89,7 @@ SORT = CudaKernel("moe_sort", build_sort, trial_sort, lambda _: [{"experts": 2}]
 
 
 def run_sort(function: CudaFunction, assignment: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Call a compiled function: how many tokens each expert has [experts], and which [experts, tokens]."""
+    """Call a compiled function: the number of tokens of each expert [experts], and their numbers [experts, tokens]."""
     tokens = len(assignment)
     counts = torch.zeros(experts, dtype=torch.int32, device=assignment.device)
     order = torch.empty(experts, tokens, dtype=torch.int32, device=assignment.device)
@@ -95,13 +98,13 @@ def run_sort(function: CudaFunction, assignment: Tensor, experts: int) -> tuple[
 
 
 class LayerSpec(NamedTuple):
-    """What is compiled in of a layer of all experts.
+    """The compiled-in constants of a layer of all experts.
 
     Attributes:
         experts: kinds of the experts, ``"mult"`` or ``"shift"``, with commas between them.
-        gathers: whether x holds tokens, not sorted rows.
-        scatters: whether y does.
-        gated: whether what is stored is multiplied by the token's gate.
+        gathers: whether rows of x are tokens; if not, they are sorted rows.
+        scatters: the same for y.
+        gated: whether outputs are multiplied by the token's gate.
         form, bits, terms, dtype, activation: as in a layer of shifts.
     """
 
@@ -117,7 +120,7 @@ class LayerSpec(NamedTuple):
 
 
 def build(target: CudaTarget, spec: LayerSpec) -> T.PrimFunc:
-    """The function of (x, counts, order, all layers' tensors, y), and of gates [tokens] float32 if they are wanted.
+    """The function ``(x, counts, order, tensors of all experts' layers, y)``; with gates, also [tokens] float32.
 
     x, y and ordinary weights are in the spec's dtype; biases are float32. Blocks: sorted rows along x, outputs along y.
     """
@@ -151,7 +154,7 @@ def build(target: CudaTarget, spec: LayerSpec) -> T.PrimFunc:
 
 
 def _share_out(tile: Expr, thread: Expr, counts: Buffer, order: Buffer, token_of: Buffer) -> list[Expr]:
-    """Emit which tokens a block has, into `token_of` [ROWS]; returns, for each expert, whether they are its own."""
+    """Write the tokens of a block to `token_of` [ROWS]. Returns for each expert whether the block is one of its own."""
     tokens, applies = order.shape[1], []
     before, token = T.int32(0), T.int32(-1)
     for expert in range(counts.extent(0)):
@@ -169,7 +172,7 @@ def _share_out(tile: Expr, thread: Expr, counts: Buffer, order: Buffer, token_of
 
 
 def trial(function: CudaFunction, spec: LayerSpec) -> None:
-    """Odd sizes with tails on every side, blocks that are left without tokens, exponents far apart."""
+    """Odd sizes with partial blocks on every side, blocks without tokens, exponents far apart."""
     draw, device, kinds = Draw(), function.device, spec.experts.split(",")
     tokens, inputs, outputs = 2 * ROWS + 19, 2 * product.INPUTS["tensor"] + 5, COLUMNS + 7
     x, gates = draw.normal(tokens, inputs, dtype=spec.dtype), draw.uniform(tokens)
@@ -230,7 +233,7 @@ LAYER = CudaKernel("moe_layer", by_name(LayerSpec, build), by_name(LayerSpec, tr
 
 
 def _tiles(tokens: int, experts: int) -> int:
-    """Blocks of rows that are enough however the tokens are shared out."""
+    """A number of blocks of rows that is enough for any assignment of the tokens."""
     return tokens // ROWS + experts
 
 
@@ -247,7 +250,7 @@ def run(
     """Call a compiled function; all tensors contiguous.
 
     Returns:
-        y [tokens, outputs], or where it does not scatter, [sorted rows, outputs of the widest expert].
+        y [tokens, outputs]; without `scatters`, [sorted rows, outputs of the widest expert].
     """
     experts, tokens = order.shape
     tiles, widest = _tiles(tokens, experts), max(len(layer.bias) for layer in layers)
@@ -270,11 +273,11 @@ def mixture(
     activation: Activation,
     numerics: Numerics,
 ) -> Tensor | None:  # [tokens, outputs]
-    """Each token through the layers of its expert, or None where the twin has to do.
+    """The outputs of each token's expert; None if the twin must run instead.
 
     Args:
-        x: neither without tokens nor without inputs.
-        experts: all have as many layers, and all layers outputs.
+        x: [tokens, inputs], neither of them 0.
+        experts: the layers of each expert. All experts have the same number of layers, and no layer is empty.
         activation: between the layers of an expert.
     """
     dtype, depth, tokens = DTYPES[x.dtype], len(experts[0]), len(x)

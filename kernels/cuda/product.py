@@ -1,19 +1,19 @@
-"""What kernels for linear layers on NVIDIA GPUs have in common: the product of a block of rows with a layer's weights.
+"""The product of a block of rows with a layer's weights, for all kernels of linear layers on NVIDIA GPUs.
 
-There are two ways to compute it.
+There are two forms.
 
-``"tensor"``: tensor cores multiply, 16 x 16 x 16 at a time, and add up in float32. Weights are narrowed on the way into
-shared memory. Codes are decoded relative to the largest offset of their channel, so that weights lie in the range of
-the narrow type whatever their exponents; that offset scales the sum in the end. float16 activations are multiplied as
-float16. All others are bfloat16: bfloat16 as it is, float32 in two pieces, the upper 16 bits and what is left of it,
-rounded. So any finite float32 goes in, none becomes infinite, and beside the rounding of the sum
-``|y - exact y| <= 2**-16 * sum |x| |w|``; ordinary float32 weights are taken in two pieces as well, which doubles the
-bound. Of two terms that are more than 2**17 (float16; 2**120 for bfloat16) apart, the smaller one may vanish.
+``"tensor"``: tensor cores multiply 16 x 16 x 16 numbers at a time and sum up in float32. Weights become narrow numbers
+on the way into shared memory. Codes are decoded relative to the largest offset of their channel. So weights are in the
+range of the narrow type for all exponents, and that offset scales the sum at the end. float16 activations are
+multiplied as float16, and all others as bfloat16. A float32 activation becomes two pieces: its upper 16 bits, and the
+rest, rounded. So no finite float32 becomes infinite. Besides the rounding of the sum, ``|y - exact y| <= 2**-16 * sum
+|x| |w|``. Ordinary float32 weights become two pieces as well, which doubles the bound. If two terms are more than 2**17
+(float16) or 2**120 (bfloat16) apart, the smaller one may vanish.
 
-``"float32"``: the ordinary units, decoded weights and fused multiply-adds in float32 throughout.
+``"float32"``: decoded weights and fused multiply-adds in float32, without tensor cores.
 
-A block of 128 threads computes 64 x 64 numbers. Any number of rows, inputs and outputs is served, by guarded loads and
-stores.
+A block of 128 threads computes 64 x 64 numbers. Loads and stores are guarded, so there may be any number of rows,
+inputs and outputs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _FLOAT16_BITS = 5  # codes of up to so many bits have windows that float16 holds
 
 
 def form(target: CudaTarget, numerics: Numerics, bits: int, dtype: Dtype) -> Form:
-    """The way that is as exact as `numerics` asks for."""
+    """The fastest form that is as exact as `numerics` asks for."""
     if dtype == "float16":
         return "tensor" if bits <= _FLOAT16_BITS else "float32"
     if dtype == "float32" and numerics not in ("fast", "int8"):
@@ -73,10 +73,10 @@ def check_product(
     activation: Activation,
     gates: Tensor | float = 1.0,
 ) -> None:
-    """Raise `AssertionError` where y is too far from the activation of an exact product, times gates.
+    """Raise `AssertionError` if y is too far from the activation of an exact product, multiplied by gates.
 
     Args:
-        size: ``sum |x| |w|``, twice that with ordinary weights.
+        size: ``sum |x| |w|``; twice that for ordinary weights.
     """
     error = (2.0**-16 if form == "tensor" and dtype == "float32" else 2.0**-20) * size
     rounding = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-10}[dtype] * (exact.abs() + error)
@@ -87,10 +87,10 @@ def check_product(
 
 
 class Weights(ABC):
-    """The weights of a linear layer as a kernel sees them.
+    """The weights of a linear layer, as arguments of a kernel.
 
     Attributes:
-        inputs, outputs: their numbers.
+        inputs, outputs: numbers of inputs and outputs.
         bias: [outputs] float32.
         parts: how many narrow numbers stand for one weight.
     """
@@ -104,15 +104,18 @@ class Weights(ABC):
 
     @abstractmethod
     def narrow(self, channel: Expr, index: Expr, dtype: str) -> list[Expr]:
-        """The parts that stand for one weight, float32 numbers that `dtype` holds, or comes close to."""
+        """The parts of one weight: float32 numbers that `dtype` can express, at least nearly."""
 
     @abstractmethod
     def scale(self, channel: Expr) -> Expr:
-        """What a sum of products with narrow weights has to be multiplied by."""
+        """The factor for a sum of products with narrow weights."""
 
     @staticmethod
     def argument(name: str, dtype: Dtype, bits: int, terms: int) -> Weights:
-        """The next arguments of a function: sizes, weight or codes and offset, bias. 0 terms are ordinary weights."""
+        """The next arguments of a function: sizes, then weight or codes and offset, then bias.
+
+        With 0 terms, weights are ordinary.
+        """
         inputs, outputs = T.scalars(f"inputs{name}", f"outputs{name}")
         bias = T.tensor(f"bias{name}", (outputs,), "float32")
         if not terms:
@@ -209,9 +212,9 @@ class Layer(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Weights that a block may be multiplied by, and whether it is: the same for all of its threads.
+    """Weights that a block may be multiplied by, and whether it is. That is the same for all threads of the block.
 
-    A block that none applies to has no rows.
+    If no choice applies, the block has no rows.
     """
 
     weights: Weights
@@ -224,8 +227,8 @@ class Rows:
 
     Attributes:
         exists: ``exists(row)``, whether there is such a row.
-        load: ``load(row, input)``, a number of x, for rows that are not there any one of the tensor.
-        store: ``store(row, output, y)`` takes y in float32, with bias and activation, for rows that are there.
+        load: ``load(row, input)``, a number of x. For a row that does not exist, any number of the tensor.
+        store: ``store(row, output, y)`` stores y, float32, with bias and activation. Only for rows that exist.
     """
 
     exists: Callable[[Expr], Expr]
@@ -234,12 +237,12 @@ class Rows:
 
 
 class Task(NamedTuple):
-    """The product of a block's rows with the one of `choices` that applies, if one does.
+    """The product of a block's rows with the weights of the choice that applies, if there is one.
 
     Attributes:
         dtype: of what `rows` loads.
         thread: its number in the block.
-        block_column: the number of the block among those that share its rows.
+        block_column: the number of the block among the blocks of the same rows.
     """
 
     dtype: Dtype
@@ -277,10 +280,10 @@ class _Product(ABC):
         """Bring a weight into shared memory, 0 where there is none."""
 
     def each_step(self, multiply: Callable[[Choice], None]) -> None:
-        """Emit the turns through the inputs, a part of them staged in each.
+        """Emit the loop over the inputs. Each turn stages a part of them.
 
-        They are none with weights that are not the block's own: a loop without turns, not a condition, because all
-        threads of a block have to meet in it.
+        For weights that do not apply, the loop has no turns. It is not a condition, because all threads of a block must
+        meet in it.
         """
         for choice in self.choices:
             steps = (choice.weights.inputs + (self.depth - 1)) // self.depth
@@ -326,7 +329,7 @@ class _Float32Product(_Product):
 
     def emit(self) -> None:
         padding = _PADDING[self.form]
-        # Inputs down, so that a thread's rows, and the columns of neighbouring threads, lie side by side.
+        # Inputs down: so a thread's rows lie side by side, and so do the columns of neighbouring threads.
         self._xs, self._ws = shared(self.depth, ROWS + padding), shared(self.depth, COLUMNS + padding)
         sums = Tile(self.thread, COLUMNS // ACROSS)
 
@@ -346,7 +349,7 @@ class _Float32Product(_Product):
 
 
 class _TensorProduct(_Product):
-    """Four warps, two by two, have half of the rows and half of the columns each: two fragments by two."""
+    """Four warps, two by two. Each has half of the rows and half of the columns: two fragments by two."""
 
     form = "tensor"
 
@@ -409,12 +412,12 @@ class _TensorProduct(_Product):
 
 
 def _upper(x: Expr) -> Expr:
-    """The upper half of a float32: never infinite where x is finite, as rounding could make it."""
+    """The upper half of a float32. If x is finite, it is finite, too; rounding could make it infinite."""
     return T.reinterpret("float32", T.reinterpret("int32", x) & -65536)
 
 
 def _lower(x: Expr) -> Expr:
-    """What `_upper` leaves over; infinity leaves nothing, NaN stays NaN."""
+    """What `_upper` leaves of x: 0 of infinity, NaN of NaN."""
     return T.select(x == _upper(x), T.float32(0), x - _upper(x))
 
 

@@ -1,7 +1,7 @@
 """Looking up 3D points in source views on NVIDIA GPUs.
 
-A thread of a block projects one point into one view, and leaves the four pixels around it in shared memory. All threads
-then mix pixels, neighbours taking neighbouring channels, which lie side by side in maps and outcome.
+Each thread of a block projects one point into one view, and stores the four pixels around it in shared memory. Then all
+threads interpolate. Neighbouring threads take neighbouring channels, which are side by side in maps and outcome.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _THREADS = 128  # of a block, and (point, view) pairs
 
 
 class _Lookup:
-    """Where a point lies in one view, as statements of a kernel.
+    """Emits the projection of a point into one view.
 
     Args:
-        position: its three components.
-        to_target: the vector from it to the target camera.
+        position: three components.
+        to_target: the vector from the point to the target camera.
         projection: [3, 4], of the view.
-        center: [3], where its camera stands.
+        center: [3], the position of the view's camera.
 
     Attributes:
         depth: z depth.
@@ -48,16 +48,16 @@ class _Lookup:
         self.pixel = [T.bind(_within(projected(row) / ahead, -1e6, 1e6)) for row in (0, 1)]
 
     def is_inside(self, size: tuple[Expr, Expr]) -> Expr:
-        """Whether it is in front of the camera and inside a picture of (height, width)."""
+        """Whether the point is in front of the camera and inside a picture of (height, width)."""
         inside = self.depth > T.float32(0)
         for x, count in zip(self.pixel, reversed(size), strict=True):
             inside = T.both(inside, T.both(x >= T.float32(0), x <= T.cast(count - 1, "float32")))
         return inside
 
     def taps(self, size: tuple[Expr, Expr], map_size: tuple[Expr, Expr]) -> list[tuple[Expr, Expr]]:
-        """Index and share of the four pixels around it on a map [h, w] that spans the same picture [H, W].
+        """Indices and weights of the four pixels around the point on a map [h, w] that spans the picture [H, W].
 
-        Beyond the border nothing is mixed in.
+        Pixels beyond the border have weight 0.
         """
         zero, one, along = T.float32(0), T.float32(1), []
         for x, count, of_map in zip(self.pixel, reversed(size), reversed(map_size), strict=True):
@@ -66,7 +66,7 @@ class _Lookup:
             low = T.bind(T.floor(x))
             near_and_far = []
             for at, amount in ((low, one - (x - low)), (T.bind(low + one), x - low)):
-                # Written so that NaN, which is not beyond any border, stays in the share, and is no address.
+                # NaN is not beyond any border: so it stays in the share. It must not become an address.
                 share = T.bind(T.select(T.either(at < zero, at > last), zero, amount))
                 index = T.select(at > zero, T.select(at < last, at, last), zero)
                 near_and_far.append((T.bind(T.cast(index, "int32")), share))
@@ -94,19 +94,20 @@ def _norm(x: list[Expr]) -> Expr:
 
 
 def _within(x: Expr, least: float, most: float | None = None) -> Expr:
-    """x between two numbers; NaN stays."""
+    """x clamped to two numbers; NaN stays NaN."""
     x = T.bind(x)
     at_most = x if most is None else T.select(x > T.float32(most), T.float32(most), x)
     return T.select(x < T.float32(least), T.float32(least), at_most)
 
 
 def build(target: CudaTarget, with_valid: bool, least_valid: float) -> T.PrimFunc:
-    """The function of a scene as `stored` makes it, its sizes, values, ray_diff and mask. Blocks: (point, view) pairs
-    along x.
+    """The function ``(sizes, tensors of a scene as `stored` makes them, values, ray_diff, mask)``.
+
+    Blocks: (point, view) pairs along x.
 
     Args:
-        with_valid: whether there are pixels that are not valid.
-        least_valid: the share of valid pixels from which a mixture of four counts as valid.
+        with_valid: whether some pixels are not valid.
+        least_valid: an interpolated pixel is valid if valid pixels have more than this share of it.
     """
     with T.function("point_samples") as function:
         P, R, V = T.scalars("P", "R", "V")
@@ -163,7 +164,7 @@ def build(target: CudaTarget, with_valid: bool, least_valid: float) -> T.PrimFun
 
 
 def run(function: CudaFunction, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
-    """Call a compiled function, on float32 tensors of which none is empty."""
+    """Call a compiled function with float32 tensors, none of them empty: the outcome of `point_samples_twin`."""
     (rays, samples), (views, height, width, _) = scene.points.shape[:2], scene.images.shape
     _, map_height, map_width, channels = scene.maps.shape
     new = scene.points.new_empty

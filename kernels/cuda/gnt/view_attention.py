@@ -1,8 +1,8 @@
 """Fused view attention on NVIDIA GPUs, in float32.
 
-A block has the views of as many points as make up 64 rows. What these rows need, from the embedding of ray differences
-to the pooled views, stays in shared memory; a thread computes 8 rows by 4 columns of the one large product. The weights
-are those that the kernel for CPUs takes, products of weights that have been multiplied once.
+A block has the views of as many points as fit into 64 rows. All its data stays in shared memory, from the embedding of
+ray differences to the pooled views. A thread computes 8 rows by 4 columns of the one large product. The panels are
+those of the kernel for CPUs (`shiftadd3d.kernels.pack.gnt.view_attention`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
 
 _ROWS = 64  # (point, view) pairs of a block
 
-# Widths up to which what a block keeps fits into the 48 KiB of shared memory that every GPU gives without being asked.
+# A block has 48 KiB of shared memory on every GPU. More needs a special request.
 _SHARED_FLOATS = (48 << 10) // 4
 
 
 def fits(width: int, hidden: int) -> bool:
-    """Whether a block has room for such an attention."""
+    """Whether the data of a block fits into shared memory, and a block has enough threads."""
     return _ROWS * (2 * width + 3 * hidden) <= _SHARED_FLOATS and _threads(width, hidden) <= 1024
 
 
@@ -38,7 +38,10 @@ def _threads(width: int, hidden: int) -> int:
 
 
 def build(target: CudaTarget, width: int, hidden: int) -> T.PrimFunc:
-    """The function of (points, their views, views a point, query, views, ray_diff, mask, the eight panels, out)."""
+    """The function ``(P, R, V, query, views, ray_diff, mask, the eight panels, out)``.
+
+    P is the number of points, V the number of views of each, and R their product. Blocks: points along x.
+    """
     both, threads = width + hidden, _threads(width, hidden)
     with T.function("view_attention") as function:
         P, R, V = T.scalars("P", "R", "V")
@@ -62,7 +65,7 @@ def build(target: CudaTarget, width: int, hidden: int) -> T.PrimFunc:
             rows, each = T.bind(points * V), partial(shared_out, thread, threads)
 
             def add(count: Index, start: Expr, product: Callable[[Expr], Expr]) -> Expr:
-                """A start and the sum of products."""
+                """``start + sum of product(k)``."""
                 total[0] = start
                 with T.serial(count) as k:
                     total[0] = total[0] + product(k)
@@ -86,7 +89,7 @@ def build(target: CudaTarget, width: int, hidden: int) -> T.PrimFunc:
                     row_out[row, column] = x
 
             sums.each(keep)
-            # The scores' hidden layer takes the place of the positions'.
+            # The scores' hidden layer overwrites that of the positions.
             with each(_ROWS * hidden) as at:
                 row, h = at // hidden, at % hidden
                 position[row, h] = relu(row_out[row, width + h] + query_out[T.truncdiv(row, V), h])
@@ -99,7 +102,7 @@ def build(target: CudaTarget, width: int, hidden: int) -> T.PrimFunc:
                         score = add(hidden, T.float32(0), lambda h: position[row + v, h] * w_score[h, c])
                         seen = T.bind(mask[first * V + row + v] != T.number("uint8", 0))
                         total[0] = T.select(seen, score, T.float32(-1e9))
-                        # What was summed relative to a smaller largest score shrinks by the difference.
+                        # The sums so far are relative to the largest score so far. Make them relative to this one.
                         with T.when(total[0] > largest[0]):
                             for summed in (shares, pooled):
                                 summed[0] = summed[0] * T.exp(largest[0] - total[0])
@@ -117,7 +120,7 @@ def build(target: CudaTarget, width: int, hidden: int) -> T.PrimFunc:
 
 
 def _add_rows(sums: Tile, x: Buffer, weight: Buffer) -> None:
-    """Add rows [_ROWS, k] times the first rows of a weight, of which threads beyond the last column repeat that."""
+    """Add the product of rows [_ROWS, k] with the first k rows of a weight. Excess threads repeat the last column."""
     last = weight.extent(1) - 1
     with T.serial(x.extent(1)) as k:
         sums.add_products(lambda row: x[row, k], lambda column: weight[k, T.min(column, last)])
