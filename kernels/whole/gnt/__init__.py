@@ -1,1 +1,1 @@
-"""A GNT's chunk of rays as functions of programs: norms, residuals and look-ups are parts of what needs them."""
+"""Functions of programs for a GNT's chunk of rays. Norms, residuals and look-ups are parts of the functions."""

@@ -40,7 +40,7 @@ def _build_view_attention(
     """The function ``(x, embedding, ray_diff, mask, panels, control, y)``.
 
     Args:
-        packed: of bfloat16, whether the embedding is.
+        packed: whether the embedding is packed; only with the form bfloat16.
     """
     with T.function("view_block") as function:
         R, S, V = T.sizes(3)
@@ -97,7 +97,7 @@ VIEW_ATTENTION = Function("view_block", _build_view_attention, _try_view_attenti
 def _tensors(
     panels: pack_view_attention.Panels, shifts: Sequence[Tensor], form: AnyForm, norm: tuple[Tensor, Tensor]
 ) -> Sequence[Tensor]:
-    """What the function reads of weights, with the norm's weight and bias taken in."""
+    """The weights as the function reads them. The norm's weight and bias are folded in."""
     if form == "bfloat16":
         return pack_view_attention.tile_panels(panels, shifts[-1], *norm, current().lanes)
     query, query_bias = pack_view_attention.behind_norm(panels.query, panels.query_bias, *norm)
@@ -117,8 +117,10 @@ def view_block(
     """``x + view attention of norm(x)`` [R, S, C].
 
     Args:
-        embedding: packed, if at all, where the form is bfloat16.
-        shifts: panels of a form other than float32, of key, row and out, or of row and out.
+        shown: of which the ray differences and the mask are read.
+        embedding: [R, S, V, C]; or packed, with the form bfloat16.
+        shifts: the panels of a form other than float32: key, row and out, or row and out.
+        norm: the norm of x.
     """
     gain, shift, eps = norm
     tensors = _tensors(panels, shifts, form, (gain, shift))
@@ -170,10 +172,10 @@ def rays_block(
     attention: str,
     eps: float,
 ) -> Value:
-    """A transformer block along rays [R, S, C], with a perceptron where the panels have one.
+    """A transformer block along rays [R, S, C]. It has a perceptron if the panels have one.
 
     Args:
-        shifts: norms and panels of integers of a form other than float32.
+        shifts: for a form other than float32, the weights of norms and the panels of integers.
     """
     hidden, kernel = pack_ray_block.hidden_and_kernel(panels, heads)
     spec = {"width": x.shape[-1], "heads": heads, "hidden": hidden, "attention": attention, "kernel": kernel}
@@ -219,7 +221,7 @@ def _try_position(function: Compiled, width: int, hidden: int, outputs: int, can
     control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty(7, 9, outputs)
     function(x, origins.contiguous(), directions, depths, *packed, control, y)
     expected = position_layer_twin(x, points, F.normalize(directions, dim=-1), weights, biases)
-    # The fastest of the embedding's waves makes a thousand of a coordinate's rounding.
+    # The fastest wave of the embedding multiplies the rounding of a coordinate by 512.
     torch.testing.assert_close(y, expected, rtol=1e-3, atol=2e-3)
 
 
@@ -227,7 +229,7 @@ POSITION = Function("position", _build_position, _try_position)
 
 
 def position(program: Program, x: Value, rays: Rays, panels: pack_position_layer.Panels, *, canonical: bool) -> Value:
-    """Tell samples [R, S, C] where they are, from their ray's origin if `canonical`, and where it points."""
+    """The position layer of samples [R, S, C]. If `canonical`, positions are relative to the ray's origin."""
     arguments = [x, rays.origins, rays.directions, rays.depths, *map(program.weight, panels)]
     outputs, hidden = x.shape[-1], panels.second.shape[0]
     spec = {"width": panels.x.shape[0], "hidden": hidden, "outputs": outputs, "canonical": canonical}

@@ -1,4 +1,4 @@
-"""A GNT's last steps: norm, the colour that the network regresses, and the blend of the views' colours."""
+"""A GNT's last steps: norm, the colour from the original head, and the blend of the views' colours."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from shiftadd3d.kernels.whole.program import Function, Program, Value
 
 
 def _build(target: CpuTarget, width: int, inputs: int, hidden: int, eps: float, tiles: bool) -> T.PrimFunc:
-    """The function ``(x, Shown, panels, regressing weight and bias, control, rgb, shares, seen)``.
+    """The function ``(x, Shown, panels, weight and bias of the original head, control, rgb, shares, seen)``.
 
     Args:
-        tiles: whether what is shown is packed.
+        tiles: whether the values of the views are packed.
     """
     isa = Isa(target)
     with T.function("colors") as function:
@@ -62,10 +62,12 @@ def _build(target: CpuTarget, width: int, inputs: int, hidden: int, eps: float, 
 
 
 class _Regression:
-    """Normalised features of a task's samples, and the colours that are regressed from their rays' means.
+    """Emits the norm of a task's samples, and the original head: a colour from the mean feature of a ray.
 
     Args:
         x: [R * S, C].
+        regressing: weight [3, C] and bias [3] of the original head.
+        rgb: [R, 3], to which `add` adds.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class _Regression:
         self._normed, self._sum = x, x
 
     def features(self, ray: Expr, points: Expr) -> Scalars:
-        """Of so many samples, from a ray's first on."""
+        """Normalise `points` samples, from the first one of `ray` on."""
         isa, width, wide = self._isa, self._x.extent(1), self._weight.extent(1)
         normed, top = T.alloc(points + ROW_PADDING, wide), T.bind(ray * self._S)
         self._normed, self._sum = normed, T.alloc(wide)
@@ -84,7 +86,7 @@ class _Regression:
         return lambda p, k: normed[p, k]
 
     def add(self, ray: Expr, number: Expr) -> None:
-        """Add the colour of a ray, the so-manieth of the task."""
+        """Add the colour of a ray. `number` counts the rays of the task."""
         isa, S, wide = self._isa, self._S, self._weight.extent(1)
         for c in range(0, wide, isa.lanes):
             self._sum[isa.at(c)] = isa.splat(0.0)
@@ -112,7 +114,7 @@ def _try(function: Compiled, width: int, inputs: int, hidden: int, eps: float, t
         whole = Draw().whole(2 * (inputs - 1) + 4, hidden)
         weights[1], tile_panel = whole.integers * whole.unit[:, None], color_tiles_of(whole)
         values = torch.cat([values[..., :3], values[..., 3:].bfloat16().float()], dim=-1)
-        # A logit of the views is off by what bfloat16 makes of its inputs, and shares by as much of themselves.
+        # The error of a logit comes from the rounding of its inputs. The relative error of shares is as large.
         most = values.abs().max() * 2 + ray_diff.abs().max()
         atol = float(error_bound("bfloat16") * most * (weights[2].abs() @ weights[1].abs().sum(1)).max()) + 2e-5
         assert tile_panel is not None
@@ -140,10 +142,10 @@ COLORS = Function("colors", _build, _try)
 def blend_panels(
     weights: list[Tensor], biases: list[Tensor], scales: Scales, lanes: int, tiles: Tensor | None = None
 ) -> pack_color_blend.Panels:
-    """`pack.gnt.color_blend.panels`, for values that have validity behind the colour.
+    """`pack.gnt.color_blend.panels` for values with the validity after the colour.
 
     Args:
-        tiles: of `color_tiles_of`, for what is packed.
+        tiles: for packed values, the panel of `color_tiles_of`.
     """
     point, view, *logits = weights
     view = beside_validity(view, (0, (view.shape[1] - 4) // 2 + 4))
@@ -152,7 +154,7 @@ def blend_panels(
 
 
 def color_tiles_of(view: WholeWeights) -> Tensor | None:
-    """The panel of the views' layer for matrix tiles; None where its sizes do not fit."""
+    """The panel of the views' layer for matrix tiles; None if its sizes do not fit."""
     inputs = (view.integers.shape[1] - 4) // 2
     return pack_color_blend.tile_panel(view) if (inputs - 3) % GRANULE == 0 else None
 
@@ -160,7 +162,14 @@ def color_tiles_of(view: WholeWeights) -> Tensor | None:
 def behind_norm(
     panels: pack_color_blend.Panels, regress: Tensor, bias: Tensor, gain: Tensor, shift: Tensor
 ) -> list[Tensor]:
-    """What the function reads: panels, and the weight [3, C] and bias [3] that regress, with the norm's taken in."""
+    """The panels, and the weight and bias of the original head, as the function reads them.
+
+    The norm's weight and bias are folded in.
+
+    Args:
+        regress, bias: weight [3, C] and bias [3] of the original head.
+        gain, shift: weight and bias [C] of the norm.
+    """
     own, own_bias, regress, bias = (x.double() for x in (panels.own, panels.own_bias, regress, bias))
     gain, shift = gain.double(), shift.double()
     bias, regress = bias + regress @ shift, regress * gain
@@ -177,7 +186,9 @@ def colors(
     """Colours [R, 3], shares of samples [R, S], and whether any view sees a sample [R, S], uint8.
 
     Args:
-        tensors: of `behind_norm`.
+        tensors: the outcome of `behind_norm`.
+        hidden: hidden units of the views' layer.
+        eps: epsilon of the norm.
     """
     rays, samples, width = x.shape
     outcomes = [((rays, 3), "float32"), ((rays, samples), "float32"), ((rays, samples), "uint8")]

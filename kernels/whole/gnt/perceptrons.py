@@ -1,9 +1,9 @@
 """Perceptrons of narrow tokens, one for all of them or a mixture of several, with norm and residual.
 
-A general mixture (`shiftadd3d.kernels.whole.mixtures`) sorts all tokens first, and decodes weights for a block of them
-at a time. Where layers are narrow, moving tokens costs as much as multiplying them. Here a task routes tokens while
-they are in the first-level cache, lays those of each expert side by side, and takes them through both layers some tens
-at a time, by panels that are ready made.
+A general mixture (`shiftadd3d.kernels.whole.mixtures`) sorts all tokens first, and decodes weights for each block of
+tokens. With narrow layers, moving tokens costs as much as multiplying them. Here a task routes its tokens while they
+are in the first-level cache. It puts the tokens of each expert side by side, and computes both layers for some tens of
+them at a time. It reads panels, so nothing is decoded.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from shiftadd3d.kernels.whole.mixtures import gate_of
 from shiftadd3d.kernels.whole.parts import Norm, control_argument, held, rows_of
 from shiftadd3d.kernels.whole.program import Dim, Function, Program, Value
 
-# Tokens of a task, and those that go through an expert at once: what lies between the layers stays in the first-level
-# cache. A multiple of all tiles' heights but those of float32, which have 4 or 6 rows.
+# Tokens of a task, and tokens that an expert takes at once: so few that hidden activations stay in the first-level
+# cache. A multiple of the height of all tiles, except those of float32, which have 4 or 6 rows.
 _TOKENS, _ROWS = 192, 64
 
 
@@ -46,7 +46,8 @@ class Perceptron(NamedTuple):
     Attributes:
         form: of the products.
         hidden: units between the layers.
-        tensors: panel [inputs, hidden] and bias [hidden], panel [hidden, outputs] and bias [outputs], in whole vectors.
+        tensors: panel [inputs, hidden], bias [hidden], panel [hidden, outputs], bias [outputs]; padded to whole
+            vectors.
     """
 
     form: AnyForm
@@ -55,7 +56,7 @@ class Perceptron(NamedTuple):
 
 
 def perceptron_of(weights: Sequence[Tensor], biases: Sequence[Tensor | None], lanes: int) -> Perceptron:
-    """In float32, of two weights [outputs, inputs]."""
+    """A perceptron in float32, from two weights [outputs, inputs] and their biases."""
     tensors: list[Tensor] = []
     for weight, bias in zip(weights, biases, strict=True):
         bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
@@ -66,7 +67,7 @@ def perceptron_of(weights: Sequence[Tensor], biases: Sequence[Tensor | None], la
 def shift_perceptron_of(
     layers: Sequence[WholeWeights], biases: Sequence[Tensor | None], form: AnyForm
 ) -> Perceptron | None:
-    """In panels of integers; None where the layers' inputs and outputs are not what these take."""
+    """A perceptron in panels of integers; None if a number of inputs or outputs is not a multiple of 32."""
     if form == "float32" or any(size % 32 for layer in layers for size in layer.integers.shape):
         return None
     first, second = (shift_panel(layer, form) for layer in layers)
@@ -101,7 +102,7 @@ class _FloatLayers:
 
 
 class _ShiftLayers:
-    """The same of integers."""
+    """The methods of `_FloatLayers` for panels of integers."""
 
     def __init__(self, target: CpuTarget, name: str, width: int, hidden: int, form: PanelForm) -> None:
         self._target, self._width, self._hidden = target, width, hidden
@@ -199,7 +200,7 @@ class _Tokens(NamedTuple):
 
 
 def _score(isa: Isa, rows: Expr, x: Buffer, weight: Buffer, sums: Buffer) -> None:
-    """Products of rows by a weight [width], whose sums over each row's lanes are left to be taken."""
+    """Multiply rows by a weight [width]. `sums` gets a vector for each row; its lanes are still to be summed up."""
     with T.serial(rows) as i:
         total = isa.splat(0.0)
         for c in range(0, x.extent(1), isa.lanes):
@@ -215,12 +216,12 @@ def _build(
     gated: bool,
     eps: float,
 ) -> T.PrimFunc:
-    """The function ``(x, norm's weight and bias, router's, all experts' panels, control, y, assignment)``.
+    """The function ``(x, weight and bias of the norm, of the router, panels of all experts, control, y, assignment)``.
 
-    The router and the assignment are there where there are several experts.
+    With one expert there is neither a router nor an assignment.
 
     Args:
-        experts: form and hidden units of each.
+        experts: form and hidden units of each expert.
     """
     isa, several = Isa(target), len(experts) > 1
     with T.function("perceptrons") as function:
@@ -276,7 +277,7 @@ def _try(
     gated: bool,
     eps: float,
 ) -> None:
-    """More tokens than a task takes, and experts with more and with fewer than go through at once."""
+    """More tokens than a task takes; experts with more tokens than they take at once, and with fewer."""
     draw, lanes = Draw(), current().lanes
     x, gain, shift = draw.normal(3, 2 * _TOKENS // 3 + 11, width), 1 + 0.1 * draw.normal(width), draw.normal(width)
     router, router_bias = draw.normal(len(experts), width), draw.normal(len(experts))
@@ -307,7 +308,7 @@ def _try(
     expected, bound = (torch.stack(some, -1).gather(-1, index)[..., 0] for some in (outcomes, bounds))
     if gated:
         expected = expected * logits.softmax(-1).gather(-1, chosen).float()
-    # Where two experts are equally good, either will do.
+    # If the logits of two experts are nearly equal, either is right.
     ordered = F.pad(logits.sort(-1, descending=True).values, (0, 1), value=-torch.inf)
     clear = ordered[..., 0] - ordered[..., 1] > 1e-4
     check_within(y, x + expected, torch.where(clear[..., None], bound + 1e-5, torch.inf))
@@ -328,11 +329,12 @@ def perceptrons(
     router: tuple[Tensor, Tensor] | None = None,
     gated: bool = False,
 ) -> tuple[Value, ...]:
-    """``x + expert(norm(x))`` [B, N, C]; of several experts also the number of each token's, [B, N] int64.
+    """``x + expert(norm(x))`` [B, N, C]. With several experts also the number of each token's expert, [B, N] int64.
 
     Args:
         norm: weight, bias and epsilon.
-        router: of several experts, its weight [experts, C] and bias.
+        activation: between the layers of an expert.
+        router: weight [experts, C] and bias [experts]; only with several experts.
         gated: whether an expert's outcome is multiplied by its probability.
     """
     *affine, eps = norm

@@ -1,4 +1,4 @@
-"""Where a GNT's rays meet the source views: the plane sweep, and what views show with its embedding."""
+"""The functions that look up a GNT's samples in source views: the plane sweep, and the views' values and embedding."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from shiftadd3d.kernels.runtime.tir import Buffer, Expr
 from shiftadd3d.kernels.whole.parts import control_argument, held, rows_of
 from shiftadd3d.kernels.whole.program import Dim, Function, Program, Value
 
-# Vectors of points that a task looks up: enough to allocate buffers for, few enough to share out evenly.
+# Vectors of points of a task: enough to allocate buffers for, few enough that threads get equal shares.
 _BLOCKS_A_TASK = 4
 
 
@@ -38,7 +38,7 @@ class Rays(NamedTuple):
 
     Attributes:
         origins, directions: [R, 3].
-        depths: [R, S], in the directions' lengths.
+        depths: [R, S]; a point is ``origin + depth * direction``.
         projection: [V, 3, 4].
         centers: [V, 3].
         pixels: [V, H, W, 4], see `pixels_of`.
@@ -55,7 +55,7 @@ class Rays(NamedTuple):
 
     @classmethod
     def inputs(cls, program: Program, channels: int) -> Rays:
-        """The next inputs of a program, of any sizes but for the channels of the maps."""
+        """The next inputs of a program. All sizes but the maps' channels may change from call to call."""
         return cls(
             program.input("rays", 3),
             program.input("rays", 3),
@@ -68,7 +68,7 @@ class Rays(NamedTuple):
 
     @property
     def samples(self) -> tuple[Dim, Dim]:
-        """Rays, and samples of each."""
+        """The number of rays, and of samples of each ray."""
         rays, samples = self.depths.shape
         return rays, samples
 
@@ -114,7 +114,7 @@ def _try_sweep(function: Compiled, channels: int, hidden: int) -> None:
 
 
 def _on_rays(scene: Scene) -> tuple[Tensor, Tensor, Scene]:
-    """Directions and depths, and a scene of points there."""
+    """Directions and depths of rays, and the scene with its points moved there."""
     rays, samples = scene.points.shape[:2]
     directions = F.normalize(scene.points[:, 0], dim=-1) + torch.tensor([0.0, 0.0, 0.5])
     depths = torch.linspace(0.5, 4.0, samples).repeat(rays, 1) + 0.1 * scene.points[..., 0]
@@ -123,7 +123,7 @@ def _on_rays(scene: Scene) -> tuple[Tensor, Tensor, Scene]:
 
 
 def _tensors(scene: Scene, directions: Tensor, depths: Tensor) -> list[Tensor]:
-    """`Rays` of a scene."""
+    """The tensors of `Rays` for a scene."""
     pixels = pixels_of(scene.images, scene.valid)
     return [scene.origins, directions, depths, scene.projection, scene.centers, pixels, scene.maps]
 
@@ -136,24 +136,24 @@ SWEEP = Function("sweep", _build_sweep, _try_sweep)
 
 
 def sweep(program: Program, rays: Rays, panels: pack_plane_sweep.Panels, hidden: int) -> tuple[Value, ...]:
-    """Judge points of rays by how well views agree: rgb [R, 3], weights [R, S], and whether any sees them, uint8."""
+    """The plane sweep: colours [R, 3], weights [R, S], and whether any view sees a point, [R, S] uint8."""
     channels = pack_plane_sweep.channels_compared(panels)
     outcomes = [((rays.samples[0], 3), "float32"), (rays.samples, "float32"), (rays.samples, "uint8")]
     arguments = [*rays, *map(program.weight, panels)]
     return program.call_for(SWEEP, arguments, outcomes, channels=channels, hidden=hidden)
 
 
-# What views show
+# Values of views
 
 
 class Shown(NamedTuple):
-    """What views show of samples.
+    """The values of the views at samples.
 
     Attributes:
-        values: [R, S, V, 4 + C]: colour, validity and features. Packed, [R, S, V, C / 2] int32: the features alone.
+        values: [R, S, V, 4 + C], colour, validity and features; or packed, [R, S, V, C / 2] int32, features only.
         ray_diff: [R, S, V, 4].
         mask: [R, S, V] uint8.
-        pixels: packed, [R, S, V, 4]: colour and validity.
+        pixels: [R, S, V, 4], colour and validity; only beside packed values.
     """
 
     values: Value
@@ -163,7 +163,7 @@ class Shown(NamedTuple):
 
     @property
     def tensors(self) -> list[Value]:
-        """All that there are."""
+        """All tensors, without `pixels` if it is None."""
         return [value for value in self if value is not None]
 
 
@@ -173,7 +173,8 @@ def _build_views(
     """The function ``(Rays, panels, control, values, ray_diff, mask, embedding, query)``.
 
     Args:
-        tiles: whether matrix tiles embed. Values and embedding are then packed, and pixels come behind the mask.
+        tiles: whether matrix tiles compute the embedding. Then values and embedding are packed, and pixels follow the
+            mask.
     """
     isa = Isa(target)
     with T.function("views") as function:
@@ -222,7 +223,7 @@ def _build_views(
 
 
 def _places(of_rays: tuple[Buffer, Buffer, Buffer], S: Expr) -> Places:
-    """Where samples are, counted through all rays."""
+    """Coordinates of samples. Samples are counted through all rays."""
     origins, directions, depths = of_rays
 
     def place(point: Expr, axis: int) -> Expr:
@@ -233,11 +234,11 @@ def _places(of_rays: tuple[Buffer, Buffer, Buffer], S: Expr) -> Places:
 
 
 class _Seen:
-    """Writes down what a view shows of a point.
+    """Emits stores of a view's values of a point.
 
     Args:
-        shown, seen: for the embedding.
-        features_first: whether features come before colour and validity.
+        shown, seen: buffers of the embedding.
+        features_first: whether features come before colour and validity in `shown`.
     """
 
     def __init__(
@@ -250,11 +251,11 @@ class _Seen:
     def note(
         self, view: Expr, lane: Expr, at: Expr, row: Expr, ray_diff: Buffer, mask: Buffer, pixels: Buffer | None
     ) -> None:
-        """Of the view that was looked at last.
+        """Store the values of the view that the look-up has projected into last.
 
         Args:
             at: the row of `shown`.
-            row: that of the outcomes.
+            row: the row of the outcomes.
         """
         isa, lookup, shown, four = self._isa, self._lookup, self._shown.part(at), Isa(self._isa.target, 4)
         pixel = four.keep(lookup.pixel(view, lane))
@@ -316,10 +317,10 @@ VIEWS = Function("views", _build_views, _try_views)
 def embedding_panels(
     weights: Sequence[Tensor], biases: Sequence[Tensor], lanes: int, *, features_first: bool = False
 ) -> pack_view_embedding.Panels:
-    """`pack.gnt.view_embedding.panels`, for values that have validity behind the colour.
+    """`pack.gnt.view_embedding.panels` for values with the validity after the colour.
 
     Args:
-        features_first: whether the colour comes behind the features, as for `embedding_tiles`.
+        features_first: whether the colour comes after the features, as for `embedding_tiles`.
     """
     inputs, where = weights[0].shape[1], _color_at(weights[0].shape[1], features_first=features_first)
     groups = ((where,), (), (where, inputs + where))
@@ -336,12 +337,12 @@ def _color_at(inputs: int, *, features_first: bool) -> int:
 
 
 def _in_order(weight: Tensor, color: int) -> Tensor:
-    """A weight [outputs, inputs] of colour and features, with the colour's inputs from one on."""
+    """A weight [outputs, inputs] of colour and features. If `color` is not 0, the colour's inputs move to the end."""
     return weight if color == 0 else torch.cat([weight[:, 3:], weight[:, :3]], dim=1)
 
 
 def embedding_tiles(layers: Sequence[WholeWeights]) -> list[Tensor]:
-    """Panels for matrix tiles, of both layers; none where their sizes do not fit."""
+    """The panels of both layers for matrix tiles; an empty list if the sizes do not fit."""
     first, second = layers
     inputs = first.integers.shape[1]
     if any(size % GRANULE for size in (inputs - 3, *second.integers.shape)):
@@ -355,12 +356,12 @@ def embedding_tiles(layers: Sequence[WholeWeights]) -> list[Tensor]:
 def views(
     program: Program, rays: Rays, panels: pack_view_embedding.Panels, width: int, tiles: Sequence[Tensor] = ()
 ) -> tuple[Shown, Value, Value]:
-    """What views show of samples, embedded [R, S, V, width], and the first queries [R, S, width].
+    """The values of the views at samples, their embeddings [R, S, V, width], and the first queries [R, S, width].
 
     Args:
-        panels: of `embedding_panels`, features first with tiles.
-        tiles: of `embedding_tiles`: what is shown is packed, and so is the embedding [R, S, V, width / 2]. Without,
-            products are those of float32.
+        panels: the outcome of `embedding_panels`; with tiles, features come first.
+        tiles: the outcome of `embedding_tiles`. With it, values and embeddings [R, S, V, width / 2] are packed. Without
+            it, products are in float32.
     """
     inputs, hidden = panels.first.shape[0], panels.second.shape[0]
     shape, samples = (*rays.samples, rays.centers.shape[0]), rays.samples

@@ -1,4 +1,7 @@
-"""Where along rays samples are drawn, by what a plane sweep has seen."""
+"""Depths of samples along rays, drawn from the weights of a plane sweep.
+
+`shiftadd3d.kernels.reference.gnt.sampling` is the reference.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from shiftadd3d.kernels.whole.program import Function, Program
 
 # Rays of a task.
 _RAYS = 64
-# Above all shares of a density.
+# Larger than any cumulative share.
 _BEYOND = 3.0e38
 
 
@@ -29,8 +32,9 @@ def _build(target: CpuTarget, on_board: bool) -> T.PrimFunc:
     """The function ``(planes, weights, quantiles, control, depths)``; quantiles [S] are evenly spaced from 0 to 1.
 
     Args:
-        on_board: whether planes and weights are those of a chessboard's fields. Before `control` there is then one more
-            argument [rows, columns], of which the shape alone counts, and depths are [rows, columns, S].
+        on_board: whether planes and weights are those of every other ray of a picture, as on a chessboard. Then one
+            more argument [rows, columns] comes before `control`, of which only the shape is read, and depths are
+            [rows, columns, S].
     """
     isa = Isa(target)
     with T.function("between" if on_board else "around") as function:
@@ -43,7 +47,7 @@ def _build(target: CpuTarget, on_board: bool) -> T.PrimFunc:
         depths = rows_of(T.argument("depths", (rows, columns, S) if on_board else (N, S)))
         R = held(rows * columns) if on_board else N
         with T.parallel((R + (_RAYS - 1)) // _RAYS) as task:
-            # Of each bin the share of all mass up to its end, and what its own is.
+            # For each bin the share of all mass up to its end, and its own share.
             ends, mass, total = T.alloc(P + isa.lanes), T.alloc(P), T.alloc(1)
             mixed = T.alloc(2 if on_board else 1, P)
             with T.serial(T.min(T.int64(_RAYS), R - task * _RAYS)) as i:
@@ -59,7 +63,7 @@ def _build(target: CpuTarget, on_board: bool) -> T.PrimFunc:
 
 
 def _mix(ray: Expr, rows: Expr, columns: Expr, fields: Buffer, out: Buffer) -> None:
-    """A row of a ray on a field; of one beside, the mean of those of its neighbours, which are on fields all."""
+    """Write the values of a ray. A ray that has none gets the mean of its neighbours, which all have some."""
     count, factor = out.shape[0], T.alloc(1, align=4)
     row, column = T.bind(T.truncdiv(ray, columns)), T.bind(T.truncmod(ray, columns))
     is_on = T.truncmod(row + column, T.int64(2)) == 0
@@ -93,13 +97,13 @@ def _add_up(isa: Isa, weights: Buffer, P: Expr, ends: Buffer, mass: Buffer, tota
         mass[p] = mass[p] * factor
         total[0] = total[0] + mass[p]
         ends[p] = total[0]
-    # The last bin goes on for ever, and so does what lies behind it in its vector.
+    # The last bin has no end. Neither have the lanes after it in its vector.
     with T.serial(isa.lanes + 1) as i:
         ends[P - 1 + i] = T.float32(_BEYOND)
 
 
 def _quantile(isa: Isa, planes: Buffer, P: Expr, ends: Buffer, mass: Buffer, u: Expr) -> Expr:
-    """The depth that a share u of a ray's mass lies before."""
+    """The depth before which a share u of the ray's mass lies."""
     before = isa.register(0.0)
     one, zero = isa.splat(1.0), isa.splat(0.0)
     with T.serial((P + (isa.lanes - 1)) // isa.lanes) as n:
@@ -107,7 +111,7 @@ def _quantile(isa: Isa, planes: Buffer, P: Expr, ends: Buffer, mass: Buffer, u: 
     bin_of = T.bind(T.cast(isa.total(before.value), "int64"))  # as many bins end before
     left = T.bind(T.if_then_else(bin_of > 0, ends[T.max(bin_of - 1, T.int64(0))], T.float32(0.0)))
     low, high = T.max(bin_of - 1, T.int64(0)), T.min(bin_of + 1, P - 1)
-    # Middles between planes, and at either end the plane itself.
+    # Bins end midway between planes. The first bin begins at the first plane, and the last one ends at the last plane.
     start = T.bind(T.float32(0.5) * (planes[low] + planes[bin_of]))
     end = T.bind(T.float32(0.5) * (planes[bin_of] + planes[high]))
     share = T.bind(mass[bin_of])
@@ -138,7 +142,10 @@ AROUND = Function("around", _build, _try)
 
 
 def around() -> Program:
-    """A program of planes [R, P], weights [R, P] and quantiles [S] evenly from 0 to 1: depths [R, S], increasing."""
+    """A program from planes [R, P], weights [R, P] and quantiles [S], evenly spaced from 0 to 1, to depths [R, S].
+
+    Depths increase.
+    """
     program = Program()
     inputs = [program.input("rays", "planes"), program.input("rays", "planes"), program.input("samples")]
     program.output(program.call(AROUND, inputs, ("rays", "samples"), on_board=False))
@@ -146,10 +153,10 @@ def around() -> Program:
 
 
 def between() -> Program:
-    """The same of a picture of whose rays only those on a chessboard's fields, R of them, have planes and weights.
+    """`around` for a picture in which only every other ray has planes and weights, as on a chessboard.
 
-    The fourth input is [rows, columns] uint8, of which the shape alone counts. Depths are [rows, columns, S]; see
-    `shiftadd3d.kernels.reference.gnt.sampling.between_fields`.
+    R is the number of these rays. The fourth input is [rows, columns] uint8; only its shape is read. Depths are [rows,
+    columns, S]. See `shiftadd3d.kernels.reference.gnt.sampling.between_fields`.
     """
     program = Program()
     inputs = [program.input("fields", "planes"), program.input("fields", "planes"), program.input("samples")]
