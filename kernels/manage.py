@@ -21,7 +21,7 @@ from shiftadd3d.kernels.runtime.library import packed_launcher, runtime_library
 from shiftadd3d.kernels.runtime.targets import CpuTarget, CudaTarget
 
 Facts: TypeAlias = dict[str, object]
-"""What tables and JSON say of a variant."""
+"""The facts about a variant in tables and JSON."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Variant(Generic[Target]):
         return {"kernel": self.kernel.name, "target": self.target.name, "spec": self.spec}
 
     def load(self) -> None:
-        """Have the cache hold it."""
+        """Compile it into the cache, if it is not there."""
         self.kernel.load(self.target, **self.spec)
 
     def check(self) -> None:
@@ -55,13 +55,13 @@ class Variant(Generic[Target]):
         self.kernel.check(self.target, **self.spec)
 
     def packed(self) -> bundle.Packed:
-        """Its library, to be put into a bundle."""
+        """Its library, for a bundle."""
         return self.kernel.packed(self.target, **self.spec)
 
 
 AnyVariant: TypeAlias = Variant[CpuTarget] | Variant[CudaTarget]
 _Row: TypeAlias = tuple[AnyVariant, Facts]
-"""A variant, and what came of it."""
+"""A variant and the facts about it."""
 
 
 def all_variants(names: Iterable[str] = (), target: str | None = None) -> Iterator[AnyVariant]:
@@ -82,7 +82,7 @@ def all_variants(names: Iterable[str] = (), target: str | None = None) -> Iterat
     elif chosen == targets.current():
         yield from _variants(KERNELS, chosen, names)
     else:
-        # Their trials run on this CPU, whose target is the process's.
+        # Trials run on this CPU, and for the target of this process.
         raise UserError(
             f"target {target!r}: this process compiles for {targets.current().name}; set "
             f"{targets.ENVIRONMENT_VARIABLE}={target} to change that"

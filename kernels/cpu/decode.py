@@ -178,13 +178,13 @@ class Decoder(ABC):
         return codes >> self.isa.splat_int(self.bits - 1)
 
     def integer(self, code: Expr) -> Expr:
-        """Weights of codes, counted in that of level 1."""
+        """Weights of codes, in units of the weight of level 1."""
         one = self.isa.splat_int(1)
         mask = T.bind(self.isa.splat_int(0) - self.negative(code))
         return T.bind((((one << self.level(code)) >> one) ^ mask) - mask)
 
     def look_up(self, pairs: Expr, lowest: int = 0) -> list[Expr]:
-        """The weights of 16 bytes, pairs of codes, counted in that of level 1 from `lowest`: two vectors of int8."""
+        """The weights of 16 pairs of codes, less `lowest`, in units of the weight of level 1: two vectors of int8."""
         magnitudes = [0, *(1 << level for level in range(self.levels))]
         entries = [
             T.number("uint8", (sign * magnitude - lowest) & 0xFF) for sign in (1, -1) for magnitude in magnitudes
@@ -220,7 +220,7 @@ def unpacked(packed: Expr, bits: int) -> Expr:
 
 
 def transpose(rows: Sequence[Expr]) -> list[Expr]:
-    """Vectors of as many lanes as there are vectors, a power of two, transposed: rounds of a perfect shuffle."""
+    """The transpose of n vectors of n lanes, where n is a power of two: rounds of a perfect shuffle."""
     rows, size = list(rows), len(rows)
     for _ in range(size.bit_length() - 1):
         pairs = [[rows[i], rows[i + size // 2]] for i in range(size // 2)]

@@ -27,11 +27,11 @@ from shiftadd3d.kernels.runtime.memory import DTYPES, Dtype
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr
 
-_COLUMNS = 4  # outcomes side by side whose sums stay in registers, and that share what they read
+_COLUMNS = 4  # neighbouring outcomes whose sums stay in registers, and that share their inputs
 
 
 class Tensors(NamedTuple):
-    """What a convolution reads and writes."""
+    """The tensors that a convolution reads and writes."""
 
     x: Buffer  # [B, tokens, C]
     weight: Buffer  # [k * k, C]
@@ -179,5 +179,5 @@ def run(
 
 
 def _stored(x: Tensor) -> Tensor:
-    """What a compiled function takes: the channels of a token side by side."""
+    """x as a compiled function takes it: the channels of a token are side by side."""
     return memory.stored(x if x.stride(-1) == 1 else x.contiguous())

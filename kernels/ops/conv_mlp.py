@@ -20,7 +20,7 @@ from shiftadd3d.kernels.ops.matshift import matshift
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.conv_mlp import shift_conv_mlp_twin
 
-# What the hidden activations of the images worked on at a time take up: there are two copies of them, before and after
+# Bytes of hidden activations of the images that are computed together. There are two copies of them, before and after
 # the convolution.
 _HIDDEN_BYTES = 4 << 20
 

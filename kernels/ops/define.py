@@ -62,10 +62,10 @@ def define_op(
     Args:
         arguments: a class of named tuples, whose fields are the op's arguments: tensors, numbers, `Size`, and literals,
             which are checked.
-        twin: what is computed, a function of all arguments one by one.
+        twin: the specification, a function of all arguments one by one.
         check: raises `UserError` for arguments that do not fit together.
-        cpu: what runs on CPU tensors: fresh tensors that share no memory with its arguments, or None where the twin has
-            to do. How exactly, it asks `get_numerics`, as the setting is no argument of any op.
+        cpu: the backend for CPU tensors. It returns fresh tensors that share no memory with its arguments, or None if
+            the twin must run. It asks `get_numerics` how exact it must be, because that is no argument of any op.
         cuda: the same for CUDA tensors.
         fake: the shapes and dtypes of the outcome, for `torch.compile` and `torch.export`.
         backward: ``backward(arguments, gradient, wanted)``, of an op with one outcome: a gradient for each argument,

@@ -76,7 +76,7 @@ def _check(given: AddAttention) -> None:
 
 
 class _Backend(Protocol):
-    """What a kind of device computes, of tensors [B, H, tokens, width] that are not empty; None where the twin has to.
+    """The backend of one kind of device, for tensors [B, H, tokens, width] that are not empty. None: the twin must run.
 
     Rows are contiguous, masks [B, H, M].
     """

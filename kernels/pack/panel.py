@@ -54,10 +54,10 @@ Sizes = Callable[[int], Sequence[tuple[int, ...]]]
 
 
 def lanes_of(op: str, panels: Sequence[Tensor], sizes: Sizes) -> int:
-    """Floats in the vectors that panels are packed for; where there is a choice, those of their device.
+    """Floats in the vectors that panels are packed for. If several lengths fit, that of the panels' device.
 
     Raises:
-        UserError: if they do not fit the other arguments of the op, whatever the vectors.
+        UserError: if the panels do not fit the other arguments of the op for any vector length.
     """
     shapes = [tuple(panel.shape) for panel in panels]
     own = lanes_on(panels[0].device) if panels else 1

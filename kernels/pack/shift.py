@@ -1,9 +1,9 @@
-"""Panels of shift weights as integers: what products read whose weights are few enough to stay unpacked.
+"""Panels of shift weights as integers, for layers with so few weights that they need not be packed.
 
-A power of two counts in the smallest one of its output channel, its unit, and so is an integer of 7 bits with a sign:
-no weight is rounded. A panel holds the integers in words of 32 bits, as many inputs to a word as the form's
-instructions take, inputs down and outputs across, then what else a product needs of an output. Forms are told apart by
-their panels' heights.
+The unit of an output channel is its smallest power of two. Relative to it, each weight is an integer of 7 bits and a
+sign, so no weight is rounded. A panel has words of 32 bits, with inputs down and outputs across. A word holds as many
+inputs as an instruction of the form takes. The last rows hold the other constants of each output. The height of a panel
+tells its form.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shiftadd3d.kernels.runtime.targets import CpuTarget
 PanelForm = Literal["int16", "int8", "bfloat16"]
 
 MOST_BITS = 4
-"""Of a code: more levels are no bytes."""
+"""The largest number of bits of a code. With more, the integers do not fit into bytes."""
 GRANULE = 32
 """Inputs are a multiple of this."""
 
@@ -32,7 +32,7 @@ _HAS_START: dict[PanelForm, bool] = {"int16": True, "int8": True, "bfloat16": Fa
 _DTYPES: dict[PanelForm, torch.dtype] = {"int16": torch.int16, "int8": torch.int8, "bfloat16": torch.bfloat16}
 
 UNSIGNED = 128
-"""What is added to activations of ``"int8"``, since one of an instruction's factors has no sign."""
+"""This is added to activations of ``"int8"``, because one factor of the instruction is unsigned."""
 
 
 class WholeWeights(NamedTuple):
@@ -161,6 +161,6 @@ def find_panels(panels: Sequence[Tensor], form: PanelForm, sizes: Sequence[tuple
 def forms_of(
     form: PanelForm | None, panels: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
 ) -> dict[str, list[Tensor]]:
-    """The forms to try where one is wanted, and their panels among those of all forms; the last one is float32."""
+    """The forms to try, with their panels: the wanted one, if its panels are there, and float32 last."""
     found = None if form is None else find_panels(panels, form, sizes)
     return {"float32": []} if form is None or found is None else {form: found, "float32": []}

@@ -46,7 +46,9 @@ def shifts(codes: Tensor, offset: Tensor, bias: Tensor | None, inputs: int, bits
 
 
 def ordinary(weight: Tensor, bias: Tensor | None, columns: int) -> LinearWeights:
-    """A layer of ordinary weights [outputs, inputs], in panels of so many columns, zeros behind the last one."""
+    """A layer of ordinary weights [outputs, inputs], in panels of `columns` outputs. The last panel is filled with
+    zeros.
+    """
     outputs, inputs = weight.shape
     panels = filled(weight.mT, padded(outputs, columns)).unflatten(1, (-1, columns)).transpose(0, 1)
     peaks = stored(weight.abs().amax(1).clamp(min=_LEAST_PEAK))

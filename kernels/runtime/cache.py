@@ -37,7 +37,7 @@ _SECONDS_UNUSED = 90 * 24 * 3600
 
 
 Record: TypeAlias = dict[str, object]
-"""What is kept with an entry, as JSON has it."""
+"""The facts about an entry, as in JSON."""
 
 
 def folder() -> Path:

@@ -1,4 +1,4 @@
-"""What all kernels share: compiling, checking, caching and falling back to the twin.
+"""The common part of all kernels: compiling, checking, caching and falling back to the twin.
 
 A `Kernel` has a function in TIR, which takes its vector width and instructions from the `CpuTarget`, and a trial that
 compares it with the reference on a small problem. `docs/kernels.md` shows one from top to bottom.
@@ -61,20 +61,20 @@ os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_i
 
 
 class DeviceKernel(ABC, Generic[Target]):
-    """One function in TIR for one kind of device, in as many specialisations as are asked for.
+    """One function in TIR for one kind of device, with any number of specialisations.
 
     Args:
-        name: what it is called everywhere: in the cache, on the command line, in messages.
-        build: ``build(target, **spec)`` returns the function (a `tvm` PrimFunc) specialised to a target and a spec. TVM
-            is imported inside of it.
+        name: its name in the cache, on the command line and in messages.
+        build: ``build(target, **spec)`` returns the function (a `tvm` PrimFunc) for a target and a spec. TVM is
+            imported inside of it.
         trial: ``trial(function, **spec)`` runs the compiled function on a small random problem, compares the outcome
-            with the twin's, and raises `AssertionError` where they differ. Only code that has passed its trial on the
-            machine at hand enters the cache or is ever used.
-        variants: the specs that `shiftadd3d kernels build` compiles ahead, for a target.
+            with the twin's, and raises `AssertionError` if they differ. Code must pass its trial on this machine before
+            it enters the cache or is used.
+        variants: the specs that `shiftadd3d kernels build` compiles ahead for a target.
     """
 
     suffix: str
-    """Of its libraries in the cache."""
+    """The ending of its libraries in the cache."""
 
     def __init__(
         self,
@@ -91,11 +91,11 @@ class DeviceKernel(ABC, Generic[Target]):
 
     @abstractmethod
     def register(self) -> None:
-        """Let the command line find it."""
+        """Enter the kernel in the list of the command line."""
 
     @abstractmethod
     def load(self, target: Target, **spec: SpecValue) -> Compiled | None:
-        """Have the cache hold the compiled code for `target`, and load it where it can run.
+        """Put the compiled code for `target` into the cache, if it is not there, and load it if it can run here.
 
         Raises:
             Exception: one of `FAILURES`; anything else is a bug.
@@ -103,18 +103,18 @@ class DeviceKernel(ABC, Generic[Target]):
 
     @abstractmethod
     def entry(self, target: Target, **spec: SpecValue) -> str:
-        """The key in the cache: everything that the machine code depends on."""
+        """The key in the cache. It depends on everything that the machine code depends on."""
 
     @abstractmethod
     def check(self, target: Target, **spec: SpecValue) -> None:
-        """Run the trial once more on this machine.
+        """Run the trial again on this machine.
 
         Raises:
             AssertionError: if the outcome is not the twin's.
         """
 
     def _once(self, known: tuple[object, ...], load: Callable[[], Function | None]) -> Function | None:
-        """What `load` makes, if that has not been tried before; None if one of `FAILURES` kept it from that."""
+        """The outcome of `load`, which is called once only; None if it raised one of `FAILURES`."""
         with _lock:
             if known not in self._functions:
                 try:
@@ -125,14 +125,14 @@ class DeviceKernel(ABC, Generic[Target]):
             return cast("Function | None", self._functions[known])
 
     def decline(self, reason: str) -> None:
-        """Say, once, that the twin stands in, and why."""
+        """Warn, once, that the twin runs instead, and why."""
         _say_once(
             f"kernel {self.name}: {reason}; plain torch stands in, correct but slower (`shiftadd3d kernels check` "
             "tells more)"
         )
 
     def identity(self, target: Target, **spec: SpecValue) -> dict[str, object]:
-        """What a bundle knows it by: all that it was compiled from, but for the compiler."""
+        """The identity in a bundle: everything that it was compiled from, but not the compiler."""
         names = {"part": "kernel", "kernel": self.name, "target": target.name}
         return {**names, "spec": spec, "sources": self.sources_digest()}
 
@@ -140,7 +140,7 @@ class DeviceKernel(ABC, Generic[Target]):
         """The compiled library for `target`, to be put into a bundle.
 
         Raises:
-            Exception: whatever kept it from being compiled.
+            Exception: if it could not be compiled.
         """
         self.load(target, **spec)
         entry = self.entry(target, **spec)
@@ -155,17 +155,7 @@ class DeviceKernel(ABC, Generic[Target]):
 
 
 class Kernel(DeviceKernel[CpuTarget]):
-    """One function in TIR, with any number of specialisations.
-
-    Args:
-        name: its name in the cache, on the command line and in messages.
-        build: ``build(target, **spec)`` returns the function (a `tvm` PrimFunc) for a target and a spec. TVM is
-            imported inside of it.
-        trial: ``trial(function, **spec)`` runs the compiled function on a small random problem, compares the outcome
-            with the twin's, and raises `AssertionError` if they differ. Code must pass its trial on this machine before
-            it enters the cache or is used.
-        variants: the specs that `shiftadd3d kernels build` compiles ahead for a target.
-    """
+    """A kernel for CPUs. Arguments are those of `DeviceKernel`."""
 
     suffix = ".so"
 
@@ -232,7 +222,7 @@ class Kernel(DeviceKernel[CpuTarget]):
 
 
 def by_name(spec: Callable[..., Compiling], function: Callable[[Given, Compiling], Outcome]) -> Callable[..., Outcome]:
-    """What a `Kernel` takes, of a function of a target, or of compiled code, and of a spec that is a named tuple."""
+    """Make a `build` or `trial` for a `Kernel` from a function whose second argument is a named tuple `spec`."""
 
     @functools.wraps(function)
     def call(given: Given, **compiled_in: SpecValue) -> Outcome:
@@ -297,7 +287,7 @@ def _with_torch_threads(function: Compiled) -> Compiled:
 
 @functools.cache
 def _digest_of_text(file: Path) -> bytes:
-    """Of a file when this is first asked for, which is when it is imported: no later text is what runs here."""
+    """The digest of a file at the first call, when the file is imported. Later changes of the file do not run here."""
     return hashlib.sha256(file.read_bytes()).digest()
 
 

@@ -73,8 +73,8 @@ class CpuTarget:
         return tvm.target.Target({"kind": "llvm", "mcpu": self.mcpu})
 
 
-# LLVM takes a processor to have all that its kind has, which virtual machines do not always pass on. So what it may use
-# in kernels has to be there, too, whether or not they ask for it.
+# LLVM assumes that a processor has all features of its kind, but virtual machines do not always pass them on. So the
+# features that LLVM may use in kernels are listed, too, whether or not kernels ask for them.
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe", "popcnt"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"}
 _AVX512_VNNI = _AVX512 | {"avx512_vnni"}

@@ -1,8 +1,8 @@
-"""What kernels are written with: TVM's TIR under its own names, with types, and imported when first used.
+"""TVM's TIR, in which kernels are written. It has TVM's names, and types, and is imported when first used.
 
-Modules say ``from shiftadd3d.kernels.runtime import tir as T``. Between `function` and the end of its block, calls emit
-statements into the function in the order they are made: a Python loop unrolls, and what a Python variable holds when
-code is emitted is compiled in.
+Modules say ``from shiftadd3d.kernels.runtime import tir as T``. Inside the block of `function`, calls emit statements
+into the function, in the order of the calls. So a Python loop is unrolled, and the value of a Python variable is
+compiled in.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import cast as typed
 
 
 class Expr(Protocol):
-    """A number, or a vector of numbers, that compiled code works out when it runs."""
+    """A number, or a vector of numbers, that compiled code computes when it runs."""
 
     def __add__(self, other: Number, /) -> Expr: ...
     def __radd__(self, other: Number, /) -> Expr: ...
@@ -54,7 +54,7 @@ class PrimFunc(Protocol):
 
 
 class TvmBuffer(Protocol):
-    """What TVM itself calls a buffer."""
+    """A buffer of TVM."""
 
     data: Expr
 
@@ -92,16 +92,16 @@ class Buffer:
         return row if isinstance(self._row, int) and self._row == 0 else self._row + row
 
     def part(self, *leading: Index) -> Buffer:
-        """What is left once the first indices are given: of a matrix a row."""
+        """The part at these first indices: a row of a matrix, for instance."""
         return Buffer(self.data, self.shape[len(leading) :], self.dtype, self._whole(leading))
 
     def below(self, row: Index) -> Buffer:
-        """The rows from one on."""
+        """The rows from `row` on."""
         first, *others = self.shape
         return Buffer(self.data, (first - row, *others), self.dtype, self._leading, self._moved(row))
 
     def extent(self, axis: int) -> int:
-        """An element of the shape that is known while code is emitted."""
+        """A size that is known while code is emitted."""
         size = self.shape[axis]
         assert isinstance(size, int)
         return size
@@ -111,7 +111,7 @@ class Buffer:
         return _tirx().address_of(self[index])
 
     def pointer(self, access: str, offset: Index) -> Expr:
-        """What intrinsics take of a GPU's memory, from so many elements on, to read (``"r"``) or write (``"w"``)."""
+        """A pointer for intrinsics of GPUs, `offset` elements from the start, to read (``"r"``) or write (``"w"``)."""
         return self.data.access_ptr(access, ptr_type=self.dtype, offset=offset)
 
     def flat(self) -> Buffer:
@@ -125,8 +125,8 @@ class Buffer:
         """The same memory in another shape; all views come after all arguments.
 
         Args:
-            strides: elements from an index to the next, of each axis; None for memory without gaps.
-            start: the element that it begins with.
+            strides: elements from one index to the next, for each axis; None for memory without gaps.
+            start: the number of its first element.
         """
         stored = "int16" if self.dtype == "bfloat16" else self.dtype
         data = _tirx().decl_buffer(
@@ -143,7 +143,7 @@ def _tirx() -> ModuleType:
 
 
 def _expression(name: str) -> Callable[..., Expr]:
-    """What makes an expression of its arguments; `name` is TVM's."""
+    """A function that makes an expression from its arguments; `name` is TVM's."""
     return lambda *arguments: getattr(_tirx(), name)(*arguments)
 
 
@@ -151,7 +151,7 @@ def _expression(name: str) -> Callable[..., Expr]:
 
 
 class Builder(Protocol):
-    """A function that is being made, or has been."""
+    """A function that is being made, or is finished."""
 
     def get(self) -> PrimFunc:
         """The function, once its block has ended."""
@@ -172,7 +172,7 @@ def function(name: str) -> Iterator[Builder]:
 
 
 def sizes(count: int) -> list[Expr]:
-    """So many sizes (int64) that the arguments' shapes bind."""
+    """`count` sizes (int64), which the shapes of arguments bind."""
     return [_tirx().int64() for _ in range(count)]
 
 
@@ -187,9 +187,9 @@ def argument(
     """The next argument, a tensor.
 
     Args:
-        shape: numbers to check, and `sizes`, bound by the first argument that has them.
-        strides: where it need not be contiguous.
-        align: bytes that its address is a multiple of; an element's unless said otherwise.
+        shape: numbers, which are checked, and `sizes`, bound by the first argument that has them.
+        strides: for a tensor that need not be contiguous.
+        align: bytes that its address is a multiple of; by default the size of an element.
     """
     stored = "int16" if dtype == "bfloat16" else dtype
     align = align or _alignment(stored)
@@ -197,7 +197,7 @@ def argument(
 
 
 def tensor(name: str, shape: Sequence[Index], stored: str, dtype: str | None = None, **layout: object) -> Buffer:
-    """The next argument, of elements as they are in memory, which `Buffer.dtype` calls `dtype`."""
+    """The next argument, with elements of the type `stored`. `dtype` is the name in `Buffer.dtype`, if another."""
     handle = _tirx().arg(f"{name}_handle", _tirx().handle())
     return Buffer(_named(name, _tirx().match_buffer(handle, shape, stored, **layout)), shape, dtype or stored)
 
@@ -208,14 +208,14 @@ def _alignment(dtype: str) -> int:
 
 
 def _named(name: str, x: Named) -> Named:
-    """`x`, called so where a call does not fit."""
+    """`x`, with a name for messages about calls that do not fit."""
     from tvm.script.ir_builder import IRBuilder
 
     return IRBuilder.name(name, x)
 
 
 def panel(name: str, *shape: int) -> Buffer:
-    """The next argument, packed weights: whole vectors, aligned to them."""
+    """The next argument, packed weights, aligned to whole vectors."""
     return argument(name, shape, align=64)
 
 
@@ -244,22 +244,22 @@ def alloc(*shape: Index, dtype: str = "float32", align: int = 64, scope: str = "
 
 
 def serial(count: Index, unroll: int | None = None) -> AbstractContextManager[Expr]:
-    """A loop over 0 to `count` - 1; a GPU's compiler is told to write so many turns out."""
+    """A loop over 0 to `count` - 1. `unroll` tells a GPU's compiler how many turns to unroll."""
     return _tirx().serial(count, unroll=unroll)
 
 
 def unroll(count: int) -> AbstractContextManager[Expr]:
-    """A loop that is written out."""
+    """A loop that is unrolled."""
     return _tirx().unroll(count)
 
 
 def bound(count: Index, place: str) -> AbstractContextManager[Expr]:
-    """A loop whose turns are a GPU's blocks or threads, such as those of ``"blockIdx.x"``."""
+    """A loop whose turns are blocks or threads of a GPU; `place` is ``"blockIdx.x"`` or similar."""
     return _tirx().thread_binding(count, place)
 
 
 def parallel(count: Index) -> AbstractContextManager[Expr]:
-    """A loop whose turns are shared out over torch's number of threads."""
+    """A loop whose turns are divided among torch's number of threads."""
     return _tirx().parallel(count)
 
 
@@ -284,16 +284,16 @@ def when(condition: Expr | bool) -> Iterator[None]:
 
 
 bind: Callable[[Expr], Expr] = _expression("bind")
-"""An expression computed here and now, once."""
+"""An expression that is computed here, once."""
 
 
 def evaluate(x: Expr) -> None:
-    """Emit an expression for what it does."""
+    """Emit an expression for its effect."""
     _tirx().evaluate(x)
 
 
 def emit(name: str, *arguments: Buffer | Number | str) -> None:
-    """Emit one of TVM's own intrinsics for what it does; of buffers it gets the memory."""
+    """Emit an intrinsic of TVM for its effect. It gets the memory of buffers."""
     evaluate(getattr(_tirx(), name)(*(x.data.data if isinstance(x, Buffer) else x for x in arguments)))
 
 
@@ -311,7 +311,7 @@ float32: Callable[[float], Expr] = _expression("float32")
 
 
 def known(x: Index) -> int | None:
-    """An integer that is known while code is emitted, also where it is one of TVM's; None for any other."""
+    """An integer that is known while code is emitted, Python's or TVM's; None for any other expression."""
     return x if isinstance(x, int) else getattr(x, "value", None) if type(x).__name__ == "IntImm" else None
 
 
@@ -326,18 +326,18 @@ def at(start: Index, count: int) -> Index:
 
 
 def shuffle(vectors: Sequence[Expr], order: Sequence[int]) -> Expr:
-    """The vector of those lanes of all the vectors, counted on from one to the next."""
+    """The vector of these lanes. Lanes are numbered through all vectors."""
     return _tirx().Shuffle(list(vectors), list(order))
 
 
 broadcast: Callable[[Expr, int], Expr] = _expression("broadcast")
-"""A number in so many lanes."""
+"""``broadcast(x, count)``: a number in `count` lanes."""
 
 cast: Callable[[Expr, str], Expr] = _expression("cast")
 """The nearest number of another type."""
 
 reinterpret: Callable[[str, Expr], Expr] = _expression("reinterpret")
-"""``reinterpret(dtype, x)``: the bits of `x` taken for another type."""
+"""``reinterpret(dtype, x)``: the bits of `x` as another type."""
 
 select: Callable[[Expr, Number, Number], Expr] = _expression("Select")
 """``select(condition, x, y)``: `x` where the condition holds, else `y`; both are computed."""
@@ -361,7 +361,7 @@ truncdiv: Callable[[Index, Index], Expr] = _expression("truncdiv")
 """``a // b``, rounded towards zero: quick to compile, where the sign of a is not known."""
 
 truncmod: Callable[[Index, Index], Expr] = _expression("truncmod")
-"""What `truncdiv` leaves over."""
+"""The remainder of `truncdiv`."""
 
 exp: Callable[[Expr], Expr] = _expression("exp")
 sqrt: Callable[[Expr], Expr] = _expression("sqrt")
@@ -373,17 +373,17 @@ nearbyint: Callable[[Expr], Expr] = _expression("nearbyint")
 
 
 def intrinsic(dtype: str, name: str, *arguments: Expr) -> Expr:
-    """What an instruction makes of its arguments; `name` is LLVM's, without its prefix."""
+    """The result of an instruction; `name` is LLVM's, without its prefix."""
     return _tirx().call_llvm_pure_intrin(dtype, f"llvm.{name}", *arguments)
 
 
 def call(dtype: str, function: str, *arguments: Expr) -> Expr:
-    """What a function of the compiler's library makes of its arguments."""
+    """The result of a function of the compiler's library."""
     return _tirx().call_extern(dtype, function, *arguments)
 
 
 def instruct(name: str, *arguments: Expr) -> None:
-    """Emit an instruction for what it does; `name` is LLVM's, without its prefix."""
+    """Emit an instruction for its effect; `name` is LLVM's, without its prefix."""
     evaluate(_tirx().call_llvm_intrin("void", f"llvm.{name}", *arguments))
 
 
@@ -398,4 +398,4 @@ Load: TypeAlias = Callable[[Index, Index, int], Expr]
 """``load(row, column, count)`` reads `count` float32 numbers of a row, a vector, or a scalar if `count` is 1."""
 
 Store: TypeAlias = Callable[[Index, Index, Expr, int], None]
-"""``store(row, column, x, count)`` stores as many."""
+"""``store(row, column, x, count)`` stores `count` float32 numbers of a row."""

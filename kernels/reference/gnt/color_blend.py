@@ -1,4 +1,4 @@
-"""A ray's colour as a mixture of what the source views show: softmaxes over views and over samples.
+"""A ray's colour as a blend of the source views' colours, with softmaxes over views and over samples.
 
 For each sample, with x its features, y_v = [colour and features] of view v, and d_v the view's ray difference::
 
@@ -8,9 +8,9 @@ For each sample, with x its features, y_v = [colour and features] of view v, and
     colour = sum_v softmax_v(l) colour_v,    deviation = the consensus' mean of apart_v, over the colour's channels
     m = u . x + c - agreement deviation             samples fewer than two views see: MASKED_LOGIT
 
-and over the samples of a ray, rgb = sum softmax(m) colour. A view that shows something else than the others may be
-hidden from the sample: that is what the network tells by `apart_v`. With a spread above 0, the nearest of views that
-lie close together counts more than the others, too: photos taken a few degrees apart have their differences.
+and over the samples of a ray, rgb = sum softmax(m) colour. If a view shows something else than the others, the sample
+may be hidden from it. The network sees this from `apart_v`. With a spread above 0, the nearest view counts more even
+among views that are close together, because photos taken a few degrees apart differ, too.
 
 Source: Wang et al., "IBRNet" (CVPR 2021), section 3.3, for blending by learned weights.
 """
@@ -29,7 +29,7 @@ from shiftadd3d.kernels.reference.trials import Draw
 
 MAX_VIEWS = 32
 
-#: What the weights and biases of `color_blend` belong to, in this order.
+#: The layers of the weights and biases of `color_blend`, in this order.
 LAYERS = ("point", "view", "view logit", "sample logit")
 
 

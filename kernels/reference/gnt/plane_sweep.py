@@ -15,7 +15,7 @@ from shiftadd3d.kernels.reference.gnt.gather import Scene
 from shiftadd3d.kernels.reference.layers import Layer, linear, perceptron
 from shiftadd3d.kernels.reference.trials import Draw
 
-#: Logit of what must not be chosen: finite, so that a softmax over nothing but such ones is even instead of NaN.
+#: Logit of a view or point that must not be chosen. It is finite: a softmax over such logits only is even, not NaN.
 MASKED_LOGIT = -1e4
 
 
@@ -48,7 +48,7 @@ def plane_sweep(
 
 
 def _evidence(deviation: Tensor, mask: Tensor) -> Tensor:
-    """What the scoring network sees of a point: its own agreement and that of its neighbours along the ray.
+    """The scoring network's inputs for each point: its own agreement and that of its neighbours along the ray.
 
     Args:
         deviation: [R, P, C] over the views.

@@ -28,8 +28,8 @@ from shiftadd3d.kernels.reference.trials import Draw
 Attention = Literal["softmax", "pm1", "01"]
 ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
 
-#: What the weights and biases of `ray_block` belong to, in this order; the last three are left out where there is no
-#: perceptron. A bias that is not there is None.
+#: The layers of the weights and biases of `ray_block`, in this order. Without a perceptron, the last three are left
+#: out. A layer without a bias has None.
 LAYERS = ("norm", "q", "k", "v", "out", "perceptron's norm", "first", "second")
 
 

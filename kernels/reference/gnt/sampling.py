@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: What is added to each bin's weight: a ray without any weight is sampled evenly.
+#: This is added to each bin's weight, so that a ray without any weight is sampled evenly.
 LEAST_WEIGHT = 1e-5
-#: Bins of less mass count as of mass 1: nothing is divided by next to nothing.
+#: A bin with less mass counts as mass 1, so that nothing is divided by almost zero.
 LEAST_MASS = 1e-5
 #: The mass that stays even around planes: a sweep can be wrong, and the transformers must be able to say so.
 EVEN_SHARE = 0.1

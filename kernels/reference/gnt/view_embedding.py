@@ -1,6 +1,6 @@
-"""What a GNT starts from: an embedding of what each view shows of a point, and the point's first query.
+"""The inputs of a GNT's transformers: an embedding of each view's values at a point, and the point's first query.
 
-For each point, with x_v what view v shows::
+For each point, with the values x_v of view v::
 
     e_v = W_2 relu(W_1 x_v + b_1) + b_2
     query = max_v e_v + W_c [mean_v x_v, deviation_v x_v, share of views that see the point] + b_c
