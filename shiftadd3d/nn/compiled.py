@@ -359,12 +359,8 @@ def _rows_at_a_time(inputs: Sequence[Tensor]) -> int:
     return torch.get_num_threads() * max(1, _BYTES_AT_A_TIME // max(1, of_each))
 
 
-class CompiledModel(nn.Module):
-    """A frozen model, compiled: a call runs its executable, several times for a large batch.
-
-    It is for inference only. Weights and numerics are those of the time when it was compiled. If an integer product
-    cannot express an activation, the call is repeated with an executable that computes in float32. That one is compiled
-    when it is first needed.
+class Compiled(nn.Module):
+    """The common part of compiled models: executables from the cache, the compiler or another process.
 
     Attributes:
         model: the frozen model. It does the work if compiling failed, or as long as it takes.
@@ -373,22 +369,16 @@ class CompiledModel(nn.Module):
         overflows: number of calls that were repeated.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        program: Program | None,
-        numerics: Numerics,
-        reason: str | None,
-        background: bool = False,
-    ) -> None:
-        super().__init__()
-        self.model, self.reason, self.overflows = model, reason, 0
+    def _begin(self, numerics: Numerics, reason: str | None, background: bool) -> None:
+        """Set the attributes, after the constructor of `nn.Module`."""
         self.numerics: Numerics = numerics
-        self._program, self._supply = program, Supply(background)
-        self._lock = threading.Lock()
+        self.reason, self.overflows = reason, 0
+        self._lock, self._supply = threading.Lock(), Supply(background)
         self._executables: dict[Exactness, Any] = {}
-        self._weights: Any = None
-        self.training = False
+
+    def _ready(self, exactness: Exactness) -> bool:
+        """Compile now if necessary, under the lock. Returns whether there is an executable."""
+        raise NotImplementedError
 
     @property
     def is_compiled(self) -> bool:
@@ -404,6 +394,37 @@ class CompiledModel(nn.Module):
         """Wait until the model has been compiled in the background. Returns whether there is an executable."""
         self._supply.wait()
         return self.is_compiled
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Executables come from the cache again.
+        return {**vars(self), "_lock": None, "_executables": {}, "_supply": Supply(self._supply.background)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.Lock()
+
+
+class CompiledModel(Compiled):
+    """A frozen model, compiled: a call runs its executable, several times for a large batch.
+
+    It is for inference only. Weights and numerics are those of the time when it was compiled. If an integer product
+    cannot express an activation, the call is repeated with an executable that computes in float32. That one is compiled
+    when it is first needed. Attributes are those of `Compiled`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        program: Program | None,
+        numerics: Numerics,
+        reason: str | None,
+        background: bool = False,
+    ) -> None:
+        super().__init__()
+        self._begin(numerics, reason, background)
+        self.model, self._program = model, program
+        self._weights: Any = None
+        self.training = False
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The output of the model for its inputs, in evaluation.
@@ -461,13 +482,7 @@ class CompiledModel(nn.Module):
         deployment.write(folder, self._program, self.numerics, about)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is compiled comes from the cache again.
-        supply = Supply(self._supply.background)
-        return {**vars(self), "_lock": None, "_executables": {}, "_supply": supply, "_weights": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._lock = threading.Lock()
+        return {**super().__getstate__(), "_weights": None}
 
     def train(self, mode: bool = True) -> CompiledModel:
         if mode:

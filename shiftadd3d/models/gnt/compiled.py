@@ -5,7 +5,6 @@ Importing this tells `shiftadd3d.compile` of GNTs.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -28,7 +27,6 @@ from shiftadd3d.kernels.runtime.numerics import Numerics, uses_kernels
 from shiftadd3d.kernels.runtime.targets import current
 from shiftadd3d.kernels.runtime.threads import follow_torch
 from shiftadd3d.kernels.whole import executable
-from shiftadd3d.kernels.whole.background import Supply
 from shiftadd3d.kernels.whole.gnt import blocks, head, rays
 from shiftadd3d.kernels.whole.gnt.perceptrons import Perceptron, perceptron_of, perceptrons, shift_perceptron_of
 from shiftadd3d.kernels.whole.gnt.rays import Rays, Shown
@@ -50,6 +48,7 @@ from shiftadd3d.models.gnt.transformer import GNT, FeedForward, ViewTransformer
 from shiftadd3d.nn import FrozenMlp, FrozenModule, FrozenMoE
 from shiftadd3d.nn.attachments import has_hooks
 from shiftadd3d.nn.compiled import (
+    Compiled,
     Emission,
     Norm,
     Unserved,
@@ -292,17 +291,11 @@ def programs_of(model: GNTModel, exactness: Exactness) -> dict[str, Program]:
     return programs
 
 
-class CompiledGNT(GNTModel):
-    """A frozen GNT whose plane sweep is one call of an executable, and all that comes behind another.
+class CompiledGNT(Compiled, GNTModel):
+    """A frozen GNT, compiled: the plane sweep is one call of an executable, and everything after it is another.
 
-    It has the parts of the frozen model, and computes what that does, in inference and in the numerics that it was
-    compiled for. Source views are encoded as before. Weights are those at the time of compiling.
-
-    Attributes:
-        model: the frozen model.
-        reason: why it is not compiled and runs as before, or None.
-        numerics: what it computes in.
-        overflows: how many calls an activation made to be done again, in float32.
+    It is for inference only, and has the parts of the frozen model. The frozen model encodes the source views. Weights
+    and numerics are those of the time when it was compiled. Attributes are those of `Compiled`.
     """
 
     model: GNTModel
@@ -310,31 +303,11 @@ class CompiledGNT(GNTModel):
     def __init__(self, model: GNTModel, numerics: Numerics, background: bool = False) -> None:
         nn.Module.__init__(self)
         vars(self).update(vars(model))
-        self.__dict__["model"] = model  # no part of this one, whose parts it has
-        self.numerics: Numerics = numerics
-        self.reason: str | None = None
-        self.overflows = 0
-        self._lock = threading.Lock()
-        self._supply = Supply(background)
+        self.__dict__["model"] = model  # not as a part of this model, because they have the same parts
+        self._begin(numerics, None, background)
         self._programs: dict[Exactness, dict[str, Program]] = {}
-        self._executables: dict[Exactness, _Executables] = {}
         self._of_views: dict[str, tuple[list[Tensor | None], Tensor]] = {}
         self._found_in: dict[int, list[nn.Module]] = {}  # modules of a part, by its id
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether there are executables. Else `reason` says why not; without one, they are being compiled."""
-        return self.load(self.numerics)
-
-    def load(self, exactness: Exactness) -> bool:
-        """See to it that there are executables for these numerics; tells whether there are by now."""
-        with self._lock:
-            return self._ready(exactness)
-
-    def wait(self) -> bool:
-        """Wait for what is being compiled in the background; tells whether there are executables."""
-        self._supply.wait()
-        return self.is_compiled
 
     def _ready(self, exactness: Exactness) -> bool:
         if exactness not in self._executables and self.reason is None:
@@ -457,14 +430,7 @@ class CompiledGNT(GNTModel):
         return outcome
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is compiled comes from the cache again.
-        supply = Supply(self._supply.background)
-        of_process = {"_lock": None, "_executables": {}, "_programs": {}, "_supply": supply}
-        return {**vars(self), **of_process, "_of_views": {}, "_found_in": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._lock = threading.Lock()
+        return {**super().__getstate__(), "_programs": {}, "_of_views": {}, "_found_in": {}}
 
 
 def _first_channels(maps: Tensor, count: int) -> Tensor:
