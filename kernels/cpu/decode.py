@@ -25,7 +25,7 @@ class Weights:
 
     Attributes:
         codes: [terms, outputs, bytes of a row] uint8; of ordinary weights themselves, [outputs, inputs] float32, or in
-            panels [panels, inputs, columns].
+            panels [panels, inputs, columns]; or rounded, in pairs in an int32 [panels, pairs of inputs, columns].
         offset: [terms, outputs] int8; None of ordinary weights, in panels the largest magnitude of each output's
             [outputs] float32.
         bias: [outputs] float32.

@@ -146,10 +146,15 @@ class Plan:
                     emit_layers(products(number), chain, activation, longest, rows, read, write, flag)
 
     def route(self, logits: Buffer, assignment: Buffer) -> None:
-        """Emit the choice of the experts [tokens] by their logits [tokens, experts], and a counting sort by it."""
+        """Emit the choice of the experts [tokens] by their logits [tokens, experts], and share them out to tasks."""
+        self.sort(logits, assignment, self._tokens)
+        self._share_out()
+
+    def sort(self, logits: Buffer, assignment: Buffer, tokens: Expr) -> None:
+        """Emit the choice of the experts of the first tokens, and a counting sort by it."""
         for expert in self._experts:
             self._next[expert] = T.int64(0)
-        with T.serial(self._tokens) as token:
+        with T.serial(tokens) as token:
             choose(logits.part(token), len(self._experts), assignment, self._best, token)
             chosen = assignment[token]
             self._next[chosen] = self._next[chosen] + 1
@@ -157,11 +162,14 @@ class Plan:
         for expert in self._experts:
             self._begin[expert + 1] = self._begin[expert] + self._next[expert]
             self._next[expert] = self._begin[expert]
-        with T.serial(self._tokens) as token:
+        with T.serial(tokens) as token:
             expert = T.bind(assignment[token])
             self.order[self._next[expert]] = T.cast(token, "int32")
             self._next[expert] = self._next[expert] + 1
-        self._share_out()
+
+    def of_expert(self, expert: int) -> tuple[Expr, Expr]:
+        """The place in `order` that an expert's tokens begin at, and their number."""
+        return self._begin[expert], self._begin[expert + 1] - self._begin[expert]
 
     def _share_out(self) -> None:
         """Experts take turns in the list of tasks, so that threads with equal parts of it have equally much to do."""

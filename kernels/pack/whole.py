@@ -9,11 +9,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d.kernels.pack.panel import filled, padded, stored
 
 _LEAST_PEAK = 2.0**-64  # so that it has a reciprocal
+
+MOST_WEIGHT = 2047
+"""The integer that stands for the largest magnitude of an output's ordinary weights."""
 
 
 class LinearWeights(NamedTuple):
@@ -25,6 +29,8 @@ class LinearWeights(NamedTuple):
         bias: [outputs] float32.
         inputs: their number.
         bits, terms: of the codes; 0 of ordinary weights.
+        words: ordinary weights as 16-bit integers, two inputs to an int32 [panels, pairs of inputs, columns]; empty if
+            no product is of integers; None of codes.
     """
 
     weight: Tensor
@@ -33,6 +39,7 @@ class LinearWeights(NamedTuple):
     inputs: int
     bits: int
     terms: int
+    words: Tensor | None = None
 
     @property
     def outputs(self) -> int:
@@ -45,14 +52,24 @@ def shifts(codes: Tensor, offset: Tensor, bias: Tensor | None, inputs: int, bits
     return LinearWeights(codes.contiguous(), offset.contiguous(), bias, inputs, bits, codes.shape[0])
 
 
-def ordinary(weight: Tensor, bias: Tensor | None, columns: int) -> LinearWeights:
+def ordinary(weight: Tensor, bias: Tensor | None, columns: int, *, integers: bool = False) -> LinearWeights:
     """A layer of ordinary weights [outputs, inputs], in panels of `columns` outputs. The last panel is filled with
     zeros.
+
+    Args:
+        integers: whether to keep them as integers, too.
     """
     outputs, inputs = weight.shape
     panels = filled(weight.mT, padded(outputs, columns)).unflatten(1, (-1, columns)).transpose(0, 1)
     peaks = stored(weight.abs().amax(1).clamp(min=_LEAST_PEAK))
-    return LinearWeights(stored(panels), peaks, _bias(bias, outputs, weight), inputs, 0, 0)
+    if integers:
+        whole = (weight.float() * (MOST_WEIGHT / peaks).unsqueeze(1)).round().to(torch.int32)
+        pairs = F.pad(whole, (0, inputs % 2, 0, -outputs % columns)).unflatten(1, (-1, 2))
+        words = (pairs[..., 0] & 0xFFFF) | (pairs[..., 1] << 16)  # [padded outputs, pairs]
+        words = words.mT.unflatten(1, (-1, columns)).transpose(0, 1).contiguous()
+    else:
+        words = torch.empty(0, 1, columns, dtype=torch.int32, device=weight.device)
+    return LinearWeights(stored(panels), peaks, _bias(bias, outputs, weight), inputs, 0, 0, words)
 
 
 def side_by_side(layers: Sequence[LinearWeights]) -> LinearWeights:

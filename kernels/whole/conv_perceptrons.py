@@ -7,7 +7,8 @@ its rows from top to bottom. The next band reuses the last two rows that the con
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ from shiftadd3d.kernels.whole.program import Exactness, Function, Program, Value
 
 KERNEL = 3
 """The convolution's rows and columns."""
-_REACH = KERNEL // 2
+REACH = KERNEL // 2
 
 # Bytes of a band's hidden activations, before and after the convolution. More bands decode weights more often.
 _BAND_BYTES = 9 << 17
@@ -61,7 +62,7 @@ class Sizes(NamedTuple):
     width: int
 
 
-class _Band:
+class Band:
     """Hidden activations of a band of rows, in the memory of a task, panel by panel.
 
     Rows that the convolution reads have a column of zeros at each end. They are kept in a ring of rows.
@@ -70,19 +71,42 @@ class _Band:
     def __init__(self, isa: Isa, sizes: Sizes, columns: int, rows: int) -> None:
         self._isa, self._sizes, self._columns = isa, sizes, columns
         self.rows = rows
-        self._places, self._pitch = rows + 2 * _REACH, sizes.width + 2 * _REACH
+        self._places, self._pitch = rows + 2 * REACH, sizes.width + 2 * REACH
         panels = sizes.hidden // columns
         self._before = T.alloc(panels, self._places * self._pitch, columns)
         self.after = T.alloc(panels, rows * sizes.width, columns)
         self._of_token = T.alloc(self._places * sizes.width, dtype="int32")
 
+    @contextmanager
+    def each(self, task: Rows) -> Iterator[tuple[Expr, Expr, Expr, Expr]]:
+        """Emit a loop over a task's bands.
+
+        Yields:
+            The first row whose tokens to `store`, and their number; the first row to `convolve`, and the one behind
+            the last.
+        """
+        height, rows = self._sizes.height, self.rows
+        self.clear_sides()
+        with T.when(task.begin == 0):
+            self.clear_row(T.int64(-1))
+        with T.serial(T.truncdiv(task.end - task.begin + (rows - 1), T.int64(rows))) as step:
+            first = held(task.begin + step * rows)
+            last = held(T.min(first + rows, task.end))
+            with T.when(last == height):
+                self.clear_row(T.int64(height))
+            # The band before has left its last rows.
+            fresh = held(T.select(step == 0, T.max(first - REACH, T.int64(0)), first + REACH))
+            beyond = held(T.min(last + REACH, T.int64(height)))
+            self.find(fresh, beyond)
+            yield fresh, held((beyond - fresh) * self._sizes.width), first, last
+
     def clear_sides(self) -> None:
-        """Set the columns at both ends to zero. Call it first."""
+        """Set the columns at both ends to zero."""
         self._each_panel(self._clear_sides)
 
     def _clear_sides(self, panel: Expr) -> None:
         with T.serial(self._places) as place:
-            for column in (*range(_REACH), *range(self._pitch - _REACH, self._pitch)):
+            for column in (*range(REACH), *range(self._pitch - REACH, self._pitch)):
                 self._clear(panel, place * self._pitch + column)
 
     def clear_row(self, row: Index) -> None:
@@ -91,7 +115,7 @@ class _Band:
 
         def of_panel(panel: Expr) -> None:
             with T.serial(self._sizes.width) as column:
-                self._clear(panel, start + column + _REACH)
+                self._clear(panel, start + column + REACH)
 
         self._each_panel(of_panel)
 
@@ -105,7 +129,7 @@ class _Band:
 
     def _start(self, row: Index) -> Expr:
         """The first token of a row of the grid. The row above the grid is -1."""
-        return T.truncmod(row + _REACH, T.int64(self._places)) * self._pitch
+        return T.truncmod(row + REACH, T.int64(self._places)) * self._pitch
 
     def find(self, first: Expr, last: Expr) -> None:
         """Prepare to store rows `first` to `last` - 1."""
@@ -113,7 +137,7 @@ class _Band:
         with T.serial(last - first) as i:
             start = T.bind(T.cast(self._start(first + i), "int32"))
             with T.serial(width) as j:
-                self._of_token[i * width + j] = start + T.cast(j, "int32") + T.int32(_REACH)
+                self._of_token[i * width + j] = start + T.cast(j, "int32") + T.int32(REACH)
 
     def store(self, row: Index, column: Index, value: Expr, count: int) -> None:
         """Store inputs of the convolution. Tokens count from the first row on."""
@@ -154,7 +178,7 @@ class _Band:
             weights = [isa.keep(taps[tap, isa.at(channel)]) for tap in range(KERNEL * KERNEL)]
             start = isa.keep(bias[isa.at(channel)])
             with T.serial(last - first) as i:
-                lines = [T.bind(self._start(first + i + k - _REACH)) for k in range(KERNEL)]
+                lines = [T.bind(self._start(first + i + k - REACH)) for k in range(KERNEL)]
                 with T.serial(-(-width // tile)) as group:
                     left = T.bind(T.min(group * tile, T.int64(width - tile)))
                     sums = [isa.register(start) for _ in range(tile)]
@@ -197,17 +221,18 @@ def _build(
         added, control = T.argument("added", (batch, height * width, outputs)), control_argument()
         y = T.argument("y", (batch, height * width, outputs))
         x, y, added, threads = rows_of(x), rows_of(y), rows_of(added), threads_of(control)
-        # Threads share an image if there are few images.
-        alike = T.either(T.truncmod(batch, threads) == 0, batch >= 4 * threads)
-        parts = held(T.select(alike, T.int64(1), T.min(threads, T.int64(height))))
+        parts = parts_of_image(batch, height, threads)
         with T.parallel(batch * parts) as task:
-            image, part = held(T.truncdiv(task, parts)), held(T.truncmod(task, parts))
-            begin = held(T.truncdiv(part * height, parts))
-            end = held(T.truncdiv((part + 1) * height, parts))
-            rows_of_task = _Rows(image, begin, end)
+            rows_of_task = Rows.of_task(task, parts, height)
             parts_of_call = _Arguments(x, norm, one, taps, bias, two, added, control, y)
             _emit_rows(isa, size, products, activation, rows, parts_of_call, rows_of_task)
     return function.get()
+
+
+def parts_of_image(batch: Expr, height: int, threads: Expr) -> Expr:
+    """How many tasks share an image: more than one if there are few images."""
+    alike = T.either(T.truncmod(batch, threads) == 0, batch >= 4 * threads)
+    return held(T.select(alike, T.int64(1), T.min(threads, T.int64(height))))
 
 
 class _Arguments(NamedTuple):
@@ -222,12 +247,18 @@ class _Arguments(NamedTuple):
     y: Buffer  # [B * tokens, outputs]
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """The rows of an image that a task computes: from `begin` to before `end`."""
 
     image: Expr
     begin: Expr
     end: Expr
+
+    @classmethod
+    def of_task(cls, task: Expr, parts: Expr, height: int) -> Rows:
+        """Those of a task, if each image is divided into so many parts."""
+        image, part = held(T.truncdiv(task, parts)), held(T.truncmod(task, parts))
+        return cls(image, held(T.truncdiv(part * height, parts)), held(T.truncdiv((part + 1) * height, parts)))
 
 
 def _emit_rows(
@@ -237,31 +268,19 @@ def _emit_rows(
     activation: Activation,
     rows: int,
     given: _Arguments,
-    task: _Rows,
+    task: Rows,
 ) -> None:
     """The code of a task, `rows` rows at a time."""
-    height, width = size.height, size.width
+    width = size.width
     one, two = products
-    band = _Band(isa, size, one.columns, rows)
+    band = Band(isa, size, one.columns, rows)
     scratch = (
-        _scratch(one, (rows + 2 * _REACH) * width, given.one.inputs),
-        _scratch(two, rows * width, given.two.inputs),
+        scratch_of(one, (rows + 2 * REACH) * width, given.one.inputs),
+        scratch_of(two, rows * width, given.two.inputs),
     )
     apply = two.activation(activation)
-    band.clear_sides()
-    with T.when(task.begin == 0):
-        band.clear_row(T.int64(-1))
-    with T.serial(T.truncdiv(task.end - task.begin + (rows - 1), T.int64(rows))) as step:
-        first = held(task.begin + step * rows)
-        last = held(T.min(first + rows, task.end))
-        with T.when(last == height):
-            band.clear_row(T.int64(height))
-        # The band before has left its last rows.
-        fresh = held(T.select(step == 0, T.max(first - _REACH, T.int64(0)), first + _REACH))
-        beyond = held(T.min(last + _REACH, T.int64(height)))
-        band.find(fresh, beyond)
-        source = held((task.image * height + fresh) * width)
-        count = held((beyond - fresh) * width)
+    with band.each(task) as (fresh, count, first, last):
+        source = held((task.image * size.height + fresh) * width)
         load, before_rows = isa.reader(given.x, lambda row: source + row), None
         if given.norm is not None:
             load, before_rows = normed(isa, given.norm, load, given.one.inputs)
@@ -270,7 +289,7 @@ def _emit_rows(
         with T.serial(size.hidden // one.columns) as panel:
             one.panels(scratch[0], count, given.one, panel, panel + 1, lambda x: x, band.store)
             band.convolve(panel, first, last, given.taps, given.bias, apply, keep)
-        top = held((task.image * height + first) * width)
+        top = held((task.image * size.height + first) * width)
         count = held((last - first) * width)
         if isinstance(two, Float32Product):
             two.finish_stage(scratch[1], count, given.two.inputs)
@@ -286,17 +305,23 @@ def _emit_rows(
     two.release()
 
 
-def _scratch(product: ShiftProduct, rows: int, inputs: Expr) -> Scratch:
+def scratch_of(product: ShiftProduct, rows: int, inputs: Expr) -> Scratch:
+    """Memory of a product for so many rows, and the rest of their last tile."""
     return product.scratch(-(-rows // product.rows) * product.rows, inputs)
 
 
 def _resolve(target: CpuTarget, exactness: Exactness, spec: dict[str, Any]) -> dict[str, Any]:
-    form, sizes = form_of(target, exactness, spec["bits"], spec["terms"]), Sizes(*spec["sizes"])
-    pitch = sizes.width + 2 * _REACH
-    tokens = _BAND_BYTES // (4 * sizes.hidden) - 2 * _REACH * pitch
+    form = form_of(target, exactness, spec["bits"], spec["terms"])
+    return spec | {"form": form, "rows": rows_of_band(Sizes(*spec["sizes"]))}
+
+
+def rows_of_band(sizes: Sizes) -> int:
+    """Rows of a band whose hidden activations the second-level cache holds."""
+    pitch = sizes.width + 2 * REACH
+    tokens = _BAND_BYTES // (4 * sizes.hidden) - 2 * REACH * pitch
     most = max(1, tokens // (pitch + sizes.width))
     bands = -(-sizes.height // most)
-    return spec | {"form": form, "rows": -(-sizes.height // bands)}
+    return -(-sizes.height // bands)
 
 
 def _try(
@@ -377,6 +402,10 @@ def conv_perceptron(
 def serves(layers: tuple[LinearWeights, LinearWeights], weight: Tensor, grid: tuple[int, int], columns: int) -> bool:
     """Whether to use `conv_perceptron` for such layers, with panels of this many columns."""
     first, second = layers
-    alike = (first.bits, first.terms) == (second.bits, second.terms)
-    fits = tuple(weight.shape[2:]) == (KERNEL, KERNEL) and first.outputs % columns == 0
-    return alike and fits and grid[0] * grid[1] >= _LEAST_TOKENS
+    return (first.bits, first.terms) == (second.bits, second.terms) and by_bands(weight, grid, columns)
+
+
+def by_bands(weight: Tensor, grid: tuple[int, int], columns: int) -> bool:
+    """Whether a convolution's hidden activations are worth dividing into bands, and can be."""
+    fits = tuple(weight.shape[2:]) == (KERNEL, KERNEL) and weight.shape[0] % columns == 0
+    return fits and grid[0] * grid[1] >= _LEAST_TOKENS

@@ -18,7 +18,7 @@ from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
-from shiftadd3d.kernels.whole.parts import Norm, block_of, control_argument, held, rows_of, threads_of
+from shiftadd3d.kernels.whole.parts import Norm, block_of, control_argument, held, rows_of, threads_of, tiles_of
 from shiftadd3d.kernels.whole.products import (
     form_of,
     norm_values,
@@ -31,6 +31,8 @@ from shiftadd3d.kernels.whole.products import (
 from shiftadd3d.kernels.whole.program import Exactness, Function, Program, Value
 
 _VECTOR = 16  # numbers of the widest
+# Tiles of a thread's block at least. Windows are costly to stage, so two threads are worth reading all weights twice.
+_FEWEST_TILES = 2
 
 
 class Window(NamedTuple):
@@ -154,10 +156,11 @@ def _build_convolution(
     eps_behind: float | None,
     outputs: int,
     longest: int,
+    tile: int,
 ) -> T.PrimFunc:
     """The function ``(x, norm before, layer's weights, norm behind, control, y)``, y [B, tokens, outputs]."""
     isa, product = Isa(target), product_of(target, form, bits, terms)
-    window = Window(*window)
+    product.rows, window = tile, Window(*window)
     height, width = window.grid
     with T.function("convolution") as function:
         (batch,) = T.sizes(1)
@@ -175,7 +178,7 @@ def _build_convolution(
         padded = _Padded(window, batch, isa.lanes)
         padded.fill(isa, x, before)
         rows = held(batch * (height * width))
-        block = block_of(rows, longest, product.rows, threads_of(control))
+        block = block_of(rows, longest, product.rows, threads_of(control), _FEWEST_TILES)
         with T.parallel((rows + block - 1) // block) as task:
             top = held(task * block)
             count = held(T.min(block, rows - top))
@@ -211,8 +214,9 @@ def _build_convolution(
 
 def _resolve_convolution(target: CpuTarget, exactness: Exactness, spec: dict[str, Any]) -> dict[str, Any]:
     form = form_of(target, exactness, spec["bits"], spec["terms"])
-    inputs = Window(*spec["window"]).inputs
-    return spec | {"form": form, "longest": longest_block(target, form, inputs, BLOCK_BYTES)}
+    window = Window(*spec["window"])
+    longest = longest_block(target, form, window.inputs, BLOCK_BYTES)
+    return spec | {"form": form} | tiles_of(target, form, longest, window.grid[0] * window.grid[1])
 
 
 def _try_convolution(
@@ -225,6 +229,7 @@ def _try_convolution(
     eps_behind: float | None,
     outputs: int,
     longest: int,
+    tile: int,
 ) -> None:
     draw, window = Draw(), Window(*window)
     layer, matrix = random_layer(draw, window.inputs, outputs, bits, terms)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shiftadd3d.kernels.cpu.blocks import folded_each
-from shiftadd3d.kernels.cpu.forms import even_blocks
+from shiftadd3d.kernels.cpu.forms import Form, even_blocks, tile_shape
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.runtime import tir as T
+from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index, Load, Store
 
 
@@ -97,9 +98,24 @@ class Norm:
                 store(first + i, c, apart(i, c, 1) * factors[i] * self.gain[c] + self.shift[c], 1)
 
 
-def block_of(rows: Expr, longest: int, tile: int, threads: Expr) -> Expr:
-    """Rows of a block, as `rows_of_block` has it."""
-    return held(even_blocks(rows, longest, tile, threads, _held_min, _held_max))
+def block_of(rows: Expr, longest: int, tile: int, threads: Expr, fewest: int = 4) -> Expr:
+    """Rows of a block, as `rows_of_block` has it; `fewest`: see `even_blocks`."""
+    return held(even_blocks(rows, longest, tile, threads, _held_min, _held_max, fewest))
+
+
+def tiles_of(target: CpuTarget, form: Form, longest: int, tokens: int | str) -> dict[str, int]:
+    """Rows of a product's tile, and `longest` as a multiple of them, for pictures of so many tokens.
+
+    A picture's last tile takes as long as a whole one, so it should lack few rows: 7 x 7 tokens are four tiles of 13
+    rows, or five of 12. AVX-512 has registers for both.
+    """
+    rows, _ = tile_shape(target, form)
+    if isinstance(tokens, int) and not form.startswith("bfloat16"):
+        if tokens == 1:
+            rows = 4
+        elif target.has_avx512:
+            rows = min((rows, rows + 1), key=lambda some: -(-tokens // some) * some)
+    return {"tile": rows, "longest": max(rows, longest // rows * rows)}
 
 
 def _held_min(a: Expr, b: Expr) -> Expr:

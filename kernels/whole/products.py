@@ -28,7 +28,7 @@ from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Expr, Index
-from shiftadd3d.kernels.whole.parts import Norm, block_of, control_argument, held, rows_of, threads_of
+from shiftadd3d.kernels.whole.parts import Norm, block_of, control_argument, held, rows_of, threads_of, tiles_of
 from shiftadd3d.kernels.whole.program import Exactness, Function, Program, Value
 
 
@@ -43,19 +43,22 @@ def form_of(target: CpuTarget, exactness: Exactness, bits: int, terms: int) -> F
 
 
 def product_of(target: CpuTarget, form: Form, bits: int, terms: int) -> ShiftProduct:
-    """The code of such a product. Among experts, ordinary weights are in float32, whatever the form of the others."""
+    """The code of such a product. Among experts, `form` and `bits` are those of the ones with shifts."""
     if terms:
         return shift_product(target, form, bits, terms, "float32")
-    return OrdinaryInt16Product(target) if form == "int16" and not bits else PanelProduct(target)
+    integers = (form == "int16" and not bits) or (form == "int8" and target.has_vnni)
+    return OrdinaryInt16Product(target) if integers else PanelProduct(target)
 
 
 def weights_argument(product: ShiftProduct, name: str, terms: int, inputs: Expr, outputs: Expr) -> Weights:
-    """The next arguments of a function: codes and offset, or panels and largest magnitudes; and bias."""
+    """The next arguments of a function: codes and offset, or panels, words and largest magnitudes; and bias."""
     if terms:
         return Weights.argument(name, terms, inputs, outputs)
     panels = T.argument(f"panels{name}", (*T.sizes(1), inputs, product.columns))
+    words = T.argument(f"words{name}", (*T.sizes(2), product.columns), "int32")
     peaks = T.argument(f"peaks{name}", (outputs,))
-    return Weights(panels, peaks, T.argument(f"bias{name}", (outputs,)), inputs, outputs)
+    taken = words if isinstance(product, OrdinaryInt16Product) else panels
+    return Weights(taken, peaks, T.argument(f"bias{name}", (outputs,)), inputs, outputs)
 
 
 def weight_values(program: Program, layer: LinearWeights) -> list[Value]:
@@ -78,6 +81,7 @@ def _build_linear(
     residual: bool,
     longest: int,
     narrow: int,
+    tile: int,
 ) -> T.PrimFunc:
     """The function ``(x, norm's weight and bias, layer's weights, what is added, control, y)``.
 
@@ -85,6 +89,7 @@ def _build_linear(
     Inputs are `narrow` unless that is 0.
     """
     isa, product = Isa(target), product_of(target, form, bits, terms)
+    product.rows = tile
     with T.function("linear") as function:
         batch, tokens, inputs, outputs = T.sizes(4)
         inputs = T.int64(narrow) if narrow else inputs
@@ -135,10 +140,12 @@ def normed(isa: Isa, norm: Norm, load: T.Load, width: Expr) -> tuple[T.Load, Cal
 
 
 def _resolve_linear(target: CpuTarget, exactness: Exactness, spec: dict[str, Any]) -> dict[str, Any]:
-    form, inputs = form_of(target, exactness, spec["bits"], spec["terms"]), spec.pop("inputs")
+    form = form_of(target, exactness, spec["bits"], spec["terms"])
+    inputs, tokens = spec.pop("inputs"), spec.pop("tokens")
     # Of so few, each that is taken at a time counts.
     narrow = inputs if inputs <= _NARROW and inputs % target.lanes == 0 else 0
-    return spec | {"form": form, "longest": longest_block(target, form, inputs, BLOCK_BYTES), "narrow": narrow}
+    longest = longest_block(target, form, inputs, BLOCK_BYTES)
+    return spec | {"form": form, "narrow": narrow} | tiles_of(target, form, longest, tokens)
 
 
 def _try_linear(
@@ -151,6 +158,7 @@ def _try_linear(
     residual: bool,
     longest: int,
     narrow: int,
+    tile: int,
 ) -> None:
     """Odd sizes with tails on every side, more than one block of inputs and of rows."""
     rows, columns = tile_shape(targets.current(), form)
@@ -195,6 +203,7 @@ def linear(
         activation=activation,
         residual=residual is not None,
         inputs=layer.inputs,
+        tokens=x.shape[1],
     )
 
 
@@ -316,13 +325,14 @@ def random_layer(draw: Draw, inputs: int, outputs: int, bits: int, terms: int) -
     """A layer, and its weight [outputs, inputs]."""
     if not terms:
         weight, columns = draw.normal(outputs, inputs) / inputs**0.5, tile_shape(targets.current(), "float32")[1]
-        return ordinary(weight, draw.normal(outputs), columns), weight
+        return ordinary(weight, draw.normal(outputs), columns, integers=True), weight
     layer = draw.layer(inputs, outputs, bits, terms)
     return shifts(layer.codes, layer.offset, layer.bias, inputs, bits), layer.decoded
 
 
 def tensors_of(layer: LinearWeights) -> Sequence[Tensor]:
-    return layer.weight, layer.offset, layer.bias
+    words = [] if layer.words is None else [layer.words]
+    return [layer.weight, *words, layer.offset, layer.bias]
 
 
 def _bound(form: Form, bits: int, x: Tensor, weight: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from shiftadd3d.kernels.runtime.numerics import Numerics, check_numerics, get_nu
 from shiftadd3d.kernels.runtime.recording import is_exported
 from shiftadd3d.kernels.runtime.threads import follow_torch
 from shiftadd3d.kernels.whole import (
+    conv_mixtures,
     conv_perceptrons,
     deployment,
     executable,
@@ -58,10 +59,14 @@ class Emission:
 
     Attributes:
         program: see `Program`. The functions that it calls are in `shiftadd3d.kernels.whole`.
+
+    Args:
+        numerics: what the program will be compiled for.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, numerics: Numerics = "exact") -> None:
         self.program, self._model = Program(), model
+        self._integers = products.form_of(targets.current(), numerics, 0, 0) == "int16"
         self._names = {module: name for name, module in model.named_modules()}
 
     def emit(self, module: nn.Module, *values: Value, **options: Any) -> Value:
@@ -97,8 +102,11 @@ class Emission:
             return shifts(layer.codes, layer.offset, layer.bias, layer.in_features, layer.bits)
         if type(layer) in (nn.Linear, nn.Conv2d):
             layer = cast(nn.Linear, layer)
-            return ordinary(layer.weight.detach().flatten(1), layer.bias, 2 * targets.current().lanes)
+            return self._ordinary(layer.weight.detach().flatten(1), layer.bias)
         raise self.refusal(layer, "which is not registered")
+
+    def _ordinary(self, weight: Tensor, bias: Tensor | None) -> LinearWeights:
+        return ordinary(weight, bias, 2 * targets.current().lanes, integers=self._integers)
 
     def norm(self, module: nn.Module) -> Norm | None:
         """A layer norm, to be computed with the product that follows it; None for nothing."""
@@ -111,6 +119,29 @@ class Emission:
         gain = torch.ones(width) if module.weight is None else module.weight.detach().float().contiguous()
         shift = torch.zeros(width) if module.bias is None else module.bias.detach().float().contiguous()
         return gain, shift, module.eps
+
+    def mixture_parts(
+        self, mixture: FrozenMoE
+    ) -> tuple[tuple[Tensor, Tensor], list[list[LinearWeights]], Activation, bool]:
+        """The router's weight and bias, the layers of all experts, the activation between them, and whether there are
+        gates."""
+        if mixture.keep_assignment:
+            raise self.refusal(mixture, "which keeps where tokens go")
+        chains: list[list[LinearWeights]] = []
+        between: set[Activation | None] = set()
+        for expert in mixture.experts:
+            layers = [expert.fc1, expert.fc2] if isinstance(expert, FrozenMlp) else [expert]
+            chains.append([self.weights(layer) for layer in layers])
+            between |= {activation_name(expert.act)} if isinstance(expert, FrozenMlp) else set()
+        activation = between.pop() if between else "none"
+        formats = {layer.bits for chain in chains for layer in chain if layer.terms}
+        mixed = any(len({layer.terms for layer in chain}) > 1 for chain in chains)
+        if between or activation is None or mixed or len(formats) > 1 or len({len(chain) for chain in chains}) > 1:
+            raise self.refusal(mixture, "whose experts are not alike")
+        weight, bias = mixture.router.weight.detach(), mixture.router.bias.detach()
+        router = ((weight / mixture.temperature).contiguous(), (bias / mixture.temperature).contiguous())
+        gated = mixture.gate == "probability"
+        return router, chains, activation, gated
 
     def linear(self, layer: nn.Module, x: Value, norm: Norm | None = None, residual: Value | None = None) -> Value:
         """A linear layer, or a mixture in its place."""
@@ -129,7 +160,7 @@ class Emission:
             joint = side_by_side(packed)
         else:
             weight = torch.cat([cast(nn.Linear, layer).weight.detach() for layer in layers])
-            joint = ordinary(weight, torch.cat([one.bias for one in packed]), 2 * targets.current().lanes)
+            joint = self._ordinary(weight, torch.cat([one.bias for one in packed]))
         return [products.linear(self.program, x, joint, norm=norm)]
 
     def perceptron(
@@ -151,6 +182,13 @@ class Emission:
         hidden = products.linear(self.program, x, one, norm=norm, activation=activation)
         return products.linear(self.program, hidden, two, residual=residual)
 
+    def _experts(self, mixture: FrozenMoE) -> conv_mixtures.Experts:
+        """A mixture of linear layers."""
+        router, chains, _, gated = self.mixture_parts(mixture)
+        if len(chains[0]) > 1:
+            raise self.refusal(mixture, "whose experts are no linear layers")
+        return conv_mixtures.Experts(router, [layer for chain in chains for layer in chain], gated)
+
     def conv_perceptron(
         self,
         first: nn.Module,
@@ -168,6 +206,12 @@ class Emission:
             raise self.refusal(act, "which is not registered")
         if not (isinstance(conv, nn.Conv2d) and is_depthwise(conv) and conv.out_channels >= targets.current().lanes):
             raise self.refusal(conv, "which is not registered, or has fewer channels than a vector")
+        if isinstance(first, FrozenMoE) and isinstance(second, FrozenMoE) and norm is not None:
+            both = self._experts(first), self._experts(second)
+            if conv_mixtures.serves(both, conv.weight, grid, 2 * targets.current().lanes):
+                return conv_mixtures.conv_mixture(
+                    self.program, x, both, conv.weight, conv.bias, grid, activation, norm=norm, residual=residual
+                )
         if not isinstance(first, FrozenMoE) and not isinstance(second, FrozenMoE):
             layers = self.weights(first), self.weights(second)
             if conv_perceptrons.serves(layers, conv.weight, grid, 2 * targets.current().lanes):
@@ -214,7 +258,7 @@ class Emission:
             packed = power_of_two.pack(torch.stack(arranged), bits)
             return shifts(packed, offset, conv.bias, window.inputs, bits)
         conv = cast(nn.Conv2d, conv)
-        return ordinary(window.arranged(conv.weight.detach()), conv.bias, 2 * targets.current().lanes)
+        return self._ordinary(window.arranged(conv.weight.detach()), conv.bias)
 
     def attention(self, module: AddAttention, parts: Sequence[Value]) -> Value:
         """`AddAttention.attend` for projected queries, keys and values; see `tokens.attention`."""
@@ -312,22 +356,7 @@ register_emitter(FrozenConvMlp, _emit_conv_mlp)
 def _emit_mixture(
     e: Emission, mixture: FrozenMoE, x: Value, *, norm: Norm | None = None, residual: Value | None = None
 ) -> Value:
-    if mixture.keep_assignment:
-        raise e.refusal(mixture, "which keeps where tokens go")
-    chains: list[list[LinearWeights]] = []
-    between: set[Activation | None] = set()
-    for expert in mixture.experts:
-        layers = [expert.fc1, expert.fc2] if isinstance(expert, FrozenMlp) else [expert]
-        chains.append([e.weights(layer) for layer in layers])
-        between |= {activation_name(expert.act)} if isinstance(expert, FrozenMlp) else set()
-    activation = between.pop() if between else "none"
-    formats = {layer.bits for chain in chains for layer in chain if layer.terms}
-    mixed = any(len({layer.terms for layer in chain}) > 1 for chain in chains)
-    if between or activation is None or mixed or len(formats) > 1 or len({len(chain) for chain in chains}) > 1:
-        raise e.refusal(mixture, "whose experts are not alike")
-    weight, bias = mixture.router.weight.detach(), mixture.router.bias.detach()
-    router = ((weight / mixture.temperature).contiguous(), (bias / mixture.temperature).contiguous())
-    gated = mixture.gate == "probability"
+    router, chains, activation, gated = e.mixture_parts(mixture)
     return mixtures.mixture(e.program, x, router, chains, activation, gated=gated, norm=norm, residual=residual)
 
 
@@ -559,7 +588,7 @@ def compile(
     reason: str | None = None
     program: Program | None = None
     try:
-        program = program_of(model, examples)
+        program = program_of(model, examples, exactness)
     except Unserved as error:
         reason = str(error)
     compiled = CompiledModel(model, program, exactness, reason, background)
@@ -571,13 +600,13 @@ def compile(
     return compiled
 
 
-def program_of(model: nn.Module, examples: Sequence[Tensor]) -> Program:
-    """The program of a model for such inputs. The first dimension of each input is the batch.
+def program_of(model: nn.Module, examples: Sequence[Tensor], numerics: Numerics) -> Program:
+    """The program of a model for such inputs and numerics. The first dimension of each input is the batch.
 
     Raises:
         Unserved: a class in it is not registered, or hooks watch it.
     """
-    emission = Emission(model)
+    emission = Emission(model, numerics)
     emission.check_unwatched(model)
     inputs = [emission.program.input("batch", *x.shape[1:]) for x in examples]
     with torch.no_grad():

@@ -16,6 +16,7 @@ from shiftadd3d.kernels.pack.shift import panel_forms
 from shiftadd3d.kernels.pack.whole import ordinary
 from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.kernels.whole import executable
+from shiftadd3d.kernels.whole.conv_mixtures import CONV_MIXTURE
 from shiftadd3d.kernels.whole.conv_perceptrons import CONV_PERCEPTRON
 from shiftadd3d.kernels.whole.gnt.blocks import POSITION, RAY_BLOCK, VIEW_ATTENTION
 from shiftadd3d.kernels.whole.gnt.head import COLORS
@@ -39,12 +40,13 @@ DENSE_BEHIND = {"behind": (0, 0)}
 GELU = {"activation": "gelu", "added": False, "last": False}
 VALUES = DENSE_BEHIND | {"activation": "none", "added": True, "last": True}
 MIXED = {"experts": (0, 1), "bits": 4, "residual": True}
+OF_BANDS = {"bits": 4, "eps": 1e-6, "activation": "gelu"}
 CASES: list[tuple[Function, dict[str, Any]]] = [
-    (LINEAR, LAYER | {"inputs": 325}),
-    (LINEAR, LAYER | {"inputs": 32}),
-    (LINEAR, LAYER | BARE | {"bits": 5, "inputs": 325}),
-    (LINEAR, LAYER | BARE | {"terms": 2, "inputs": 325}),
-    (LINEAR, LAYER | {"bits": 0, "terms": 0, "inputs": 325}),
+    (LINEAR, LAYER | {"inputs": 325, "tokens": 49}),
+    (LINEAR, LAYER | {"inputs": 32, "tokens": 196}),
+    (LINEAR, LAYER | BARE | {"bits": 5, "inputs": 325, "tokens": 1}),
+    (LINEAR, LAYER | BARE | {"terms": 2, "inputs": 325, "tokens": 196}),
+    (LINEAR, LAYER | {"bits": 0, "terms": 0, "inputs": 325, "tokens": 49}),
     (PERCEPTRON, LAYER | {"inputs": 192, "hidden": 768}),
     (PERCEPTRON, LAYER | BARE | {"activation": "relu", "bits": 0, "terms": 0, "inputs": 192, "hidden": 768}),
     (PATCHES, {"bits": 4, "terms": 1, "channels": 3, "patch": (4, 8), "inputs": 96}),
@@ -60,6 +62,9 @@ CASES: list[tuple[Function, dict[str, Any]]] = [
     (CONV_PERCEPTRON, SHIFT | {"eps": 1e-6, "activation": "gelu", "sizes": (20, 64, 37, 60, 40)}),
     (CONV_PERCEPTRON, SHIFT | {"eps": None, "activation": "relu", "sizes": (160, 640, 160, 9, 3)}),
     (CONV_PERCEPTRON, DENSE | {"eps": 1e-6, "activation": "gelu", "sizes": (32, 96, 35, 5, 14)}),
+    (CONV_MIXTURE, OF_BANDS | {"mixtures": (((0, 1), True), ((0, 1), True)), "sizes": (32, 64, 37, 60, 40)}),
+    (CONV_MIXTURE, OF_BANDS | {"mixtures": (((1, 0, 1), False), ((0,), False)), "sizes": (20, 64, 24, 9, 3)}),
+    (CONVOLUTION, DENSE_TO | {"window": Window(False, 16, 14, 14, 2, 2, 0), "eps_before": 1e-6, "eps_behind": 1e-5}),
     (CONVOLUTION, DENSE_TO | {"window": Window(True, 3, 19, 22, 7, 4, 3), "eps_before": None, "eps_behind": 1e-5}),
     (CONVOLUTION, DENSE_TO | {"window": Window(False, 24, 9, 6, 3, 2, 1), "eps_before": 1e-6, "eps_behind": None}),
     (CONVOLUTION, SHIFT_TO | {"window": Window(False, 20, 9, 6, 2, 2, 0), "eps_before": 1e-6, "eps_behind": 1e-5}),

@@ -135,12 +135,18 @@ def longest_block(target: CpuTarget, form: Form, floats: int, most_bytes: int) -
 
 
 def even_blocks(
-    rows: Size, longest: int, tile: int, threads: Size, least: Callable[..., Size], most: Callable[..., Size]
+    rows: Size,
+    longest: int,
+    tile: int,
+    threads: Size,
+    least: Callable[..., Size],
+    most: Callable[..., Size],
+    fewest: int = 4,
 ) -> Size:
     """Rows of a block of at most `longest` rows, in numbers or in expressions, with what takes the smaller of two such
-    and the larger."""
+    and the larger. Blocks of fewer tiles than `fewest` are not made for the sake of threads."""
     blocks = _quotient(rows, longest)
-    blocks = least(_quotient(blocks, threads) * threads, most(blocks, rows // (4 * tile)))
+    blocks = least(_quotient(blocks, threads) * threads, most(blocks, (rows + (tile - 1)) // (fewest * tile)))
     return _quotient(_quotient(rows, blocks), tile) * tile
 
 

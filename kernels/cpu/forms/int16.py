@@ -17,6 +17,7 @@ from shiftadd3d.kernels.cpu.decode import (
 from shiftadd3d.kernels.cpu.forms.base import HIGHEST, LOWEST, Form, ShiftProduct
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import Tile
+from shiftadd3d.kernels.pack.whole import MOST_WEIGHT
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.memory import Dtype
 from shiftadd3d.kernels.runtime.targets import CpuTarget
@@ -172,11 +173,10 @@ class Int16Product(ShiftProduct):
 
 
 class OrdinaryInt16Product(Int16Product):
-    """A product with ordinary weights that lie in panels ready made, [panels, inputs, columns], rounded as they are
-    copied."""
+    """A product with ordinary weights that lie in panels of integers ready made, [panels, pairs of inputs, columns]."""
 
-    # What stands for the largest magnitude of a row, and of an output's weights: sums of 256 inputs stay below 2**31.
-    _MOST, _MOST_WEIGHT, _BLOCK = 4095, 2047, 256
+    # What stands for the largest magnitude of a row. With weights up to 2047, sums of 256 inputs stay below 2**31.
+    _MOST, _BLOCK = 4095, 256
 
     def __init__(self, target: CpuTarget) -> None:
         # No codes are ever looked at.
@@ -187,18 +187,14 @@ class OrdinaryInt16Product(Int16Product):
 
     def factor(self, weights: Weights, output: Expr, inside: Expr) -> Expr:
         assert weights.offset is not None
-        return T.if_then_else(inside, weights.offset[output], T.float32(1)) * T.float32(1 / self._MOST_WEIGHT)
+        return T.if_then_else(inside, weights.offset[output], T.float32(1)) * T.float32(1 / MOST_WEIGHT)
 
     def decode(self, scratch: Scratch, weights: Weights, start: Expr, turn: Expr, count: Expr) -> None:
-        isa, first = self.isa, T.bind(turn * self.block)
+        isa, first = self.isa, T.bind(turn * (self.block // 2))
         panel = weights.codes.part(T.bind(T.truncdiv(start, T.int64(self.columns))))
-        for j in self.vectors:
-            reciprocal = isa.keep(isa.splat(1.0) / scratch.factors[isa.at(j)])
-            with T.serial((count + 1) // 2) as pair:
-                # Behind the last input is an activation of zero.
-                rows = (first + pair * 2, first + T.min(pair * 2 + 1, count - 1))
-                low, high = (isa.to_nearest(panel[row, isa.at(j)] * reciprocal) for row in rows)
-                scratch.panel[pair, isa.at(j)] = (low & isa.splat_int(0xFFFF)) | (high << isa.splat_int(16))
+        with T.serial((count + 1) // 2) as pair:
+            for j in self.vectors:
+                scratch.panel[pair, isa.at(j)] = panel[first + pair, isa.at(j)]
 
 
 def linear_scale(isa: Isa, peaks: Expr, most: int) -> tuple[Expr, Expr]:
