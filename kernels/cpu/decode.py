@@ -81,6 +81,8 @@ class Decoder(ABC):
     """How often the sums go through all inputs."""
     by_pairs = False
     """Whether `expand_pairs` makes weights of codes, as they are stored, and not `expand`."""
+    in_panels = False
+    """Whether codes lie as `pack.whole.code_panels` has them: then `store_words` makes weights of them."""
 
     def __init__(self, isa: Isa, columns: int, bits: int, terms: int, block: int) -> None:
         self.isa, self.columns, self.bits, self.terms, self.block = isa, columns, bits, terms, block
@@ -93,6 +95,9 @@ class Decoder(ABC):
         Args:
             count: how many inputs the block has. Weights beyond are finite, and meet activations of zero.
         """
+        if self.in_panels:
+            self._decode_panel(scratch, weights, start, turn, count)
+            return
         if not self.by_pairs:
             self._decode_copied(scratch, weights, start, turn, count)
             return
@@ -108,6 +113,36 @@ class Decoder(ABC):
                 self.expand_pairs(scratch, count, load)
             with T.Else():
                 self._decode_copied(scratch, weights, start, turn, count)
+
+    def _decode_panel(self, scratch: Scratch, weights: Weights, start: Expr, turn: Expr, count: Expr) -> None:
+        """`decode` of codes in panels. Two vectors of bytes are the weights of four inputs."""
+        first = T.bind(turn * (self.block // 4))
+        number = T.bind(T.truncdiv(start, T.int64(self.columns)))
+        panel, following = weights.codes.part(number), weights.codes.part(number + 1)
+        scales = self.scales_of_words(scratch, weights, start)
+        table = self.table(self.lowest, 4 * self.isa.lanes)
+        with T.serial((count + 3) // 4) as word:
+            # Codes of other layers have pushed these out of the cache. They come back while this panel is multiplied.
+            self.isa.prefetch(following.address(first + word, 0))
+            halves = halves_of_bytes(panel[first + word, T.ramp(0, 4 * self.isa.lanes)], 4 * self.isa.lanes)
+            for j, half, scale in zip(self.vectors, halves, scales, strict=True):
+                bytes_ = T.bind(self.isa.look_up_in_parts(table, half))
+                self.store_words(scratch, word, self.isa.at(j), bytes_, scale)
+
+    lowest = 0
+    """What weights in `store_words` are counted from."""
+
+    def scales_of_words(self, scratch: Scratch, weights: Weights, start: Expr) -> list[Expr | None]:
+        """What `store_words` is to multiply the weights of each vector of outputs by, if anything."""
+        return [None for _ in self.vectors]
+
+    def store_words(self, scratch: Scratch, word: Expr, column: Expr, bytes_: Expr, scale: Expr | None) -> None:
+        """Store in `scratch.panel` the weights of a vector of outputs and of four inputs, from 4 * `word` on.
+
+        Args:
+            bytes_: four int8 for each output, counted in the weight of level 1, from `lowest`.
+        """
+        raise NotImplementedError
 
     def _decode_copied(self, scratch: Scratch, weights: Weights, start: Expr, turn: Expr, count: Expr) -> None:
         """`decode`, by a copy of the codes: there may be fewer of them than a panel has."""
@@ -185,14 +220,19 @@ class Decoder(ABC):
 
     def look_up(self, pairs: Expr, lowest: int = 0) -> list[Expr]:
         """The weights of 16 pairs of codes, less `lowest`, in units of the weight of level 1: two vectors of int8."""
+        table = self.table(lowest, GROUP)
+        codes = halves_of_bytes(T.bind(pairs))
+        halves = [T.reinterpret("int8x16", T.shuffle(codes, interleaved(half, GROUP))) for half in (0, 1)]
+        return [T.bind(self.isa.look_up_bytes(table, half)) for half in halves]
+
+    def table(self, lowest: int, size: int) -> Expr:
+        """`size` int8: the weights of all 4-bit codes, less `lowest`, in units of the weight of level 1, repeated."""
         magnitudes = [0, *(1 << level for level in range(self.levels))]
         entries = [
             T.number("uint8", (sign * magnitude - lowest) & 0xFF) for sign in (1, -1) for magnitude in magnitudes
         ]
-        table = T.bind(T.reinterpret("int8x16", T.shuffle(entries, range(GROUP))))
-        codes = halves_of_bytes(T.bind(pairs))
-        halves = [T.reinterpret("int8x16", T.shuffle(codes, interleaved(half, GROUP))) for half in (0, 1)]
-        return [T.bind(self.isa.look_up_bytes(table, half)) for half in halves]
+        entries *= size // len(entries)
+        return T.bind(T.reinterpret(f"int8x{size}", T.shuffle(entries, range(size))))
 
 
 def steps_of_32(count: Expr) -> Expr:
@@ -200,9 +240,10 @@ def steps_of_32(count: Expr) -> Expr:
     return (count + (2 * GROUP - 1)) // (2 * GROUP)
 
 
-def halves_of_bytes(packed: Expr) -> list[Expr]:
-    """The lower and the upper four bits of 16 bytes."""
-    halves = packed & T.broadcast(T.number("uint8", 15), GROUP), packed >> T.broadcast(T.number("uint8", 4), GROUP)
+def halves_of_bytes(packed: Expr, size: int = GROUP) -> list[Expr]:
+    """The lower and the upper four bits of so many bytes."""
+    packed = T.bind(packed)
+    halves = packed & T.broadcast(T.number("uint8", 15), size), packed >> T.broadcast(T.number("uint8", 4), size)
     return [T.bind(half) for half in halves]
 
 

@@ -242,6 +242,10 @@ class Isa:
         """Of a table of 16 bytes, those of 16 indices below 16 (SSSE3)."""
         return T.intrinsic("int8x16", "x86.ssse3.pshuf.b.128", table, indices)
 
+    def look_up_in_parts(self, table: Expr, indices: Expr) -> Expr:
+        """Of each 128-bit part of a vector of bytes, those that the indices below 16 in the same part name (AVX2)."""
+        return T.intrinsic(f"int8x{4 * self.lanes}", self._family + self._wide("pshuf.b"), table, indices)
+
     def look_up_words(self, table: Expr, indices: Expr) -> Expr:
         """Of a table of 32 int16, those that the lowest 5 bits of 32 indices name (AVX-512)."""
         return T.intrinsic("int16x32", "x86.avx512.permvar.hi.512", table, T.reinterpret("int16x32", indices))

@@ -72,6 +72,20 @@ def ordinary(weight: Tensor, bias: Tensor | None, columns: int, *, integers: boo
     return LinearWeights(stored(panels), peaks, _bias(bias, outputs, weight), inputs, 0, 0, words)
 
 
+def code_panels(layer: LinearWeights, lanes: int) -> Tensor:
+    """Codes of 4 bits and one term, in the order in which a product takes weights: [panels, words, 4 * lanes] uint8.
+
+    A panel has the codes of 2 * lanes outputs, and each of its words those of four inputs. Byte 4 c + i has output c's
+    of the word's input i in its lower half, and output lanes + c's in its upper half. Behind the last output and the
+    last input are zeros.
+    """
+    halves = torch.stack([layer.weight[0] & 15, layer.weight[0] >> 4], -1).flatten(1)[:, : layer.inputs]
+    rows, columns = padded(layer.outputs, 2 * lanes), padded(layer.inputs, 4)
+    codes = F.pad(halves, (0, columns - layer.inputs, 0, rows - layer.outputs))
+    low, high = codes.view(-1, 2, lanes, columns // 4, 4).permute(1, 0, 3, 2, 4)
+    return (low | high << 4).flatten(2).contiguous()
+
+
 def side_by_side(layers: Sequence[LinearWeights]) -> LinearWeights:
     """Layers of powers of two in one format that take the same inputs, as one with the outputs of all."""
     first = layers[0]

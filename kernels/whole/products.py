@@ -20,7 +20,7 @@ from shiftadd3d.kernels.cpu.matshift import BLOCK_BYTES
 from shiftadd3d.kernels.cpu.mlp import BLOCK_BYTES as PERCEPTRON_BYTES
 from shiftadd3d.kernels.cpu.mlp import emit_layers
 from shiftadd3d.kernels.cpu.trials import Draw, check_within
-from shiftadd3d.kernels.pack.whole import LinearWeights, ordinary, shifts
+from shiftadd3d.kernels.pack.whole import LinearWeights, code_panels, ordinary, shifts
 from shiftadd3d.kernels.reference import activations
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.runtime import targets
@@ -45,13 +45,24 @@ def form_of(target: CpuTarget, exactness: Exactness, bits: int, terms: int) -> F
 def product_of(target: CpuTarget, form: Form, bits: int, terms: int) -> ShiftProduct:
     """The code of such a product. Among experts, `form` and `bits` are those of the ones with shifts."""
     if terms:
-        return shift_product(target, form, bits, terms, "float32")
+        product = shift_product(target, form, bits, terms, "float32")
+        product.in_panels = _in_panels(target, bits, terms)
+        return product
     integers = (form == "int16" and not bits) or (form == "int8" and target.has_vnni)
     return OrdinaryInt16Product(target) if integers else PanelProduct(target)
 
 
+def _in_panels(target: CpuTarget, bits: int, terms: int) -> bool:
+    """Whether a program's codes lie in the order in which products take weights. Matrix tiles take them as stored."""
+    return bits == 4 and terms == 1 and "avx2" in target.flags and not target.has_amx
+
+
 def weights_argument(product: ShiftProduct, name: str, terms: int, inputs: Expr, outputs: Expr) -> Weights:
-    """The next arguments of a function: codes and offset, or panels, words and largest magnitudes; and bias."""
+    """The next arguments of a function: codes (in panels or not) and offset, or panels, words and peaks; and bias."""
+    if product.in_panels:
+        codes = T.argument(f"codes{name}", (*T.sizes(2), 4 * product.isa.lanes), "uint8")
+        offset = T.argument(f"offset{name}", (1, outputs), "int8")
+        return Weights(codes, offset, T.argument(f"bias{name}", (outputs,)), inputs, outputs)
     if terms:
         return Weights.argument(name, terms, inputs, outputs)
     panels = T.argument(f"panels{name}", (*T.sizes(1), inputs, product.columns))
@@ -331,8 +342,12 @@ def random_layer(draw: Draw, inputs: int, outputs: int, bits: int, terms: int) -
 
 
 def tensors_of(layer: LinearWeights) -> Sequence[Tensor]:
-    words = [] if layer.words is None else [layer.words]
-    return [layer.weight, *words, layer.offset, layer.bias]
+    """What `weights_argument` is given on this machine."""
+    if layer.words is not None:
+        return [layer.weight, layer.words, layer.offset, layer.bias]
+    target = targets.current()
+    in_panels = _in_panels(target, layer.bits, layer.terms)
+    return [code_panels(layer, target.lanes) if in_panels else layer.weight, layer.offset, layer.bias]
 
 
 def _bound(form: Form, bits: int, x: Tensor, weight: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from shiftadd3d.kernels.cpu.forms.base import ShiftProduct
 from shiftadd3d.kernels.pack.gnt.view_attention import shift_forms
 from shiftadd3d.kernels.pack.shift import panel_forms
-from shiftadd3d.kernels.pack.whole import ordinary
+from shiftadd3d.kernels.pack.whole import code_panels, ordinary, shifts
+from shiftadd3d.kernels.reference import power_of_two
 from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.kernels.whole import executable
 from shiftadd3d.kernels.whole.conv_mixtures import CONV_MIXTURE
@@ -153,6 +154,21 @@ def run(program: Program, x: torch.Tensor) -> torch.Tensor:
     return torch.from_dlpack(main(x, control.tensor, executable.weights_of(program)))
 
 
+@pytest.mark.parametrize("lanes", [8, 16])
+def test_panels_have_the_code_of_each_weight_where_products_look_for_it(lanes: int) -> None:
+    outputs, inputs = 2 * lanes + 5, 22
+    codes = torch.randint(16, (outputs, inputs), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    packed = power_of_two.pack(codes[None], 4)
+    panels = code_panels(shifts(packed, torch.zeros(1, outputs, dtype=torch.int8), None, inputs, 4), lanes)
+    assert panels.shape == (2, 6, 4 * lanes)
+    for output, of_output in enumerate(codes.tolist()):
+        panel, column = divmod(output, 2 * lanes)
+        upper, lane = divmod(column, lanes)
+        bytes_ = panels[panel, :, 4 * lane : 4 * lane + 4].flatten() >> 4 * upper & 15
+        assert bytes_.tolist() == [*of_output, 0, 0]
+    assert not (panels[1, :, 4 * 5 :] & 15).any() and not (panels[1] >> 4).any()
+
+
 def test_programs_that_differ_in_weights_share_their_code(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weights = torch.randn(5, 3, 24), torch.randn(2, 7, 24)
     first = run(small_program(weights[0]), x)
@@ -167,7 +183,8 @@ def test_programs_that_differ_in_weights_share_their_code(empty_cache: Path, mon
 def test_what_else_a_process_has_imported_does_not_change_the_key(empty_cache: Path) -> None:
     ask = """
 import sys, torch
-from shiftadd3d.kernels.pack.whole import ordinary
+from shiftadd3d.kernels.pack.whole import code_panels, ordinary, shifts
+from shiftadd3d.kernels.reference import power_of_two
 from shiftadd3d.kernels.whole import executable, products
 from shiftadd3d.kernels.whole.program import Program
 if sys.argv[1:]:

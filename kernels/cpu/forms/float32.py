@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from shiftadd3d.kernels.cpu.decode import FRACTION_BITS, GROUP, Scratch, Weights, steps_of_32, transpose
+from shiftadd3d.kernels.cpu.decode import EXPONENT_BIAS, FRACTION_BITS, GROUP, Scratch, Weights, steps_of_32, transpose
 from shiftadd3d.kernels.cpu.forms.base import Form, ShiftProduct
 from shiftadd3d.kernels.cpu.tile import Tile
 from shiftadd3d.kernels.runtime import tir as T
@@ -36,6 +36,20 @@ class Float32Product(ShiftProduct):
                             part = T.cast(T.shuffle([row], range(j, j + isa.lanes)), isa.floats)
                             place = (2 * step + half) * GROUP + i
                             scratch.panel[place, isa.at(column + j)] = part * units[column + j]
+
+    def scales_of_words(self, scratch: Scratch, weights: Weights, start: Expr) -> list[Expr | None]:
+        with T.serial(self.columns) as column:
+            inside, output = start + column < weights.outputs, start + column
+            unit = T.if_then_else(inside, self.unit(weights, 0, output), T.int32(EXPONENT_BIAS))
+            scratch.units[column] = (unit + T.int32(1)) << FRACTION_BITS
+        return [self.isa.keep(self.isa.as_float(scratch.units[self.isa.at(j)])) for j in self.vectors]
+
+    def store_words(self, scratch: Scratch, word: Expr, column: Expr, bytes_: Expr, scale: Expr | None) -> None:
+        assert scale is not None
+        isa, words = self.isa, T.bind(T.reinterpret(self.isa.integers, bytes_))
+        for i in range(4):
+            integers = (words << isa.splat_int(24 - 8 * i)) >> isa.splat_int(24)
+            scratch.panel[word * 4 + i, column] = T.cast(integers, isa.floats) * scale
 
     def store_weights(self, scratch: Scratch, codes: list[Expr], group: Expr, column: Expr, add: bool) -> None:
         unit = T.bind(scratch.units[column])

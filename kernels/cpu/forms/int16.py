@@ -53,6 +53,13 @@ class Int16Product(ShiftProduct):
                     for i, word in enumerate(transpose(words)):
                         scratch.panel[step * words_of_step + 4 * number + i, T.ramp(column, 4)] = word
 
+    def store_words(self, scratch: Scratch, word: Expr, column: Expr, bytes_: Expr, scale: Expr | None) -> None:
+        isa, words = self.isa, T.bind(T.reinterpret(self.isa.integers, bytes_))
+        integers = [(words << isa.splat_int(24 - 8 * i)) >> isa.splat_int(24) for i in range(4)]
+        for i in (0, 2):
+            pair = (integers[i] & isa.splat_int(0xFFFF)) | (integers[i + 1] << isa.splat_int(16))
+            scratch.panel[word * 2 + i // 2, column] = pair
+
     def words(self, pairs: Expr) -> list[Expr]:
         """The weights of 16 bytes, pairs of codes, in vectors of four words."""
         return [

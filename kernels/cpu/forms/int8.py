@@ -20,6 +20,7 @@ _LOWEST_WEIGHT = -64
 class Int8Product(Int16Product):
     pair = 4
     coarse = True
+    lowest = _LOWEST_WEIGHT
 
     def scale(self, peaks: Expr) -> tuple[Expr, Expr]:
         return linear_scale(self.isa, peaks, 127)
@@ -31,6 +32,9 @@ class Int8Product(Int16Product):
             for i, integer in enumerate(others, 1):
                 word = word | (integer << self.isa.splat_int(8 * i))
             scratch.panel[group * (GROUP // 4) + k // 4, column] = word
+
+    def store_words(self, scratch: Scratch, word: Expr, column: Expr, bytes_: Expr, scale: Expr | None) -> None:
+        scratch.panel[word, column] = T.reinterpret(self.isa.integers, bytes_)
 
     def words(self, pairs: Expr) -> list[Expr]:
         return [T.bind(T.reinterpret("int32x4", part)) for part in self.look_up(pairs, _LOWEST_WEIGHT)]
