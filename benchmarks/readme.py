@@ -103,6 +103,8 @@ def speed_table() -> str:
     ]
     machines, _ = peers.read_results(DATA)
     for facts in machines:
+        if facts.get("held"):  # no CPU that anybody has
+            continue
         cells: dict[str, list[dict[str, float]]] = {}
         for row in sorted(facts["rows"], key=lambda row: row["threads"]):
             cells.setdefault(peers.pictures_of(row), []).append(row["ms"])
@@ -112,7 +114,7 @@ def speed_table() -> str:
             rows.append(
                 [
                     f"{pictures}, {CPUS[facts['instructions']]}",
-                    " / ".join(f"{time:,.0f}" for time in ours),
+                    " / ".join(f"{time:,.{0 if time >= 10 else 1}f}" for time in ours),
                     " / ".join(f"{ms[peers.EAGER] / time:.1f}" for ms, time in zip(times, ours, strict=True)),
                     " / ".join(f"{peer / time:.2f}" for (_, peer), time in zip(best, ours, strict=True)),
                     " / ".join(dict.fromkeys(peers.short_name(name) for name, _ in best)),
