@@ -1058,7 +1058,7 @@ def picture_list(trained: list[dict[str, Any]]) -> str:
     blocks = []
     for facts in sorted(trained, key=run_order):
         scene, method = facts["scene"], facts["method"]
-        file = f"{scene}-{method}" + "-random" * from_random_weights(method, facts.get("warm_start", ""))
+        file = f"{scene}-{method}" + "-random" * from_random_weights(method, facts.get("warm_start", "none"))
         blocks.append(f"{run_label(facts)}:\n\n![{scene} by {method}](pictures/{file}.png)")
     return "\n\n".join(blocks) or NOT_MEASURED
 
