@@ -183,8 +183,7 @@ def test_programs_that_differ_in_weights_share_their_code(empty_cache: Path, mon
 def test_what_else_a_process_has_imported_does_not_change_the_key(empty_cache: Path) -> None:
     ask = """
 import sys, torch
-from shiftadd3d.kernels.pack.whole import code_panels, ordinary, shifts
-from shiftadd3d.kernels.reference import power_of_two
+from shiftadd3d.kernels.pack.whole import ordinary
 from shiftadd3d.kernels.whole import executable, products
 from shiftadd3d.kernels.whole.program import Program
 if sys.argv[1:]:
