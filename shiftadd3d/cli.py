@@ -674,7 +674,8 @@ class Bench(Verb):
 
     The kernels are compared with torch in float32, bfloat16 and int8, compiled and not. All solutions of a problem take
     turns. Tables show speedups, times with quartiles, shares of the machine's peak, and goals. This takes a quarter of
-    an hour for each number of threads.
+    an hour for each number of threads, and longer on CPUs without instructions for bfloat16. Solutions of torch whose
+    calls take more than 20 s are left out.
     """
 
     what: Annotated[Literal["kernels"], tyro.conf.Positional]
@@ -686,21 +687,23 @@ class Bench(Verb):
     groups: Annotated[tuple[str, ...], tyro.conf.arg(metavar="GROUP ...")] = ()
     """Groups: matshift, matadd, mlp, moe, view-attention, ray-block, gather, gnt. If not set: all."""
     json: JsonFile = None
-    """Also write all measurements to this JSON file."""
+    """Also write all measurements to this JSON file, after each problem. Ctrl-C keeps those of finished problems."""
 
     def run(self) -> None:
         """Measure, print tables."""
         from shiftadd3d._report import write_json
         from shiftadd3d.profile.kernel_benchmark import measure, parse_threads, tables
 
+        def keep(facts: dict[str, object]) -> None:
+            if self.json is not None:
+                write_json(self.json, facts)
+
         facts = measure(
-            self.device, parse_threads(self.threads), self.groups, report=lambda line: print(line, flush=True)
+            self.device, parse_threads(self.threads), self.groups, lambda line: print(line, flush=True), keep
         )
         for threads in dict.fromkeys(row["threads"] for row in facts["rows"]):
             for table in tables(facts, threads):
                 print(f"\n{table}")
-        if self.json is not None:
-            write_json(self.json, facts)
 
 
 @dataclass(frozen=True)

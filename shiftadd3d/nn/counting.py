@@ -231,11 +231,8 @@ class _Watch(TorchDispatchMode):
         if rules.products is not None:
             for product in rules.products(self._operands(rules.name, args, module), args, kwargs, out):
                 work.products[product] = work.products.get(product, 0) + 1
-            if rules.products is _attention:
-                q, k = args[:2]
-                self._add(work, q, _SOFTMAX.times(q.shape[:-1].numel() * k.shape[-2]), (0, 0))
-            elif rules.products is _recurrent:
-                self._add(work, args[0], _LSTM_CELL.times(results[0].numel()), (0, 0))
+            if rules.arithmetic is not None:
+                self._add(work, args[0], rules.arithmetic(args, kwargs, results[0]), (0, 0))
         elif rules.arithmetic is not None and results:
             floats = [tensor for tensor in tensors if tensor.is_floating_point()] or tensors
             if floats:
@@ -484,6 +481,12 @@ def _recurrent(of: _Operands, args: tuple, kwargs: dict, out: Any) -> Iterator[P
         yield _matrix_product(step, 1, batch, recurrent.shape[1], recurrent.shape[0], y)
 
 
+def _trilinear(of: _Operands, args: tuple, kwargs: dict, out: Tensor) -> Iterator[Product]:
+    """What `nn.Bilinear` runs: the outer product of x [rows, i] and y [rows, j] times a weight [outputs, i, j]."""
+    outputs, *pair = args[1].shape
+    yield _matrix_product(of, 1, args[0].shape[0], math.prod(pair), outputs, out)
+
+
 # Where the two operands stand in those operators that may meet binary codes.
 _FIRST_OPERAND = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}
 _PRODUCTS: dict[str, Callable[[_Operands, tuple, dict, Any], Iterator[Product]]] = {
@@ -502,6 +505,7 @@ _PRODUCTS: dict[str, Callable[[_Operands, tuple, dict, Any], Iterator[Product]]]
     "_scaled_dot_product_efficient_attention": _attention,
     "_scaled_dot_product_cudnn_attention": _attention,
     "mkldnn_rnn_layer": _recurrent,
+    "_trilinear": _trilinear,
 }
 
 
@@ -573,6 +577,15 @@ def _norm(weight: int, bias: int, statistics: bool) -> _Formula:
     return formula
 
 
+def _attention_weights(args: tuple, kwargs: dict, out: Tensor) -> Elementwise:
+    q, k = args[:2]
+    return _SOFTMAX.times(q.shape[:-1].numel() * k.shape[-2])
+
+
+def _outer_product(args: tuple, kwargs: dict, out: Tensor) -> Elementwise:
+    return Elementwise(mult=args[0].shape[0] * args[1].shape[1:].numel())
+
+
 def _pool(args: tuple, kwargs: dict, out: Tensor) -> Elementwise:
     return Elementwise(add=max(0, args[0].numel() - out.numel()), mult=out.numel())
 
@@ -604,6 +617,10 @@ _ELEMENTWISE: dict[str, _Formula] = {
     **dict.fromkeys(("var", "var_mean", "std"), _variance),
     **dict.fromkeys(("max", "min", "amax", "amin", "argmax", "argmin", "any", "all"), _extreme),
     **dict.fromkeys(("sort", "argsort", "topk"), _sort),
+    # Beside products: of attention, LSTMs and bilinear layers.
+    **dict.fromkeys((name for name, products in _PRODUCTS.items() if products is _attention), _attention_weights),
+    "mkldnn_rnn_layer": lambda args, kwargs, out: _LSTM_CELL.times(out.numel()),
+    "_trilinear": _outer_product,
     "native_layer_norm": _norm(2, 3, True),
     "native_group_norm": _norm(1, 2, True),
     "native_batch_norm": lambda args, kwargs, out: _norm(1, 2, bool(args[5]))(args, kwargs, out),

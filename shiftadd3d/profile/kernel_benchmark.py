@@ -9,15 +9,19 @@ from __future__ import annotations
 import gc
 import math
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from shiftadd3d._errors import UserError
+from shiftadd3d._progress import Steps, progress
 from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.profile.kernel_cases import BASELINE, CASES, Case, Setup, cases
 from shiftadd3d.profile.machine import machine_facts
@@ -41,6 +45,7 @@ __all__ = [
 ]
 
 _SECONDS_A_CASE = 2.0
+_MOST_SECONDS_A_CALL = 20.0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -62,7 +67,7 @@ def measure(
         threads: numbers of CPU threads to measure with, one after the other. They have no effect on CUDA.
         groups: groups of problems, keys of `CASES`; all if empty.
         report: called with a line of text for every problem.
-        keep: called after every problem with the facts so far, because a whole run takes long.
+        keep: called after every problem with the facts so far, because a whole run takes long and may be interrupted.
 
     Returns:
         Facts for JSON: the machine, its peaks, and ``rows``, one for each solution of each problem: group, case,
@@ -134,11 +139,11 @@ def _measure_with(
             for case in cases(group, Setup(device)):
                 rows = measure_case(case, device)
                 facts["rows"] += [{"threads": threads, **row} for row in rows]
+                facts["notes"] += sorted(set(notes_of(told)) - set(facts["notes"]))
                 report(f"{threads} thread{'s' * (threads > 1)}, {group} {case.name}")
                 keep(facts)
                 if "torch._dynamo" in sys.modules:  # else nothing was compiled, and this would import the compiler
                     torch.compiler.reset()  # it compiles a function for eight problems, and no more after that
-        facts["notes"] += sorted(set(notes_of(told)) - set(facts["notes"]))
         gc.collect()
 
 
@@ -148,36 +153,67 @@ def notes_of(told: Iterable[warnings.WarningMessage]) -> list[str]:
 
 
 def measure_case(case: Case, device: str, seconds: float | None = None) -> list[dict[str, Any]]:
-    """Time every solution of one problem.
+    """Time every solution of one problem, and show which one is at work.
 
     The rows are those of `measure`, without the number of threads. On CUDA, they also have ``peak_bytes``: the most
-    memory of a call beyond what was allocated before.
+    memory of a call beyond what was allocated before. A rival whose calls take more than 20 s counts as failed. The
+    first call does not count, because it may compile.
 
     Args:
         seconds: roughly how long the solutions take turns; 2 if None.
     """
     working: dict[str, Callable[[], Any]] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for name, run in {**case.others, **case.ours}.items():
-        facts = {"group": case.group, "case": case.name, "solution": name, "ours": name in case.ours}
-        rows[name] = facts | {"operations": case.operations, "bytes": case.bytes}
-        if case.rays is not None:
-            rows[name]["rays"] = case.rays
-        try:
-            outcome = run()
-            if case.reference is not None and name not in case.inexact:
-                rows[name]["error"] = _relative_error(outcome, case.reference)
-            if device == "cuda":
-                rows[name]["peak_bytes"] = peak_bytes(run)
-            else:
-                run()
-            working[name] = run
-        except Exception as problem:
-            rows[name]["failed"] = f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
-    seconds = _SECONDS_A_CASE if seconds is None else seconds
-    for name, spread in interleaved(working, device, seconds=seconds).items():
-        rows[name]["seconds"] = [float(f"{t:.4g}") for t in (spread.median, spread.lower, spread.upper)]
+    solutions = {**case.others, **case.ours}
+    with _solutions_shown(case, len(solutions)) as shown:
+        for name, run in solutions.items():
+            shown.advance(0, status=name)
+            facts = {"group": case.group, "case": case.name, "solution": name, "ours": name in case.ours}
+            rows[name] = facts | {"operations": case.operations, "bytes": case.bytes}
+            if case.rays is not None:
+                rows[name]["rays"] = case.rays
+            try:
+                rows[name] |= _first_calls(case, name, run, device)
+                working[name] = run
+            except Exception as problem:
+                rows[name]["failed"] = f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
+            shown.advance()
+        shown.advance(0, status="taking turns")
+        seconds = _SECONDS_A_CASE if seconds is None else seconds
+        for name, spread in interleaved(working, device, seconds=seconds).items():
+            rows[name]["seconds"] = [float(f"{t:.4g}") for t in (spread.median, spread.lower, spread.upper)]
     return list(rows.values())
+
+
+def _solutions_shown(case: Case, count: int) -> AbstractContextManager[Steps]:
+    """A bar of a problem's solutions on standard error; none if rich is not installed."""
+    what = f"{case.group} {case.name}"
+    if find_spec("rich") is None:
+        return progress(what, count, disable=True)
+    from rich.console import Console
+
+    return progress(what, count, unit="solutions", console=Console(stderr=True))
+
+
+def _first_calls(case: Case, name: str, run: Callable[[], Any], device: str) -> dict[str, Any]:
+    """Call a solution twice, so that it is ready to be timed: its error, and its memory on CUDA.
+
+    Raises:
+        TimeoutError: if a rival takes too long to be called again and again.
+    """
+    facts: dict[str, Any] = {}
+    outcome = run()
+    if case.reference is not None and name not in case.inexact:
+        facts["error"] = _relative_error(outcome, case.reference)
+    began = time.monotonic()
+    if device == "cuda":
+        facts["peak_bytes"] = peak_bytes(run)
+    else:
+        run()
+    taken = time.monotonic() - began
+    if name in case.others and name != BASELINE and taken > _MOST_SECONDS_A_CALL:
+        raise TimeoutError(f"a call takes {taken:.0f} s, and {_MOST_SECONDS_A_CALL:.0f} s is the most for a rival")
+    return facts
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:

@@ -228,6 +228,17 @@ def test_products_of_classifiers_are_those_that_torch_counts(name: str) -> None:
     assert report.moved_bytes["weight_bytes"] < sum(p.numel() for p in model.parameters()) * 4  # norms and biases
 
 
+def test_a_bilinear_layer_counts_the_outer_product_of_its_inputs_and_that_with_its_weight() -> None:
+    layer = nn.Bilinear(4, 5, 3)
+    report = count_operations(layer, (torch.randn(2, 7, 4), torch.randn(2, 7, 5)), inputs=1)
+    rows = 2 * 7
+    assert report.products == report.mult == rows * 4 * 5 * 3
+    assert report.elementwise == {"float32": counts(mult=rows * 4 * 5, add=rows * 3)}  # added: the bias
+    assert report.moved_bytes["weight_bytes"] == 4 * 4 * 5 * 3
+    codes = (torch.randn(2, 7, 4), torch.randn(2, 7, 5).sign())
+    assert count_operations(layer, codes, inputs=1).mult == report.mult  # the outer product is none of codes
+
+
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True, "bias": False}])
 def test_a_recurrent_layer_counts_by_hand_and_as_its_steps(options: dict) -> None:
     layer = nn.LSTM(16, 32, batch_first=True, **options).eval()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,6 +165,45 @@ def test_the_command_measures_and_writes(quick: None, tmp_path: Path, capsys: py
         "broken",
     }
     assert cli.main(["bench", "kernels", "--groups", "matmul"]) == 1
+
+
+def test_an_interrupted_run_keeps_what_it_has_measured(
+    quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    def interrupted(setup: Setup) -> Iterator[Case]:
+        def interrupt() -> None:
+            raise KeyboardInterrupt
+
+        (case,) = halves(setup)
+        yield case
+        yield replace(case, name="larger", ours={"by shift": interrupt})
+
+    monkeypatch.setitem(CASES, "halves", interrupted)
+    file = tmp_path / "facts.json"
+    assert cli.main(["bench", "kernels", "--groups", "halves", "--json", str(file)]) == 130
+    assert {row["case"] for row in json.loads(file.read_text())["rows"]} == {"64 x 64"}
+    assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]
+
+
+def test_rivals_that_take_too_long_are_called_twice_and_no_more(quick: None, monkeypatch: pytest.MonkeyPatch):
+    """On a clock that calls alone move: torch's and ours take as long, the first call of a third one compiles."""
+    clock, calls = SimpleNamespace(now=0.0), Counter[str]()
+
+    def taking(name: str, *seconds: float) -> Callable[[], torch.Tensor]:
+        def run() -> torch.Tensor:
+            clock.now += seconds[min(calls[name], len(seconds) - 1)]
+            calls[name] += 1
+            return torch.ones(1)
+
+        return run
+
+    others = {BASELINE: taking(BASELINE, 21), "slow": taking("slow", 21), "compiled": taking("compiled", 90, 1)}
+    case = Case("g", "1", None, 4, ours={"ours": taking("ours", 21)}, others=others)
+    monkeypatch.setattr(kernel_benchmark, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    rows = {row["solution"]: row for row in kernel_benchmark.measure_case(case, "cpu")}
+    assert rows["slow"]["failed"] == "TimeoutError: a call takes 21 s, and 20 s is the most for a rival"
+    assert calls["slow"] == 2
+    assert all("seconds" in rows[name] for name in (BASELINE, "compiled", "ours"))
 
 
 def test_it_needs_torch_and_tvm_only(repository: Path):
