@@ -6,7 +6,8 @@ called in where a value is needed more than once. All names of instructions are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.targets import CpuTarget
@@ -80,6 +81,13 @@ class Isa:
         Not by a let binding: TVM's simplifier looks through those, in time exponential in their number.
         """
         return self.register(x, integer=integer).value
+
+    @contextmanager
+    def groups(self, count: Index) -> Iterator[tuple[Expr, Expr]]:
+        """Emit a loop over rows, as many at once as there are lanes; yields the first of a group, and their number."""
+        with T.serial((count + (self.lanes - 1)) // self.lanes) as number:
+            first = T.bind(number * self.lanes)
+            yield first, T.bind(T.min(T.int64(self.lanes), count - first))
 
     # float32.
 

@@ -20,6 +20,13 @@ MOST_WEIGHT = 2047
 """The integer that stands for the largest magnitude of an output's ordinary weights."""
 
 
+class Format(NamedTuple):
+    """How weights are stored: bits and terms of the codes of powers of two; 0 and 0 are ordinary weights."""
+
+    bits: int
+    terms: int
+
+
 class LinearWeights(NamedTuple):
     """A linear layer as the functions of a program take it.
 
@@ -44,6 +51,10 @@ class LinearWeights(NamedTuple):
     @property
     def outputs(self) -> int:
         return self.bias.shape[0]
+
+    @property
+    def format(self) -> Format:
+        return Format(self.bits, self.terms)
 
 
 def shifts(codes: Tensor, offset: Tensor, bias: Tensor | None, inputs: int, bits: int) -> LinearWeights:

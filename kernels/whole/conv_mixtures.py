@@ -7,48 +7,55 @@ by expert. For each panel of hidden channels, all experts of the first mixture c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shiftadd3d.kernels.cpu.blocks import COARSE_GELU_ERROR
 from shiftadd3d.kernels.cpu.decode import Weights
-from shiftadd3d.kernels.cpu.forms import Form, error_bound
+from shiftadd3d.kernels.cpu.forms import Form
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.moe import Plan
 from shiftadd3d.kernels.cpu.trials import Draw
-from shiftadd3d.kernels.pack.whole import LinearWeights
+from shiftadd3d.kernels.pack.whole import Format, LinearWeights
 from shiftadd3d.kernels.reference.activations import Activation
-from shiftadd3d.kernels.reference.depthwise import depthwise_conv_twin
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index, Load, Store
 from shiftadd3d.kernels.whole.conv_perceptrons import (
-    KERNEL,
     REACH,
     Band,
+    RandomConvolution,
     Rows,
     Sizes,
     by_bands,
+    convolution_arguments,
     parts_of_image,
     rows_of_band,
     scratch_of,
 )
-from shiftadd3d.kernels.whole.mixtures import gate_of, route
-from shiftadd3d.kernels.whole.parts import Norm, control_argument, held, rows_of, threads_of
+from shiftadd3d.kernels.whole.mixtures import Router, gate_of, gated_by, route
+from shiftadd3d.kernels.whole.parts import Ends, NormWeights, Source, held, threads_of
 from shiftadd3d.kernels.whole.products import (
+    Kind,
+    depthwise_values,
     form_of,
     norm_values,
-    product_of,
-    random_layer,
     tensors_of,
     weight_values,
     weights_argument,
 )
 from shiftadd3d.kernels.whole.program import Exactness, Function, Program, Value
+from shiftadd3d.kernels.whole.trials import RandomNorm, outcome_of, random_layer
+
+
+class Mixed(NamedTuple):
+    """What is compiled in of a mixture."""
+
+    terms: tuple[int, ...]  # of the experts, 0 for ordinary weights
+    gated: bool
 
 
 class Experts(NamedTuple):
@@ -64,12 +71,9 @@ class Experts(NamedTuple):
     layers: Sequence[LinearWeights]
     gated: bool
 
-
-class _Kinds(NamedTuple):
-    """What is compiled in of a mixture."""
-
-    terms: tuple[int, ...]  # of the experts, 0 for ordinary weights
-    gated: bool
+    @property
+    def mixed(self) -> Mixed:
+        return Mixed(tuple(layer.terms for layer in self.layers), self.gated)
 
 
 class _Mixture:
@@ -81,17 +85,16 @@ class _Mixture:
     """
 
     def __init__(
-        self, target: CpuTarget, form: Form, bits: int, kinds: _Kinds, inputs: Expr, outputs: Expr, name: str
+        self, target: CpuTarget, form: Form, bits: int, mixed: Mixed, inputs: Expr, outputs: Expr, name: str
     ) -> None:
-        self._isa, self._gated, self._experts = Isa(target), kinds.gated, range(len(kinds.terms))
-        self._products = [product_of(target, form, bits, terms) for terms in kinds.terms]
+        self._isa, self._gated, self._experts = Isa(target), mixed.gated, range(len(mixed.terms))
+        self._products = [Kind(form, bits, terms).product(target) for terms in mixed.terms]
         self._inputs, self._outputs = inputs, outputs
         self.columns = self._products[0].columns
-        self._router = T.argument(f"router{name}", (len(kinds.terms), inputs))
-        self._router_bias = T.argument(f"router_bias{name}", (len(kinds.terms),))
+        self._router = Router.argument(len(mixed.terms), inputs, name)
         self._layers: list[Weights] = [
             weights_argument(product, f"{name}_{number}", terms, inputs, outputs)
-            for number, (product, terms) in enumerate(zip(self._products, kinds.terms, strict=True))
+            for number, (product, terms) in enumerate(zip(self._products, mixed.terms, strict=True))
         ]
 
     def allocate(self, room: int) -> None:
@@ -110,14 +113,14 @@ class _Mixture:
             start = T.bind(j * isa.lanes)
             x = isa.keep(row(start))
             for expert, total in zip(self._experts, sums, strict=True):
-                total.value = isa.fma(x, self._router[expert, isa.at(start)], total.value)
+                total.value = isa.fma(x, self._router.weight[expert, isa.at(start)], total.value)
         for expert, total in zip(self._experts, sums, strict=True):
-            logits[expert] = isa.total(total.value) + self._router_bias[expert]
+            logits[expert] = isa.total(total.value) + self._router.bias[expert]
         self._weigh(token)
 
     def route_row(self, token: Expr, row: Buffer) -> None:
         """The same of a row of any width that lies in memory."""
-        route(self._isa, row, self._inputs, self._router, self._router_bias, self._logits.part(token))
+        route(self._isa, row, self._inputs, self._router, self._logits.part(token))
         self._weigh(token)
 
     def _weigh(self, token: Expr) -> None:
@@ -143,8 +146,7 @@ class _Mixture:
 
             def write(row: Index, column: Index, value: Expr, lanes: int, first: Expr = first) -> None:
                 token = self._token(first + row)
-                gate = self._gates[token]
-                value = value * (gate if lanes == 1 else T.broadcast(gate, lanes)) if self._gated else value
+                value = gated_by(self._gates[token], value, lanes) if self._gated else value
                 store(token, column, value, lanes)
 
             with T.when(count > 0):
@@ -164,148 +166,147 @@ class _Mixture:
         return T.cast(self._plan.order[place], "int64")
 
 
-def _build(
-    target: CpuTarget,
-    form: Form,
-    bits: int,
-    mixtures: tuple[_Kinds, _Kinds],
-    eps: float,
-    activation: Activation,
-    sizes: tuple[int, ...],
-    rows: int,
-) -> T.PrimFunc:
+class ConvMixture(NamedTuple):
+    """What is asked of two mixtures with a convolution between them."""
+
+    bits: int
+    mixtures: tuple[Mixed, Mixed]
+    eps: float
+    activation: Activation
+    sizes: Sizes
+
+
+class ConvMixtureSpec(NamedTuple):
+    form: Form
+    bits: int
+    mixtures: tuple[Mixed, Mixed]
+    eps: float
+    activation: Activation
+    sizes: Sizes
+    rows: int  # of a band
+
+
+def _build(target: CpuTarget, spec: ConvMixtureSpec) -> T.PrimFunc:
     """The function ``(x, norm's two, first mixture's, taps, bias, second mixture's, added, control, y)``.
 
     A mixture's arguments are its router's weight and bias, and its layers' weights. x [B, tokens, inputs], taps [9,
     hidden], added and y [B, tokens, outputs].
     """
-    isa, size = Isa(target), Sizes(*sizes)
+    form, bits, (first, second), eps, activation, size, _ = spec
     with T.function("conv_mixture") as function:
         (batch,) = T.sizes(1)
         inputs, hidden, outputs = (T.int64(width) for width in size[:3])
-        height, width = size.height, size.width
-        x, norm = T.argument("x", (batch, height * width, inputs)), Norm.arguments(inputs, eps)
-        one = _Mixture(target, form, bits, _Kinds(*mixtures[0]), inputs, hidden, "1")
-        taps, bias = T.argument("taps", (KERNEL * KERNEL, hidden)), T.argument("bias", (hidden,))
-        two = _Mixture(target, form, bits, _Kinds(*mixtures[1]), hidden, outputs, "2")
-        added, control = T.argument("added", (batch, height * width, outputs)), control_argument()
-        y = T.argument("y", (batch, height * width, outputs))
-        x, y, added = rows_of(x), rows_of(y), rows_of(added)
-        parts = parts_of_image(batch, height, threads_of(control))
-        apply = product_of(target, form, bits, max(mixtures[1][0])).activation(activation)
+        source = Source.argument(batch, size.tokens, inputs, eps)
+        one = _Mixture(target, form, bits, first, inputs, hidden, "1")
+        taps, bias = convolution_arguments(hidden)
+        two = _Mixture(target, form, bits, second, hidden, outputs, "2")
+        ends = Ends.arguments(source, outputs, residual=True)
+        parts = parts_of_image(batch, size.height, threads_of(ends.control))
+        apply = Kind(form, bits, max(second.terms)).product(target).activation(activation)
         with T.parallel(batch * parts) as task:
-            rows_of_task = Rows.of_task(task, parts, height)
-            band = Band(isa, size, one.columns, rows)
-            room = (rows + 2 * REACH) * width
-            normal = T.alloc(room, inputs)
-            one.allocate(room)
-            two.allocate(rows * width)
-            with band.each(rows_of_task) as (fresh, count, first, last):
-                source = held((rows_of_task.image * height + fresh) * width)
-                load, store = isa.reader(x, lambda row: source + row), isa.writer(normal, lambda row: row)
-                with T.serial((count + (isa.lanes - 1)) // isa.lanes) as group:
-                    begin = T.bind(group * isa.lanes)
-                    some = T.bind(T.min(T.int64(isa.lanes), count - begin))
-                    norm.emit(isa, load, begin, some, inputs, store)
-                    with T.serial(some) as i:
-                        token = T.bind(begin + i)
-                        one.route_row(token, normal.part(token))
-                one.stage(count, isa.reader(normal, lambda row: row), control)
-                with T.serial(size.hidden // one.columns) as panel:
-                    one.multiply(panel, panel + 1, band.store)
-                    band.convolve(panel, first, last, taps, bias, apply, band.keep)
-                count = held((last - first) * width)
-                with T.serial(count) as token:
-                    two.route(token, lambda start: band.load(token, start, isa.lanes), hidden)
-                two.stage(count, band.load, control)
-                top = held((rows_of_task.image * height + first) * width)
-
-                def add(row: Index, column: Index, value: Expr, lanes: int) -> None:
-                    at = top + row, T.at(column, lanes)
-                    y[at] = value + added[at]
-
-                two.multiply(T.int64(0), T.int64(-(-size.outputs // two.columns)), add)
-            one.release()
-            two.release()
+            rows_of_task = Rows.of_task(task, parts, size.height)
+            _emit_rows(Isa(target), spec, (one, two), (taps, bias), apply, ends, rows_of_task)
     return function.get()
 
 
-def _resolve(target: CpuTarget, exactness: Exactness, spec: dict[str, Any]) -> dict[str, Any]:
-    terms = max(*spec["mixtures"][0][0], *spec["mixtures"][1][0])
-    form = form_of(target, exactness, spec["bits"], terms)
-    return spec | {"form": form, "rows": rows_of_band(Sizes(*spec["sizes"]))}
-
-
-def _try(
-    function: Compiled,
-    form: Form,
-    bits: int,
-    mixtures: tuple[_Kinds, _Kinds],
-    eps: float,
-    activation: Activation,
-    sizes: tuple[int, ...],
-    rows: int,
+def _emit_rows(
+    isa: Isa,
+    spec: ConvMixtureSpec,
+    mixtures: tuple[_Mixture, _Mixture],
+    convolution: tuple[Buffer, Buffer],
+    apply: Callable[[Expr], Expr],
+    ends: Ends,
+    task: Rows,
 ) -> None:
+    """The code of a task, a band at a time."""
+    (one, two), size, rows, norm = mixtures, spec.sizes, spec.rows, ends.norm
+    assert norm is not None
+    band = Band(isa, size, one.columns, rows)
+    room = (rows + 2 * REACH) * size.width
+    normal = T.alloc(room, T.int64(size.inputs))
+    one.allocate(room)
+    two.allocate(rows * size.width)
+    with band.each(task) as (fresh, count, first, last):
+        source = held((task.image * size.height + fresh) * size.width)
+        load, store = isa.reader(ends.x, lambda row: source + row), isa.writer(normal, lambda row: row)
+        with isa.groups(count) as (begin, some):
+            norm.emit(isa, load, begin, some, T.int64(size.inputs), store)
+            with T.serial(some) as i:
+                token = T.bind(begin + i)
+                one.route_row(token, normal.part(token))
+        one.stage(count, isa.reader(normal, lambda row: row), ends.control)
+        with T.serial(size.hidden // one.columns) as panel:
+            one.multiply(panel, panel + 1, band.store)
+            band.convolve(panel, first, last, *convolution, apply, band.keep)
+        count = held((last - first) * size.width)
+        with T.serial(count) as token:
+            two.route(token, lambda start: band.load(token, start, isa.lanes), T.int64(size.hidden))
+        two.stage(count, band.load, ends.control)
+        top = held((task.image * size.height + first) * size.width)
+        two.multiply(T.int64(0), T.int64(-(-size.outputs // two.columns)), ends.store(top))
+    one.release()
+    two.release()
+
+
+def _resolve(target: CpuTarget, exactness: Exactness, asked: ConvMixture) -> ConvMixtureSpec:
+    terms = max(terms for mixed in asked.mixtures for terms in mixed.terms)
+    form = form_of(target, exactness, asked.bits, terms)
+    return ConvMixtureSpec(form, *asked, rows=rows_of_band(asked.sizes))
+
+
+class _RandomMixture:
+    """A mixture with random weights, and what tokens that are not exact may be off by behind it."""
+
+    def __init__(self, draw: Draw, bits: int, mixed: Mixed, inputs: int, outputs: int) -> None:
+        self.gated, self.experts = mixed.gated, len(mixed.terms)
+        self._made = [random_layer(draw, inputs, outputs, Format(bits, terms)) for terms in mixed.terms]
+        self.router = draw.normal(self.experts, inputs) / inputs**0.5, draw.normal(self.experts) / 10
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.router, *(tensor for layer, _ in self._made for tensor in tensors_of(layer))]
+
+    def outcomes(self, x: Tensor, off: Tensor, error: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Of tokens that are off by no more than `off`: what each expert makes of them [1, tokens, outputs, experts],
+        what that may be off by, and logits [1, tokens, experts].
+
+        Args:
+            error: of the products, see `RandomConvolution`.
+        """
+        logits = F.linear(x, *self.router)
+        shares = logits.softmax(-1) if self.gated else torch.ones_like(logits)
+        peaks = (x.abs() + off).amax(-1, keepdim=True)
+        outcomes = [F.linear(x, matrix, layer.bias) for layer, matrix in self._made]
+        bounds = [off @ matrix.abs().T + error * peaks * matrix.abs().sum(-1) for _, matrix in self._made]
+        return torch.stack(outcomes, -1) * shares.unsqueeze(-2), torch.stack(bounds, -1) * shares.unsqueeze(-2), logits
+
+
+def _try(function: Compiled, spec: ConvMixtureSpec) -> None:
     """Try both: one thread for each image, and two threads that share an image."""
-    draw, size = Draw(), Sizes(*sizes)
-    inputs, hidden, outputs, height, width = size
-    tokens, error = height * width, error_bound(form, bits) + 1e-6
-    ends = (inputs, hidden), (hidden, outputs)
-    kinds = [_Kinds(*mixture) for mixture in mixtures]
-    made = [
-        [random_layer(draw, *between, bits, terms) for terms in kind.terms]
-        for kind, between in zip(kinds, ends, strict=True)
-    ]
-    routers = [
-        (draw.normal(len(kind.terms), end[0]) / end[0] ** 0.5, draw.normal(len(kind.terms)) / 10)
-        for kind, end in zip(kinds, ends, strict=True)
-    ]
-    taps, bias = draw.normal(hidden, 1, KERNEL, KERNEL) / KERNEL, draw.normal(hidden)
-    gain, shift = draw.normal(inputs) + 1, draw.normal(inputs)
-    given = [[tensor for layer, _ in layers for tensor in tensors_of(layer)] for layers in made]
-    flat, coarse = taps.flatten(1).T.contiguous(), COARSE_GELU_ERROR if error_bound(form, bits) else 0.0
+    draw, size = Draw(), spec.sizes
+    one = _RandomMixture(draw, spec.bits, spec.mixtures[0], size.inputs, size.hidden)
+    two = _RandomMixture(draw, spec.bits, spec.mixtures[1], size.hidden, size.outputs)
+    convolution = RandomConvolution(draw, size, spec.activation, spec.form, spec.bits)
+    norm = RandomNorm(draw, size.inputs, spec.eps)
     for threads in (1, 2):
-        x, added = draw.normal(1, tokens, inputs), draw.normal(1, tokens, outputs)
-        control, y = torch.tensor([0, threads], dtype=torch.int32), torch.empty(added.shape)
-        function(x, gain, shift, *routers[0], *given[0], flat, bias, *routers[1], *given[1], added, control, y)
-        assert control[0] == 0, "it found an activation that it cannot express"
-        normal = F.layer_norm(x, (inputs,), gain, shift, eps)
-        none = torch.zeros_like(normal)
+        x, added = draw.normal(1, size.tokens, size.inputs), draw.normal(1, size.tokens, size.outputs)
+        given = [x, *norm.tensors, *one.tensors, *convolution.tensors, *two.tensors, added]
+        y, normal = outcome_of(function, given, *added.shape, threads=threads), norm(x)
         # The first choice is made in float32.
-        outcomes, bounds, logits = _outcomes(normal, none, made[0], routers[0], kinds[0].gated, error)
-        chosen = logits.argmax(-1)[..., None, None].expand(1, tokens, hidden, 1)
+        outcomes, bounds, logits = one.outcomes(normal, torch.zeros_like(normal), convolution.error)
+        chosen = logits.argmax(-1)[..., None, None].expand(1, size.tokens, size.hidden, 1)
         before, off = outcomes.gather(-1, chosen).squeeze(-1), bounds.gather(-1, chosen).squeeze(-1)
-        mixed = depthwise_conv_twin(before, taps, bias, height, width, activation)
-        # The effect of errors before the convolution on its outputs, with the steepest slope of gelu.
-        off = depthwise_conv_twin(off, taps.abs(), torch.zeros(hidden), height, width, "none") * 1.2 + coarse
-        outcomes, bounds, logits = _outcomes(mixed, off, made[1], routers[1], kinds[1].gated, error)
+        off = convolution.off_behind(off)
+        outcomes, bounds, logits = two.outcomes(convolution(before), off, convolution.error)
         # Each token may come from any expert that such errors can make its best.
-        largest = routers[1][0].abs().sum(0) if len(kinds[1].terms) > 1 else torch.zeros(hidden)
+        largest = two.router[0].abs().sum(0) if two.experts > 1 else torch.zeros(size.hidden)
         doubt = (off @ largest).unsqueeze(-1) + 1e-5
-        if kinds[1].gated:
+        if two.gated:
             bounds = bounds + (outcomes.abs() + bounds) * doubt.unsqueeze(-1)
         wrong = (y - added).unsqueeze(-1) - outcomes
         right = (wrong.abs() <= bounds + (1 + added.abs()).unsqueeze(-1) * 2e-5).all(-2)
         possible = logits >= logits.amax(-1, keepdim=True) - doubt
         assert bool((right & possible).any(-1).all()), "a token is off by more than it may be"
-
-
-def _outcomes(
-    x: Tensor,
-    off: Tensor,
-    layers: Sequence[tuple[LinearWeights, Tensor]],
-    router: tuple[Tensor, Tensor],
-    gated: bool,
-    error: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of tokens that are off by no more than `off`: what each expert makes of them [1, tokens, outputs, experts], what
-    that may be off by, and logits [1, tokens, experts]. `error`: of the products, see `error_bound`."""
-    logits = F.linear(x, *router)
-    shares = logits.softmax(-1) if gated else torch.ones_like(logits)
-    peaks = (x.abs() + off).amax(-1, keepdim=True)
-    outcomes = [F.linear(x, matrix, layer.bias) for layer, matrix in layers]
-    bounds = [off @ matrix.abs().T + error * peaks * matrix.abs().sum(-1) for _, matrix in layers]
-    return torch.stack(outcomes, -1) * shares.unsqueeze(-2), torch.stack(bounds, -1) * shares.unsqueeze(-2), logits
 
 
 CONV_MIXTURE = Function("conv_mixture", _build, _try, _resolve)
@@ -320,7 +321,7 @@ def conv_mixture(
     grid: tuple[int, int],
     activation: Activation,
     *,
-    norm: tuple[Tensor, Tensor, float],
+    norm: NormWeights,
     residual: Value,
 ) -> Value:
     """``second(activation(convolution of first(norm(x)))) + residual``, where each token has an expert of both.
@@ -331,20 +332,13 @@ def conv_mixture(
         weight, bias: of the convolution [hidden, 1, 3, 3].
     """
     first, second = mixtures
-    taps = weight.detach().float().flatten(1).T.contiguous()
-    shift = torch.zeros(len(weight)) if bias is None else bias.detach().float().contiguous()
-    arguments = [x, *norm_values(program, norm), *_values(program, first), program.weight(taps)]
-    arguments += [program.weight(shift), *_values(program, second), residual]
-    return program.call(
-        CONV_MIXTURE,
-        arguments,
-        residual.shape,
-        bits=max(layer.bits for layer in (*first.layers, *second.layers)),
-        mixtures=tuple((tuple(layer.terms for layer in some.layers), some.gated) for some in mixtures),
-        eps=norm[2],
-        activation=activation,
-        sizes=(first.layers[0].inputs, first.layers[0].outputs, second.layers[0].outputs, *grid),
-    )
+    arguments = [x, *norm_values(program, norm), *_values(program, first)]
+    arguments += [*depthwise_values(program, weight, bias), *_values(program, second), residual]
+    layers, outputs = (*first.layers, *second.layers), second.layers[0].outputs
+    mixed = first.mixed, second.mixed
+    sizes = Sizes(first.layers[0].inputs, first.layers[0].outputs, outputs, *grid)
+    asked = ConvMixture(max(layer.bits for layer in layers), mixed, norm[2], activation, sizes)
+    return program.call(CONV_MIXTURE, arguments, residual.shape, asked)
 
 
 def _values(program: Program, mixture: Experts) -> list[Value]:

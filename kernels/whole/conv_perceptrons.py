@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,25 +22,24 @@ from shiftadd3d.kernels.cpu.forms.base import ShiftProduct
 from shiftadd3d.kernels.cpu.forms.float32 import Float32Product
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.trials import Draw, check_within
-from shiftadd3d.kernels.pack.whole import LinearWeights
+from shiftadd3d.kernels.pack.whole import Format, LinearWeights
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.depthwise import depthwise_conv_twin
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index, Store
-from shiftadd3d.kernels.whole.parts import Norm, control_argument, held, rows_of, threads_of
+from shiftadd3d.kernels.whole.parts import Ends, NormWeights, Source, held, threads_of
 from shiftadd3d.kernels.whole.products import (
-    form_of,
+    Kind,
+    depthwise_values,
     norm_values,
-    normed,
-    product_of,
-    random_layer,
     tensors_of,
     weight_values,
     weights_argument,
 )
 from shiftadd3d.kernels.whole.program import Exactness, Function, Program, Value
+from shiftadd3d.kernels.whole.trials import RandomNorm, outcome_of, random_layer
 
 KERNEL = 3
 """The convolution's rows and columns."""
@@ -60,6 +59,10 @@ class Sizes(NamedTuple):
     outputs: int
     height: int
     width: int
+
+    @property
+    def tokens(self) -> int:
+        return self.height * self.width
 
 
 class Band:
@@ -193,58 +196,63 @@ class Band:
                         store(i * width + left + c, channel, apply(T.bind(total.value)), isa.lanes)
 
 
-def _build(
-    target: CpuTarget,
-    form: Form,
-    bits: int,
-    terms: int,
-    eps: float | None,
-    activation: Activation,
-    sizes: tuple[int, ...],
-    rows: int,
-) -> T.PrimFunc:
+class ConvPerceptron(NamedTuple):
+    """What is asked of a perceptron with a convolution."""
+
+    weights: Format
+    eps: float | None  # of the norm, if there is one
+    activation: Activation
+    sizes: Sizes
+
+
+class ConvPerceptronSpec(NamedTuple):
+    kind: Kind
+    eps: float | None
+    activation: Activation
+    sizes: Sizes
+    rows: int  # of a band
+
+
+class _Arguments(NamedTuple):
+    one: Weights
+    taps: Buffer
+    bias: Buffer
+    two: Weights
+    ends: Ends
+
+
+def _build(target: CpuTarget, spec: ConvPerceptronSpec) -> T.PrimFunc:
     """The function ``(x, norm's two, first layer's weights, taps, bias, second layer's weights, added, control, y)``.
 
     x [B, tokens, inputs], taps [9, hidden], added and y [B, tokens, outputs].
     """
-    isa, size = Isa(target), Sizes(*sizes)
-    products = [product_of(target, form, bits, terms) for _ in range(2)]
+    kind, size = spec.kind, spec.sizes
+    products = [kind.product(target) for _ in range(2)]
     with T.function("conv_perceptron") as function:
         (batch,) = T.sizes(1)
         inputs, hidden, outputs = (T.int64(width) for width in size[:3])
-        height, width = size.height, size.width
-        x = T.argument("x", (batch, height * width, inputs))
-        norm = None if eps is None else Norm.arguments(inputs, eps)
-        one = weights_argument(products[0], "1", terms, inputs, hidden)
-        taps, bias = T.argument("taps", (KERNEL * KERNEL, hidden)), T.argument("bias", (hidden,))
-        two = weights_argument(products[1], "2", terms, hidden, outputs)
-        added, control = T.argument("added", (batch, height * width, outputs)), control_argument()
-        y = T.argument("y", (batch, height * width, outputs))
-        x, y, added, threads = rows_of(x), rows_of(y), rows_of(added), threads_of(control)
-        parts = parts_of_image(batch, height, threads)
+        source = Source.argument(batch, size.tokens, inputs, spec.eps)
+        one = weights_argument(products[0], "1", kind.terms, inputs, hidden)
+        taps, bias = convolution_arguments(hidden)
+        two = weights_argument(products[1], "2", kind.terms, hidden, outputs)
+        ends = Ends.arguments(source, outputs, residual=True)
+        threads = threads_of(ends.control)
+        parts = parts_of_image(batch, size.height, threads)
         with T.parallel(batch * parts) as task:
-            rows_of_task = Rows.of_task(task, parts, height)
-            parts_of_call = _Arguments(x, norm, one, taps, bias, two, added, control, y)
-            _emit_rows(isa, size, products, activation, rows, parts_of_call, rows_of_task)
+            rows_of_task = Rows.of_task(task, parts, size.height)
+            _emit_rows(Isa(target), spec, products, _Arguments(one, taps, bias, two, ends), rows_of_task)
     return function.get()
+
+
+def convolution_arguments(hidden: Expr) -> tuple[Buffer, Buffer]:
+    """The next arguments of a function: taps and bias."""
+    return T.argument("taps", (KERNEL * KERNEL, hidden)), T.argument("bias", (hidden,))
 
 
 def parts_of_image(batch: Expr, height: int, threads: Expr) -> Expr:
     """How many tasks share an image: more than one if there are few images."""
     alike = T.either(T.truncmod(batch, threads) == 0, batch >= 4 * threads)
     return held(T.select(alike, T.int64(1), T.min(threads, T.int64(height))))
-
-
-class _Arguments(NamedTuple):
-    x: Buffer  # [B * tokens, inputs]
-    norm: Norm | None
-    one: Weights
-    taps: Buffer
-    bias: Buffer
-    two: Weights
-    added: Buffer  # [B * tokens, outputs]
-    control: Buffer
-    y: Buffer  # [B * tokens, outputs]
 
 
 class Rows(NamedTuple):
@@ -261,47 +269,31 @@ class Rows(NamedTuple):
         return cls(image, held(T.truncdiv(part * height, parts)), held(T.truncdiv((part + 1) * height, parts)))
 
 
-def _emit_rows(
-    isa: Isa,
-    size: Sizes,
-    products: list[ShiftProduct],
-    activation: Activation,
-    rows: int,
-    given: _Arguments,
-    task: Rows,
-) -> None:
-    """The code of a task, `rows` rows at a time."""
-    width = size.width
+def _emit_rows(isa: Isa, spec: ConvPerceptronSpec, products: list[ShiftProduct], given: _Arguments, task: Rows) -> None:
+    """The code of a task, a band at a time."""
+    size, rows, ends = spec.sizes, spec.rows, given.ends
     one, two = products
     band = Band(isa, size, one.columns, rows)
     scratch = (
-        scratch_of(one, (rows + 2 * REACH) * width, given.one.inputs),
-        scratch_of(two, rows * width, given.two.inputs),
+        scratch_of(one, (rows + 2 * REACH) * size.width, given.one.inputs),
+        scratch_of(two, rows * size.width, given.two.inputs),
     )
-    apply = two.activation(activation)
+    apply = two.activation(spec.activation)
     with band.each(task) as (fresh, count, first, last):
-        source = held((task.image * size.height + fresh) * width)
-        load, before_rows = isa.reader(given.x, lambda row: source + row), None
-        if given.norm is not None:
-            load, before_rows = normed(isa, given.norm, load, given.one.inputs)
-        one.stage(scratch[0], count, given.one.inputs, load, given.control, before_rows)
+        load, before_rows = ends.load(isa, held((task.image * size.height + fresh) * size.width))
+        one.stage(scratch[0], count, given.one.inputs, load, ends.control, before_rows)
         keep = two.stage_store(scratch[1]) if isinstance(two, Float32Product) else band.keep
         with T.serial(size.hidden // one.columns) as panel:
             one.panels(scratch[0], count, given.one, panel, panel + 1, lambda x: x, band.store)
             band.convolve(panel, first, last, given.taps, given.bias, apply, keep)
-        top = held((task.image * size.height + first) * width)
-        count = held((last - first) * width)
+        top = held((task.image * size.height + first) * size.width)
+        count = held((last - first) * size.width)
         if isinstance(two, Float32Product):
             two.finish_stage(scratch[1], count, given.two.inputs)
         else:
-            two.stage(scratch[1], count, given.two.inputs, band.load, given.control)
-
-        def store(row: Index, column: Index, value: Expr, lanes: int) -> None:
-            at = top + row, T.at(column, lanes)
-            given.y[at] = value + given.added[at]
-
+            two.stage(scratch[1], count, given.two.inputs, band.load, ends.control)
         panels = T.int64(-(-size.outputs // two.columns))
-        two.panels(scratch[1], count, given.two, T.int64(0), panels, lambda x: x, store)
+        two.panels(scratch[1], count, given.two, T.int64(0), panels, lambda x: x, ends.store(top))
     two.release()
 
 
@@ -310,9 +302,9 @@ def scratch_of(product: ShiftProduct, rows: int, inputs: Expr) -> Scratch:
     return product.scratch(-(-rows // product.rows) * product.rows, inputs)
 
 
-def _resolve(target: CpuTarget, exactness: Exactness, spec: dict[str, Any]) -> dict[str, Any]:
-    form = form_of(target, exactness, spec["bits"], spec["terms"])
-    return spec | {"form": form, "rows": rows_of_band(Sizes(*spec["sizes"]))}
+def _resolve(target: CpuTarget, exactness: Exactness, asked: ConvPerceptron) -> ConvPerceptronSpec:
+    kind = Kind.of(target, exactness, asked.weights)
+    return ConvPerceptronSpec(kind, *asked[1:], rows=rows_of_band(asked.sizes))
 
 
 def rows_of_band(sizes: Sizes) -> int:
@@ -324,40 +316,51 @@ def rows_of_band(sizes: Sizes) -> int:
     return -(-sizes.height // bands)
 
 
-def _try(
-    function: Compiled,
-    form: Form,
-    bits: int,
-    terms: int,
-    eps: float | None,
-    activation: Activation,
-    sizes: tuple[int, ...],
-    rows: int,
-) -> None:
+class RandomConvolution:
+    """A convolution and the activation behind it, between products with some form's error.
+
+    Attributes:
+        tensors: taps and bias.
+        error: what an output of a product may be off by, as a multiple of ``max |row of x| * sum |row of W|``.
+    """
+
+    def __init__(self, draw: Draw, sizes: Sizes, activation: Activation, form: Form, bits: int) -> None:
+        self._sizes: Sizes = sizes
+        self._activation: Activation = activation
+        self._weight = draw.normal(sizes.hidden, 1, KERNEL, KERNEL) / KERNEL
+        self._bias = draw.normal(sizes.hidden)
+        self._rounding = error_bound(form, bits)
+        self.tensors, self.error = [self._weight.flatten(1).T.contiguous(), self._bias], self._rounding + 1e-6
+
+    def __call__(self, before: Tensor) -> Tensor:
+        grid = self._sizes.height, self._sizes.width
+        return depthwise_conv_twin(before, self._weight, self._bias, *grid, self._activation)
+
+    def off_behind(self, off: Tensor) -> Tensor:
+        """What outcomes may be off by if inputs are off by `off`, with the steepest slope of gelu."""
+        grid, no_bias = (self._sizes.height, self._sizes.width), torch.zeros_like(self._bias)
+        off = depthwise_conv_twin(off, self._weight.abs(), no_bias, *grid, "none") * 1.2
+        return off + (COARSE_GELU_ERROR if self._rounding else 0.0)
+
+
+def _try(function: Compiled, spec: ConvPerceptronSpec) -> None:
     """Try both: one thread for each image, and two threads that share an image."""
-    draw, size = Draw(), Sizes(*sizes)
-    inputs, hidden, outputs, height, width = size
+    draw, (inputs, hidden, outputs, *_) = Draw(), spec.sizes
     (one, first), (two, second) = (
-        random_layer(draw, *between, bits, terms) for between in ((inputs, hidden), (hidden, outputs))
+        random_layer(draw, *between, spec.kind.weights) for between in ((inputs, hidden), (hidden, outputs))
     )
-    taps, bias = draw.normal(hidden, 1, KERNEL, KERNEL) / KERNEL, draw.normal(hidden)
-    norm = [draw.normal(inputs) + 1, draw.normal(inputs)] if eps is not None else []
+    convolution = RandomConvolution(draw, spec.sizes, spec.activation, spec.kind.form, spec.kind.bits)
+    norm = RandomNorm(draw, inputs, spec.eps)
     for threads in (1, 2):
-        x, added = draw.normal(1, height * width, inputs), draw.normal(1, height * width, outputs)
-        control, y = torch.tensor([0, threads], dtype=torch.int32), torch.empty(added.shape)
-        flat = taps.flatten(1).T.contiguous()
-        function(x, *norm, *tensors_of(one), flat, bias, *tensors_of(two), added, control, y)
-        assert control[0] == 0, "it found an activation that it cannot express"
-        normal = x if eps is None else F.layer_norm(x, (inputs,), norm[0], norm[1], eps)
-        before = F.linear(normal, first, one.bias)
-        mixed = depthwise_conv_twin(before, taps, bias, height, width, activation)
+        x, added = draw.normal(1, spec.sizes.tokens, inputs), draw.normal(1, spec.sizes.tokens, outputs)
+        given = [x, *norm.tensors, *tensors_of(one), *convolution.tensors, *tensors_of(two), added]
+        y, normal = outcome_of(function, given, *added.shape, threads=threads), norm(x)
+        mixed = convolution(F.linear(normal, first, one.bias))
         expected = F.linear(mixed, second, two.bias) + added
-        # The effect of errors before the convolution on its outputs, with the steepest slope of gelu.
-        off = (error_bound(form, bits) + 1e-6) * normal.abs().amax(-1, keepdim=True) * first.abs().sum(-1)
-        off = depthwise_conv_twin(off, taps.abs(), torch.zeros(hidden), height, width, "none") * 1.2
-        off = off + (COARSE_GELU_ERROR if error_bound(form, bits) else 0.0)
+        off = convolution.error * normal.abs().amax(-1, keepdim=True) * first.abs().sum(-1)
+        off = convolution.off_behind(off)
         peaks = (mixed.abs() + off).amax(-1, keepdim=True)
-        bound = off @ second.abs().T + (error_bound(form, bits) + 1e-6) * peaks * second.abs().sum(-1)
+        bound = off @ second.abs().T + convolution.error * peaks * second.abs().sum(-1)
         check_within(y, expected, bound + (1 + two.bias.abs() + added.abs()) * 1e-5)
 
 
@@ -373,7 +376,7 @@ def conv_perceptron(
     grid: tuple[int, int],
     activation: Activation,
     *,
-    norm: tuple[Tensor, Tensor, float] | None,
+    norm: NormWeights | None,
     residual: Value,
 ) -> Value:
     """``second(activation(convolution of first(norm(x))))) + residual``, of two layers of one format.
@@ -383,20 +386,11 @@ def conv_perceptron(
         weight, bias: of the convolution [hidden, 1, 3, 3].
     """
     first, second = layers
-    taps = weight.detach().float().flatten(1).T.contiguous()
-    shift = torch.zeros(first.outputs) if bias is None else bias.detach().float().contiguous()
-    arguments = [x, *norm_values(program, norm), *weight_values(program, first), program.weight(taps)]
-    arguments += [program.weight(shift), *weight_values(program, second), residual]
-    return program.call(
-        CONV_PERCEPTRON,
-        arguments,
-        residual.shape,
-        bits=first.bits,
-        terms=first.terms,
-        eps=None if norm is None else norm[2],
-        activation=activation,
-        sizes=(first.inputs, first.outputs, second.outputs, *grid),
-    )
+    arguments = [x, *norm_values(program, norm), *weight_values(program, first)]
+    arguments += [*depthwise_values(program, weight, bias), *weight_values(program, second), residual]
+    sizes = Sizes(first.inputs, first.outputs, second.outputs, *grid)
+    asked = ConvPerceptron(first.format, None if norm is None else norm[2], activation, sizes)
+    return program.call(CONV_PERCEPTRON, arguments, residual.shape, asked)
 
 
 def serves(layers: tuple[LinearWeights, LinearWeights], weight: Tensor, grid: tuple[int, int], columns: int) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from shiftadd3d.kernels.runtime import cache, kernel, targets
 from shiftadd3d.kernels.runtime.targets import CpuTarget
-from shiftadd3d.kernels.whole.program import Exactness, Function, Program, Value
+from shiftadd3d.kernels.whole.program import AnyFunction, Exactness, Program, Value
 
 # Of what TVM does to functions: these take long, and LLVM does the same, or there is nothing for them to do.
 _SLOW_PASSES = kernel.SLOW_PASSES
@@ -72,7 +72,7 @@ def _sources_digest(programs: Mapping[str, Program]) -> str:
     return kernel.sources_digest(*(sys.modules[name] for name in (*sorted(modules), __name__)))
 
 
-_Specialised = tuple[Function, dict[str, Any]]
+_Specialised = tuple[AnyFunction, tuple[object, ...]]
 
 
 def _functions(programs: Mapping[str, Program], target: CpuTarget, exactness: Exactness) -> dict[str, _Specialised]:
@@ -85,8 +85,8 @@ def _functions(programs: Mapping[str, Program], target: CpuTarget, exactness: Ex
     }
 
 
-def _name(function: Function, spec: dict[str, Any]) -> str:
-    return f"{function.name}_{cache.key(**spec)[:8]}"
+def _name(function: AnyFunction, spec: tuple[object, ...]) -> str:
+    return f"{function.name}_{cache.key(spec=spec)[:8]}"
 
 
 def compile_programs(programs: Mapping[str, Program], target: CpuTarget, exactness: Exactness) -> Any:
@@ -118,7 +118,7 @@ def _module(programs: Mapping[str, Program], target: CpuTarget, exactness: Exact
 
     builder: Any = relax.BlockBuilder()
     functions = {
-        name: builder.add_func(function.build(target, **spec).with_attr("global_symbol", name), name)
+        name: builder.add_func(function.build(target, spec).with_attr("global_symbol", name), name)
         for name, (function, spec) in _functions(programs, target, exactness).items()
     }
     for name, program in programs.items():
@@ -169,7 +169,7 @@ def _link(executable: Any, library: Path) -> None:
 def _try(library: Any, functions: Mapping[str, _Specialised]) -> None:
     for name, (function, spec) in functions.items():
         try:
-            function.trial(library.get_function(name, query_imports=True), **spec)
+            function.trial(library.get_function(name, query_imports=True), spec)
         except AssertionError as error:
             raise AssertionError(f"{function.name}: {error}") from error
 

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shiftadd3d.kernels.cpu.forms import Form, error_bound, longest_block
+from shiftadd3d.kernels.cpu.forms import longest_block
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.matshift import BLOCK_BYTES
 from shiftadd3d.kernels.cpu.trials import Draw, check_within
-from shiftadd3d.kernels.pack.whole import LinearWeights
+from shiftadd3d.kernels.pack.whole import Format, LinearWeights
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.targets import CpuTarget
-from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
-from shiftadd3d.kernels.whole.parts import Norm, block_of, control_argument, held, rows_of, threads_of, tiles_of
-from shiftadd3d.kernels.whole.products import (
-    form_of,
-    norm_values,
-    product_of,
-    random_layer,
-    tensors_of,
-    weight_values,
-    weights_argument,
+from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index, Load
+from shiftadd3d.kernels.whole.parts import (
+    Norm,
+    NormWeights,
+    block_of,
+    control_argument,
+    each_block,
+    held,
+    rows_of,
+    threads_of,
+    tiles_of,
 )
-from shiftadd3d.kernels.whole.program import Exactness, Function, Program, Value
+from shiftadd3d.kernels.whole.products import Kind, norm_values, tensors_of, weight_values, weights_argument
+from shiftadd3d.kernels.whole.program import Exactness, Function, Program, Value, fixed
+from shiftadd3d.kernels.whole.trials import RandomNorm, error_of, outcome_of, random_layer
 
 _VECTOR = 16  # numbers of the widest
 # Tiles of a thread's block at least. Windows are costly to stage, so two threads are worth reading all weights twice.
@@ -119,7 +123,7 @@ class _Padded:
                     self._clear(start, self._line)
 
     def _normalise(self, isa: Isa, x: Buffer, norm: Norm, first: Expr, start: Expr) -> None:
-        channels, width, lanes = self._window.channels, self._window.width, isa.lanes
+        channels, width = self._window.channels, self._window.width
 
         def load(token: Index, c: Index, count: int) -> Expr:
             return x[T.at((first + token) * channels + c, count)]
@@ -127,9 +131,8 @@ class _Padded:
         def store(token: Index, c: Index, value: Expr, count: int) -> None:
             self.memory[T.at(start + token * channels + c, count)] = value
 
-        with T.serial(-(-width // lanes)) as batch:
-            token = T.bind(batch * lanes)
-            norm.emit(isa, load, token, T.bind(T.min(T.int64(lanes), width - token)), T.int64(channels), store)
+        with isa.groups(width) as (token, count):
+            norm.emit(isa, load, token, count, T.int64(channels), store)
 
     def _clear(self, start: Expr, count: int) -> None:
         with T.serial(count) as i:
@@ -146,58 +149,51 @@ class _Padded:
             out[T.at((channel * kernel + row) * run + part * piece, piece)] = self.memory[T.at(start, piece)]
 
 
-def _build_convolution(
-    target: CpuTarget,
-    form: Form,
-    bits: int,
-    terms: int,
-    window: Window,
-    eps_before: float | None,
-    eps_behind: float | None,
-    outputs: int,
-    longest: int,
-    tile: int,
-) -> T.PrimFunc:
+class Convolution(NamedTuple):
+    """What is asked of a convolution."""
+
+    weights: Format
+    window: Window
+    eps_before: float | None  # of the norms, if there are some
+    eps_behind: float | None
+    outputs: int
+
+
+class ConvolutionSpec(NamedTuple):
+    kind: Kind
+    window: Window
+    eps_before: float | None
+    eps_behind: float | None
+    outputs: int
+    tile: int
+    longest: int
+
+
+def _build_convolution(target: CpuTarget, spec: ConvolutionSpec) -> T.PrimFunc:
     """The function ``(x, norm before, layer's weights, norm behind, control, y)``, y [B, tokens, outputs]."""
-    isa, product = Isa(target), product_of(target, form, bits, terms)
-    product.rows, window = tile, Window(*window)
+    window, isa, product = spec.window, Isa(target), spec.kind.product(target)
+    product.rows = spec.tile
     height, width = window.grid
     with T.function("convolution") as function:
         (batch,) = T.sizes(1)
-        channels, inputs, columns = (T.int64(size) for size in (window.channels, window.inputs, outputs))
+        channels, inputs, columns = (T.int64(size) for size in (window.channels, window.inputs, spec.outputs))
         if window.pictures:
             x = T.argument("x", (batch, channels, window.height, window.width))
         else:
             x = T.argument("x", (batch, window.height * window.width, channels))
-        before = None if eps_before is None else Norm.arguments(channels, eps_before)
-        weights = weights_argument(product, "", terms, inputs, columns)
-        behind = None if eps_behind is None else Norm.arguments(columns, eps_behind, "behind")
+        before = None if spec.eps_before is None else Norm.arguments(channels, spec.eps_before)
+        weights = weights_argument(product, "", spec.kind.terms, inputs, columns)
+        behind = None if spec.eps_behind is None else Norm.arguments(columns, spec.eps_behind, "behind")
         control = control_argument()
         y = T.argument("y", (batch, height * width, columns))
         x, y = x.flat(), rows_of(y)
         padded = _Padded(window, batch, isa.lanes)
         padded.fill(isa, x, before)
         rows = held(batch * (height * width))
-        block = block_of(rows, longest, product.rows, threads_of(control), _FEWEST_TILES)
-        with T.parallel((rows + block - 1) // block) as task:
-            top = held(task * block)
-            count = held(T.min(block, rows - top))
-            patches = T.alloc(isa.lanes, inputs)
-            with T.serial(isa.lanes) as row, T.serial(window.inputs - window.looked_at) as i:
-                patches[row, window.looked_at + i] = T.float32(0)
-
-            def before_rows(first: Expr, some: Expr) -> None:
-                size = T.int64(height * width)
-                with T.serial(some) as row:
-                    number = T.bind(top + first + row)
-                    image, place = T.truncdiv(number, size), T.bind(T.truncmod(number, size))
-                    i, j = T.truncdiv(place, T.int64(width)), T.truncmod(place, T.int64(width))
-                    padded.copy(image, i, j, patches.part(row))
-
-            def load(row: Index, start: Index, lanes: int) -> Expr:
-                return patches[row % isa.lanes, T.at(start, lanes)]
-
-            scratch = product.scratch(longest, inputs)
+        block = block_of(rows, spec.longest, product.rows, threads_of(control), _FEWEST_TILES)
+        with each_block(rows, block) as (top, count):
+            load, before_rows = _windows(isa, padded, window, inputs, top)
+            scratch = product.scratch(spec.longest, inputs)
             product.stage(scratch, count, inputs, load, control, before_rows)
             panels = T.bind((columns + (product.columns - 1)) // product.columns)
             store = isa.writer(y, lambda row: top + row)
@@ -205,46 +201,45 @@ def _build_convolution(
             product.release()
             if behind is not None:
                 lines = isa.reader(y, lambda row: top + row), isa.writer(y, lambda row: top + row)
-                with T.serial((count + (isa.lanes - 1)) // isa.lanes) as batch:
-                    first = T.bind(batch * isa.lanes)
-                    some = T.bind(T.min(T.int64(isa.lanes), count - first))
+                with isa.groups(count) as (first, some):
                     behind.emit(isa, lines[0], first, some, columns, lines[1])
     return function.get()
 
 
-def _resolve_convolution(target: CpuTarget, exactness: Exactness, spec: dict[str, Any]) -> dict[str, Any]:
-    form = form_of(target, exactness, spec["bits"], spec["terms"])
-    window = Window(*spec["window"])
-    longest = longest_block(target, form, window.inputs, BLOCK_BYTES)
-    return spec | {"form": form} | tiles_of(target, form, longest, window.grid[0] * window.grid[1])
+def _windows(
+    isa: Isa, padded: _Padded, window: Window, inputs: Expr, top: Expr
+) -> tuple[Load, Callable[[Expr, Expr], None]]:
+    """`load` and `before_rows` of `ShiftProduct.stage`: what the kernel looks at for the outcomes from `top` on."""
+    patches, (height, width) = T.alloc(isa.lanes, inputs), window.grid
+    with T.serial(isa.lanes) as row, T.serial(window.inputs - window.looked_at) as i:
+        patches[row, window.looked_at + i] = T.float32(0)
+
+    def before_rows(first: Expr, some: Expr) -> None:
+        size = T.int64(height * width)
+        with T.serial(some) as row:
+            number = T.bind(top + first + row)
+            image, place = T.truncdiv(number, size), T.bind(T.truncmod(number, size))
+            i, j = T.truncdiv(place, T.int64(width)), T.truncmod(place, T.int64(width))
+            padded.copy(image, i, j, patches.part(row))
+
+    return lambda row, start, lanes: patches[row % isa.lanes, T.at(start, lanes)], before_rows
 
 
-def _try_convolution(
-    function: Compiled,
-    form: Form,
-    bits: int,
-    terms: int,
-    window: Window,
-    eps_before: float | None,
-    eps_behind: float | None,
-    outputs: int,
-    longest: int,
-    tile: int,
-) -> None:
-    draw, window = Draw(), Window(*window)
-    layer, matrix = random_layer(draw, window.inputs, outputs, bits, terms)
+def _resolve_convolution(target: CpuTarget, exactness: Exactness, asked: Convolution) -> ConvolutionSpec:
+    kind, window = Kind.of(target, exactness, asked.weights), asked.window
+    longest = longest_block(target, kind.form, window.inputs, BLOCK_BYTES)
+    return ConvolutionSpec(kind, *asked[1:], *tiles_of(target, kind.form, longest, window.grid[0] * window.grid[1]))
+
+
+def _try_convolution(function: Compiled, spec: ConvolutionSpec) -> None:
+    draw, kind, window, outputs = Draw(), spec.kind, spec.window, spec.outputs
+    layer, matrix = random_layer(draw, window.inputs, outputs, kind.weights)
     x = draw.normal(2, window.channels, window.height, window.width)
     given = x if window.pictures else x.flatten(2).mT.contiguous()
-    gains = [(draw.normal(size) + 1, draw.normal(size)) for size in (window.channels, outputs)]
-    before, behind = (
-        [] if eps is None else list(pair) for eps, pair in zip((eps_before, eps_behind), gains, strict=True)
-    )
-    tokens = window.grid[0] * window.grid[1]
-    control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty(2, tokens, outputs)
-    function(given, *before, *tensors_of(layer), *behind, control, y)
-    assert control[0] == 0, "it found an activation that it cannot express"
-    if eps_before is not None:
-        x = F.layer_norm(x.movedim(1, -1), (window.channels,), before[0], before[1], eps_before).movedim(-1, 1)
+    before, behind = RandomNorm(draw, window.channels, spec.eps_before), RandomNorm(draw, outputs, spec.eps_behind)
+    given = [given, *before.tensors, *tensors_of(layer), *behind.tensors]
+    y = outcome_of(function, given, 2, window.grid[0] * window.grid[1], outputs)
+    x = before(x.movedim(1, -1)).movedim(-1, 1)
     # What the layer makes of windows as they lie in memory: of those of pictures with a column more.
     more = window.run - window.kernel if window.pictures else 0
     high = F.pad(x, (window.padding, window.padding + more, window.padding, window.padding))
@@ -252,12 +247,11 @@ def _try_convolution(
     cut = cut.permute(0, 2, 3, 1, 4, 5) if window.pictures else cut.permute(0, 2, 3, 4, 5, 1)
     patches = F.pad(cut.flatten(3).flatten(1, 2), (0, window.inputs - window.looked_at))
     expected = F.linear(patches, matrix, layer.bias)
-    size = patches.abs() @ matrix.abs().T
-    bound = error_bound(form, bits) * patches.abs().amax(-1, keepdim=True) * matrix.abs().sum(-1) + size * 1e-6 + 1e-5
-    if eps_behind is not None:
+    bound = error_of(kind.form, kind.bits, patches, matrix) + 1e-5
+    if spec.eps_behind is not None:
         spread = expected.std(-1, keepdim=True, correction=0)
-        expected = F.layer_norm(expected, (outputs,), behind[0], behind[1], eps_behind)
-        bound = bound.amax(-1, keepdim=True) * 4 / spread * behind[0].abs() + 1e-5
+        expected = behind(expected)
+        bound = bound.amax(-1, keepdim=True) * 4 / spread * behind.tensors[0].abs() + 1e-5
     check_within(y, expected, bound)
 
 
@@ -270,8 +264,8 @@ def convolution(
     layer: LinearWeights,
     window: Window,
     *,
-    before: tuple[Tensor, Tensor, float] | None = None,
-    behind: tuple[Tensor, Tensor, float] | None = None,
+    before: NormWeights | None = None,
+    behind: NormWeights | None = None,
 ) -> Value:
     """A convolution of pictures or tokens as tokens [B, h * w, outputs], row by row of ``window.grid``.
 
@@ -281,23 +275,17 @@ def convolution(
         behind: the same of its outcome.
     """
     values = weight_values(program, layer)
-    return program.call(
-        CONVOLUTION,
-        [x, *norm_values(program, before), *values, *norm_values(program, behind)],
-        (x.shape[0], window.grid[0] * window.grid[1], layer.outputs),
-        bits=layer.bits,
-        terms=layer.terms,
-        window=tuple(window),
-        eps_before=None if before is None else before[2],
-        eps_behind=None if behind is None else behind[2],
-        outputs=layer.outputs,
-    )
+    arguments = [x, *norm_values(program, before), *values, *norm_values(program, behind)]
+    shape = (x.shape[0], window.grid[0] * window.grid[1], layer.outputs)
+    eps_before, eps_behind = (None if norm is None else norm[2] for norm in (before, behind))
+    asked = Convolution(layer.format, window, eps_before, eps_behind, layer.outputs)
+    return program.call(CONVOLUTION, arguments, shape, asked)
 
 
 # To a finer grid
 
 
-def _build_spread(target: CpuTarget) -> T.PrimFunc:
+def _build_spread(target: CpuTarget, spec: tuple[()]) -> T.PrimFunc:
     """The function ``(x, coarse, places, control, y)``: y[b, n] = x[b, n] + coarse[b, places[n]]."""
     with T.function("spread") as function:
         batch, tokens, few, channels = T.sizes(4)
@@ -314,19 +302,18 @@ def _build_spread(target: CpuTarget) -> T.PrimFunc:
     return function.get()
 
 
-def _try_spread(function: Compiled) -> None:
+def _try_spread(function: Compiled, spec: tuple[()]) -> None:
     draw = Draw()
     x, coarse, places = draw.normal(2, 20, 37), draw.normal(2, 6, 37), torch.arange(20, dtype=torch.int32) % 6
-    control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty_like(x)
-    function(x, coarse, places, control, y)
+    y = outcome_of(function, [x, coarse, places], *x.shape)
     torch.testing.assert_close(y, x + coarse[:, places.long()])
 
 
-SPREAD = Function("spread", _build_spread, _try_spread)
+SPREAD = fixed("spread", _build_spread, _try_spread)
 
 
 def spread(program: Program, x: Value, coarse: Value, grid: tuple[int, int], finer: tuple[int, int]) -> Value:
     """Tokens x [B, N, C] of a grid, plus those of a coarser one, [B, M, C], that each of them lies in."""
     numbers = torch.arange(grid[0] * grid[1], dtype=torch.float32).view(1, 1, *grid)
     places = F.interpolate(numbers, finer).flatten().to(torch.int32)
-    return program.call(SPREAD, [x, coarse, program.weight(places)], x.shape)
+    return program.call(SPREAD, [x, coarse, program.weight(places)], x.shape, ())

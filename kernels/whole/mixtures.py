@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.mlp import BLOCK_BYTES
 from shiftadd3d.kernels.cpu.moe import Plan
 from shiftadd3d.kernels.cpu.trials import Draw, check_within
-from shiftadd3d.kernels.pack.whole import LinearWeights
+from shiftadd3d.kernels.pack.whole import Format, LinearWeights
 from shiftadd3d.kernels.reference import activations
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.runtime import targets
@@ -24,96 +24,119 @@ from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
-from shiftadd3d.kernels.whole.parts import Norm, block_of, control_argument, held, rows_of, threads_of
+from shiftadd3d.kernels.whole.parts import Around, Ends, NormWeights, Source, block_of, held, threads_of
 from shiftadd3d.kernels.whole.products import (
+    Kind,
     form_of,
     norm_values,
-    product_of,
-    random_layer,
     tensors_of,
     weight_values,
     weights_argument,
 )
 from shiftadd3d.kernels.whole.program import Exactness, Function, Program, Value
+from shiftadd3d.kernels.whole.trials import RandomNorm, outcome_of, random_layer
 
 
-def _build(
-    target: CpuTarget,
-    experts: tuple[int, ...],
-    depth: int,
-    form: Form,
-    bits: int,
-    activation: Activation,
-    gated: bool,
-    eps: float | None,
-    residual: bool,
-    longest: int,
-) -> T.PrimFunc:
-    """The function ``(x, norm's weight and bias, router's, all layers' weights, what is added, control, y)``.
+class Mixture(NamedTuple):
+    """What is asked of a mixture.
 
-    Args:
+    Attributes:
         experts: terms of the layers of each, 0 for ordinary weights.
+        depth: layers of an expert.
+        bits: of the codes.
+        gated: whether an expert's outcome is multiplied by its probability.
+        around: activation functions come between layers.
+        widths: of the tokens, and of all hidden layers.
     """
-    isa = Isa(target)
+
+    experts: tuple[int, ...]
+    depth: int
+    bits: int
+    gated: bool
+    around: Around
+    widths: tuple[int, ...]
+
+
+class MixtureSpec(NamedTuple):
+    experts: tuple[int, ...]
+    depth: int
+    form: Form
+    bits: int
+    gated: bool
+    around: Around
+    longest: int
+
+
+class Router(NamedTuple):
+    """The arguments that hold a router's weight [experts, width] and bias [experts]."""
+
+    weight: Buffer
+    bias: Buffer
+
+    @classmethod
+    def argument(cls, experts: int, width: Index, name: str = "") -> Router:
+        return cls(T.argument(f"router{name}", (experts, width)), T.argument(f"router_bias{name}", (experts,)))
+
+
+def _build(target: CpuTarget, spec: MixtureSpec) -> T.PrimFunc:
+    """The function ``(x, norm's weight and bias, router's, all layers' weights, what is added, control, y)``."""
+    isa, around, experts = Isa(target), spec.around, len(spec.experts)
     with T.function("mixture") as function:
         batch, tokens, inputs, outputs = T.sizes(4)
-        x = T.argument("x", (batch, tokens, inputs))
-        norm = None if eps is None else Norm.arguments(inputs, eps)
-        router = T.argument("router", (len(experts), inputs))
-        router_bias = T.argument("router_bias", (len(experts),))
+        source = Source.argument(batch, tokens, inputs, around.eps)
+        router = Router.argument(experts, inputs)
         chains = []
-        for number, terms in enumerate(experts):
-            ends = enumerate(itertools.pairwise([inputs, *T.sizes(depth - 1), outputs]))
-            product = product_of(target, form, bits, terms)
-            chains.append([weights_argument(product, f"{number}_{i}", terms, *between) for i, between in ends])
-        added = T.argument("added", (batch, tokens, outputs)) if residual else None
-        control = control_argument()
-        y = T.argument("y", (batch, tokens, outputs))
+        for number, terms in enumerate(spec.experts):
+            between = enumerate(itertools.pairwise([inputs, *T.sizes(spec.depth - 1), outputs]))
+            product = Kind(spec.form, spec.bits, terms).product(target)
+            chains.append([weights_argument(product, f"{number}_{i}", terms, *widths) for i, widths in between])
+        ends = Ends.arguments(source, outputs, residual=around.residual)
         count = batch * tokens
-        x, y, added = rows_of(x), rows_of(y), None if added is None else rows_of(added)
-        normal = x if norm is None else T.alloc(count, inputs)
-        logits, assignment, gates = T.alloc(count, len(experts)), T.alloc(count, dtype="int64"), T.alloc(count)
+        normal = ends.x if ends.norm is None else T.alloc(count, inputs)
+        logits, assignment, gates = T.alloc(count, experts), T.alloc(count, dtype="int64"), T.alloc(count)
         with T.parallel((count + (isa.lanes - 1)) // isa.lanes) as batch:
             first = held(batch * isa.lanes)
             some = held(T.min(T.int64(isa.lanes), count - first))
-            if norm is not None:
-                reader, writer = isa.reader(x, lambda row: row), isa.writer(normal, lambda row: row)
-                norm.emit(isa, reader, first, some, inputs, writer)
+            if ends.norm is not None:
+                reader, writer = isa.reader(ends.x, lambda row: row), isa.writer(normal, lambda row: row)
+                ends.norm.emit(isa, reader, first, some, inputs, writer)
             with T.serial(some) as i:
                 token = T.bind(first + i)
-                route(isa, normal.part(token), inputs, router, router_bias, logits.part(token))
-                gates[token] = gate_of(logits.part(token), len(experts)) if gated else T.float32(1)
+                route(isa, normal.part(token), inputs, router, logits.part(token))
+                gates[token] = gate_of(logits.part(token), experts) if spec.gated else T.float32(1)
         rows = held(count)
-        share = held(T.truncdiv(rows + (len(experts) - 1), T.int64(len(experts))))
-        tile, _ = tile_shape(target, form)
-        block = block_of(share, longest, tile, threads_of(control))
-        plan = Plan(count, len(experts), block, count + len(experts))
+        share = held(T.truncdiv(rows + (experts - 1), T.int64(experts)))
+        block = block_of(share, spec.longest, tile_shape(target, spec.form)[0], threads_of(ends.control))
+        plan = Plan(count, experts, block, count + experts)
         plan.route(logits, assignment)
+        leave = ends.store(T.int64(0))
 
         def store(token: Index, column: Index, value: Expr, lanes: int) -> None:
-            at = token, T.at(column, lanes)
-            gate = gates[token]
-            value = value * (gate if lanes == 1 else T.broadcast(gate, lanes)) if gated else value
-            y[at] = value if added is None else value + added[at]
+            leave(token, column, gated_by(gates[token], value, lanes) if spec.gated else value, lanes)
 
         def products(number: int) -> Sequence[ShiftProduct]:
-            return [product_of(target, form, bits, experts[number]) for _ in range(depth)]
+            return [Kind(spec.form, spec.bits, spec.experts[number]).product(target) for _ in range(spec.depth)]
 
         load = isa.reader(normal, lambda token: token)
-        plan.emit(chains, products, activation, longest, load, store, control)
+        plan.emit(chains, products, around.activation, spec.longest, load, store, ends.control)
     return function.get()
 
 
-def route(isa: Isa, row: Buffer, width: Expr, weight: Buffer, bias: Buffer, logits: Buffer) -> None:
-    """Emit a router's logits [experts] of a row, with its weight [experts, width] and bias."""
+def gated_by(gate: Expr, value: Expr, lanes: int) -> Expr:
+    """A vector, or one number, times a gate."""
+    return value * (gate if lanes == 1 else T.broadcast(gate, lanes))
+
+
+def route(isa: Isa, row: Buffer, width: Expr, router: Router, logits: Buffer) -> None:
+    """Emit a router's logits [experts] of a row [width]."""
     lanes = isa.lanes
     whole = T.bind(T.truncdiv(width, T.int64(lanes)))
     for expert in range(logits.extent(0)):
-        sums, of_expert = isa.register(0.0), weight.part(expert)
+        sums, of_expert = isa.register(0.0), router.weight.part(expert)
         with T.serial(whole) as j:
             at = isa.at(j * lanes)
             sums.value = isa.fma(row[at], of_expert[at], sums.value)
-        logits[expert] = isa.total(sums.value) + bias[expert]
+        logits[expert] = isa.total(sums.value) + router.bias[expert]
         with T.serial(width - whole * lanes) as j:
             at = whole * lanes + j
             logits[expert] = logits[expert] + row[at] * of_expert[at]
@@ -128,50 +151,43 @@ def gate_of(logits: Buffer, experts: int) -> Expr:
     return T.float32(1) / T.total([T.exp(logits[expert] - largest[0]) for expert in range(experts)])
 
 
-def _resolve(target: CpuTarget, exactness: Exactness, spec: dict[str, Any]) -> dict[str, Any]:
-    form = form_of(target, exactness, spec["bits"], max(spec["experts"]))
-    widths = spec.pop("widths")
-    floats = widths[0] + (1 if form == "float32" else 2) * max(widths[1:], default=0)
-    return spec | {"form": form, "longest": longest_block(target, form, floats, BLOCK_BYTES)}
+def _resolve(target: CpuTarget, exactness: Exactness, asked: Mixture) -> MixtureSpec:
+    form, (inputs, *hidden) = form_of(target, exactness, asked.bits, max(asked.experts)), asked.widths
+    floats = inputs + (1 if form == "float32" else 2) * max(hidden, default=0)
+    longest = longest_block(target, form, floats, BLOCK_BYTES)
+    return MixtureSpec(asked.experts, asked.depth, form, asked.bits, asked.gated, asked.around, longest)
 
 
-def _try(
-    function: Compiled,
-    experts: tuple[int, ...],
-    depth: int,
-    form: Form,
-    bits: int,
-    activation: Activation,
-    gated: bool,
-    eps: float | None,
-    residual: bool,
-    longest: int,
-) -> None:
+def _try(function: Compiled, spec: MixtureSpec) -> None:
     """Odd sizes with tails on every side, several blocks for each expert."""
+    experts, depth, form, bits, gated, around, longest = spec
     rows, columns = tile_shape(targets.current(), form)
     draw = Draw()
     widths = [16 * 3 + 5, *[columns + 3] * (depth - 1), columns + 7]
-    made = [[random_layer(draw, *between, bits, terms) for between in itertools.pairwise(widths)] for terms in experts]
+    made = [
+        [random_layer(draw, *between, Format(bits, terms)) for between in itertools.pairwise(widths)]
+        for terms in experts
+    ]
     tokens = 2 * longest + rows + 1
     x, added = draw.normal(1, tokens, widths[0]), draw.normal(1, tokens, widths[-1])
-    norm = [draw.normal(widths[0]) + 1, draw.normal(widths[0])] if eps is not None else []
+    norm, residual = RandomNorm(draw, widths[0], around.eps), [added] if around.residual else []
     router, router_bias = draw.normal(len(experts), widths[0]), draw.normal(len(experts))
-    control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty(added.shape)
     layers = [tensor for chain in made for layer, _ in chain for tensor in tensors_of(layer)]
-    function(x, *norm, router, router_bias, *layers, *([added] if residual else []), control, y)
-    assert control[0] == 0, "it found an activation that it cannot express"
-    normal = x if eps is None else F.layer_norm(x, (widths[0],), norm[0], norm[1], eps)
+    given = [x, *norm.tensors, router, router_bias, *layers, *residual]
+    y, normal = outcome_of(function, given, *added.shape), norm(x)
     logits = F.linear(normal.double(), router.double(), router_bias.double())
     outcomes, gain = [], 1.0
     for chain in made:
         hidden = normal
         for number, (layer, matrix) in enumerate(chain):
             gain = max(gain, float(matrix.abs().sum(-1).max()))
-            hidden = F.linear(hidden if number == 0 else activations.apply(activation, hidden), matrix, layer.bias)
+            hidden = F.linear(
+                hidden if number == 0 else activations.apply(around.activation, hidden), matrix, layer.bias
+            )
         outcomes.append(hidden)
     chosen = logits.argmax(-1, keepdim=True)
     expected = torch.stack(outcomes, -1).gather(-1, chosen.unsqueeze(-2).expand(*y.shape, 1)).squeeze(-1)
-    expected = expected * (logits.softmax(-1).gather(-1, chosen) if gated else 1) + (added if residual else 0)
+    expected = sum(residual, expected * (logits.softmax(-1).gather(-1, chosen) if gated else 1))
     largest = (normal.abs().amax(-1, keepdim=True) + 4) * gain**depth
     bound = depth * (error_bound(form, bits) + 2e-6) * 1.2 * largest
     # Where two experts are equally good, either will do.
@@ -191,7 +207,7 @@ def mixture(
     activation: Activation,
     *,
     gated: bool,
-    norm: tuple[Tensor, Tensor, float] | None = None,
+    norm: NormWeights | None = None,
     residual: Value | None = None,
 ) -> Value:
     """Each token's ``expert(norm(x)) + residual``: [B, N, inputs] to [B, N, outputs].
@@ -206,16 +222,14 @@ def mixture(
     layers = [layer for chain in experts for layer in chain]
     values = [value for layer in layers for value in weight_values(program, layer)]
     routers = [program.weight(tensor) for tensor in router]
-    return program.call(
-        MIXTURE,
-        [x, *norm_values(program, norm), *routers, *values, *([residual] if residual else [])],
-        (*x.shape[:-1], layers[-1].outputs),
-        experts=tuple(chain[0].terms for chain in experts),
-        depth=len(experts[0]),
-        bits=max(layer.bits for layer in layers),
-        activation=activation if len(experts[0]) > 1 else "none",
-        gated=gated,
-        eps=None if norm is None else norm[2],
-        residual=residual is not None,
-        widths=(experts[0][0].inputs, *(layer.outputs for chain in experts for layer in chain[:-1])),
+    arguments = [x, *norm_values(program, norm), *routers, *values, *([residual] if residual else [])]
+    depth = len(experts[0])
+    asked = Mixture(
+        tuple(chain[0].terms for chain in experts),
+        depth,
+        max(layer.bits for layer in layers),
+        gated,
+        Around.of(norm, activation if depth > 1 else "none", residual),
+        (experts[0][0].inputs, *(layer.outputs for chain in experts for layer in chain[:-1])),
     )
+    return program.call(MIXTURE, arguments, (*x.shape[:-1], layers[-1].outputs), asked)

@@ -1,16 +1,37 @@
-"""What the functions of programs are made of: layer norm on the way in, and how work is divided among threads."""
+"""What the functions of programs are made of: norm before, addition behind, and how work is divided among threads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
 
 from shiftadd3d.kernels.cpu.blocks import folded_each
 from shiftadd3d.kernels.cpu.forms import Form, even_blocks, tile_shape
 from shiftadd3d.kernels.cpu.isa import Isa
+from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index, Load, Store
+
+NormWeights = tuple[Tensor, Tensor, float]
+"""Weight, bias and epsilon of a layer norm."""
+
+
+class Around(NamedTuple):
+    """What is compiled in of the steps around products: a norm before them if there is an epsilon, then their
+    activation function, and whether something is added."""
+
+    eps: float | None
+    activation: Activation
+    residual: bool
+
+    @classmethod
+    def of(cls, norm: NormWeights | None, activation: Activation, residual: object | None) -> Around:
+        return cls(None if norm is None else norm[2], activation, residual is not None)
 
 
 def control_argument() -> Buffer:
@@ -97,13 +118,89 @@ class Norm:
                 c = T.bind(behind + j)
                 store(first + i, c, apart(i, c, 1) * factors[i] * self.gain[c] + self.shift[c], 1)
 
+    def staged(self, isa: Isa, load: Load, width: Expr) -> tuple[Load, Callable[[Expr, Expr], None]]:
+        """`load` and `before_rows` of rows that are normalised as they are staged, in a cache's memory."""
+        rows = T.alloc(isa.lanes, width)
+
+        def store(row: Index, column: Index, value: Expr, count: int) -> None:
+            rows[row % isa.lanes, T.at(column, count)] = value
+
+        return (
+            lambda row, start, count: rows[row % isa.lanes, T.at(start, count)],
+            lambda first, count: self.emit(isa, load, first, count, width, store),
+        )
+
+
+class Source(NamedTuple):
+    """The tokens that a function reads, [B, N, inputs], and the norm before its products."""
+
+    x: Buffer
+    norm: Norm | None
+
+    @classmethod
+    def argument(cls, batch: Index, tokens: Index, inputs: Expr, eps: float | None) -> Source:
+        """The next arguments of a function."""
+        x = T.argument("x", (batch, tokens, inputs))
+        return cls(x, None if eps is None else Norm.arguments(inputs, eps))
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What a function from tokens to tokens reads and writes, its rows those of all tokens.
+
+    Attributes:
+        x: [rows, inputs].
+        norm: of x, if any.
+        added: [rows, outputs], to be added to the outcome, if any.
+        control: see `Program`.
+        y: [rows, outputs].
+    """
+
+    x: Buffer
+    norm: Norm | None
+    added: Buffer | None
+    control: Buffer
+    y: Buffer
+
+    @classmethod
+    def arguments(cls, source: Source, outputs: Expr, *, residual: bool) -> Ends:
+        """The last arguments of a function, and its source: what is added, control, y."""
+        batch, tokens, _ = source.x.shape
+        added = T.argument("added", (batch, tokens, outputs)) if residual else None
+        control = control_argument()
+        y = T.argument("y", (batch, tokens, outputs))
+        x, y, added = rows_of(source.x), rows_of(y), None if added is None else rows_of(added)
+        return cls(x, source.norm, added, control, y)
+
+    def load(self, isa: Isa, top: Expr) -> tuple[Load, Callable[[Expr, Expr], None] | None]:
+        """`load` and `before_rows` of `ShiftProduct.stage`, of the rows from `top` on, normalised."""
+        load = isa.reader(self.x, lambda row: top + row)
+        return (load, None) if self.norm is None else self.norm.staged(isa, load, self.x.shape[1])
+
+    def store(self, top: Expr) -> Store:
+        """What stores outcomes of the rows from `top` on, after the addition."""
+
+        def store(row: Index, column: Index, value: Expr, count: int) -> None:
+            at = top + row, T.at(column, count)
+            self.y[at] = value if self.added is None else value + self.added[at]
+
+        return store
+
+
+@contextmanager
+def each_block(rows: Expr, block: Expr) -> Iterator[tuple[Expr, Expr]]:
+    """Emit a parallel loop over blocks of rows; yields the first row of one, and their number."""
+    with T.parallel((rows + block - 1) // block) as task:
+        top = held(task * block)
+        yield top, held(T.min(block, rows - top))
+
 
 def block_of(rows: Expr, longest: int, tile: int, threads: Expr, fewest: int = 4) -> Expr:
     """Rows of a block, as `rows_of_block` has it; `fewest`: see `even_blocks`."""
     return held(even_blocks(rows, longest, tile, threads, _held_min, _held_max, fewest))
 
 
-def tiles_of(target: CpuTarget, form: Form, longest: int, tokens: int | str) -> dict[str, int]:
+def tiles_of(target: CpuTarget, form: Form, longest: int, tokens: int | str) -> tuple[int, int]:
     """Rows of a product's tile, and `longest` as a multiple of them, for pictures of so many tokens.
 
     A picture's last tile takes as long as a whole one, so it should lack few rows: 7 x 7 tokens are four tiles of 13
@@ -115,7 +212,7 @@ def tiles_of(target: CpuTarget, form: Form, longest: int, tokens: int | str) -> 
             rows = 4
         elif target.has_avx512:
             rows = min((rows, rows + 1), key=lambda some: -(-tokens // some) * some)
-    return {"tile": rows, "longest": max(rows, longest // rows * rows)}
+    return rows, max(rows, longest // rows * rows)
 
 
 def _held_min(a: Expr, b: Expr) -> Expr:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.numerics import Numerics
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import PrimFunc
@@ -24,27 +25,43 @@ Exactness = Numerics | Literal["safe"]
 """What a program is compiled for: numerics, or ``"safe"``, in which products take every number that float32 holds."""
 
 
-def _as_it_is(target: CpuTarget, exactness: Exactness, spec: dict[str, Any]) -> dict[str, Any]:
-    return spec
+Asked = TypeVar("Asked", bound=tuple[object, ...])
+Spec = TypeVar("Spec", bound=tuple[object, ...])
 
 
 @dataclass(frozen=True)
-class Function:
+class Function(Generic[Asked, Spec]):
     """A function in TIR that programs call, in as many specialisations as are asked for.
+
+    Both what a call asks for and what is compiled in are named tuples of numbers, strings and such tuples.
 
     Attributes:
         name: what it is called in the executable and in messages.
-        build: ``build(target, **spec)``: the function. Its arguments are tensors: those of the call, then `control`,
-            then the outcomes.
-        trial: ``trial(function, **spec)`` runs it, compiled, on a small problem, and raises `AssertionError` where the
+        build: ``build(target, spec)``: the function. Its arguments are tensors: those of the call, then `control`, then
+            the outcomes.
+        trial: ``trial(function, spec)`` runs it, compiled, on a small problem, and raises `AssertionError` where the
             outcome is not what plain torch computes.
-        resolve: ``resolve(target, exactness, spec)``: what to compile in for a spec of a call.
+        resolve: ``resolve(target, exactness, asked)``: the spec for what a call asks for.
     """
 
     name: str
-    build: Callable[..., PrimFunc]
-    trial: Callable[..., None]
-    resolve: Callable[[CpuTarget, Exactness, dict[str, Any]], dict[str, Any]] = _as_it_is
+    build: Callable[[CpuTarget, Spec], PrimFunc]
+    trial: Callable[[Compiled, Spec], None]
+    resolve: Callable[[CpuTarget, Exactness, Asked], Spec]
+
+
+AnyFunction = Function[Any, Any]
+
+
+def fixed(
+    name: str, build: Callable[[CpuTarget, Spec], PrimFunc], trial: Callable[[Compiled, Spec], None]
+) -> Function[Spec, Spec]:
+    """A function into which is compiled what calls ask for, whatever the target and the numerics."""
+    return Function(name, build, trial, _as_asked)
+
+
+def _as_asked(target: CpuTarget, exactness: Exactness, asked: Spec) -> Spec:
+    return asked
 
 
 class Value(NamedTuple):
@@ -58,8 +75,8 @@ class Value(NamedTuple):
 class Call(NamedTuple):
     """A call of a function; without one, the argument in another shape."""
 
-    function: Function | None
-    spec: tuple[tuple[str, Any], ...]
+    function: AnyFunction | None
+    asked: tuple[object, ...]
     arguments: tuple[Value, ...]
     outs: tuple[Value, ...]
 
@@ -99,20 +116,22 @@ class Program:
             self.weight_values.append(known)
         return known
 
-    def call(self, function: Function, arguments: Sequence[Value], shape: Sequence[Dim], **spec: Any) -> Value:
-        """What a function makes of some values, float32 of a shape; `spec` is for its `resolve`."""
-        return self.call_for(function, arguments, [(shape, "float32")], **spec)[0]
+    def call(
+        self, function: Function[Asked, Spec], arguments: Sequence[Value], shape: Sequence[Dim], asked: Asked
+    ) -> Value:
+        """What a function makes of some values, float32 of a shape; `asked` is for its `resolve`."""
+        return self.call_for(function, arguments, [(shape, "float32")], asked)[0]
 
     def call_for(
         self,
-        function: Function,
+        function: Function[Asked, Spec],
         arguments: Sequence[Value],
         outcomes: Sequence[tuple[Sequence[Dim], str]],
-        **spec: Any,
+        asked: Asked,
     ) -> tuple[Value, ...]:
         """`call` of a function with several outcomes, given by shape and dtype."""
         outs = tuple(self._value(shape, dtype) for shape, dtype in outcomes)
-        self.calls.append(Call(function, tuple(sorted(spec.items())), tuple(arguments), outs))
+        self.calls.append(Call(function, asked, tuple(arguments), outs))
         return outs
 
     def reshape(self, x: Value, shape: Sequence[Dim]) -> Value:
@@ -131,11 +150,10 @@ class Program:
         bare.weights, bare._of_tensor = [], {}
         return bare
 
-    def resolved(self, target: CpuTarget, exactness: Exactness) -> list[tuple[Call, dict[str, Any]]]:
+    def resolved(self, target: CpuTarget, exactness: Exactness) -> list[tuple[Call, tuple[object, ...]]]:
         """All calls, with what is compiled into their functions."""
         return [
-            (call, call.function.resolve(target, exactness, dict(call.spec)) if call.function else {})
-            for call in self.calls
+            (call, call.function.resolve(target, exactness, call.asked) if call.function else ()) for call in self.calls
         ]
 
     def description(self, target: CpuTarget, exactness: Exactness) -> Mapping[str, Any]:
@@ -146,7 +164,7 @@ class Program:
             "calls": [
                 (
                     call.function.name if call.function else "reshape",
-                    sorted(spec.items()),
+                    spec,
                     [value.number for value in call.arguments],
                     [tuple(out) for out in call.outs],
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +17,27 @@ from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.whole.parts import control_argument, held
-from shiftadd3d.kernels.whole.program import Function, Program, Value
+from shiftadd3d.kernels.whole.program import Program, Value, fixed
+from shiftadd3d.kernels.whole.trials import outcome_of
 
 # Queries at once: their scores stay in the cache.
 _QUERIES = 24
 
 
-def _build(target: CpuTarget, heads: int, width: int, keys: int, joint: bool) -> T.PrimFunc:
+class SoftmaxSpec(NamedTuple):
+    heads: int
+    width: int  # of a head
+    keys: int
+    joint: bool  # whether queries, keys and values are one tensor
+
+
+def _build(target: CpuTarget, spec: SoftmaxSpec) -> T.PrimFunc:
     """The function ``(q, k and v, control, y)``.
 
     q [B, N, heads * width], k and v [B, keys, heads * width]. k and v lie side by side in one tensor, and q before them
     if `joint`. y [B, N, heads * width].
     """
-    isa = Isa(target)
+    isa, (heads, width, keys, joint) = Isa(target), spec
     padded = isa.padded(keys)
     with T.function("softmax_attention") as function:
         batch, queries = T.sizes(2)
@@ -70,19 +79,19 @@ def _build(target: CpuTarget, heads: int, width: int, keys: int, joint: bool) ->
     return function.get()
 
 
-def _try(function: Compiled, heads: int, width: int, keys: int, joint: bool) -> None:
+def _try(function: Compiled, spec: SoftmaxSpec) -> None:
+    heads, width, keys, joint = spec
     draw, queries = Draw(), keys if joint else 2 * _QUERIES + 5
     q = draw.normal(2, queries, heads * width)
     k, v = draw.normal(2, keys, heads * width), draw.normal(2, keys, heads * width)
     given = [torch.cat([q, k, v], -1)] if joint else [q, torch.cat([k, v], -1)]
-    control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty(2, queries, heads * width)
-    function(*given, control, y)
+    y = outcome_of(function, given, 2, queries, heads * width)
     q, k, v = (x.unflatten(-1, (heads, width)).transpose(1, 2) for x in (q, k, v))
     expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 
-SOFTMAX_ATTENTION = Function("softmax_attention", _build, _try)
+SOFTMAX_ATTENTION = fixed("softmax_attention", _build, _try)
 
 
 def softmax_attention(program: Program, parts: Sequence[Value], heads: int) -> Value:
@@ -94,7 +103,7 @@ def softmax_attention(program: Program, parts: Sequence[Value], heads: int) -> V
         heads: H.
     """
     joint, (_, keys, columns) = len(parts) == 1, parts[-1].shape
-    assert isinstance(columns, int)
+    assert isinstance(columns, int) and isinstance(keys, int)
     width = columns // (3 if joint else 2) // heads
     shape = (*parts[0].shape[:2], heads * width)
-    return program.call(SOFTMAX_ATTENTION, parts, shape, heads=heads, width=width, keys=keys, joint=joint)
+    return program.call(SOFTMAX_ATTENTION, parts, shape, SoftmaxSpec(heads, width, keys, joint))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from shiftadd3d.kernels.cpu.blocks import COARSE_GELU_ERROR
 from shiftadd3d.kernels.cpu.depthwise import Row, Tensors
-from shiftadd3d.kernels.cpu.forms import Form, error_bound, longest_block
+from shiftadd3d.kernels.cpu.forms import longest_block
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.matshift import BLOCK_BYTES
 from shiftadd3d.kernels.cpu.sign_tables import TOKENS, Products, Tables, emit_sums
 from shiftadd3d.kernels.cpu.trials import Draw, check_within
-from shiftadd3d.kernels.pack.whole import LinearWeights
+from shiftadd3d.kernels.pack.whole import Format, LinearWeights
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.depthwise import depthwise_conv_twin
 from shiftadd3d.kernels.reference.matadd import LOW, Codes, add_attention_twin
@@ -25,34 +25,60 @@ from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr, Index
-from shiftadd3d.kernels.whole.parts import Norm, block_of, control_argument, held, rows_of, threads_of
+from shiftadd3d.kernels.whole.parts import (
+    Norm,
+    NormWeights,
+    block_of,
+    control_argument,
+    each_block,
+    held,
+    rows_of,
+    threads_of,
+)
 from shiftadd3d.kernels.whole.products import (
-    form_of,
+    Kind,
+    depthwise_values,
     norm_values,
-    product_of,
-    random_layer,
     tensors_of,
     weight_values,
     weights_argument,
 )
-from shiftadd3d.kernels.whole.program import Exactness, Function, Program, Value
+from shiftadd3d.kernels.whole.program import Exactness, Function, Program, Value, fixed
+from shiftadd3d.kernels.whole.trials import RandomNorm, error_of, outcome_of, random_layer
 
 # Patches
 
 
-def _build_patches(
-    target: CpuTarget, form: Form, bits: int, terms: int, channels: int, patch: tuple[int, int], longest: int
-) -> T.PrimFunc:
+class Patches(NamedTuple):
+    """What is asked of patches of pictures."""
+
+    weights: Format
+    channels: int
+    patch: tuple[int, int]  # rows and columns
+
+    @property
+    def inputs(self) -> int:
+        return self.channels * self.patch[0] * self.patch[1]
+
+
+class PatchesSpec(NamedTuple):
+    kind: Kind
+    channels: int
+    patch: tuple[int, int]
+    longest: int
+
+
+def _build_patches(target: CpuTarget, spec: PatchesSpec) -> T.PrimFunc:
     """The function ``(images, layer's weights, prefix tokens, what is added to patches, control, y)``.
 
     images [B, channels, H, W], prefix [P, outputs], added [patches, outputs], y [B, P + patches, outputs].
     """
-    isa, product = Isa(target), product_of(target, form, bits, terms)
-    high, wide = patch
+    kind, channels, (high, wide), longest = spec
+    isa, product = Isa(target), kind.product(target)
     with T.function("patches") as function:
         batch, height, width, outputs, prefixes, patches, tokens = T.sizes(7)
         images, inputs = T.argument("images", (batch, channels, height, width)), T.int64(channels * high * wide)
-        weights = weights_argument(product, "", terms, inputs, outputs)
+        weights = weights_argument(product, "", kind.terms, inputs, outputs)
         prefix = T.argument("prefix", (prefixes, outputs))
         added = T.argument("added", (patches, outputs))
         control = control_argument()
@@ -62,9 +88,7 @@ def _build_patches(
             y[b, p, c] = prefix[p, c]
         rows = held(batch * patches)
         block = block_of(rows, longest, product.rows, threads_of(control))
-        with T.parallel((rows + block - 1) // block) as task:
-            top = held(task * block)
-            count = held(T.min(block, rows - top))
+        with each_block(rows, block) as (top, count):
 
             def place(row: Index) -> tuple[Expr, Expr]:
                 """The picture that a row belongs to, and its number in there."""
@@ -98,25 +122,20 @@ def _build_patches(
     return function.get()
 
 
-def _resolve_patches(target: CpuTarget, exactness: Exactness, spec: dict[str, Any]) -> dict[str, Any]:
-    form = form_of(target, exactness, spec["bits"], spec["terms"])
-    return spec | {"form": form, "longest": longest_block(target, form, spec.pop("inputs"), BLOCK_BYTES)}
+def _resolve_patches(target: CpuTarget, exactness: Exactness, asked: Patches) -> PatchesSpec:
+    kind = Kind.of(target, exactness, asked.weights)
+    return PatchesSpec(kind, *asked[1:], longest=longest_block(target, kind.form, asked.inputs, BLOCK_BYTES))
 
 
-def _try_patches(
-    function: Compiled, form: Form, bits: int, terms: int, channels: int, patch: tuple[int, int], longest: int
-) -> None:
-    draw, (high, wide) = Draw(), patch
-    layer, matrix = random_layer(draw, channels * high * wide, 37, bits, terms)
+def _try_patches(function: Compiled, spec: PatchesSpec) -> None:
+    draw, kind, channels, (high, wide) = Draw(), spec.kind, spec.channels, spec.patch
+    layer, matrix = random_layer(draw, channels * high * wide, 37, kind.weights)
     images = draw.normal(2, channels, 3 * high, 5 * wide)
     prefix, added = draw.normal(2, 37), draw.normal(15, 37)
-    control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty(2, 17, 37)
-    function(images, *tensors_of(layer), prefix, added, control, y)
-    assert control[0] == 0, "it found an activation that it cannot express"
-    patches = F.unfold(images, patch, stride=patch).mT
+    y = outcome_of(function, [images, *tensors_of(layer), prefix, added], 2, 17, 37)
+    patches = F.unfold(images, spec.patch, stride=spec.patch).mT
     expected = torch.cat([prefix.expand(2, -1, -1), F.linear(patches, matrix, layer.bias) + added], 1)
-    size = patches.abs() @ matrix.abs().T
-    bound = error_bound(form, bits) * patches.abs().amax(-1, keepdim=True) * matrix.abs().sum(-1) + size * 1e-6
+    bound = error_of(kind.form, kind.bits, patches, matrix)
     check_within(y, expected, F.pad(bound, (0, 0, 2, 0)) + 1e-5)
 
 
@@ -133,17 +152,10 @@ def patches(
         prefix: the tokens before them [P, outputs], the same for all images.
         added: what is added to the patches' [patches, outputs].
     """
-    values = weight_values(program, layer)
-    return program.call(
-        PATCHES,
-        [images, *values, program.weight(prefix), program.weight(added)],
-        (images.shape[0], len(prefix) + len(added), layer.outputs),
-        bits=layer.bits,
-        terms=layer.terms,
-        channels=images.shape[1],
-        patch=patch,
-        inputs=layer.inputs,
-    )
+    arguments = [images, *weight_values(program, layer), program.weight(prefix), program.weight(added)]
+    channels, shape = images.shape[1], (images.shape[0], len(prefix) + len(added), layer.outputs)
+    assert isinstance(channels, int)
+    return program.call(PATCHES, arguments, shape, Patches(layer.format, channels, patch))
 
 
 # Attention
@@ -151,12 +163,20 @@ def patches(
 _MOST_PARTS = 16  # that the tokens of a head are split into
 
 
-def _build_attention(target: CpuTarget, features: int, columns: int, parts: int, low: float) -> T.PrimFunc:
+class AttentionSpec(NamedTuple):
+    features: int  # of a head's queries and keys
+    columns: int  # of its values
+    parts: int  # tensors that hold queries, keys and values
+    low: float  # what zeros of the codes count as
+
+
+def _build_attention(target: CpuTarget, spec: AttentionSpec) -> T.PrimFunc:
     """The function ``(q, k and v, contrast, control, y)``.
 
     q [B, N, H * features], k [B, M, H * features] and v [B, M, H * columns] lie side by side in one tensor, or the last
     two do, or none, which are 1, 2 or 3 `parts`. contrast [H], y [B, N, H * columns].
     """
+    features, columns, parts, low = spec
     of_queries, of_keys = (Tables(target, "float32", features, columns) for _ in range(2))
     with T.function("attention") as function:
         batch, heads, queries, keys, of_q, of_k, of_v = T.sizes(7)
@@ -198,20 +218,20 @@ def _build_attention(target: CpuTarget, features: int, columns: int, parts: int,
     return function.get()
 
 
-def _try_attention(function: Compiled, features: int, columns: int, parts: int, low: float) -> None:
+def _try_attention(function: Compiled, spec: AttentionSpec) -> None:
+    features, columns, parts, low = spec
     draw, heads, keys = Draw(), 3, 70 if parts == 1 else 45
     q, k = draw.normal(2, heads, 70, features), draw.normal(2, heads, keys, features)
     v, contrast = draw.normal(2, heads, keys, columns), draw.normal(heads).abs()
     rows = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
     given = [*rows[: parts - 1], torch.cat(rows[parts - 1 :], -1)]
-    control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty(2, 70, heads * columns)
-    function(*(x.contiguous() for x in given), contrast, control, y)
+    y = outcome_of(function, [*(x.contiguous() for x in given), contrast], 2, 70, heads * columns)
     codes: Codes = next(name for name, lowest in LOW.items() if lowest == low)
     expected = add_attention_twin(q, k, v, None, codes, features, contrast).transpose(1, 2).flatten(2)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
 
 
-ATTENTION = Function("attention", _build_attention, _try_attention)
+ATTENTION = fixed("attention", _build_attention, _try_attention)
 
 
 def attention(
@@ -225,34 +245,41 @@ def attention(
         contrast: [H].
         low: what zeros of the codes count as.
     """
-    return program.call(
-        ATTENTION,
-        [*parts, program.weight(contrast)],
-        (*parts[0].shape[:2], len(contrast) * columns),
-        features=features,
-        columns=columns,
-        parts=len(parts),
-        low=low,
-    )
+    shape = (*parts[0].shape[:2], len(contrast) * columns)
+    asked = AttentionSpec(features, columns, len(parts), low)
+    return program.call(ATTENTION, [*parts, program.weight(contrast)], shape, asked)
 
 
 # Depthwise convolution
 
 
-def _build_depthwise(
-    target: CpuTarget,
-    kernel_size: int,
-    grid: tuple[int, int],
-    activation: Activation,
-    added: bool,
-    last: bool,
-    coarse: bool,
-) -> T.PrimFunc:
+class Depthwise(NamedTuple):
+    """What is asked of a depthwise convolution."""
+
+    kernel_size: int
+    grid: tuple[int, int]
+    activation: Activation
+    added: bool
+    last: bool  # whether x has columns before those that count
+    behind: Format  # weights of the layer behind it
+
+
+class DepthwiseSpec(NamedTuple):
+    kernel_size: int
+    grid: tuple[int, int]
+    activation: Activation
+    added: bool
+    last: bool
+    coarse: bool  # see `cpu.blocks.activate`
+
+
+def _build_depthwise(target: CpuTarget, spec: DepthwiseSpec) -> T.PrimFunc:
     """The function ``(x, weight, bias, what is added, control, y)``.
 
     x [B, tokens, C], or [B, tokens, C' + C] of which the last C count if `last`; weight [taps, C], bias [C], y [B,
     tokens, C]. C is at least a vector.
     """
+    kernel_size, grid, activation, added, last, coarse = spec
     with T.function("depthwise") as function:
         batch, tokens, channels, row = T.sizes(4)
         x = T.argument("x", (batch, tokens, row if last else channels))
@@ -272,29 +299,21 @@ def _build_depthwise(
     return function.get()
 
 
-def _resolve_depthwise(target: CpuTarget, exactness: Exactness, spec: dict[str, Any]) -> dict[str, Any]:
-    bits, terms = spec.pop("behind")
-    product = product_of(target, form_of(target, exactness, bits, terms), bits, terms)
-    return spec | {"coarse": product.coarse}
+def _resolve_depthwise(target: CpuTarget, exactness: Exactness, asked: Depthwise) -> DepthwiseSpec:
+    coarse = Kind.of(target, exactness, asked.behind).product(target).coarse
+    return DepthwiseSpec(*asked[:-1], coarse=coarse)
 
 
-def _try_depthwise(
-    function: Compiled,
-    kernel_size: int,
-    grid: tuple[int, int],
-    activation: Activation,
-    added: bool,
-    last: bool,
-    coarse: bool,
-) -> None:
+def _try_depthwise(function: Compiled, spec: DepthwiseSpec) -> None:
+    kernel_size, grid, activation, added, last, coarse = spec
     draw, channels, (height, width) = Draw(), 35, grid
     tokens = 2 + height * width
     wide, addend = draw.normal(2, tokens, 3 * channels), draw.normal(2, tokens, channels)
     x = wide[..., -channels:]
     weight, bias = draw.normal(channels, 1, kernel_size, kernel_size), draw.normal(channels)
-    control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty(2, tokens, channels)
     taps = weight.flatten(1).T.contiguous()
-    function(wide if last else x.contiguous(), taps, bias, *([addend] if added else []), control, y)
+    given = [wide if last else x.contiguous(), taps, bias, *([addend] if added else [])]
+    y = outcome_of(function, given, 2, tokens, channels)
     expected = depthwise_conv_twin(x, weight, bias, height, width, activation, addend if added else None)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=COARSE_GELU_ERROR + 2e-5 if coarse else 2e-5)
 
@@ -321,31 +340,27 @@ def depthwise(
         behind: the layer that alone takes the outcome, whose product may round by more than a coarse activation
             function does.
     """
-    channels, kernel_size = weight.shape[0], weight.shape[-1]
-    taps = weight.detach().float().flatten(1).T.contiguous()
-    shift = torch.zeros(channels) if bias is None else bias.detach().float().contiguous()
-    return program.call(
-        DEPTHWISE,
-        [x, program.weight(taps), program.weight(shift), *([added] if added else [])],
-        (*x.shape[:2], channels),
-        kernel_size=kernel_size,
-        grid=grid,
-        activation=activation,
-        added=added is not None,
-        last=x.shape[-1] != channels,
-        behind=(0, 0) if behind is None else (behind.bits, behind.terms),
-    )
+    channels, of_behind = len(weight), Format(0, 0) if behind is None else behind.format
+    arguments = [x, *depthwise_values(program, weight, bias), *([added] if added else [])]
+    last = x.shape[-1] != channels
+    asked = Depthwise(weight.shape[-1], grid, activation, added is not None, last, of_behind)
+    return program.call(DEPTHWISE, arguments, (*x.shape[:2], channels), asked)
 
 
 # Pooling
 
 
-def _build_pool(target: CpuTarget, mean: bool, eps: float | None) -> T.PrimFunc:
+class PoolSpec(NamedTuple):
+    mean: bool
+    eps: float | None  # of the norm, if there is one
+
+
+def _build_pool(target: CpuTarget, spec: PoolSpec) -> T.PrimFunc:
     """The function ``(x, norm's weight and bias, first, control, y)``: the tokens' norms [B, 1, C].
 
     Of the tokens from the one that ``first`` has as its length on, the first one or their mean.
     """
-    isa = Isa(target)
+    isa, (mean, eps) = Isa(target), spec
     with T.function("pool") as function:
         batch, tokens, width, skipped = T.sizes(4)
         x = T.argument("x", (batch, tokens, width))
@@ -385,23 +400,19 @@ def _build_pool(target: CpuTarget, mean: bool, eps: float | None) -> T.PrimFunc:
     return function.get()
 
 
-def _try_pool(function: Compiled, mean: bool, eps: float | None) -> None:
+def _try_pool(function: Compiled, spec: PoolSpec) -> None:
     draw = Draw()
-    x, gain, shift = draw.normal(3, 7, 37), draw.normal(37), draw.normal(37)
-    control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty(3, 1, 37)
-    function(x, *([] if eps is None else [gain, shift]), torch.zeros(2, dtype=torch.uint8), control, y)
-    normal = x if eps is None else F.layer_norm(x, (37,), gain, shift, eps)
-    expected = normal[:, 2:].mean(1, keepdim=True) if mean else normal[:, 2:3]
+    x, norm = draw.normal(3, 7, 37), RandomNorm(draw, 37, spec.eps)
+    y = outcome_of(function, [x, *norm.tensors, torch.zeros(2, dtype=torch.uint8)], 3, 1, 37)
+    expected = norm(x)[:, 2:].mean(1, keepdim=True) if spec.mean else norm(x)[:, 2:3]
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=2e-5)
 
 
-POOL = Function("pool", _build_pool, _try_pool)
+POOL = fixed("pool", _build_pool, _try_pool)
 
 
-def pool(
-    program: Program, x: Value, *, mean: bool, first: int = 0, norm: tuple[Tensor, Tensor, float] | None = None
-) -> Value:
+def pool(program: Program, x: Value, *, mean: bool, first: int = 0, norm: NormWeights | None = None) -> Value:
     """Of the tokens [B, N, C] from `first` on, normalised, that one or the mean of all: [B, 1, C]."""
     arguments = [x, *norm_values(program, norm), program.weight(torch.zeros(first, dtype=torch.uint8))]
     shape = (x.shape[0], 1, x.shape[2])
-    return program.call(POOL, arguments, shape, mean=mean, eps=None if norm is None else norm[2])
+    return program.call(POOL, arguments, shape, PoolSpec(mean, None if norm is None else norm[2]))

@@ -41,6 +41,7 @@ from torch.fx import Proxy
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.whole import grids, tokens
+from shiftadd3d.kernels.whole.parts import NormWeights
 from shiftadd3d.kernels.whole.program import Value
 from shiftadd3d.nn import (
     AddAttention,
@@ -53,7 +54,7 @@ from shiftadd3d.nn import (
     register_mlp,
     reparameterize_,
 )
-from shiftadd3d.nn.compiled import Emission, Norm, grid_convolution, register_emitter, register_harmless_hook
+from shiftadd3d.nn.compiled import Emission, grid_convolution, register_emitter, register_harmless_hook
 from shiftadd3d.nn.tracing import one_node
 
 
@@ -339,7 +340,7 @@ def _check_attention(e: Emission, layer: ViTAddAttention | Attention) -> None:
 
 
 def _emit_attention(
-    e: Emission, layer: ViTAddAttention, x: Value, *, norm: Norm | None, residual: Value, grid: tuple[int, int]
+    e: Emission, layer: ViTAddAttention, x: Value, *, norm: NormWeights | None, residual: Value, grid: tuple[int, int]
 ) -> Value:
     _check_attention(e, layer)
     qkv = e.project([layer.q_fc, layer.k_fc, layer.v_fc], x, norm)
@@ -350,14 +351,14 @@ def _emit_attention(
 
 
 def _emit_softmax(
-    e: Emission, layer: Attention, x: Value, *, norm: Norm | None, residual: Value, grid: tuple[int, int]
+    e: Emission, layer: Attention, x: Value, *, norm: NormWeights | None, residual: Value, grid: tuple[int, int]
 ) -> Value:
     _check_attention(e, layer)
     out = e.softmax_attention(layer, [e.linear(layer.qkv, x, norm)], layer.num_heads)
     return e.linear(layer.proj, out, None, residual)
 
 
-def _emit_mlp(e: Emission, mlp: Mlp, x: Value, *, norm: Norm | None, residual: Value) -> Value:
+def _emit_mlp(e: Emission, mlp: Mlp, x: Value, *, norm: NormWeights | None, residual: Value) -> Value:
     if type(mlp.norm) is not nn.Identity or type(mlp.fc1) is nn.Conv2d:
         raise e.refusal(mlp, "with a norm in it, or convolutions")
     return e.perceptron(mlp.fc1, mlp.act, mlp.fc2, x, norm, residual)
@@ -385,7 +386,7 @@ def _emit_pvt(e: Emission, model: pvt_v2.PyramidVisionTransformerV2, images: Val
 
 
 def _emit_overlapping(
-    e: Emission, embed: nn.Module, x: Value, grid: tuple[int, int], norm: Norm | None, of_pictures: bool
+    e: Emission, embed: nn.Module, x: Value, grid: tuple[int, int], norm: NormWeights | None, of_pictures: bool
 ) -> tuple[Value, tuple[int, int]]:
     if type(embed) is not pvt_v2.OverlapPatchEmbed:
         raise e.refusal(embed, "which is not registered")
@@ -402,7 +403,7 @@ def _emit_spatial_reduction(
     layer: SpatialReductionAddAttention,
     x: Value,
     *,
-    norm: Norm | None,
+    norm: NormWeights | None,
     residual: Value,
     grid: tuple[int, int],
 ) -> Value:
@@ -424,7 +425,7 @@ def _emit_spatial_reduction(
 
 
 def _emit_softmax_reduction(
-    e: Emission, layer: pvt_v2.Attention, x: Value, *, norm: Norm | None, residual: Value, grid: tuple[int, int]
+    e: Emission, layer: pvt_v2.Attention, x: Value, *, norm: NormWeights | None, residual: Value, grid: tuple[int, int]
 ) -> Value:
     if layer.pool is not None or layer.act is not None:
         raise e.refusal(layer, "with pooling")
@@ -442,7 +443,7 @@ def _emit_conv_mlp(
     mlp: pvt_v2.MlpWithDepthwiseConv,
     x: Value,
     *,
-    norm: Norm | None,
+    norm: NormWeights | None,
     residual: Value,
     grid: tuple[int, int],
 ) -> Value:

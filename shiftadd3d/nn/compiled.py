@@ -37,6 +37,7 @@ from shiftadd3d.kernels.whole import (
 )
 from shiftadd3d.kernels.whole.background import Supply
 from shiftadd3d.kernels.whole.grids import Window
+from shiftadd3d.kernels.whole.parts import NormWeights
 from shiftadd3d.kernels.whole.program import Dim, Exactness, Program, Value
 from shiftadd3d.nn import power_of_two
 from shiftadd3d.nn.add import AddAttention, TokenConv2d
@@ -45,9 +46,6 @@ from shiftadd3d.nn.binarize import Binarizer, SignBinarizer
 from shiftadd3d.nn.mlp import FrozenConvMlp, FrozenMlp, activation_name, is_depthwise
 from shiftadd3d.nn.moe import FrozenMoE, MoE
 from shiftadd3d.nn.shift import PackedShiftConv2d, PackedShiftLinear, ShiftLayer
-
-Norm = tuple[Tensor, Tensor, float]
-"""Weight, bias and epsilon of a layer norm."""
 
 
 class Unserved(Exception):
@@ -108,7 +106,7 @@ class Emission:
     def _ordinary(self, weight: Tensor, bias: Tensor | None) -> LinearWeights:
         return ordinary(weight, bias, 2 * targets.current().lanes, integers=self._integers)
 
-    def norm(self, module: nn.Module) -> Norm | None:
+    def norm(self, module: nn.Module) -> NormWeights | None:
         """A layer norm, to be computed with the product that follows it; None for nothing."""
         if type(module) is nn.Identity:
             return None
@@ -143,13 +141,15 @@ class Emission:
         gated = mixture.gate == "probability"
         return router, chains, activation, gated
 
-    def linear(self, layer: nn.Module, x: Value, norm: Norm | None = None, residual: Value | None = None) -> Value:
+    def linear(
+        self, layer: nn.Module, x: Value, norm: NormWeights | None = None, residual: Value | None = None
+    ) -> Value:
         """A linear layer, or a mixture in its place."""
         if isinstance(layer, FrozenMoE):
             return self.emit(layer, x, norm=norm, residual=residual)
         return products.linear(self.program, x, self.weights(layer), norm=norm, residual=residual)
 
-    def project(self, layers: Sequence[nn.Module], x: Value, norm: Norm | None = None) -> list[Value]:
+    def project(self, layers: Sequence[nn.Module], x: Value, norm: NormWeights | None = None) -> list[Value]:
         """The outcomes of linear layers with one input, side by side in one tensor if one product can make them."""
         if any(isinstance(layer, FrozenMoE) for layer in layers):
             return [self.linear(layer, x, norm) for layer in layers]
@@ -169,7 +169,7 @@ class Emission:
         act: nn.Module,
         second: nn.Module,
         x: Value,
-        norm: Norm | None,
+        norm: NormWeights | None,
         residual: Value | None = None,
     ) -> Value:
         """Two linear layers with an activation function between them."""
@@ -196,7 +196,7 @@ class Emission:
         act: nn.Module,
         second: nn.Module,
         x: Value,
-        norm: Norm | None,
+        norm: NormWeights | None,
         residual: Value,
         grid: tuple[int, int],
     ) -> Value:
@@ -233,8 +233,8 @@ class Emission:
         x: Value,
         size: tuple[int, int],
         of_pictures: bool,
-        before: Norm | None,
-        behind: Norm | None,
+        before: NormWeights | None,
+        behind: NormWeights | None,
     ) -> tuple[Value, tuple[int, int]]:
         """A convolution of pictures or of a grid of tokens, between two norms. Returns tokens and their grid."""
         plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and isinstance(conv.padding, tuple)
@@ -336,7 +336,7 @@ def _width(layer: nn.Module) -> int:
 
 
 def _emit_mlp(
-    e: Emission, mlp: FrozenMlp, x: Value, *, norm: Norm | None = None, residual: Value | None = None
+    e: Emission, mlp: FrozenMlp, x: Value, *, norm: NormWeights | None = None, residual: Value | None = None
 ) -> Value:
     return e.perceptron(mlp.fc1, mlp.act, mlp.fc2, x, norm, residual)
 
@@ -345,7 +345,7 @@ register_emitter(FrozenMlp, _emit_mlp)
 
 
 def _emit_conv_mlp(
-    e: Emission, mlp: FrozenConvMlp, x: Value, *, norm: Norm | None, residual: Value, grid: tuple[int, int]
+    e: Emission, mlp: FrozenConvMlp, x: Value, *, norm: NormWeights | None, residual: Value, grid: tuple[int, int]
 ) -> Value:
     return e.conv_perceptron(mlp.fc1, mlp.dwconv, mlp.act, mlp.fc2, x, norm, residual, grid)
 
@@ -354,7 +354,7 @@ register_emitter(FrozenConvMlp, _emit_conv_mlp)
 
 
 def _emit_mixture(
-    e: Emission, mixture: FrozenMoE, x: Value, *, norm: Norm | None = None, residual: Value | None = None
+    e: Emission, mixture: FrozenMoE, x: Value, *, norm: NormWeights | None = None, residual: Value | None = None
 ) -> Value:
     router, chains, activation, gated = e.mixture_parts(mixture)
     return mixtures.mixture(e.program, x, router, chains, activation, gated=gated, norm=norm, residual=residual)

@@ -11,132 +11,147 @@ import pytest
 import torch
 
 from shiftadd3d.kernels.cpu.forms.base import ShiftProduct
+from shiftadd3d.kernels.cpu.forms.panels import AnyForm
 from shiftadd3d.kernels.pack.gnt.view_attention import shift_forms
 from shiftadd3d.kernels.pack.shift import panel_forms
-from shiftadd3d.kernels.pack.whole import code_panels, ordinary, shifts
+from shiftadd3d.kernels.pack.whole import Format, code_panels, ordinary, shifts
 from shiftadd3d.kernels.reference import power_of_two
 from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.kernels.whole import executable
-from shiftadd3d.kernels.whole.conv_mixtures import CONV_MIXTURE
-from shiftadd3d.kernels.whole.conv_perceptrons import CONV_PERCEPTRON
-from shiftadd3d.kernels.whole.gnt.blocks import POSITION, RAY_BLOCK, VIEW_ATTENTION
-from shiftadd3d.kernels.whole.gnt.head import COLORS
-from shiftadd3d.kernels.whole.gnt.perceptrons import PERCEPTRONS
-from shiftadd3d.kernels.whole.gnt.rays import SWEEP, VIEWS
-from shiftadd3d.kernels.whole.gnt.samples import AROUND
-from shiftadd3d.kernels.whole.grids import CONVOLUTION, SPREAD, Window
-from shiftadd3d.kernels.whole.mixtures import MIXTURE
-from shiftadd3d.kernels.whole.products import LINEAR, PERCEPTRON, linear
-from shiftadd3d.kernels.whole.program import Function, Program
-from shiftadd3d.kernels.whole.softmax import SOFTMAX_ATTENTION
-from shiftadd3d.kernels.whole.tokens import ATTENTION, DEPTHWISE, PATCHES, POOL
+from shiftadd3d.kernels.whole.conv_mixtures import CONV_MIXTURE, ConvMixture, Mixed
+from shiftadd3d.kernels.whole.conv_perceptrons import CONV_PERCEPTRON, ConvPerceptron, Sizes
+from shiftadd3d.kernels.whole.gnt.blocks import (
+    POSITION,
+    RAY_BLOCK,
+    VIEW_ATTENTION,
+    PositionSpec,
+    RayBlockSpec,
+    ViewBlockSpec,
+)
+from shiftadd3d.kernels.whole.gnt.head import COLORS, ColorsSpec
+from shiftadd3d.kernels.whole.gnt.perceptrons import PERCEPTRONS, PerceptronsSpec
+from shiftadd3d.kernels.whole.gnt.rays import SWEEP, VIEWS, SweepSpec, ViewsSpec
+from shiftadd3d.kernels.whole.gnt.samples import AROUND, SamplesSpec
+from shiftadd3d.kernels.whole.grids import CONVOLUTION, SPREAD, Convolution, Window
+from shiftadd3d.kernels.whole.mixtures import MIXTURE, Mixture
+from shiftadd3d.kernels.whole.parts import Around
+from shiftadd3d.kernels.whole.products import LINEAR, PERCEPTRON, Linear, Perceptron, linear
+from shiftadd3d.kernels.whole.program import AnyFunction, Program
+from shiftadd3d.kernels.whole.softmax import SOFTMAX_ATTENTION, SoftmaxSpec
+from shiftadd3d.kernels.whole.tokens import (
+    ATTENTION,
+    DEPTHWISE,
+    PATCHES,
+    POOL,
+    AttentionSpec,
+    Depthwise,
+    Patches,
+    PoolSpec,
+)
 
 tvm = pytest.importorskip("tvm")
 
-LAYER = {"bits": 4, "terms": 1, "eps": 1e-6, "activation": "gelu", "residual": True}
-BARE = {"eps": None, "activation": "none", "residual": False}
-SHIFT, DENSE = {"bits": 4, "terms": 1}, {"bits": 0, "terms": 0}
-DENSE_TO, SHIFT_TO = ({"outputs": 37} | layer for layer in (DENSE, SHIFT))
-DENSE_BEHIND = {"behind": (0, 0)}
-GELU = {"activation": "gelu", "added": False, "last": False}
-VALUES = DENSE_BEHIND | {"activation": "none", "added": True, "last": True}
-MIXED = {"experts": (0, 1), "bits": 4, "residual": True}
-OF_BANDS = {"bits": 4, "eps": 1e-6, "activation": "gelu"}
-CASES: list[tuple[Function, dict[str, Any]]] = [
-    (LINEAR, LAYER | {"inputs": 325, "tokens": 49}),
-    (LINEAR, LAYER | {"inputs": 32, "tokens": 196}),
-    (LINEAR, LAYER | BARE | {"bits": 5, "inputs": 325, "tokens": 1}),
-    (LINEAR, LAYER | BARE | {"terms": 2, "inputs": 325, "tokens": 196}),
-    (LINEAR, LAYER | {"bits": 0, "terms": 0, "inputs": 325, "tokens": 49}),
-    (PERCEPTRON, LAYER | {"inputs": 192, "hidden": 768}),
-    (PERCEPTRON, LAYER | BARE | {"activation": "relu", "bits": 0, "terms": 0, "inputs": 192, "hidden": 768}),
-    (PATCHES, {"bits": 4, "terms": 1, "channels": 3, "patch": (4, 8), "inputs": 96}),
-    (PATCHES, {"bits": 0, "terms": 0, "channels": 3, "patch": (16, 16), "inputs": 768}),
-    (ATTENTION, {"features": 64, "columns": 64, "parts": 1, "low": -1.0}),
-    (ATTENTION, {"features": 20, "columns": 12, "parts": 2, "low": 0.0}),
-    (ATTENTION, {"features": 16, "columns": 32, "parts": 3, "low": -1.0}),
-    (SOFTMAX_ATTENTION, {"heads": 3, "width": 32, "keys": 70, "joint": True}),
-    (SOFTMAX_ATTENTION, {"heads": 2, "width": 64, "keys": 49, "joint": False}),
-    (DEPTHWISE, VALUES | {"kernel_size": 3, "grid": (5, 14)}),
-    (DEPTHWISE, GELU | DENSE_BEHIND | {"kernel_size": 5, "grid": (3, 2)}),
-    (DEPTHWISE, GELU | {"kernel_size": 3, "grid": (4, 9), "behind": (4, 1)}),
-    (CONV_PERCEPTRON, SHIFT | {"eps": 1e-6, "activation": "gelu", "sizes": (20, 64, 37, 60, 40)}),
-    (CONV_PERCEPTRON, SHIFT | {"eps": None, "activation": "relu", "sizes": (160, 640, 160, 9, 3)}),
-    (CONV_PERCEPTRON, DENSE | {"eps": 1e-6, "activation": "gelu", "sizes": (32, 96, 35, 5, 14)}),
-    (CONV_MIXTURE, OF_BANDS | {"mixtures": (((0, 1), True), ((0, 1), True)), "sizes": (32, 64, 37, 60, 40)}),
-    (CONV_MIXTURE, OF_BANDS | {"mixtures": (((1, 0, 1), False), ((0,), False)), "sizes": (20, 64, 24, 9, 3)}),
-    (CONVOLUTION, DENSE_TO | {"window": Window(False, 16, 14, 14, 2, 2, 0), "eps_before": 1e-6, "eps_behind": 1e-5}),
-    (CONVOLUTION, DENSE_TO | {"window": Window(True, 3, 19, 22, 7, 4, 3), "eps_before": None, "eps_behind": 1e-5}),
-    (CONVOLUTION, DENSE_TO | {"window": Window(False, 24, 9, 6, 3, 2, 1), "eps_before": 1e-6, "eps_behind": None}),
-    (CONVOLUTION, SHIFT_TO | {"window": Window(False, 20, 9, 6, 2, 2, 0), "eps_before": 1e-6, "eps_behind": 1e-5}),
-    (SPREAD, {}),
-    (MIXTURE, MIXED | {"depth": 2, "activation": "gelu", "gated": True, "eps": 1e-6, "widths": (192, 768)}),
-    (MIXTURE, MIXED | {"depth": 1, "activation": "none", "gated": False, "eps": None, "widths": (192,)}),
-    (POOL, {"mean": False, "eps": 1e-6}),
-    (POOL, {"mean": True, "eps": None}),
+SHIFT, DENSE = Format(4, 1), Format(0, 0)
+GELU, BARE, RELU = Around(1e-6, "gelu", True), Around(None, "none", False), Around(None, "relu", False)
+TWO = Mixed((0, 1), True)
+CASES: list[tuple[AnyFunction, tuple[object, ...]]] = [
+    (LINEAR, Linear(SHIFT, GELU, inputs=325, tokens=49)),
+    (LINEAR, Linear(SHIFT, GELU, inputs=32, tokens=196)),
+    (LINEAR, Linear(Format(5, 1), BARE, inputs=325, tokens=1)),
+    (LINEAR, Linear(Format(4, 2), BARE, inputs=325, tokens=196)),
+    (LINEAR, Linear(DENSE, GELU, inputs=325, tokens=49)),
+    (PERCEPTRON, Perceptron(SHIFT, GELU, inputs=192, hidden=768)),
+    (PERCEPTRON, Perceptron(DENSE, RELU, inputs=192, hidden=768)),
+    (PATCHES, Patches(SHIFT, channels=3, patch=(4, 8))),
+    (PATCHES, Patches(DENSE, channels=3, patch=(16, 16))),
+    (ATTENTION, AttentionSpec(features=64, columns=64, parts=1, low=-1.0)),
+    (ATTENTION, AttentionSpec(features=20, columns=12, parts=2, low=0.0)),
+    (ATTENTION, AttentionSpec(features=16, columns=32, parts=3, low=-1.0)),
+    (SOFTMAX_ATTENTION, SoftmaxSpec(heads=3, width=32, keys=70, joint=True)),
+    (SOFTMAX_ATTENTION, SoftmaxSpec(heads=2, width=64, keys=49, joint=False)),
+    (DEPTHWISE, Depthwise(3, (5, 14), "none", added=True, last=True, behind=DENSE)),
+    (DEPTHWISE, Depthwise(5, (3, 2), "gelu", added=False, last=False, behind=DENSE)),
+    (DEPTHWISE, Depthwise(3, (4, 9), "gelu", added=False, last=False, behind=SHIFT)),
+    (CONV_PERCEPTRON, ConvPerceptron(SHIFT, 1e-6, "gelu", Sizes(20, 64, 37, 60, 40))),
+    (CONV_PERCEPTRON, ConvPerceptron(SHIFT, None, "relu", Sizes(160, 640, 160, 9, 3))),
+    (CONV_PERCEPTRON, ConvPerceptron(DENSE, 1e-6, "gelu", Sizes(32, 96, 35, 5, 14))),
+    (CONV_MIXTURE, ConvMixture(4, (TWO, TWO), 1e-6, "gelu", Sizes(32, 64, 37, 60, 40))),
+    (
+        CONV_MIXTURE,
+        ConvMixture(4, (Mixed((1, 0, 1), False), Mixed((0,), False)), 1e-6, "gelu", Sizes(20, 64, 24, 9, 3)),
+    ),
+    (CONVOLUTION, Convolution(DENSE, Window(False, 16, 14, 14, 2, 2, 0), 1e-6, 1e-5, outputs=37)),
+    (CONVOLUTION, Convolution(DENSE, Window(True, 3, 19, 22, 7, 4, 3), None, 1e-5, outputs=37)),
+    (CONVOLUTION, Convolution(DENSE, Window(False, 24, 9, 6, 3, 2, 1), 1e-6, None, outputs=37)),
+    (CONVOLUTION, Convolution(SHIFT, Window(False, 20, 9, 6, 2, 2, 0), 1e-6, 1e-5, outputs=37)),
+    (SPREAD, ()),
+    (MIXTURE, Mixture((0, 1), 2, 4, gated=True, around=GELU, widths=(192, 768))),
+    (MIXTURE, Mixture((0, 1), 1, 4, gated=False, around=Around(None, "none", True), widths=(192,))),
+    (POOL, PoolSpec(mean=False, eps=1e-6)),
+    (POOL, PoolSpec(mean=True, eps=None)),
 ]
 
 
-#: Functions of GNTs, whose forms say which integers they take.
-BLOCK = {"width": 32, "eps": 1e-6}
-RAY = BLOCK | {"heads": 4, "attention": "pm1", "kernel": 3}
-MIXED_FORMS = {"activation": "relu", "gated": True}
-GNT_CASES: list[tuple[Function, dict[str, Any]]] = [
-    (SWEEP, {"channels": 8, "hidden": 32}),
-    (SWEEP, {"channels": 5, "hidden": 12}),
-    (VIEWS, {"inputs": 36, "hidden": 32, "width": 32, "with_moments": True, "tiles": False}),
-    (VIEWS, {"inputs": 13, "hidden": 16, "width": 16, "with_moments": False, "tiles": False}),
-    (VIEWS, {"inputs": 36, "hidden": 32, "width": 32, "with_moments": True, "tiles": True}),
-    (VIEW_ATTENTION, BLOCK | {"hidden": 4, "packed": False}),
-    (VIEW_ATTENTION, BLOCK | {"hidden": 4, "packed": True}),
-    (RAY_BLOCK, RAY | {"hidden": 0}),
-    (RAY_BLOCK, RAY | {"attention": "softmax", "kernel": 0, "hidden": 128}),
-    (AROUND, {"on_board": False}),
-    (AROUND, {"on_board": True}),
-    (POSITION, {"width": 32, "hidden": 32, "outputs": 32, "canonical": True}),
-    (POSITION, {"width": 32, "hidden": 20, "outputs": 32, "canonical": False}),
-    (COLORS, {"width": 32, "inputs": 36, "hidden": 16, "eps": 1e-5, "tiles": False}),
-    (COLORS, {"width": 32, "inputs": 36, "hidden": 16, "eps": 1e-5, "tiles": True}),
-    (PERCEPTRONS, BLOCK | MIXED_FORMS | {"experts": (128, 64, 32)}),
-    (PERCEPTRONS, BLOCK | {"activation": "gelu", "gated": False, "experts": (96,)}),
+#: Functions of GNTs, with a form that others take the place of.
+RAYS = RayBlockSpec(32, 4, hidden=0, attention="pm1", kernel=3, form="float32", eps=1e-6)
+EXPERTS: tuple[tuple[AnyForm, int], ...] = (("float32", 128), ("float32", 64), ("float32", 32))
+MIXED = PerceptronsSpec(32, EXPERTS, "relu", gated=True, eps=1e-6)
+GNT_CASES: list[tuple[AnyFunction, Any]] = [
+    (SWEEP, SweepSpec(channels=8, hidden=32)),
+    (SWEEP, SweepSpec(channels=5, hidden=12)),
+    (VIEWS, ViewsSpec(36, hidden=32, width=32, with_moments=True, tiles=False)),
+    (VIEWS, ViewsSpec(13, hidden=16, width=16, with_moments=False, tiles=False)),
+    (VIEWS, ViewsSpec(36, hidden=32, width=32, with_moments=True, tiles=True)),
+    (VIEW_ATTENTION, ViewBlockSpec(32, hidden=4, form="float32", eps=1e-6, packed=False)),
+    (VIEW_ATTENTION, ViewBlockSpec(32, hidden=4, form="bfloat16", eps=1e-6, packed=True)),
+    (RAY_BLOCK, RAYS),
+    (RAY_BLOCK, RAYS._replace(attention="softmax", kernel=0, hidden=128)),
+    (AROUND, SamplesSpec(on_board=False)),
+    (AROUND, SamplesSpec(on_board=True)),
+    (POSITION, PositionSpec(32, hidden=32, outputs=32, canonical=True)),
+    (POSITION, PositionSpec(32, hidden=20, outputs=32, canonical=False)),
+    (COLORS, ColorsSpec(32, inputs=36, hidden=16, eps=1e-5, tiles=False)),
+    (COLORS, ColorsSpec(32, inputs=36, hidden=16, eps=1e-5, tiles=True)),
+    (PERCEPTRONS, MIXED),
+    (PERCEPTRONS, PerceptronsSpec(32, (("float32", 96),), "gelu", gated=False, eps=1e-6)),
 ]
 
 OTHERS = ("avx512_vnni", "generic")
 
 
 @pytest.mark.parametrize("target", ["amx", "avx2", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
-@pytest.mark.parametrize(("function", "spec"), CASES, ids=lambda part: getattr(part, "name", ""))
-def test_functions_compute_what_torch_does(function: Function, spec: dict[str, Any], target: str, on_target) -> None:
+@pytest.mark.parametrize(("function", "asked"), CASES, ids=lambda part: getattr(part, "name", ""))
+def test_functions_compute_what_torch_does(
+    function: AnyFunction, asked: tuple[object, ...], target: str, on_target
+) -> None:
     on_target(target)
-    here = targets.current()
-    resolved = {str(found): found for found in (function.resolve(here, e, dict(spec)) for e in ("int8", "safe"))}
-    for one in resolved.values():
-        built = function.build(here, **one).with_attr("global_symbol", "tried")
-        function.trial(tvm.compile(tvm.IRModule({"tried": built}), target=here.tvm_target())["tried"], **one)
+    for spec in {function.resolve(targets.current(), exactness, asked) for exactness in ("int8", "safe")}:
+        try_compiled(function, spec)
 
 
 @pytest.mark.parametrize("target", ["amx", "avx2", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 @pytest.mark.parametrize(("function", "spec"), GNT_CASES, ids=lambda part: getattr(part, "name", ""))
-def test_functions_of_gnts_compute_what_torch_does(
-    function: Function, spec: dict[str, Any], target: str, on_target
-) -> None:
+def test_functions_of_gnts_compute_what_torch_does(function: AnyFunction, spec: Any, target: str, on_target) -> None:
     on_target(target)
     here = targets.current()
     if function is POSITION and not here.has_fma:
         pytest.skip("sines take fused multiply-adds")
-    if (spec.get("tiles") or spec.get("packed")) and not here.has_amx:
+    takes_tiles = getattr(spec, "tiles", False) or getattr(spec, "packed", False)
+    if takes_tiles and not here.has_amx:
         pytest.skip("no matrix tiles")
-    found = shift_forms(here) if function is VIEW_ATTENTION else panel_forms(here)
-    forms = ("float32", *found) if function in (VIEW_ATTENTION, RAY_BLOCK, PERCEPTRONS) else (None,)
-    if spec.get("packed"):
-        forms = ("bfloat16",)
-    for form in forms:
-        one = spec if form is None else spec | {"form": form}
+    try_compiled(function, spec)
+    for form in () if takes_tiles else shift_forms(here) if function is VIEW_ATTENTION else panel_forms(here):
         if function is PERCEPTRONS:
-            first, *others = spec["experts"]
-            one = spec | {"experts": (("float32", first), *((form, hidden) for hidden in others))}
-        built = function.build(here, **one).with_attr("global_symbol", "tried")
-        function.trial(tvm.compile(tvm.IRModule({"tried": built}), target=here.tvm_target())["tried"], **one)
+            first, *others = spec.experts
+            try_compiled(function, spec._replace(experts=(first, *((form, hidden) for _, hidden in others))))
+        elif hasattr(spec, "form"):
+            try_compiled(function, spec._replace(form=form))
+
+
+def try_compiled(function: AnyFunction, spec: tuple[object, ...]) -> None:
+    target = targets.current()
+    built = function.build(target, spec).with_attr("global_symbol", "tried")
+    function.trial(tvm.compile(tvm.IRModule({"tried": built}), target=target.tvm_target())["tried"], spec)
 
 
 def small_program(weight: torch.Tensor) -> Program:

@@ -111,10 +111,7 @@ class ShiftProduct(Decoder):
             before_rows: ``before_rows(first, count)`` emits what prepares rows that are loaded next, as many as a
                 vector has lanes or, of the last ones, fewer.
         """
-        lanes = self.isa.lanes
-        with T.serial((rows + (lanes - 1)) // lanes) as batch:
-            first = T.bind(batch * lanes)
-            count = T.bind(T.min(T.int64(lanes), rows - first))
+        with self.isa.groups(rows) as (first, count):
             if before_rows is not None:
                 before_rows(first, count)
             self.stage_rows(scratch, first, count, inputs, load, flag)

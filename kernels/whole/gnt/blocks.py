@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,24 +25,24 @@ from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Expr, Index
 from shiftadd3d.kernels.whole.gnt.rays import Rays, Shown
-from shiftadd3d.kernels.whole.parts import control_argument, rows_of
-from shiftadd3d.kernels.whole.program import Function, Program, Value
-
-Norm = tuple[Tensor, Tensor, float]
-"""Weight, bias and epsilon of a layer norm."""
-
+from shiftadd3d.kernels.whole.parts import NormWeights, control_argument, rows_of
+from shiftadd3d.kernels.whole.program import Program, Value, fixed
+from shiftadd3d.kernels.whole.trials import outcome_of
 
 # View attention
 
 
-def _build_view_attention(
-    target: CpuTarget, width: int, hidden: int, form: AnyForm, eps: float, packed: bool
-) -> T.PrimFunc:
-    """The function ``(x, embedding, ray_diff, mask, panels, control, y)``.
+class ViewBlockSpec(NamedTuple):
+    width: int
+    hidden: int
+    form: AnyForm
+    eps: float  # of the norm
+    packed: bool  # whether the embedding is; only with the form bfloat16
 
-    Args:
-        packed: whether the embedding is packed; only with the form bfloat16.
-    """
+
+def _build_view_attention(target: CpuTarget, spec: ViewBlockSpec) -> T.PrimFunc:
+    """The function ``(x, embedding, ray_diff, mask, panels, control, y)``."""
+    width, hidden, form, eps, packed = spec
     with T.function("view_block") as function:
         R, S, V = T.sizes(3)
         x = T.argument("x", (R, S, width))
@@ -64,7 +65,8 @@ def _build_view_attention(
     return function.get()
 
 
-def _try_view_attention(function: Compiled, width: int, hidden: int, form: AnyForm, eps: float, packed: bool) -> None:
+def _try_view_attention(function: Compiled, spec: ViewBlockSpec) -> None:
+    width, hidden, form, eps, packed = spec
     draw, sizes = Draw(), {"points": 37, "views": 5, "width": width, "hidden": hidden}
     gain, shift = 1 + 0.1 * draw.normal(width), draw.normal(width)
     shifts: list[Tensor] = []
@@ -84,14 +86,12 @@ def _try_view_attention(function: Compiled, width: int, hidden: int, form: AnyFo
     tensors = _tensors(panels, shifts, form, (gain, shift))
     if packed:
         views = views.bfloat16().view(torch.int32)
-    control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty(1, *x.shape)
     inputs = [tensor[None] for tensor in (x, views, ray_diff, mask.view(torch.uint8))]
-    function(*inputs, *tensors, control, y)
-    assert control[0] == 0, "it found an activation that it cannot express"
+    y = outcome_of(function, [*inputs, *tensors], 1, *x.shape)
     check_within(y[0], expected, bound)
 
 
-VIEW_ATTENTION = Function("view_block", _build_view_attention, _try_view_attention)
+VIEW_ATTENTION = fixed("view_block", _build_view_attention, _try_view_attention)
 
 
 def _tensors(
@@ -112,7 +112,7 @@ def view_block(
     panels: pack_view_attention.Panels,
     shifts: Sequence[Tensor],
     form: AnyForm,
-    norm: Norm,
+    norm: NormWeights,
 ) -> Value:
     """``x + view attention of norm(x)`` [R, S, C].
 
@@ -126,39 +126,50 @@ def view_block(
     tensors = _tensors(panels, shifts, form, (gain, shift))
     arguments = [x, embedding, shown.ray_diff, shown.mask, *map(program.weight, tensors)]
     width, hidden = panels.query.shape[0], panels.score.shape[0]
-    spec = {"width": width, "hidden": hidden, "form": form, "eps": eps, "packed": shown.pixels is not None}
-    return program.call(VIEW_ATTENTION, arguments, x.shape, **spec)
+    asked = ViewBlockSpec(width, hidden, form, eps, packed=shown.pixels is not None)
+    return program.call(VIEW_ATTENTION, arguments, x.shape, asked)
 
 
 # Ray block
 
 
-def _build_ray_block(
-    target: CpuTarget, width: int, heads: int, hidden: int, attention: str, kernel: int, form: AnyForm, eps: float
-) -> T.PrimFunc:
+class RayBlockSpec(NamedTuple):
+    width: int
+    heads: int
+    hidden: int  # units of the perceptron, or 0
+    attention: str
+    kernel: int  # taps of the convolution, or 0
+    form: AnyForm
+    eps: float  # of the norms
+
+
+def _build_ray_block(target: CpuTarget, spec: RayBlockSpec) -> T.PrimFunc:
     """The function ``(x, panels, control, y)``."""
-    sizes = ray_block.Sizes.of(target, width, heads, hidden)
+    sizes = ray_block.Sizes.of(target, spec.width, spec.heads, spec.hidden)
     with T.function("ray_block") as function:
         R, S = T.sizes(2)
-        x = T.argument("x", (R, S, width))
-        weights = ray_block.Weights.argument(Isa(target), sizes, kernel, form)
+        x = T.argument("x", (R, S, spec.width))
+        weights = ray_block.Weights.argument(Isa(target), sizes, spec.kernel, spec.form)
         control = control_argument()
-        y = rows_of(T.argument("y", (R, S, width)))
-        x, options = rows_of(x), {"attention": attention, "kernel": kernel, "eps": T.float32(eps)}
-        ray_block.emit(target, form, sizes, weights, x, S, y, control, **options)
+        y = rows_of(T.argument("y", (R, S, spec.width)))
+        x, eps = rows_of(x), T.float32(spec.eps)
+        ray_block.emit(
+            target, spec.form, sizes, weights, x, S, y, control, attention=spec.attention, kernel=spec.kernel, eps=eps
+        )
     return function.get()
 
 
-def _try_ray_block(function: Compiled, attention: str, form: AnyForm, heads: int, eps: float, **sizes: int) -> None:
+def _try_ray_block(function: Compiled, spec: RayBlockSpec) -> None:
     def run(x: Tensor, panels: Sequence[Tensor], eps: float, return_weights: bool) -> tuple[Tensor, Tensor] | None:
         control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty_like(x)
         function(x, *panels, control, y)
         return None if control[0] else (y, y.new_empty(0))
 
-    ray_block.compare_with_reference(run, form, attention, heads, eps, False, **sizes)
+    sizes = {"width": spec.width, "hidden": spec.hidden, "kernel": spec.kernel}
+    ray_block.compare_with_reference(run, spec.form, spec.attention, spec.heads, spec.eps, False, **sizes)
 
 
-RAY_BLOCK = Function("ray_block", _build_ray_block, _try_ray_block)
+RAY_BLOCK = fixed("ray_block", _build_ray_block, _try_ray_block)
 
 
 def rays_block(
@@ -178,16 +189,25 @@ def rays_block(
         shifts: for a form other than float32, the weights of norms and the panels of integers.
     """
     hidden, kernel = pack_ray_block.hidden_and_kernel(panels, heads)
-    spec = {"width": x.shape[-1], "heads": heads, "hidden": hidden, "attention": attention, "kernel": kernel}
-    arguments = [x, *map(program.weight, (*panels, *shifts))]
-    return program.call(RAY_BLOCK, arguments, x.shape, form=form, eps=eps, **spec)
+    width = x.shape[-1]
+    assert isinstance(width, int)
+    asked = RayBlockSpec(width, heads, hidden, attention, kernel, form, eps)
+    return program.call(RAY_BLOCK, [x, *map(program.weight, (*panels, *shifts))], x.shape, asked)
 
 
 # Position layer
 
 
-def _build_position(target: CpuTarget, width: int, hidden: int, outputs: int, canonical: bool) -> T.PrimFunc:
+class PositionSpec(NamedTuple):
+    width: int
+    hidden: int
+    outputs: int
+    canonical: bool  # whether positions are relative to the ray's origin
+
+
+def _build_position(target: CpuTarget, spec: PositionSpec) -> T.PrimFunc:
     """The function ``(x, origins, directions, depths, panels, control, y)``."""
+    width, hidden, outputs, canonical = spec
     with T.function("position") as function:
         R, S = T.sizes(2)
         x = T.argument("x", (R, S, width))
@@ -211,26 +231,27 @@ def _build_position(target: CpuTarget, width: int, hidden: int, outputs: int, ca
     return function.get()
 
 
-def _try_position(function: Compiled, width: int, hidden: int, outputs: int, canonical: bool) -> None:
+def _try_position(function: Compiled, spec: PositionSpec) -> None:
+    width, hidden, outputs, canonical = spec
     sizes = {"rays": 7, "samples": 9, "width": width, "hidden": hidden, "outputs": outputs}
     x, points, directions, weights, biases = random_samples(0, **sizes)
     origins, directions, depths = points[:, 0], 1.5 * directions, points[..., 0].abs() + 0.1
     points = depths[..., None] * directions[:, None]
     points = points if canonical else origins[:, None] + points
     packed = pack_position_layer.panels(weights, biases, current().lanes)
-    control, y = torch.tensor([0, 2], dtype=torch.int32), torch.empty(7, 9, outputs)
-    function(x, origins.contiguous(), directions, depths, *packed, control, y)
+    y = outcome_of(function, [x, origins.contiguous(), directions, depths, *packed], 7, 9, outputs)
     expected = position_layer_twin(x, points, F.normalize(directions, dim=-1), weights, biases)
     # The fastest wave of the embedding multiplies the rounding of a coordinate by 512.
     torch.testing.assert_close(y, expected, rtol=1e-3, atol=2e-3)
 
 
-POSITION = Function("position", _build_position, _try_position)
+POSITION = fixed("position", _build_position, _try_position)
 
 
 def position(program: Program, x: Value, rays: Rays, panels: pack_position_layer.Panels, *, canonical: bool) -> Value:
     """The position layer of samples [R, S, C]. If `canonical`, positions are relative to the ray's origin."""
     arguments = [x, rays.origins, rays.directions, rays.depths, *map(program.weight, panels)]
-    outputs, hidden = x.shape[-1], panels.second.shape[0]
-    spec = {"width": panels.x.shape[0], "hidden": hidden, "outputs": outputs, "canonical": canonical}
-    return program.call(POSITION, arguments, x.shape, **spec)
+    outputs = x.shape[-1]
+    assert isinstance(outputs, int)
+    asked = PositionSpec(panels.x.shape[0], panels.second.shape[0], outputs, canonical)
+    return program.call(POSITION, arguments, x.shape, asked)

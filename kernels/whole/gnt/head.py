@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,16 +25,20 @@ from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr
 from shiftadd3d.kernels.whole.gnt.rays import Shown
 from shiftadd3d.kernels.whole.parts import control_argument, rows_of
-from shiftadd3d.kernels.whole.program import Function, Program, Value
+from shiftadd3d.kernels.whole.program import Program, Value, fixed
 
 
-def _build(target: CpuTarget, width: int, inputs: int, hidden: int, eps: float, tiles: bool) -> T.PrimFunc:
-    """The function ``(x, Shown, panels, weight and bias of the original head, control, rgb, shares, seen)``.
+class ColorsSpec(NamedTuple):
+    width: int
+    inputs: int  # numbers of a view's value
+    hidden: int
+    eps: float  # of the norm
+    tiles: bool  # whether the values of the views are packed
 
-    Args:
-        tiles: whether the values of the views are packed.
-    """
-    isa = Isa(target)
+
+def _build(target: CpuTarget, spec: ColorsSpec) -> T.PrimFunc:
+    """The function ``(x, Shown, panels, weight and bias of the original head, control, rgb, shares, seen)``."""
+    isa, (width, inputs, hidden, eps, tiles) = Isa(target), spec
     with T.function("colors") as function:
         R, S, V = T.sizes(3)
         x, shape = T.argument("x", (R, S, width)), (R, S, V)
@@ -56,8 +62,18 @@ def _build(target: CpuTarget, width: int, inputs: int, hidden: int, eps: float, 
 
         regression = _Regression(isa, rows_of(x), S, regressing, rgb, eps)
         at_once = isa.lanes * V if tiles else color_blend.ROWS
-        options = {"at_once": at_once, "seen": seen, "behind": regression.add}
-        color_blend.emit(target, regression.features, judge, weights, V, rgb, shares, **options)
+        color_blend.emit(
+            target,
+            regression.features,
+            judge,
+            weights,
+            V,
+            rgb,
+            shares,
+            at_once=at_once,
+            seen=seen,
+            behind=regression.add,
+        )
     return function.get()
 
 
@@ -101,7 +117,8 @@ class _Regression:
             self._rgb[ray, channel] = self._rgb[ray, channel] + (isa.total(total) * share + self._bias[channel])
 
 
-def _try(function: Compiled, width: int, inputs: int, hidden: int, eps: float, tiles: bool) -> None:
+def _try(function: Compiled, spec: ColorsSpec) -> None:
+    width, inputs, hidden, eps, tiles = spec
     sizes = {"rays": 5, "samples": 19, "views": 5, "width": width, "inputs": inputs - 1, "hidden": hidden}
     x, values, ray_diff, mask, weights, biases, scales = random_blend(0, **sizes)
     generator = torch.Generator().manual_seed(0)
@@ -136,7 +153,7 @@ def _try(function: Compiled, width: int, inputs: int, hidden: int, eps: float, t
         torch.testing.assert_close(out, one, rtol=1e-4, atol=atol)
 
 
-COLORS = Function("colors", _build, _try)
+COLORS = fixed("colors", _build, _try)
 
 
 def blend_panels(
@@ -193,7 +210,7 @@ def colors(
     rays, samples, width = x.shape
     outcomes = [((rays, 3), "float32"), ((rays, samples), "float32"), ((rays, samples), "uint8")]
     tiles, (*_, of_view) = shown.pixels is not None, shown.values.shape
-    assert isinstance(of_view, int)
-    spec = {"width": width, "inputs": 2 * of_view + 4 if tiles else of_view, "hidden": hidden, "eps": eps}
+    assert isinstance(of_view, int) and isinstance(width, int)
+    asked = ColorsSpec(width, 2 * of_view + 4 if tiles else of_view, hidden, eps, tiles)
     arguments = [x, *shown.tensors, *map(program.weight, tensors)]
-    return program.call_for(COLORS, arguments, outcomes, **spec, tiles=tiles)
+    return program.call_for(COLORS, arguments, outcomes, asked)

@@ -31,9 +31,9 @@ from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr
-from shiftadd3d.kernels.whole.mixtures import gate_of
-from shiftadd3d.kernels.whole.parts import Norm, control_argument, held, rows_of
-from shiftadd3d.kernels.whole.program import Dim, Function, Program, Value
+from shiftadd3d.kernels.whole.mixtures import Router, gate_of
+from shiftadd3d.kernels.whole.parts import Norm, NormWeights, control_argument, held, rows_of
+from shiftadd3d.kernels.whole.program import Dim, Program, Value, fixed
 
 # Tokens of a task, and tokens that an expert takes at once: so few that hidden activations stay in the first-level
 # cache. A multiple of the height of all tiles, except those of float32, which have 4 or 6 rows.
@@ -156,14 +156,14 @@ class _Tokens(NamedTuple):
         top: Expr,
         count: Expr,
         norm: Norm,
-        routing: tuple[Buffer, Buffer, Buffer] | None,
+        routing: tuple[Router, Buffer] | None,
         *,
         gated: bool,
     ) -> None:
         """Take up `count` rows of x from `top` on.
 
         Args:
-            routing: of several experts, the router's weight and bias, and where the number of each token's goes.
+            routing: of several experts, the router, and where the number of each token's expert goes.
         """
         experts, width, lanes = self.counts.extent(0), self.packed.extent(1), isa.lanes
         normal, sums, table = T.alloc(lanes, width), T.alloc(lanes, lanes), T.alloc(experts, lanes)
@@ -180,16 +180,16 @@ class _Tokens(NamedTuple):
             normalize(isa, here, width, lambda i, c: x[first + i, isa.at(c)], keep, T.float32(norm.eps))
             if routing is not None:
                 for number in range(experts):
-                    _score(isa, here, normal, routing[0].part(number), sums)
+                    _score(isa, here, normal, routing[0].weight.part(number), sums)
                     scores = folded_each(isa, sums, lambda a, b: a + b)
-                    table[number, isa.at(0)] = scores + isa.splat(routing[1][number])
+                    table[number, isa.at(0)] = scores + isa.splat(routing[0].bias[number])
             with T.serial(here) as i:
                 chosen[0] = T.int64(0)
                 if routing is not None:
                     for number in range(experts):
                         logits[number] = table[number, i]
                     choose(logits, experts, chosen, best)
-                    routing[2][first + i] = chosen[0]
+                    routing[1][first + i] = chosen[0]
                 place = T.bind(chosen[0] * _TOKENS + self.counts[chosen[0]])
                 self.counts[chosen[0]] = self.counts[chosen[0]] + 1
                 self.origin[place] = first + i
@@ -208,30 +208,34 @@ def _score(isa: Isa, rows: Expr, x: Buffer, weight: Buffer, sums: Buffer) -> Non
         sums[i, isa.at(0)] = total
 
 
-def _build(
-    target: CpuTarget,
-    width: int,
-    experts: tuple[tuple[AnyForm, int], ...],
-    activation: Activation,
-    gated: bool,
-    eps: float,
-) -> T.PrimFunc:
+class PerceptronsSpec(NamedTuple):
+    """What is compiled in.
+
+    Attributes:
+        width: of the tokens.
+        experts: form and hidden units of each expert.
+        gated: whether an expert's outcome is multiplied by its probability.
+        eps: epsilon of the norm.
+    """
+
+    width: int
+    experts: tuple[tuple[AnyForm, int], ...]
+    activation: Activation
+    gated: bool
+    eps: float
+
+
+def _build(target: CpuTarget, spec: PerceptronsSpec) -> T.PrimFunc:
     """The function ``(x, weight and bias of the norm, of the router, panels of all experts, control, y, assignment)``.
 
     With one expert there is neither a router nor an assignment.
-
-    Args:
-        experts: form and hidden units of each expert.
     """
-    isa, several = Isa(target), len(experts) > 1
+    isa, (width, experts, activation, gated, eps) = Isa(target), spec
     with T.function("perceptrons") as function:
         B, N = T.sizes(2)
         x = T.argument("x", (B, N, width))
         norm = Norm.arguments(T.int64(width), eps)
-        router, router_bias = x, x
-        if several:
-            router = T.argument("router", (len(experts), width))
-            router_bias = T.argument("router_bias", (len(experts),))
+        router = Router.argument(len(experts), width) if len(experts) > 1 else None
         layers = [
             _FloatLayers(target, str(number), width, hidden)
             if form == "float32"
@@ -240,7 +244,7 @@ def _build(
         ]
         control = control_argument()
         y = T.argument("y", (B, N, width))
-        assignment = T.argument("assignment", (B, N), "int64").flat() if several else None
+        assignment = T.argument("assignment", (B, N), "int64").flat() if router else None
         x, y = rows_of(x), rows_of(y)
         tokens = held(B * N)
         with T.parallel((tokens + (_TOKENS - 1)) // _TOKENS) as task:
@@ -250,7 +254,7 @@ def _build(
             for of_expert in layers:
                 of_expert.begin()
             outcome = T.alloc(_ROWS + max(ROW_PADDING, forms.ROW_PADDING), width)
-            routing = None if assignment is None else (router, router_bias, assignment)
+            routing = None if router is None or assignment is None else (router, assignment)
             of_experts.fill(isa, x, top, count, norm, routing, gated=gated)
             for number, of_expert in enumerate(layers):
                 many = of_experts.counts[number]
@@ -269,15 +273,9 @@ def _build(
     return function.get()
 
 
-def _try(
-    function: Compiled,
-    width: int,
-    experts: tuple[tuple[AnyForm, int], ...],
-    activation: Activation,
-    gated: bool,
-    eps: float,
-) -> None:
+def _try(function: Compiled, spec: PerceptronsSpec) -> None:
     """More tokens than a task takes; experts with more tokens than they take at once, and with fewer."""
+    width, experts, activation, gated, eps = spec
     draw, lanes = Draw(), current().lanes
     x, gain, shift = draw.normal(3, 2 * _TOKENS // 3 + 11, width), 1 + 0.1 * draw.normal(width), draw.normal(width)
     router, router_bias = draw.normal(len(experts), width), draw.normal(len(experts))
@@ -316,13 +314,13 @@ def _try(
         assert torch.equal(assignment[clear], chosen[..., 0][clear]), "it chose other experts"
 
 
-PERCEPTRONS = Function("perceptrons", _build, _try)
+PERCEPTRONS = fixed("perceptrons", _build, _try)
 
 
 def perceptrons(
     program: Program,
     x: Value,
-    norm: tuple[Tensor, Tensor, float],
+    norm: NormWeights,
     experts: Sequence[Perceptron],
     activation: Activation,
     *,
@@ -342,13 +340,8 @@ def perceptrons(
     outcomes: list[tuple[tuple[Dim, ...], str]] = [(x.shape, "float32")]
     if router is not None:
         outcomes.append((x.shape[:2], "int64"))
-    return program.call_for(
-        PERCEPTRONS,
-        [x, *map(program.weight, tensors)],
-        outcomes,
-        width=x.shape[-1],
-        experts=tuple((expert.form, expert.hidden) for expert in experts),
-        activation=activation,
-        gated=gated,
-        eps=eps,
-    )
+    width = x.shape[-1]
+    assert isinstance(width, int)
+    kinds: tuple[tuple[AnyForm, int], ...] = tuple((expert.form, expert.hidden) for expert in experts)
+    asked = PerceptronsSpec(width, kinds, activation, gated, eps)
+    return program.call_for(PERCEPTRONS, [x, *map(program.weight, tensors)], outcomes, asked)

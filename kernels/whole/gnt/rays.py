@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr
 from shiftadd3d.kernels.whole.parts import control_argument, held, rows_of
-from shiftadd3d.kernels.whole.program import Dim, Function, Program, Value
+from shiftadd3d.kernels.whole.program import Dim, Program, Value, fixed
 
 # Vectors of points of a task: enough to allocate buffers for, few enough that threads get equal shares.
 _BLOCKS_A_TASK = 4
@@ -81,13 +81,18 @@ def _rays_argument(R: Expr, S: Expr) -> tuple[Buffer, Buffer, Buffer]:
 # Plane sweep
 
 
-def _build_sweep(target: CpuTarget, channels: int, hidden: int) -> T.PrimFunc:
+class SweepSpec(NamedTuple):
+    channels: int  # that are compared
+    hidden: int
+
+
+def _build_sweep(target: CpuTarget, spec: SweepSpec) -> T.PrimFunc:
     """The function ``(Rays, panels, control, rgb, weights, seen)``."""
     with T.function("sweep") as function:
         R, S, V = T.sizes(3)
         origins, directions, depths = _rays_argument(R, S)
         scene = Views.of_pixels(V)
-        network = plane_sweep.Network.argument(Isa(target), channels, hidden)
+        network = plane_sweep.Network.argument(Isa(target), *spec)
         control_argument()
         rgb, weights = T.argument("rgb", (R, 3)), T.argument("weights", (R, S))
         seen = T.argument("seen", (R, S), "uint8")
@@ -102,8 +107,8 @@ def _build_sweep(target: CpuTarget, channels: int, hidden: int) -> T.PrimFunc:
     return function.get()
 
 
-def _try_sweep(function: Compiled, channels: int, hidden: int) -> None:
-    scene, network = random_sweep(0, rays=5, samples=13, views=3, channels=channels, hidden=hidden, with_valid=True)
+def _try_sweep(function: Compiled, spec: SweepSpec) -> None:
+    scene, network = random_sweep(0, rays=5, samples=13, views=3, **spec._asdict(), with_valid=True)
     directions, depths, scene = _on_rays(scene)
     outcome = torch.empty(5, 3), torch.empty(5, 13), torch.empty(5, 13, dtype=torch.bool)
     *floats, seen = outcome
@@ -132,15 +137,15 @@ def _control() -> Tensor:
     return torch.tensor([0, 2], dtype=torch.int32)
 
 
-SWEEP = Function("sweep", _build_sweep, _try_sweep)
+SWEEP = fixed("sweep", _build_sweep, _try_sweep)
 
 
 def sweep(program: Program, rays: Rays, panels: pack_plane_sweep.Panels, hidden: int) -> tuple[Value, ...]:
     """The plane sweep: colours [R, 3], weights [R, S], and whether any view sees a point, [R, S] uint8."""
-    channels = pack_plane_sweep.channels_compared(panels)
+    asked = SweepSpec(pack_plane_sweep.channels_compared(panels), hidden)
     outcomes = [((rays.samples[0], 3), "float32"), (rays.samples, "float32"), (rays.samples, "uint8")]
     arguments = [*rays, *map(program.weight, panels)]
-    return program.call_for(SWEEP, arguments, outcomes, channels=channels, hidden=hidden)
+    return program.call_for(SWEEP, arguments, outcomes, asked)
 
 
 # Values of views
@@ -167,16 +172,27 @@ class Shown(NamedTuple):
         return [value for value in self if value is not None]
 
 
-def _build_views(
-    target: CpuTarget, inputs: int, hidden: int, width: int, with_moments: bool, tiles: bool
-) -> T.PrimFunc:
-    """The function ``(Rays, panels, control, values, ray_diff, mask, embedding, query)``.
+class ViewsSpec(NamedTuple):
+    """What is compiled in.
 
-    Args:
+    Attributes:
+        inputs: numbers of a view's value, with the validity.
+        hidden, width: units of the embedding's layers.
+        with_moments: whether queries begin with statistics of the views.
         tiles: whether matrix tiles compute the embedding. Then values and embedding are packed, and pixels follow the
             mask.
     """
-    isa = Isa(target)
+
+    inputs: int
+    hidden: int
+    width: int
+    with_moments: bool
+    tiles: bool
+
+
+def _build_views(target: CpuTarget, spec: ViewsSpec) -> T.PrimFunc:
+    """The function ``(Rays, panels, control, values, ray_diff, mask, embedding, query)``."""
+    isa, (inputs, hidden, width, with_moments, tiles) = Isa(target), spec
     with T.function("views") as function:
         R, S, V = T.sizes(3)
         of_rays, scene = _rays_argument(R, S), Views.of_pixels(V)
@@ -273,7 +289,8 @@ class _Seen:
             ray_diff[row, c] = lookup.difference[c * isa.lanes + lane]
 
 
-def _try_views(function: Compiled, inputs: int, hidden: int, width: int, with_moments: bool, tiles: bool) -> None:
+def _try_views(function: Compiled, spec: ViewsSpec) -> None:
+    inputs, hidden, width, with_moments, tiles = spec
     scene, _ = random_sweep(0, rays=5, samples=7, views=3, channels=inputs - 7, hidden=4, with_valid=True)
     directions, depths, scene = _on_rays(scene)
     sizes = {"inputs": inputs - 1, "hidden": hidden, "width": width}
@@ -311,7 +328,7 @@ def _try_views(function: Compiled, inputs: int, hidden: int, width: int, with_mo
         torch.testing.assert_close(out, one, rtol=1e-4, atol=1e-4 + error)
 
 
-VIEWS = Function("views", _build_views, _try_views)
+VIEWS = fixed("views", _build_views, _try_views)
 
 
 def embedding_panels(
@@ -365,14 +382,14 @@ def views(
     """
     inputs, hidden = panels.first.shape[0], panels.second.shape[0]
     shape, samples = (*rays.samples, rays.centers.shape[0]), rays.samples
-    outcomes: list[Any] = [((*shape, 4), "float32"), (shape, "uint8")]
+    outcomes: list[tuple[tuple[Dim, ...], str]] = [((*shape, 4), "float32"), (shape, "uint8")]
     if tiles:
         outcomes = [((*shape, (inputs - 4) // 2), "int32"), *outcomes, ((*shape, 4), "float32")]
         outcomes += [((*shape, width // 2), "int32")]
     else:
         outcomes = [((*shape, inputs), "float32"), *outcomes, ((*shape, width), "float32")]
     outcomes.append(((*samples, width), "float32"))
-    spec = {"inputs": inputs, "hidden": hidden, "width": width, "with_moments": bool(panels.moments.numel())}
+    asked = ViewsSpec(inputs, hidden, width, bool(panels.moments.numel()), bool(tiles))
     arguments = [*rays, *map(program.weight, (*panels, *tiles))]
-    *shown, embedding, query = program.call_for(VIEWS, arguments, outcomes, **spec, tiles=bool(tiles))
+    *shown, embedding, query = program.call_for(VIEWS, arguments, outcomes, asked)
     return Shown(*shown), embedding, query

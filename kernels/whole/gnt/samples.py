@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from shiftadd3d.kernels.cpu.isa import Isa
@@ -20,7 +22,7 @@ from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr
 from shiftadd3d.kernels.whole.parts import control_argument, held, rows_of
-from shiftadd3d.kernels.whole.program import Function, Program
+from shiftadd3d.kernels.whole.program import Program, fixed
 
 # Rays of a task.
 _RAYS = 64
@@ -28,15 +30,21 @@ _RAYS = 64
 _BEYOND = 3.0e38
 
 
-def _build(target: CpuTarget, on_board: bool) -> T.PrimFunc:
-    """The function ``(planes, weights, quantiles, control, depths)``; quantiles [S] are evenly spaced from 0 to 1.
+class SamplesSpec(NamedTuple):
+    """What is compiled in.
 
-    Args:
+    Attributes:
         on_board: whether planes and weights are those of every other ray of a picture, as on a chessboard. Then one
             more argument [rows, columns] comes before `control`, of which only the shape is read, and depths are
             [rows, columns, S].
     """
-    isa = Isa(target)
+
+    on_board: bool
+
+
+def _build(target: CpuTarget, spec: SamplesSpec) -> T.PrimFunc:
+    """The function ``(planes, weights, quantiles, control, depths)``; quantiles [S] are evenly spaced from 0 to 1."""
+    isa, (on_board,) = Isa(target), spec
     with T.function("between" if on_board else "around") as function:
         N, P, S, rows, columns = T.sizes(5)
         planes, weights = T.argument("planes", (N, P)), T.argument("weights", (N, P))
@@ -119,7 +127,8 @@ def _quantile(isa: Isa, planes: Buffer, P: Expr, ends: Buffer, mass: Buffer, u: 
     return start + (u - left) / share * (end - start)
 
 
-def _try(function: Compiled, on_board: bool) -> None:
+def _try(function: Compiled, spec: SamplesSpec) -> None:
+    (on_board,) = spec
     generator = torch.Generator().manual_seed(0)
     board = 7, _RAYS // 3
     rays, fields = board[0] * board[1], -(-board[0] * board[1] // 2)
@@ -138,7 +147,7 @@ def _try(function: Compiled, on_board: bool) -> None:
     torch.testing.assert_close(depths, expected, rtol=1e-4, atol=1e-4)
 
 
-AROUND = Function("around", _build, _try)
+AROUND = fixed("around", _build, _try)
 
 
 def around() -> Program:
@@ -148,7 +157,7 @@ def around() -> Program:
     """
     program = Program()
     inputs = [program.input("rays", "planes"), program.input("rays", "planes"), program.input("samples")]
-    program.output(program.call(AROUND, inputs, ("rays", "samples"), on_board=False))
+    program.output(program.call(AROUND, inputs, ("rays", "samples"), SamplesSpec(on_board=False)))
     return program
 
 
@@ -161,5 +170,5 @@ def between() -> Program:
     program = Program()
     inputs = [program.input("fields", "planes"), program.input("fields", "planes"), program.input("samples")]
     inputs.append(program.input("rows", "columns", dtype="uint8"))
-    program.output(program.call(AROUND, inputs, ("rows", "columns", "samples"), on_board=True))
+    program.output(program.call(AROUND, inputs, ("rows", "columns", "samples"), SamplesSpec(on_board=True)))
     return program

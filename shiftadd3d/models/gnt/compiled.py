@@ -31,6 +31,7 @@ from shiftadd3d.kernels.whole.gnt import blocks, head, rays
 from shiftadd3d.kernels.whole.gnt.perceptrons import Perceptron, perceptron_of, perceptrons, shift_perceptron_of
 from shiftadd3d.kernels.whole.gnt.rays import Rays, Shown
 from shiftadd3d.kernels.whole.gnt.samples import around, between
+from shiftadd3d.kernels.whole.parts import NormWeights
 from shiftadd3d.kernels.whole.program import Exactness, Program, Value
 from shiftadd3d.models.gnt.frozen import (
     FrozenGNT,
@@ -50,7 +51,6 @@ from shiftadd3d.nn.attachments import has_hooks
 from shiftadd3d.nn.compiled import (
     Compiled,
     Emission,
-    Norm,
     Unserved,
     register_compiler,
     register_emitter,
@@ -63,7 +63,7 @@ _RAYS_OF_A_THREAD = 512
 """Rays of a call, for each thread: few enough for memory, many enough for calls to cost nothing."""
 
 
-def _norm(e: Emission, module: nn.Module) -> Norm:
+def _norm(e: Emission, module: nn.Module) -> NormWeights:
     found = e.norm(module)
     if found is None:
         raise e.refusal(module, "which is not registered")
@@ -123,7 +123,9 @@ def _emit_ray_transformer(
 register_emitter(FrozenRayTransformer, _emit_ray_transformer)
 
 
-def _feed_forward(e: Emission, module: nn.Module, x: Value, norm: Norm, form: AnyForm, routed: list[Value]) -> Value:
+def _feed_forward(
+    e: Emission, module: nn.Module, x: Value, norm: NormWeights, form: AnyForm, routed: list[Value]
+) -> Value:
     """A perceptron or a mixture of such, with norm and residual; notes the values that say where tokens went."""
     experts = list(module.experts) if type(module) is FrozenMoE else [module]
     perceptron = [_perceptron(e, expert, form) for expert in experts]
