@@ -1,9 +1,14 @@
-"""Products with signs by tables of sums, for K^T V and Q S.
+"""Products with signs, ``K^T V`` and ``Q S``, by tables of sums: the "method of the four Russians".
 
-In four columns, a token has one of 16 codes. ``K^T V`` adds each row of values to one of 16 sums, for every four
-columns of codes, and takes the columns apart in the end; ``Q S`` looks up, for every four columns, one of the 16 sums
-that four rows of S can make. That takes D / 4 additions where an ordinary product takes D multiplications and D
-additions (the "method of the four Russians").
+Codes are taken in groups of four columns. A token has one of 16 codes in a group, so a table of 16 rows serves all
+tokens:
+
+- ``K^T V``: each token adds its values to the row that its code names. At the end, row d of the outcome is the sum of
+  the rows whose codes have bit d, plus `low` times the sum of the others.
+- ``Q S``: a table holds the 16 sums that four rows of S can make. The outcome of a token is the sum of the rows that
+  its codes name, one of each table.
+
+This takes D / 4 additions for each number of the outcome. An ordinary product takes D multiplications and D additions.
 
 Source: Arlazarov et al., "On economical construction of the transitive closure of a directed graph" (1970).
 """
@@ -61,10 +66,10 @@ class Share(NamedTuple):
 
 
 class Tables:
-    """A table of 16 rows of `columns` sums for each four columns of codes.
+    """The tables: 16 rows of `columns` sums for each four columns of codes.
 
-    Columns are taken in chunks, so that the tables of one chunk stay in the first-level cache, and within a chunk by
-    vectors, and by shorter ones where the columns end.
+    Columns of sums are worked on in chunks. All tables of one chunk fit into the first-level cache. Within a chunk,
+    columns are worked on by whole vectors, and the last ones by shorter vectors.
 
     Args:
         codes: what the signs are taken of: ``"float32"`` or ``"bfloat16"`` features, or ``"uint8"``, packed.
@@ -74,7 +79,8 @@ class Tables:
     Attributes:
         bytes: of one token's codes.
         width: elements of the tensor that one token's codes are read from.
-        groups: tables of a chunk, two for a byte.
+        groups: tables of a chunk. There are two for each byte of codes.
+        chunk: columns of a chunk.
     """
 
     def __init__(self, target: CpuTarget, codes: str, features: int, columns: int) -> None:
@@ -190,9 +196,15 @@ def emit_sums(
 ) -> None:
     """One task of ``K^T V``: the sums over one part of the tokens, in state[batch, head, part].
 
-    Shapes: k [B, H, M, D or bytes], v [B, H, M, E], mask [B, H, M] uint8 or None, state [B, H, parts, D, E]. Zeros of
-    the codes count as `low`. `complete` adds a row to the state, the sum of all values, and a column, the sum of all
-    codes; the corner counts the keys.
+    Args:
+        k: [B, H, M, D or bytes].
+        v: [B, H, M, E].
+        mask: [B, H, M] uint8, 0 for a key that does not count; or None.
+        low: what the codes' zeros count as.
+        state: [B, H, parts, D, E]; [B, H, parts, D + 1, E + 1] if `complete`.
+        number: of the task.
+        complete: whether to add a row with the sums of all values, and a column with the sums of all codes. The corner
+            is the number of keys.
     """
     features, columns, lanes = tables.features, tables.columns, tables.isa.lanes
     share = Share.of_task(number, k.shape[1], state.shape[2], k.shape[2])
@@ -270,12 +282,19 @@ def _take_apart(
 
 
 class Products:
-    """One task of ``Q S``, for one of `parts` parts of the tokens, with S the sum of `state` over its parts.
+    """One task of ``Q S``, where S is the sum of `state` over its parts.
 
-    Shapes: q [B, H, N, D or bytes], state as `emit_sums` leaves it, out [B, H, N, E], contrast [H] or None. With a
-    `scale`, the state is complete, products are scaled, half of the state's last row is added, and the outcome is
-    divided by the row sum, which is what the same does to the state's last column. With a contrast c, sums of codes
-    times values count c times, and what they would be if all values were the mean, 1 - c times.
+    Args:
+        q: [B, H, N, D or bytes].
+        state: what `emit_sums` has written.
+        low: what the codes' zeros count as.
+        scale: s of add attention (see `shiftadd3d.kernels.cpu.matadd`), for which the state must be complete. The
+            numerator is ``s Q S`` plus half of the state's last row. The denominator is the same with the state's last
+            column in the place of S. None for the product alone.
+        contrast: [H], c of add attention: ``c S + (1 - c) (sum k) (sum v) / n`` takes the place of S. Or None.
+        out: [B, H, N, E].
+        number: of the task.
+        parts: tasks that share the tokens of a head.
     """
 
     def __init__(
@@ -297,8 +316,8 @@ class Products:
         self._sums = tables.allocate()
         self._row_sums = T.alloc(tables.groups, _ENTRIES)
         self._total, self._base = T.alloc(tables.isa.lanes), T.alloc(tables.isa.lanes)
-        self._key_sums = T.alloc(tables.features)  # times what mean values are to be multiplied by
-        self._value_sums = T.alloc(tables.columns)
+        self._key_sums = T.alloc(tables.features)  # (1 - c) (sum k) / n
+        self._value_sums = T.alloc(tables.columns)  # sum v
         self._packed = T.alloc(TOKENS, tables.bytes, dtype="uint8")
         self._factors = T.alloc(TOKENS)  # 1 / row sum
         self._accumulators, self._row_sum = T.alloc(tables.chunk), T.alloc(1, align=4)
@@ -332,6 +351,7 @@ class Products:
         return self._total[total]
 
     def _take_means(self, contrast: Expr) -> None:
+        """Write both factors of what the contrast adds to the state."""
         features, columns = self._tables.features, self._tables.columns
         share = T.bind((T.float32(1) - contrast) / T.max(self._row(features, columns, 1), T.float32(1)))
         with T.serial(features) as row:
@@ -378,6 +398,7 @@ class Products:
             entries[place] = lower[entry % 4] + upper[entry // 4]
 
     def _summand(self, row: Index, column: Index, width: int, contrast: Expr | None) -> Expr:
+        """A vector of a row of the state, after contrast and scale."""
         x = self._row(row, column, width)
         if contrast is not None:
             means = splat(self._key_sums[row], width) * self._value_sums[T.at(column, width)]

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 from shiftadd3d.kernels.cpu.blocks import folded_each
 from shiftadd3d.kernels.cpu.forms.base import HIGHEST, LOWEST
 from shiftadd3d.kernels.cpu.isa import Isa
-from shiftadd3d.kernels.cpu.tile import Tile, Vectors
+from shiftadd3d.kernels.cpu.tile import Tile, Vectors, halves_of, product_in_tiles
 from shiftadd3d.kernels.pack.shift import PAIR, PanelForm, panel_shape
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.targets import CpuTarget
@@ -154,7 +154,7 @@ class IntegerProduct(PanelProduct):
 
 
 class TileProduct(PanelProduct):
-    """Matrix tiles of bfloat16 (AMX), two by two: 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights.
+    """Matrix tiles of bfloat16 (AMX), two by two.
 
     A panel of more inputs than there are activations holds weights in pieces, of which each is multiplied.
     """
@@ -176,31 +176,17 @@ class TileProduct(PanelProduct):
         self._unfit.value = T.max(self._unfit.value, largest.value - isa.splat_int(HIGHEST - 1))
 
     def multiply(self, rows: Index, staged: Staged, panel: Buffer, bias: Vectors | Buffer, sink: Sink) -> None:
-        isa, of_column, sums = self.isa, self.bias_of(bias), self._sums
-        width, words, pitch = panel.extent(1), staged.inputs // 2, 4 * staged.words.extent(1)
+        isa, of_column, sums, words = self.isa, self.bias_of(bias), self._sums, staged.inputs // 2
+        pieces = range(0, panel.extent(0) - 1, words)
+        parts = [(word, piece + word) for word in range(0, words, 16) for piece in pieces]
         with T.serial((rows + 31) // 32) as number:
             top = T.bind(number * 32)
             here = T.bind(T.min(T.int64(32), rows - top))
-            for left in range(0, width, 32):
-                halves = [j for j in range(2) if left + 16 * j < width]
-                for i in range(2):
-                    for j in halves:
-                        isa.zero_tile(2 * i + j)
-                for k in range(0, words, 16):
-                    for i in range(2):
-                        isa.load_tile(4 + i, staged.words.address(top + 16 * i, k), pitch)
-                    for piece in range(0, panel.extent(0) - 1, words):
-                        for j in halves:
-                            isa.load_tile(6 + j, panel.address(piece + k, left + 16 * j), 4 * width)
-                        for i in range(2):
-                            for j in halves:
-                                isa.multiply_tiles(2 * i + j, 4 + i, 6 + j)
-                for i in range(2):
-                    for j in halves:
-                        isa.store_tile(2 * i + j, sums.address(16 * i, 16 * j), 128)
+            for left in range(0, panel.extent(1), 32):
+                product_in_tiles(isa, staged.words, top, panel, left, parts, sums, 0)
                 with T.serial(here) as i:
                     r = T.bind(top + i)
-                    for j in halves:
+                    for j in halves_of(panel, left):
                         c = left + 16 * j
                         sink(r, c, isa.fma(sums[i, isa.at(16 * j)], self.unit(panel, c), of_column(r, c)))
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from shiftadd3d.kernels.cpu.forms.base import HIGHEST
 from shiftadd3d.kernels.cpu.isa import Isa
+from shiftadd3d.kernels.cpu.tile import product_in_tiles
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.targets import CpuTarget
 from shiftadd3d.kernels.runtime.tir import Buffer, Expr
@@ -22,7 +23,7 @@ ROWS = 32
 
 
 class Tiles:
-    """The tile registers of a task, from here to `finish`: 0 to 3 are sums, 4 and 5 rows, 6 and 7 weights."""
+    """The tile registers of a task, from here to `finish`."""
 
     def __init__(self, target: CpuTarget) -> None:
         self.isa = Isa(target)
@@ -64,30 +65,11 @@ class Tiles:
         with T.serial((rows + (ROWS - 1)) // ROWS) as number:
             top = T.bind(number * ROWS)
             for left in range(0, panel.extent(1), 32):
-                self._columns(top, packed, panel, parts, left, sums if use else sums.below(top))
+                outcome = sums if use else sums.below(top)
+                product_in_tiles(self.isa, packed, top, panel, left, parts, outcome, left)
             if use is not None:
                 with T.serial(T.min(T.int64(ROWS), rows - top)) as i:
                     use(T.bind(top + i), i)
-
-    def _columns(
-        self, top: Expr, packed: Buffer, panel: Buffer, parts: Sequence[tuple[int, int]], left: int, sums: Buffer
-    ) -> None:
-        """Multiply `ROWS` rows, from row `top` on, by up to two tiles of columns, from column `left` on."""
-        isa, width, pitch = self.isa, panel.extent(1), 4 * packed.extent(1)
-        halves = [j for j in range(2) if left + 16 * j < width]
-        places = [(i, j) for i in range(2) for j in halves]
-        for i, j in places:
-            isa.zero_tile(2 * i + j)
-        for first in dict.fromkeys(first for first, _ in parts):
-            for i in range(2):
-                isa.load_tile(4 + i, packed.address(top + 16 * i, first), pitch)
-            for row in (row for start, row in parts if start == first):
-                for j in halves:
-                    isa.load_tile(6 + j, panel.address(row, left + 16 * j), 4 * width)
-                for i, j in places:
-                    isa.multiply_tiles(2 * i + j, 4 + i, 6 + j)
-        for i, j in places:
-            isa.store_tile(2 * i + j, sums.address(16 * i, left + 16 * j), 4 * sums.extent(1))
 
 
 def unit(isa: Isa, panel: Buffer, column: int) -> Expr:
