@@ -2,11 +2,13 @@
 
     python benchmarks/classification.py train --data grocery_fruit --model deit --recipe moe --seed 0
     python benchmarks/classification.py all
+    python benchmarks/classification.py rounding --data grocery_fruit --model deit
     python benchmarks/classification.py speed
     python benchmarks/classification.py report
 
-The first measures one cell of accuracy, the second every cell that no JSON file in docs/results/data/ holds yet, the
-third how long frozen models take on this CPU; the last one makes docs/results/classification.md from these files alone.
+The first measures one cell of accuracy, the second every cell that no JSON file in docs/results/data/ holds yet. The
+third measures what rounded activations cost a model that `train` left in outputs/. The fourth measures how long frozen
+models take on this CPU. The last makes docs/results/classification.md from these files alone.
 Pictures are looked for in the folders that $SHIFTADD3D_PICTURES names.
 """
 
@@ -17,7 +19,7 @@ import os
 import re
 import shlex
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -136,6 +138,11 @@ def with_bits(recipe: str, bits: int) -> str:
     return recipe if bits == BITS else f"{recipe}-{bits}bits"
 
 
+def trained_folder(data: str, model: str, seed: int) -> Path:
+    """Where `train` leaves the models of all recipes that share one dense model."""
+    return OUTPUTS / "classification" / f"{data}-{model}-{seed}"
+
+
 def result_path(folder: Path, data: str, model: str, recipe: str, seed: int, bits: int = BITS) -> Path:
     return folder / f"classification-{data}-{model}-{with_bits(recipe, bits)}-{seed}.json"
 
@@ -179,7 +186,7 @@ class Train:
         config = ClassifierConfig(
             settings.model, pictures.classes, InputConfig(settings.image_size), settings.parsed_model_args()
         )
-        folder = OUTPUTS / "classification" / f"{self.data}-{self.model}-{self.seed}"
+        folder = trained_folder(self.data, self.model, self.seed)
 
         seed_everything(self.seed)
         start = train(
@@ -289,6 +296,64 @@ class All:
                     for recipe in self.recipes:
                         if not result_path(self.out, data, model, recipe, seed, self.bits).exists():
                             Train(data, model, recipe, seed, self.bits, self.threads, self.out)()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rounding
+# --------------------------------------------------------------------------------------------------------------------
+
+ROUNDINGS: tuple[Literal["exact", "fast", "int8"], ...] = ("exact", "fast", "int8")
+
+
+@dataclass
+class Rounding:
+    """Measure what rounding costs a trained model: top-1 of its executable in float32 and with rounded activations.
+
+    `train` with the same arguments comes first. It leaves the model in outputs/.
+    """
+
+    data: DataName = "grocery_fruit"
+    """The pictures."""
+    model: ModelName = "deit"
+    """The model."""
+    recipe: RecipeName = "add+shift"
+    """What it became, in two stages."""
+    seed: int = 0
+    """Seed that it was trained with."""
+    out: Path = DATA
+    """Folder for the JSON file."""
+
+    def __call__(self) -> None:
+        from shiftadd3d.vision.evaluate import evaluate_classifier
+        from shiftadd3d.vision.export import export_classifier
+
+        commit, settings = git_commit(), EXPERIMENTS[self.data, self.model]
+        folder = trained_folder(self.data, self.model, self.seed)
+        trained = folder / f"{self.recipe}-stage2" / "best"
+        if not trained.exists():
+            raise UserError(f"no {trained}; run `python benchmarks/classification.py train` with these arguments first")
+        packed = folder / f"{self.recipe}-packed"
+        export_classifier(trained, packed, formats=["packed"])
+        pictures = DataSettings(find_pictures(self.data), val_fraction=settings.val_fraction)
+        measured = {kind: evaluate_classifier(packed / "packed", pictures, numerics=kind) for kind in ROUNDINGS}
+        if not all(facts["compiled"] for facts in measured.values()):
+            raise UserError(f"{packed}: some numerics could not be compiled; expected an executable for each of them")
+        words = ["--data", self.data, "--model", self.model, "--recipe", self.recipe, "--seed", str(self.seed)]
+        facts = {
+            "kind": "rounding",
+            "data": self.data,
+            "pictures": measured["exact"]["count"],
+            "model": self.model,
+            "recipe": self.recipe,
+            "seed": self.seed,
+            "top1": {kind: facts["top1"] for kind, facts in measured.items()},
+            "loss": {kind: facts["loss"] for kind, facts in measured.items()},
+            "machine": machine_facts(),
+            "commit": commit,
+            "command": shlex.join(["python", "benchmarks/classification.py", "rounding", *words]),
+        }
+        write_result(self.out / f"rounding-{self.data}-{self.model}-{self.recipe}-{self.seed}.json", facts)
+        print(", ".join(f"{kind}: top-1 {top1:.2%}" for kind, top1 in facts["top1"].items()))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -453,7 +518,8 @@ class Report:
         if not self.old:
             refuse_old(DATA / name for name in SPEED_FILES.values())
         results, speeds = read_results(DATA), read_speeds(DATA)
-        write_page("classification", lambda template: render_report(results, template, speeds))
+        roundings = read_roundings(DATA)
+        write_page("classification", lambda template: render_report(results, template, speeds, roundings))
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -470,6 +536,11 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return sorted(results, key=place)
 
 
+def read_roundings(folder: Path) -> list[dict[str, Any]]:
+    """What `rounding` wrote into a folder."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("rounding-*.json"))]
+
+
 def bits_of(facts: dict[str, Any]) -> int:
     """Bits of a shift's code in a result of training; the older ones do not say."""
     return facts.get("bits", BITS)
@@ -482,18 +553,22 @@ def read_speeds(folder: Path) -> dict[bool, dict[str, Any]]:
 
 
 def render_report(
-    results: list[dict[str, Any]], template: str, speeds: Mapping[bool, dict[str, Any]] | None = None
+    results: list[dict[str, Any]],
+    template: str,
+    speeds: Mapping[bool, dict[str, Any]] | None = None,
+    roundings: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """Fill a template's `{{name}}` fields in from the results of training and of speed.
+    """Fill a template's `{{name}}` fields in from the results of training, of rounding and of speed.
 
     Raises:
         KeyError: the template has a field that there is no table for.
     """
     speeds = speeds or {}
-    measured = [*results, *speeds.values()]
+    measured = [*results, *roundings, *speeds.values()]
     fields = {
         "accuracy": accuracy_tables([facts for facts in results if bits_of(facts) == BITS]),
         "coarse_codes": coarse_tables(results),
+        "rounding": rounding_table(roundings),
         "experiments": experiment_table(results),
         "speed": speed_table(speeds.get(False)),
         "speed_kept_memory": speed_table(speeds.get(True)),
@@ -595,6 +670,24 @@ def verdict(recipes: dict[str, list[dict[str, Any]]]) -> str:
     return text + (f" Mixtures against `add+shift`: {', '.join(found)}." if found else "")
 
 
+def rounding_table(roundings: Sequence[dict[str, Any]]) -> str:
+    """Rows: trained models; columns: top-1 in float32, and what rounded activations change, in points and pictures."""
+    rows = []
+    for facts in roundings:
+        exact = facts["top1"]["exact"]
+        changes = [facts["top1"][kind] - exact for kind in ROUNDINGS[1:]]
+        rows.append(
+            [
+                f"{facts['data']}, {facts['model']}, `{facts['recipe']}`, seed {facts['seed']}",
+                f"{facts['pictures']:,}",
+                f"{100 * exact:.2f}",
+                *(f"{100 * change:+.2f} ({round(change * facts['pictures']):+d})" for change in changes),
+            ]
+        )
+    header = ["", "pictures", "exact, %", *(f"{kind}, points (pictures)" for kind in ROUNDINGS[1:])]
+    return markdown_table(header, rows) if rows else NOT_MEASURED
+
+
 def experiment_table(results: list[dict[str, Any]]) -> str:
     """The sizes of each experiment."""
     rows = []
@@ -645,7 +738,7 @@ def breakdown_tables(speed: dict[str, Any] | None) -> str:
 
 def main() -> None:
     run_command(
-        {"train": Train, "all": All, "speed": Speed, "report": Report},
+        {"train": Train, "all": All, "rounding": Rounding, "speed": Speed, "report": Report},
         __doc__,
     )
 

@@ -47,7 +47,7 @@ def test_the_committed_report_is_what_the_committed_measurements_make(classifica
     results = classification.read_results(RESULTS / "data")
     template = (RESULTS / "classification.template.md").read_text(encoding="utf-8")
     assert (RESULTS / "classification.md").read_text(encoding="utf-8") == classification.render_report(
-        results, template, classification.read_speeds(RESULTS / "data")
+        results, template, classification.read_speeds(RESULTS / "data"), classification.read_roundings(RESULTS / "data")
     ), "run `python benchmarks/classification.py report`"
 
 
@@ -58,9 +58,11 @@ def test_the_template_states_no_result_of_its_own():
 
 
 def test_measurements_name_no_place_on_a_machine():
-    for path in sorted((RESULTS / "data").glob("classification-*.json")):
+    for path in sorted((RESULTS / "data").glob("*.json")):
+        if not path.name.startswith(("classification-", "rounding-")):
+            continue
         command = json.loads(path.read_text(encoding="utf-8"))["command"]
-        assert re.match(r"python benchmarks/classification\.py (train|speed) ", command), path.name
+        assert re.match(r"python benchmarks/classification\.py (train|rounding|speed) ", command), path.name
         assert " /" not in command, path.name
 
 
@@ -178,3 +180,15 @@ def test_a_cell_is_measured_and_shown(classification: ModuleType, tmp_path: Path
     assert 0 < mixed["mult_share"] < 1
     template = (RESULTS / "classification.template.md").read_text(encoding="utf-8")
     assert f"{100 * mixed['top1']:.1f}" in classification.render_report(results, template)
+
+
+def test_rounding_is_shown_in_points_and_pictures(classification: ModuleType):
+    facts = made_up("add+shift", 0, 0.5) | {"pictures": 200, "top1": {"exact": 0.75, "fast": 0.75, "int8": 0.74}}
+    assert classification.rounding_table([facts]).splitlines()[-1].endswith("| 200 | 75.00 | +0.00 (+0) | -1.00 (-2) |")
+    assert classification.rounding_table([]) == classification.NOT_MEASURED
+
+
+def test_rounding_needs_a_trained_model(classification: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(classification, "OUTPUTS", tmp_path)
+    with pytest.raises(classification.UserError, match=r"run `python benchmarks/classification\.py train`"):
+        classification.Rounding(out=tmp_path)()
