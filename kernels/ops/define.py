@@ -8,6 +8,7 @@ runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Literal, Protocol, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
@@ -76,32 +77,15 @@ def define_op(
         The op, ``torch.ops.shiftadd3d.<name>.default``, with the docstring of its arguments.
     """
     types = get_type_hints(arguments, include_extras=True)
-    names = [(i, field, get_args(kind)) for i, (field, kind) in enumerate(types.items()) if get_origin(kind) is Literal]
-
-    def checked(*args: Taken.args, **kwargs: Taken.kwargs) -> Given:
-        given = arguments(*args, **kwargs)
-        for i, field, known in names:
-            if given[i] not in known:
-                raise UserError(f"{field} must be one of {', '.join(known)}, not {given[i]!r}")
-        if check is not None:
-            check(given)
-        return given
-
-    def compiled(backend: Callable[[Given], Outcome | None]) -> Callable[Taken, Outcome]:
-        def run(*args: Taken.args, **kwargs: Taken.kwargs) -> Outcome:
-            given = checked(*args, **kwargs)
-            outcome = None if get_numerics() == "twin" else backend(given)
-            return twin(*given) if outcome is None else outcome
-
-        return run
-
-    plain = compiled(lambda given: None)
+    checked = _checked(arguments, types, check)
+    served = partial(_served, checked, twin)
+    plain = served(lambda given: None)
     _LIBRARY.define(_schema(name, arguments, types, twin), tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(getattr(torch.ops, OP_NAMESPACE), name).default
     op.__doc__ = arguments.__doc__
-    _LIBRARY.impl(name, compiled(cpu), "CPU")
+    _LIBRARY.impl(name, served(cpu), "CPU")
     if cuda is not None:
-        _LIBRARY.impl(name, _on_one_device(name, types, compiled(cuda)), "CUDA")
+        _LIBRARY.impl(name, _on_one_device(name, types, served(cuda)), "CUDA")
     _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
 
     def outcome_like(*args: Taken.args, **kwargs: Taken.kwargs) -> Outcome:
@@ -116,6 +100,37 @@ def define_op(
     TWINS[name] = plain
     KERNEL_DEVICES[name] = ("cpu",) if cuda is None else ("cpu", "cuda")
     return op
+
+
+def _checked(
+    arguments: Callable[Taken, Given], types: dict[str, type], check: Callable[[Given], object] | None
+) -> Callable[Taken, Given]:
+    """`arguments`, which raise `UserError` if they do not fit together."""
+    names = [(i, field, get_args(kind)) for i, (field, kind) in enumerate(types.items()) if get_origin(kind) is Literal]
+
+    def checked(*args: Taken.args, **kwargs: Taken.kwargs) -> Given:
+        given = arguments(*args, **kwargs)
+        for i, field, known in names:
+            if given[i] not in known:
+                raise UserError(f"{field} must be one of {', '.join(known)}, not {given[i]!r}")
+        if check is not None:
+            check(given)
+        return given
+
+    return checked
+
+
+def _served(
+    checked: Callable[Taken, Given], twin: Callable[..., Outcome], backend: Callable[[Given], Outcome | None]
+) -> Callable[Taken, Outcome]:
+    """An op whose cases a backend computes if it can, and else the twin."""
+
+    def run(*args: Taken.args, **kwargs: Taken.kwargs) -> Outcome:
+        given = checked(*args, **kwargs)
+        outcome = None if get_numerics() == "twin" else backend(given)
+        return twin(*given) if outcome is None else outcome
+
+    return run
 
 
 def _schema(name: str, arguments: Callable[..., tuple], types: dict[str, type], twin: Callable[..., object]) -> str:

@@ -38,23 +38,27 @@ from shiftadd3d.kernels.runtime.memory import DTYPES, empty_by_heads
 from shiftadd3d.kernels.runtime.targets import CpuTarget, current
 
 
-def _check_codes(x: Tensor, values: Tensor, features: int | None) -> None:
-    if x.dim() < 2 or x.shape[:-2] != values.shape[:-2]:
+def _check_codes(x: Tensor, values: Tensor, features: int | None) -> int:
+    """The number of features whose signs x holds."""
+    shape = x.shape
+    if len(shape) < 2 or shape[:-2] != values.shape[:-2]:
         raise UserError(
-            f"queries, keys and values must have the same dimensions before the last two, not {list(x.shape)} and "
+            f"queries, keys and values must have the same dimensions before the last two, not {list(shape)} and "
             f"{list(values.shape)}"
         )
     packed = x.dtype == torch.uint8
     if not (packed or x.is_floating_point()):
         raise UserError(f"codes are the signs of floating-point features, or packed in uint8, not {x.dtype}")
-    width, features = features_of(x, None), features_of(x, features)
+    width = 8 * shape[-1] if packed else shape[-1]
+    features = width if features is None else features
     if not (width - 8 < features <= width if packed else features == width):
-        raise UserError(f"{'packed signs' if packed else 'features'} {list(x.shape)} do not hold {features} a token")
+        raise UserError(f"{'packed signs' if packed else 'features'} {list(shape)} do not hold {features} a token")
+    return features
 
 
-def _check_kv(given: MatAddKV) -> None:
-    k, v, mask, _, features = given
-    _check_codes(k, v, features)
+def _check_keys(k: Tensor, v: Tensor, mask: Tensor | None, features: int | None) -> int:
+    """The number of features of a key."""
+    features = _check_codes(k, v, features)
     if k.shape[-2] != v.shape[-2]:
         raise UserError(f"every key needs a value: there are {k.shape[-2]} keys and {v.shape[-2]} values")
     if mask is not None:
@@ -62,12 +66,12 @@ def _check_kv(given: MatAddKV) -> None:
             raise UserError(f"the mask must be bool (True where a key counts), not {mask.dtype}")
         if mask.dim() != k.dim() - 1 or any(m not in (1, n) for m, n in zip(mask.shape, k.shape, strict=False)):
             raise UserError(f"the mask must be {list(k.shape[:-1])}, with 1 where it repeats, not {list(mask.shape)}")
+    return features
 
 
 def _check(given: AddAttention) -> None:
-    q, k, v, mask, codes, features, contrast, _ = given
-    _check_kv(MatAddKV(k, v, mask, codes, features))
-    _check_codes(q, v, features_of(k, features))
+    q, k, v, mask, _, features, contrast, _ = given
+    _check_codes(q, v, _check_keys(k, v, mask, features))
     if contrast is not None and (v.dim() < 3 or contrast.shape != v.shape[-3:-2]):
         raise UserError(
             f"contrast must be [H], one for each head of values [*, H, M, E], not {list(contrast.shape)} for "
@@ -78,7 +82,7 @@ def _check(given: AddAttention) -> None:
 class _Backend(Protocol):
     """The backend of one kind of device, for tensors [B, H, tokens, width] that are not empty. None: the twin must run.
 
-    Rows are contiguous, masks [B, H, M].
+    Rows are contiguous, masks [B, H, M], and `features` a number.
     """
 
     def sums(self, given: MatAddKV) -> Tensor | None: ...  # [B, H, D, E] float32
@@ -129,10 +133,10 @@ def _function(
 
 
 def _kv(backend: _Backend, given: MatAddKV) -> Tensor | None:
-    k, v, mask, *_ = given
+    k, v, mask, codes, features = given
     if not (k.numel() and v.numel()):
         return None
-    kv = backend.sums(MatAddKV(_heads(k), _heads(v), _mask_of_heads(mask, k), *given[3:]))
+    kv = backend.sums(MatAddKV(_heads(k), _heads(v), _mask_of_heads(mask, k), codes, features_of(k, features)))
     return None if kv is None else kv.to(v.dtype).view(*v.shape[:-2], *kv.shape[-2:])
 
 
@@ -147,7 +151,7 @@ def _attention(backend: _Backend, given: AddAttention) -> Tensor | None:
     if not (q.numel() and k.numel() and v.numel()):
         return None
     heads = _heads(q), _heads(k), _heads(v), _mask_of_heads(mask, k)
-    out = backend.attend(AddAttention(*heads, codes, features, contrast, attention))
+    out = backend.attend(AddAttention(*heads, codes, features_of(k, features), contrast, attention))
     return None if out is None else _unheaded(out, q)
 
 
@@ -199,7 +203,7 @@ matadd_kv = define_op(
     "matadd_kv",
     MatAddKV,
     twin=matadd_kv_twin,
-    check=_check_kv,
+    check=lambda given: _check_keys(given.k, given.v, given.mask, given.features),
     cpu=partial(_kv, _CPU),
     cuda=partial(_kv, cuda_matadd),
     fake=_fake_kv,
