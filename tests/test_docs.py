@@ -55,6 +55,13 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(
     assert ran == text.count("```python") > 0
 
 
+def test_the_code_of_the_readme_runs(repository: Path, capsys: pytest.CaptureFixture) -> None:
+    blocks = [code for language, code in BLOCK.findall((repository / "README.md").read_text("utf-8")) if language]
+    for code in blocks:
+        exec(code, {})
+    assert "MoEMlp" in capsys.readouterr().out
+
+
 def test_the_commands_of_the_pages_are_such_that_the_command_line_takes(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -585,7 +585,8 @@ class _Surgery:
                 role = "mlp"
                 if self._visit_mlp(parent, attribute, module, name):
                     return
-        self._leave(module, name, self.rules.keeps(name) or "no rule for it")
+        if module in self.names:  # not a part of the addition that is to stand there
+            self._leave(module, name, self.rules.keeps(name) or "no rule for it")
         for child_name, child in module._modules.items():  # named_children() hides a second place of one module
             if child is not None:
                 self.visit(module, child_name, child, f"{name}.{child_name}" if name else child_name, role)

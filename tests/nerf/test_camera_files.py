@@ -716,6 +716,7 @@ IMPOSSIBLE = {
     "negative": ({"fl_x": None, "fl_y": None, "x_fov": -5.0}, "x_fov is -5"),
     "infinite": ({"fl_x": float("inf")}, "fl_x is Infinity; expected a number"),
     "no lens": ({"fl_x": None, "fl_y": None, "fov": 60.0}, "lacks fl_x (fov is not read)"),
+    "fov_x": ({"fl_x": None, "fl_y": None, "fov_x": 60.0}, "lacks fl_x (fov_x is not read)"),
 }
 
 

@@ -219,6 +219,14 @@ def test_the_report_tells_what_became_what_and_what_was_left_alone(capsys: pytes
     assert capsys.readouterr().out == ""
 
 
+def test_parts_of_the_addition_are_not_left_alone() -> None:
+    model = Net()
+    own = {type(module).__name__ for module in model.modules()}
+    report = reparameterize_(model, "add", verbose=False)
+    assert "TokenConv2d" not in own and any(layer.after == "AddAttention" for layer in report.layers)
+    assert {layer.kind for layer in report.untouched} <= own
+
+
 def test_every_parameter_is_in_the_report_once() -> None:
     model = Net()
     report = reparameterize_(model, recipe("add+shift", dwconv=0), verbose=False)

@@ -48,7 +48,12 @@ _GROUPS: list[tuple[Literal["read", "harmless", "refused"], str, str, str]] = [
     ("read", "x_fov y_fov", "angle of view in degrees, where there is no `fl_x`", "instant-ngp"),
     ("read", "cx cy", "principal point in pixels, the corner of the picture at 0; its middle where not given", "all"),
     ("read", "w h", "size of the full picture in pixels; the picture's own where not given", "all"),
-    ("read", "k1 k2 k3 k4 p1 p2", "lens distortion as OpenCV has it, but k4 of r^8 for perspective lenses", "all"),
+    (
+        "read",
+        "k1 k2 k3 k4 p1 p2",
+        "lens distortion as OpenCV has it; for a perspective lens, k4 is the factor of r^8, which OpenCV has not",
+        "all",
+    ),
     ("read", "distortion_params", "the six of them: k1, k2, k3, k4, p1, p2", "nerfstudio"),
     ("read", "camera_model", "perspective and OPENCV_FISHEYE kinds; for the file or for a frame", "nerfstudio"),
     ("read", "is_fisheye", "true is camera_model OPENCV_FISHEYE", "instant-ngp"),
@@ -57,8 +62,8 @@ _GROUPS: list[tuple[Literal["read", "harmless", "refused"], str, str, str]] = [
     (
         "read",
         "depth_file_path depth_unit_scale_factor",
-        "true z depths to train by, and their unit (a thousandth): where all frames have them, and read only to train "
-        "across scenes",
+        "files of true z depths, and their unit (0.001 if not given): read only to train across scenes, and only if "
+        "all frames have them",
         "nerfstudio",
     ),
     ("read", "train_filenames val_filenames test_filenames", "which views are in which split", "nerfstudio"),
@@ -138,7 +143,8 @@ _GROUPS: list[tuple[Literal["read", "harmless", "refused"], str, str, str]] = [
     (
         "harmless",
         "enable_depth_loading integer_depth_scale depth_path depth_scale",
-        "depth maps are not read",
+        "depth maps under this name are not read: rename `depth_path` to `depth_file_path`, and write the unit of "
+        "depths as `depth_unit_scale_factor`",
         "instant-ngp, Polycam, Record3D",
     ),
     (
@@ -147,7 +153,7 @@ _GROUPS: list[tuple[Literal["read", "harmless", "refused"], str, str, str]] = [
         "only pictures and masks are read",
         "SDFStudio, converters",
     ),
-    ("harmless", "ply_file_path pointcloud_path", "near and far come from the pictures", "nerfstudio"),
+    ("harmless", "ply_file_path pointcloud_path", "a file of points, which other methods start from", "nerfstudio"),
     (
         "harmless",
         "colmap_im_id colmap_id camera_id image_id frame_id id index name timestamp timestamp_us time_stamp",
@@ -168,12 +174,18 @@ _GROUPS: list[tuple[Literal["read", "harmless", "refused"], str, str, str]] = [
         "colours stay as they are in the pictures",
         "phones",
     ),
-    ("harmless", "fov", "the same as the focal length in pixels, which is needed", "converters"),
+    (
+        "harmless",
+        "fov fov_x fov_y",
+        "programs disagree about its unit and side; a file without any other focal length is refused: write `x_fov` "
+        "(degrees) or `camera_angle_x` (radians)",
+        "converters",
+    ),
     ("harmless", "version comment date source generator description license copyright", "words", "many"),
     (
         "harmless",
         "camera_angle_z sensor_width sensor_height focal_length_mm lens",
-        "the same as the focal length in pixels",
+        "says no more than the focal length in pixels",
         "Blender add-ons",
     ),
 ]

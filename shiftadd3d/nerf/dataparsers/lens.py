@@ -130,7 +130,7 @@ def lens_of(meta: Mapping[str, Any], frame: Mapping[str, Any], where: str) -> Le
     if kind is None:
         kind = _kind(meta, where) or CameraType.PERSPECTIVE
     if not merged["fx"] and not merged["fy"]:
-        other = next((key for key in ("fov", *MATRICES) if key in frame or key in meta), None)
+        other = next((key for key in ("fov", "fov_x", "fov_y", *MATRICES) if key in frame or key in meta), None)
         hint = f" ({other} is not read)" if other else ""
         raise UserError(
             f"{where} lacks fl_x{hint}; expected fl_x and fl_y in pixels, or camera_angle_x in radians, once for the "
