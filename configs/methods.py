@@ -15,7 +15,11 @@ from shiftadd3d.configs import pretrained
 from shiftadd3d.configs.pretrained import SECOND_STAGE_AT
 from shiftadd3d.models.gnt.presets import BASE, BIG, SHIFTADD_RECIPE
 from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
-from shiftadd3d.nerf.error_hook import print_expected_errors_as_one_line, warn_of_shared_names
+from shiftadd3d.nerf.error_hook import (
+    name_similar_methods,
+    print_expected_errors_as_one_line,
+    warn_of_shared_names,
+)
 from shiftadd3d.nerf.model import GNTNerfModelConfig
 from shiftadd3d.nerf.optimizers import StartAdamConfig
 from shiftadd3d.nerf.pipeline import GNTPipelineConfig
@@ -27,6 +31,7 @@ from shiftadd3d.nerf.warm_start import PRETRAINED
 # nerfstudio imports this module in every ns-* command: bad input and Ctrl-C then read the same as in our own.
 print_expected_errors_as_one_line()
 warn_of_shared_names()
+name_similar_methods()
 # nerfstudio 1.1.5 meets a newer torch than it was written for, which says so in the middle of training.
 for _category in (FutureWarning, UserWarning):
     warnings.filterwarnings("ignore", category=_category, module=r"nerfstudio\.")

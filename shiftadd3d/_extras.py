@@ -39,15 +39,16 @@ def need(what: str, *packages: str, extra: str) -> None:
         raise MissingExtra(f"{what} needs {listed}, which {verb} not installed: {install(extra)}")
     for name in packages:
         distribution = _DISTRIBUTIONS.get(name, name)
-        found, least = _installed(distribution), _least(distribution)
+        found, least = installed_version(distribution), _least(distribution)
         if found is not None and least is not None and _numbers(found) < _numbers(least):
             raise MissingExtra(f"{what} needs {distribution} {least} or newer, not {found}: {install(extra)}")
 
 
-def _installed(distribution: str) -> str | None:
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed package; None for a module of that name from elsewhere."""
     try:
         return version(distribution)
-    except PackageNotFoundError:  # a module of that name from elsewhere
+    except PackageNotFoundError:
         return None
 
 

@@ -187,6 +187,26 @@ def progress(
         teller.join()
 
 
+@contextlib.contextmanager
+def say_if_slow(text: str, console: Console | None = None, after: float = 2.0) -> Iterator[None]:
+    """Print a line if the work in this context takes longer than some seconds.
+
+    Args:
+        text: what one waits for.
+        console: the console; None is standard output.
+        after: seconds.
+    """
+    from rich.console import Console
+
+    timer = threading.Timer(after, _say, (console or Console(), text))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class _NoBar:
     """Takes what a bar is told, and shows nothing."""
 

@@ -117,6 +117,12 @@ class Render(Verb):
 
     def run(self) -> None:
         """Load the run, render, write."""
+        from shiftadd3d.nerf.render_options import check_config_file, check_frames, check_out
+
+        # Also checked by `render`, after imports that take seconds.
+        check_config_file(self.load_config)
+        check_frames(self.frames, self.fps, self.scale, self.outputs)
+        check_out(self.out)
         _need_nerfstudio()
         from shiftadd3d.nerf.render import render
 
@@ -154,6 +160,13 @@ class EvalScenes(Verb):
 
     def run(self) -> None:
         """Print the table."""
+        from shiftadd3d.nerf.render_options import check_config_file
+
+        if self.load_config is not None:
+            check_config_file(self.load_config)
+        if self.max_side is not None and self.max_side < 1:
+            raise UserError(f"--max-side {self.max_side}: expected 1 or more")
+        _check_there("scene folders, folders of such, or .txt files", *self.scenes, option="--scenes")
         _need_nerfstudio()
         from rich.console import Console
 
@@ -193,6 +206,12 @@ class Demo(Verb):
 
     def run(self) -> None:
         """Do it all."""
+        from shiftadd3d.nerf.render_options import check_frames
+
+        check_frames(self.frames)
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"--steps {self.steps}: expected 1 or more")
+        _check_there("a scene", self.data, option="--data")
         _need_nerfstudio()
         from shiftadd3d.configs.methods import shiftadd_gnt_tiny
         from shiftadd3d.nerf.demo import demo
@@ -211,8 +230,9 @@ class Movie(Verb):
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")]
     """A folder of photos, a video file, or a scene in any format that ns-train reads."""
-    out: Annotated[Path, tyro.conf.arg(metavar="PATH")]
-    """Output: a .mp4 or .gif file, or a folder (no suffix) for numbered PNG frames."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Output: a .mp4 or .gif file, or a folder (no suffix) for numbered PNG frames.
+    If not set: INPUT-movie.mp4 in the current folder."""
     scene: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder for the scene made from photos or a video. An existing one is used again.
     If not set: NAME-scene beside NAME.mp4."""
@@ -239,15 +259,19 @@ class Movie(Verb):
 
     def run(self) -> None:
         """Make the movie."""
+        from shiftadd3d.nerf.movie_options import MovieOptions, check_movie, default_out
+
+        options = MovieOptions(**{option.name: getattr(self, option.name) for option in fields(MovieOptions)})
+        out = default_out(self.source) if self.out is None else self.out
+        check_movie(self.source, out, options)  # also checked by `movie`, after imports that take seconds
         _need_nerfstudio()
         import psutil
 
         from shiftadd3d._report import write_json
         from shiftadd3d.configs.pretrained import shiftadd_gnt_tiny
-        from shiftadd3d.nerf.movie import MovieOptions, movie
+        from shiftadd3d.nerf.movie import movie
 
-        options = MovieOptions(**{option.name: getattr(self, option.name) for option in fields(MovieOptions)})
-        facts = movie(shiftadd_gnt_tiny, self.source, self.out, options, psutil.Process().create_time())
+        facts = movie(shiftadd_gnt_tiny, self.source, out, options, psutil.Process().create_time())
         if self.json is not None:
             write_json(self.json, facts)
 
@@ -272,6 +296,8 @@ class ImportGnt(Verb):
 
     def run(self) -> None:
         """Write the run, say where it is and what comes next."""
+        _check_there("a checkpoint of the original code, such as model_720000.pth", self.checkpoint)
+        _check_there("a scene", self.data, option="--data")
         _need_nerfstudio()
         from shiftadd3d.configs import methods
         from shiftadd3d.nerf.import_gnt import import_gnt
@@ -309,6 +335,11 @@ class Finetune(FinetuneSettings, _Origin, Verb):
 
     def run(self) -> None:
         """Run the stages that are left."""
+        self.validate()
+        _check_there("the folder of an earlier run", self.resume, option="--resume")
+        _check_there("a folder of pictures", None if self.dataset else self.data, option="--data")
+        _check_there("a file of weights", self.weights, option="--weights")
+        _check_there("a saved classifier, or a file of weights", self.start_from, option="--start-from")
         _need_vision()
         from rich.console import Console
 
@@ -353,7 +384,8 @@ class Finetune(FinetuneSettings, _Origin, Verb):
             }:
                 settings = PRESETS["small"]
             else:
-                settings = PRESETS["deit-tiny" if _has_gpu(given.device, rest) else "laptop"]
+                there = Path(given.data).exists()  # if not, `run` says so, and nobody waits for torch
+                settings = PRESETS["deit-tiny" if there and _has_gpu(given.device, rest) else "laptop"]
                 if not options & {"--pretrained", "--weights"}:
                     fallback = _from_random_weights(args, settings, given.model)
         values = {option.name: getattr(settings, option.name) for option in fields(FinetuneSettings)}
@@ -422,6 +454,7 @@ class Evaluate(DataSettings, Verb):
 
     def run(self) -> None:
         """Print the metrics as a table."""
+        _check_classifier(self.classifier)
         _need_vision()
         from rich.console import Console
 
@@ -471,6 +504,7 @@ class Predict(Verb):
 
     def run(self) -> None:
         """Print the labels."""
+        _check_classifier(self.classifier)
         _need_vision()
         from rich.console import Console
 
@@ -522,6 +556,7 @@ class Export(DataSettings, Verb):
 
     def run(self) -> None:
         """Write the files."""
+        _check_classifier(self.classifier)
         _need_vision()
         from rich.console import Console
 
@@ -617,6 +652,7 @@ class BuildKernels(Verb):
     def _build_models(self) -> None:
         if self.names or self.target or self.out:
             raise UserError("--model: expected no other option but --numerics and --json; models are for this CPU")
+        _check_there("a folder that export packed", *self.model, option="--model")
         _need_vision()
         from rich.console import Console
 
@@ -849,6 +885,7 @@ class Profile(Verb):
         if self.html is not None:
             need("--html", "matplotlib", extra="vision")
 
+        _check_there("a TOML file of an accelerator", self.accelerator, option="--accelerator")
         if self.html is not None and self.json is not None and self.html.resolve() == self.json.resolve():
             raise UserError(f"--html and --json both name {self.html}; expected two different files")
         with contextlib.ExitStack() as places:  # what cannot be written is said before anything is counted
@@ -966,6 +1003,17 @@ def _saved_run(config: Path, rays: int | None, name: str) -> Subject:
         weights="saved ones" if own == "mult" else "saved ones; those of mult are random",
         grid=grid,
     )
+
+
+def _check_there(expected: str, *places: Path | None, option: str = "") -> None:
+    """Whether there is anything at some places, told before imports that take seconds. What there is, is told later."""
+    for place in places:
+        if place is not None and not place.exists():
+            raise UserError(f"{option} {place}: no such file or folder; expected {expected}".lstrip())
+
+
+def _check_classifier(place: Path) -> None:
+    _check_there("a folder that finetune or export wrote", place)
 
 
 def _need_nerfstudio() -> None:

@@ -155,6 +155,40 @@ def test_what_no_box_is_known_to_say_is_printed_as_it_is(capsys: pytest.CaptureF
     assert capsys.readouterr().err == box
 
 
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (
+            "predict nowhere photo.jpg",
+            "nowhere: no such file or folder; expected a folder that finetune or export wrote",
+        ),
+        ("evaluate nowhere", "nowhere: no such file or folder"),
+        ("export nowhere --out there", "nowhere: no such file or folder"),
+        ("render --load-config nowhere --out a.mp4", "nowhere: no such file; expected the config.yml"),
+        ("render --load-config . --out a.mp4", ".: a folder, not a file"),
+        ("eval-scenes --scenes nowhere", "--scenes nowhere: no such file or folder; expected scene folders"),
+        ("eval-scenes --scenes . --max-side 0", "--max-side 0: expected 1 or more"),
+        ("demo --data nowhere", "--data nowhere: no such file or folder"),
+        ("demo --steps 0", "--steps 0: expected 1 or more"),
+        ("import-gnt nowhere --data . --out there", "nowhere: no such file or folder; expected a checkpoint"),
+        ("finetune --data nowhere", "--data nowhere: no such file or folder; expected a folder of pictures"),
+        ("finetune --resume nowhere", "--resume nowhere: no such file or folder"),
+        ("finetune --image-size 3", "--image-size 3: expected 8 or more"),
+        ("kernels build --model nowhere", "--model nowhere: no such file or folder"),
+        ("profile gnt-tiny --accelerator nowhere", "--accelerator nowhere: no such file or folder"),
+    ],
+)
+def test_what_is_not_there_is_told_in_one_line_before_torch_is_imported(args: str, line: str, tmp_path: Path):
+    code = (
+        "import sys; from shiftadd3d import cli; "
+        f"code = cli.main({args.split()!r}); print(code, {{'torch', 'nerfstudio', 'timm'}} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert result.stdout == "1 set()\n"
+    assert result.stderr.startswith(f"error: {line}") and result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_user_error_becomes_one_line_and_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from shiftadd3d import _progress
-from shiftadd3d._progress import clock_time, duration, progress
+from shiftadd3d._progress import clock_time, duration, progress, say_if_slow
 
 
 @pytest.fixture
@@ -135,3 +135,15 @@ def test_durations_read_as_people_say_them(seconds, text):
 
 def test_clock_times_name_another_day():
     assert re.fullmatch(r"\d\d:\d\d on \d{4}-\d\d-\d\d", clock_time(3 * 86400))
+
+
+def test_what_one_waits_for_is_said_only_if_it_takes_long():
+    said = threading.Event()
+    console = plain_console()
+    console.print = lambda *args, **kwargs: said.set()
+    with say_if_slow("compiling", console, after=0.0):
+        assert said.wait(60.0)
+    quick = plain_console()
+    with say_if_slow("compiling", quick, after=3600.0):
+        pass
+    assert lines_of(quick) == []

@@ -12,9 +12,8 @@ import math
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from nerfstudio.cameras.cameras import Cameras
@@ -27,10 +26,13 @@ from shiftadd3d._progress import duration
 from shiftadd3d.kernels import numerics as in_numerics
 from shiftadd3d.models.gnt.feature_net import MIN_IMAGE_SIDE
 from shiftadd3d.nerf.dataparsers import AutoDataParserConfig, find_scene
+from shiftadd3d.nerf.kept_frames import KeptFrames, fingerprint
 from shiftadd3d.nerf.model import GNTNerfModel
+from shiftadd3d.nerf.movie_options import MovieOptions, check_movie
 from shiftadd3d.nerf.pictures import save_picture
 from shiftadd3d.nerf.pretrained import OpenScene, PretrainedMethod, open_scene
-from shiftadd3d.nerf.render import check_out, is_video, path_past, picture, scale_cameras, write_path
+from shiftadd3d.nerf.render import path_past, picture, scale_cameras, write_path
+from shiftadd3d.nerf.render_options import is_video
 from shiftadd3d.scenes.from_photos import scene_from_photos
 from shiftadd3d.scenes.photo_options import FromPhotosOptions
 from shiftadd3d.scenes.photos import list_photos
@@ -38,39 +40,10 @@ from shiftadd3d.scenes.photos import list_photos
 if TYPE_CHECKING:
     from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
 
-MoviePath = Literal["interpolate", "spiral", "views"]
-
 _ZOOM = 1.04
 """What lies at the very edge is seen by few views, or by none once they are undistorted and level."""
 _PREVIEW_SIDE = 96
 """Pixels on the longer side of the first small frame."""
-
-
-@dataclass(frozen=True)
-class MovieOptions:
-    """Options of a movie."""
-
-    scene: Path | None = None
-    """Folder for the scene made from photos; beside the movie if None."""
-    minutes: float = 0.0
-    """Minutes of training on the scene before rendering."""
-    size: int = 252
-    """Pixels on the longer side of a frame, at most those of the photos."""
-    path: MoviePath = "interpolate"
-    """`interpolate` is a smooth path past the views, `spiral` circles around the first one, and `views` are the views
-    themselves in their order."""
-    frames: int = 60
-    """Number of frames."""
-    fps: float = 24.0
-    """Frames a second."""
-    outputs: Sequence[str] = ("rgb",)
-    """Outputs of the model, side by side."""
-    preview: bool = False
-    """Write one small frame before anything else is rendered."""
-    compile: bool = True
-    """Render with the network as one executable, on a CPU."""
-    numerics: Literal["exact", "fast", "int8"] = "int8"
-    """Precision of the kernels. Frames have 8 bits, so the difference cannot be seen."""
 
 
 def movie(
@@ -100,23 +73,11 @@ def movie(
         UserError: whatever is wrong with the arguments, the photos or the scene.
     """
     options = options or MovieOptions()
-    _check(options)
-    check_out(out)
-    with claimed(out, "--out", file=is_video(out)):
-        return _movie(method, source, out, options, _Clock(began))
-
-
-def _check(options: MovieOptions) -> None:
-    if options.frames < 2:
-        raise UserError(f"--frames {options.frames}: expected 2 or more")
+    check_movie(source, out, options)
     if options.size < MIN_IMAGE_SIDE:
         raise UserError(f"--size {options.size}: expected {MIN_IMAGE_SIDE} pixels or more")
-    if not 0.0 <= options.minutes < float("inf"):
-        raise UserError(f"--minutes {options.minutes:g}: expected 0 or more")
-    if not 0.0 < options.fps < float("inf"):
-        raise UserError(f"--fps {options.fps:g}: expected a positive number")
-    if not options.outputs:
-        raise UserError("--outputs: expected at least one, such as rgb")
+    with claimed(out, "--out", file=is_video(out)):
+        return _movie(method, source, out, options, _Clock(began))
 
 
 def _movie(method: PretrainedMethod, source: Path, out: Path, options: MovieOptions, clock: _Clock) -> dict[str, Any]:
@@ -138,7 +99,10 @@ def _movie(method: PretrainedMethod, source: Path, out: Path, options: MovieOpti
                 model = _trained(run)
                 model.config.compile = options.compile
         with clock.step("rendering"), in_numerics(options.numerics):
-            write_path(model, cameras, out, fps=options.fps, names=options.outputs)
+            frames = KeptFrames(
+                out.with_name(f"{_stem(out)}.unfinished"), fingerprint(model, opened.bank, cameras, options.outputs)
+            )
+            write_path(model, cameras, out, fps=options.fps, names=options.outputs, kept=frames)
     facts = {
         "movie": str(out),
         "scene": str(scene),
@@ -182,7 +146,7 @@ def _kept(scene: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        _say(f"The scene is in {scene}; the same command goes on from there")
+        _say(f"The scene is in {scene}; the same command goes on")
         raise
 
 
@@ -193,8 +157,6 @@ def _kept(scene: Path) -> Iterator[None]:
 
 def _scene(source: Path, out: Path, options: MovieOptions) -> Path:
     """The folder (or camera file) of the scene; of photos or a video, a new one."""
-    if not source.exists():
-        raise UserError(f"{source} does not exist; expected a folder of photos, a video file, or a scene folder")
     if _is_scene(source):
         if options.scene is not None:
             raise UserError(f"--scene {options.scene}: {source} is a scene already; leave --scene out")

@@ -28,15 +28,15 @@ from shiftadd3d._claim import claimed
 from shiftadd3d._errors import UserError
 from shiftadd3d._progress import progress
 from shiftadd3d.nerf.model import GNTNerfModel
+from shiftadd3d.nerf.render_options import check_config_file, check_frames, check_out, is_video
 from shiftadd3d.nerf.smooth_path import smooth_path
 
 if TYPE_CHECKING:
+    from shiftadd3d.nerf.kept_frames import KeptFrames
     from shiftadd3d.nerf.pipeline import GNTPipeline
 
 PathName = Literal["interpolate", "spiral", "test", "train"]
 SplitName = Literal["test", "train"]
-
-VIDEO_SUFFIXES = (".mp4", ".gif")
 
 _DEFAULT_FRAMES = 120
 _SPIRAL_TURNS = 2
@@ -175,8 +175,7 @@ def make_path(
     Raises:
         UserError: fewer than two frames, or too few views.
     """
-    if frames is not None and frames < 2:
-        raise UserError(f"--frames {frames}: expected 2 or more")
+    check_frames(frames)
     datamanager = pipeline.datamanager
     if views is None:
         views = "test" if len(datamanager.eval_dataset) > 1 else "train"
@@ -271,17 +270,23 @@ def _colours(name: str, value: Tensor, near_far: tuple[float, float]) -> Float[T
 
 
 def render_frames(
-    model: GNTNerfModel, cameras: Cameras, names: Sequence[str] = ("rgb",)
+    model: GNTNerfModel, cameras: Cameras, names: Sequence[str] = ("rgb",), done: int = 0
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """Pictures along a path, one after the other, and their number.
+    """Pictures along a path, one after the other.
+
+    Args:
+        model: in evaluation mode.
+        cameras: the path.
+        names: outputs of the model, side by side.
+        done: number of frames that are there already. The first picture is the one after them.
 
     Raises:
         UserError: an output that the model does not have.
     """
     near, far = model.near_far.tolist()
     routed = contextlib.nullcontext() if "routing" in names else model.without_routing()
-    with routed, progress("Rendering", len(cameras), unit="frames", console=CONSOLE) as shown:
-        for index in range(len(cameras)):
+    with routed, progress("Rendering", len(cameras), unit="frames", done=done, console=CONSOLE) as shown:
+        for index in range(done, len(cameras)):
             outputs = model.get_outputs_for_camera(cameras[index : index + 1].to(model.device))
             shown.advance()
             yield picture(outputs, names, (near, far))
@@ -337,6 +342,7 @@ class VideoWriter(FrameWriter):
         else:
             options = {"mode": "I", "duration": 1000.0 / fps, "loop": 0}
         with self._explained():
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._unfinished.touch()
             self._writer: Any = imageio.get_writer(self._unfinished, **options)
 
@@ -407,31 +413,6 @@ class FolderWriter(FrameWriter):
         return self._folder
 
 
-def check_out(out: Path) -> None:
-    """Refuse a place that frames cannot be written to, before anything is loaded or rendered.
-
-    Raises:
-        UserError: a suffix other than .mp4, .gif or none, a file in place of a folder, or a folder in place of a file.
-    """
-    suffix = out.suffix.lower()
-    if suffix and suffix not in VIDEO_SUFFIXES and not out.is_dir():
-        raise UserError(f"--out {out}: unknown suffix {suffix}; expected .mp4, .gif, or a folder for PNG frames")
-    if suffix in VIDEO_SUFFIXES and out.is_dir():
-        raise UserError(f"--out {out}: a folder is in the way; expected a file name")
-    if not suffix and out.is_file():
-        raise UserError(f"--out {out}: a file is in the way; expected a folder, or a name that ends in .mp4 or .gif")
-    folder = out.parent if suffix in VIDEO_SUFFIXES else out
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror or error}; name a writable one") from None
-
-
-def is_video(out: Path) -> bool:
-    """Whether `out` is a video file, not a folder."""
-    return out.suffix.lower() in VIDEO_SUFFIXES and not out.is_dir()
-
-
 def open_writer(out: Path, fps: float, size: tuple[int, int]) -> FrameWriter:
     """A writer for a video (.mp4, .gif) or a folder (no suffix).
 
@@ -450,7 +431,13 @@ def open_writer(out: Path, fps: float, size: tuple[int, int]) -> FrameWriter:
 
 
 def write_path(
-    model: GNTNerfModel, cameras: Cameras, out: Path, *, fps: float = 24.0, names: Sequence[str] = ("rgb",)
+    model: GNTNerfModel,
+    cameras: Cameras,
+    out: Path,
+    *,
+    fps: float = 24.0,
+    names: Sequence[str] = ("rgb",),
+    kept: KeptFrames | None = None,
 ) -> None:
     """Render a path into a video or a folder of frames.
 
@@ -462,6 +449,8 @@ def write_path(
         out: .mp4, .gif, or a folder.
         fps: frames per second.
         names: outputs of the model, side by side.
+        kept: frames of an earlier command, which are not rendered again. New frames are added. At the end, all of them
+            are removed.
 
     Raises:
         UserError: an unknown output, or a place that cannot be written to.
@@ -470,10 +459,19 @@ def write_path(
     writer = open_writer(out, fps, size)
     done = 0
     try:
-        for frame in render_frames(model, cameras, names):
+        for frame in () if kept is None else kept.read():
             writer.write(frame)
             done += 1
+        if done:
+            CONSOLE.print(f"Going on after {done} frames, which an earlier command has rendered", highlight=False)
+        for frame in render_frames(model, cameras, names, done):
+            writer.write(frame)
+            done += 1
+            if kept is not None:
+                kept.add(frame)
         writer.close()
+        if kept is not None:
+            kept.remove()
     except KeyboardInterrupt:
         if done == 0:
             writer.discard()
@@ -506,13 +504,8 @@ def render(
     """
     from shiftadd3d.nerf.runs import load_run
 
-    if not outputs:
-        raise UserError("--outputs: expected at least one, such as rgb")
-    if frames is not None and frames < 2:
-        raise UserError(f"--frames {frames}: expected 2 or more")
-    for option, value in (("--scale", scale), ("--fps", fps)):
-        if value is not None and not 0.0 < value < float("inf"):
-            raise UserError(f"{option} {value:g}: expected a positive number")
+    check_config_file(config)
+    check_frames(frames, fps, scale, outputs)
     check_out(out)
     with claimed(out, "--out", file=is_video(out)):
         chosen, rate = (None, None) if camera_path is None else read_camera_path(camera_path)

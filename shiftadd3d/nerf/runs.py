@@ -11,6 +11,7 @@ import yaml
 from shiftadd3d._errors import UserError
 from shiftadd3d.nerf.checkpoint import latest_checkpoint, read_checkpoint
 from shiftadd3d.nerf.pipeline import GNTPipeline, GNTPipelineConfig
+from shiftadd3d.nerf.render_options import EXPECTED_CONFIG, check_config_file
 from shiftadd3d.nerf.trainer import GNTTrainerConfig
 
 
@@ -33,20 +34,18 @@ def read_config(path: Path) -> GNTTrainerConfig:
     Raises:
         UserError: no such file, not a configuration, or the configuration of another project's method.
     """
-    expected = "expected the config.yml that ns-train wrote for a gnt or shiftadd-gnt method"
+    check_config_file(path)
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.Loader)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {expected}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: a folder, not a file; {expected}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {expected}") from None
+        raise UserError(f"{path}: cannot be read ({error}); {EXPECTED_CONFIG}") from None
     except (yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a configuration ({str(error).splitlines()[0]}); {expected}") from None
+        raise UserError(f"{path}: not a configuration ({str(error).splitlines()[0]}); {EXPECTED_CONFIG}") from None
     if not isinstance(config, GNTTrainerConfig) or not isinstance(config.pipeline, GNTPipelineConfig):
         method = getattr(config, "method_name", None)
-        raise UserError(f"{path}: {f'of method {method!r}' if method else 'not a configuration of ours'}; {expected}")
+        raise UserError(
+            f"{path}: {f'of method {method!r}' if method else 'not a configuration of ours'}; {EXPECTED_CONFIG}"
+        )
     return config
 
 

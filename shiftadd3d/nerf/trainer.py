@@ -32,6 +32,7 @@ from shiftadd3d._progress import Steps, progress
 from shiftadd3d.nerf.averaging import BestWeights, WeightAverage
 from shiftadd3d.nerf.checkpoint import RunScene, latest_checkpoint, read_checkpoint, scene_of, stage_of, step_of
 from shiftadd3d.nerf.datamanager import GNTDataManagerConfig
+from shiftadd3d.nerf.dataparsers import find_scene
 from shiftadd3d.nerf.distributed import check_processes, from_first_process, is_first_process, join_processes
 from shiftadd3d.nerf.optimizers import StartAdamConfig
 from shiftadd3d.nerf.pipeline import GNTPipeline, GNTPipelineConfig
@@ -72,13 +73,16 @@ class GNTTrainerConfig(TrainerConfig):
     def set_timestamp(self) -> None:
         """Choose the run's folder. From then on, no other process writes to it.
 
-        An automatic timestamp gets a number if another run began in the same second.
+        An automatic timestamp gets a number if another run began in the same second. This is the first thing that
+        ns-train does. So wrong options are refused here, before it prints the configuration and makes the folder.
 
         Raises:
-            UserError: a named folder holds another run, another process writes to it, or it cannot be made; or
-                nerfstudio cannot start the processes in the options.
+            UserError: there is no scene or no checkpoint where the options say; a named folder holds another run,
+                another process writes to it, or it cannot be made; or nerfstudio cannot start the processes in the
+                options.
         """
         check_processes(self.machine)
+        self._check_inputs()
         named = self.timestamp != "{timestamp}"
         super().set_timestamp()
         if not is_first_process():
@@ -101,6 +105,23 @@ class GNTTrainerConfig(TrainerConfig):
                     return
                 release(folder)
             self.timestamp = f"{first}-{number}"
+
+    def scene(self) -> RunScene:
+        """The scene to train on."""
+        datamanager = cast(GNTDataManagerConfig, self.pipeline.datamanager)
+        parser = datamanager.dataparser
+        return RunScene(parser.data if datamanager.data is None else datamanager.data, _class_name(parser))
+
+    def _check_inputs(self) -> None:
+        scene = self.scene()
+        if scene.parser == _class_name(GNTDataManagerConfig().dataparser):
+            find_scene(scene.data)
+        elif not scene.data.exists():
+            raise UserError(f"--data {scene.data}: no such file or folder; expected a scene")
+        if self.load_checkpoint is not None and not self.load_checkpoint.is_file():
+            raise UserError(f"--load-checkpoint {self.load_checkpoint}: no such file; expected step-*.ckpt of a run")
+        if self.load_dir is not None:
+            latest_checkpoint(self.load_dir)
 
     def _claim(self, folder: Path) -> bool:
         try:
@@ -249,7 +270,7 @@ class GNTTrainer(Trainer):
         run = scene_of(checkpoint.parent.parent / "config.yml")
         if run is None:
             return
-        config, own = self.config, self._scene()
+        config, own = self.config, self.config.scene()
         datamanager = cast(GNTDataManagerConfig, config.pipeline.datamanager)
         asked = datamanager.data is not None or own.data != type(datamanager.dataparser)().data
         same = own.data.resolve() == run.data.resolve()
@@ -265,11 +286,6 @@ class GNTTrainer(Trainer):
                 f"Going on with {own.data}; so far it was {run.data}, whose near and far stay if none are given",
                 soft_wrap=True,
             )
-
-    def _scene(self) -> RunScene:
-        datamanager = cast(GNTDataManagerConfig, self.config.pipeline.datamanager)
-        parser = datamanager.dataparser
-        return RunScene(parser.data if datamanager.data is None else datamanager.data, _class_name(parser))
 
     def _command(self, option: str, path: Path, scene: RunScene) -> str:
         """An ns-train of this method that goes on from a path with a scene, as one types it."""
@@ -370,7 +386,7 @@ class GNTTrainer(Trainer):
                 self.save_checkpoint(self.step)
             CONSOLE.print(
                 f"Interrupted at step {self.step}. Nothing is lost: go on with "
-                + self._command("--load-dir", self.checkpoint_dir, self._scene()),
+                + self._command("--load-dir", self.checkpoint_dir, self.config.scene()),
                 soft_wrap=True,
             )
             # nerfstudio would print its timings after the notice; and a KeyboardInterrupt's traceback, and exit with 0.

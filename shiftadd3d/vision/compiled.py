@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Sequence
@@ -13,10 +14,13 @@ from rich.console import Console
 from torch import nn
 
 from shiftadd3d._errors import UserError
+from shiftadd3d._progress import say_if_slow
 from shiftadd3d.kernels import Numerics, get_numerics
 from shiftadd3d.nn.compiled import compile as compile_model
 from shiftadd3d.vision.checkpoint import ClassifierConfig, create_classifier, read_config
 from shiftadd3d.vision.deploy import DeployedClassifier
+
+_WAIT = "Compiling the classifier. This takes up to some minutes, once: the result is kept"
 
 
 def compiled_where_it_can_be(model: nn.Module, console: Console | None = None) -> nn.Module:
@@ -38,7 +42,8 @@ def compiled_where_it_can_be(model: nn.Module, console: Console | None = None) -
         return model
     size = config.input.size
     try:
-        with warnings.catch_warnings():
+        waiting = contextlib.nullcontext() if console is None else say_if_slow(_WAIT, console)
+        with warnings.catch_warnings(), waiting:
             warnings.simplefilter("ignore", RuntimeWarning)
             compiled = compile_model(model, torch.zeros(1, 3, size, size))
     except UserError as error:

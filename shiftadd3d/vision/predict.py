@@ -103,10 +103,10 @@ def predict_pictures(
     Raises:
         UserError: no picture can be read, a picture would be overwritten, or another argument is wrong.
     """
+    model = open_classifier(checkpoint, device_for(checkpoint, device))
     # Everything is found before anything is written: pictures may lie where results go.
     inputs, skipped = _find_pictures(pictures)
     outputs = [None] * len(inputs) if out is None else _name_outputs(inputs, out)
-    model = open_classifier(checkpoint, device_for(checkpoint, device))
     if isinstance(model, DeployedClassifier) and show_routing:
         raise UserError(f"--show-routing: {checkpoint} is an executable; expected the classifier that it was made of")
     if compile and not show_routing:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import datetime
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +18,15 @@ from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.configs import experiment_config
 from nerfstudio.data.scene_box import OrientedBox
+from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.model_components.renderers import background_color_override_context
 from nerfstudio.scripts import render as ns_render
+from nerfstudio.scripts import train
 from nerfstudio.scripts.viewer import run_viewer
 from nerfstudio.utils.eval_utils import eval_setup
 
 from shiftadd3d import UserError
+from shiftadd3d.nerf import error_hook
 from shiftadd3d.nerf.pipeline import GNTPipeline
 from shiftadd3d.nerf.runs import load_run
 from shiftadd3d.nerf.trainer import GNTTrainerConfig
@@ -277,6 +282,75 @@ def test_an_output_folder_that_is_a_file_is_refused(
         config.timestamp = timestamp
         with pytest.raises(UserError, match="cannot write"):
             config.set_timestamp()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"scene": "nowhere"}, "nowhere does not exist; expected a folder with transforms.json"),
+        ({"scene": "empty"}, "empty: no scene found; expected"),
+        ({"load_dir": Path("nowhere")}, "nowhere: no step-*.ckpt in there"),
+        ({"load_checkpoint": Path("nowhere")}, "--load-checkpoint nowhere: no such file"),
+    ],
+)
+def test_what_is_not_there_is_refused_before_anything_is_printed_or_made(
+    wrong: dict[str, Any],
+    complaint: str,
+    make_config: Callable[..., GNTTrainerConfig],
+    ns_train: Callable[[GNTTrainerConfig], Path],
+    tiny_scene: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    config = make_config(Path(wrong.pop("scene", tiny_scene)), Path("outputs"))
+    for name, value in wrong.items():
+        setattr(config, name, value)
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        ns_train(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    assert "Config" not in capsys.readouterr().out.replace("Using --data", "")
+
+
+def load_for_training(path: Path) -> None:
+    train.main(TrainerConfig(load_config=path))
+
+
+@pytest.mark.parametrize("load", [eval_setup, load_for_training])
+@pytest.mark.parametrize("kind", ["missing", "folder"])
+def test_a_config_that_cannot_be_opened_is_one_line_whatever_the_method(
+    kind: str, load: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "config.yml"
+    if kind == "folder":
+        path.mkdir()
+    with pytest.raises(OSError, match=re.escape(str(path))) as caught:
+        load(path)
+    capsys.readouterr()
+    sys.excepthook(caught.type, caught.value, caught.tb)
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: {path}: ") and line.count("\n") == 1
+    assert "expected the config.yml that ns-train wrote" in line
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("shiftad-gnt", "error: no method shiftad-gnt; perhaps shiftadd-gnt, "),
+        ("gnt_tiny", "error: no method gnt_tiny; perhaps gnt-tiny"),
+        ("nerfact", ""),
+        ("nerfacto", ""),
+        ("--help", ""),
+    ],
+)
+def test_a_method_that_is_spelt_almost_as_ours_is_answered_with_ours(
+    argument: str, line: str, capsys: pytest.CaptureFixture[str]
+):
+    error_hook._name_similar_methods([argument])
+    printed = capsys.readouterr().err
+    assert printed.startswith(line) and printed.count("\n") == bool(line)
 
 
 # What it costs

@@ -137,7 +137,7 @@ def nothing(path: Path, _checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "complaint"),
     [
-        (nothing, "no such file; expected a checkpoint that the GNT code wrote"),
+        (nothing, "no such file or folder; expected a checkpoint of the original code"),
         (text, "expected a checkpoint that the GNT code wrote"),
         (cut_short, "expected a checkpoint that the GNT code wrote"),
         (with_code, "more than tensors"),

@@ -23,10 +23,13 @@ from nerfstudio.engine.trainer import Trainer
 from nerfstudio.utils import writer
 from PIL import Image
 
-from shiftadd3d import cli
+from shiftadd3d import UserError, cli
 from shiftadd3d.configs import methods, pretrained
+from shiftadd3d.kernels import numerics
 from shiftadd3d.nerf import movie as module
 from shiftadd3d.nerf import timed_training
+from shiftadd3d.nerf.kept_frames import KeptFrames, fingerprint
+from shiftadd3d.nerf.movie_options import default_out
 from shiftadd3d.nerf.pretrained import open_scene
 from shiftadd3d.nerf.runs import load_run
 from shiftadd3d.nerf.smooth_path import smooth_path
@@ -277,6 +280,9 @@ def test_photos_become_a_scene_beside_the_movie_that_serves_again(
         (["{scene}", "--out", "a.mp4", "--size", "40"], "would be 40x30 pixels, and the network needs 32"),
         (["{scene}", "--out", "a.mp4", "--minutes", "-1"], "--minutes -1: expected 0 or more"),
         (["{scene}", "--out", "a.mp4", "--fps", "0"], "--fps 0: expected a positive number"),
+        (["{scene}", "--out", "a.mp4", "--outputs"], "--outputs: expected at least one"),
+        (["{missing}"], "does not exist"),
+        (["{missing}", "--fps", "0", "--out", "a.avi"], "does not exist"),
         (["{scene}", "--out", "a.mp4", "--scene", "b"], "is a scene already; leave --scene out"),
     ],
 )
@@ -300,6 +306,36 @@ def test_what_cannot_be_is_explained_in_one_line(
     assert error.startswith("error: ") and error.count("\n") == 1
     assert complaint in error
     assert not (tmp_path / "a.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["nowhere"],
+        ["{scene}", "--fps", "0"],
+        ["{scene}", "--frames", "-1"],
+        ["{scene}", "--out", "b.txt"],
+        ["{scene}", "--minutes", "nan"],
+    ],
+)
+def test_wrong_arguments_are_told_before_anything_heavy_is_imported(args: list[str], tiny_scene: Path, tmp_path: Path):
+    words = ["movie", *(word.format(scene=tiny_scene) for word in args)]
+    code = (
+        "import sys; from shiftadd3d import cli; "
+        f"code = cli.main({words!r}); print(code, {{'torch', 'numpy', 'nerfstudio'}} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert result.stdout == "1 set()\n" and result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_out_the_movie_is_named_after_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "walk.mp4").touch()
+    assert default_out(tmp_path / "photos") == Path("photos-movie.mp4")
+    assert default_out(tmp_path / "walk.mp4") == Path("walk-movie.mp4")
+    monkeypatch.chdir(tmp_path / "photos")
+    assert default_out(Path()) == Path("photos-movie.mp4")
 
 
 def test_without_pycolmap_it_is_said_how_to_install_it(
@@ -353,6 +389,49 @@ def test_ctrl_c_while_rendering_keeps_the_frames_so_far(
     text = capsys.readouterr().out
     assert f"They are in {tmp_path / 'a.unfinished.mp4'}" in text and f"The scene is in {tiny_scene}" in text
     assert imageio.get_reader(tmp_path / "a.unfinished.mp4").count_frames() == 2
+
+    rendered: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        rendered.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(GNTNerfModel, "get_outputs_for_camera", counted)
+    assert make(tiny_scene, tmp_path / "a.mp4") == 0
+    assert "Going on after 2 frames" in capsys.readouterr().out and len(rendered) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+    assert imageio.get_reader(tmp_path / "a.mp4").count_frames() == 3
+
+
+def test_frames_of_another_movie_are_not_used_again(tiny_scene: Path, tmp_path: Path):
+    opened = open_scene(pretrained.shiftadd_gnt_tiny, tiny_scene)
+    cameras = opened.views.cameras
+    frame = np.zeros((4, 4, 3), dtype=np.uint8)
+    first = fingerprint(opened.model, opened.bank, cameras, ("rgb",))
+    assert first == fingerprint(opened.model, opened.bank, cameras, ("rgb",))
+    others = {
+        fingerprint(opened.model, opened.bank, cameras[1:], ("rgb",)),
+        fingerprint(opened.model, opened.bank, cameras, ("depth",)),
+    }
+    with torch.no_grad():
+        next(opened.model.gnt.parameters()).add_(1.0)
+    others.add(fingerprint(opened.model, opened.bank, cameras, ("rgb",)))
+    with numerics("twin"):
+        others.add(fingerprint(opened.model, opened.bank, cameras, ("rgb",)))
+    assert len({first, *others}) == 5
+
+    folder = tmp_path / "a.unfinished"
+    kept = KeptFrames(folder, first)
+    kept.add(frame)
+    assert KeptFrames(folder, first).count == 1
+    assert KeptFrames(folder, others.pop()).count == 0 and not list(folder.glob("*.png"))
+
+
+def test_a_folder_of_other_things_is_not_used_for_frames(tmp_path: Path):
+    (tmp_path / "frame_00000.png").write_text("somebody's")
+    with pytest.raises(UserError, match="holds something else"):
+        KeptFrames(tmp_path, "1")
+    assert (tmp_path / "frame_00000.png").read_text() == "somebody's"
 
 
 @pytest.mark.usefixtures("quick")

@@ -165,7 +165,7 @@ def test_eval_scenes_takes_a_run(tmp_path, tiny_run, write_scene):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--scenes", "nowhere"], "--scenes nowhere: neither a scene nor a folder of scenes"),
+        (["--scenes", "nowhere"], "--scenes nowhere: no such file or folder; expected scene folders"),
         (["--scenes", "scene", "--max-side", "0"], "--max-side 0: expected 1 or more"),
         (["--scenes", "scene", "--load-config", "nowhere.yml"], "nowhere.yml: no such file"),
     ],

@@ -171,7 +171,7 @@ def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.Capture
         (["gnt-tiny", "--recipes", "less"], "there is no recipe 'less'"),
         (
             ["gnt-tiny", "--accelerator", "missing.toml"],
-            "--accelerator missing.toml: No such file or directory; expected",
+            "--accelerator missing.toml: no such file or folder; expected",
         ),
         (["gnt-tiny", "--quality", "missing.json"], "cannot read the evaluation missing.json"),
         (["runs/config.yml"], "runs/config.yml: no such file or folder; expected a folder of a classifier"),

@@ -83,7 +83,7 @@ def test_what_is_wrong_is_one_line_and_exit_with_1(
     shutil.copytree(folder, tmp_path / "other")
     (tmp_path / "other" / "val" / "red").rename(tmp_path / "other" / "val" / "orange")
     for arguments, complaint in (
-        ([str(tmp_path / "nowhere"), "--data", str(folder)], "no config.json there"),
+        ([str(tmp_path / "nowhere"), "--data", str(folder)], "nowhere: no such file or folder; expected"),
         ([str(checkpoint), "--data", str(folder), "--numerics", "int8"], "is not packed, so no kernel runs"),
         (
             [str(checkpoint)],

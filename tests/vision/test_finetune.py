@@ -418,7 +418,7 @@ def test_the_command_runs_is_interrupted_and_resumed(
     history = json.loads((tmp_path / "outputs" / "run" / "stage1-add" / "history.json").read_text())
     assert len(history["epochs"]) == 2
     for arguments, complaint in (
-        (["--resume", "nowhere"], "nowhere: no settings.json in there; expected the folder of an earlier run"),
+        (["--resume", "nowhere"], "--resume nowhere: no such file or folder; expected the folder of an earlier run"),
         (["--resume", "run", "--recipe", "moe"], "was begun with other --recipe"),
         (["--data", "nowhere"], "nowhere: no such file or folder"),
         (["--batch-size", "0"], "--batch-size 0: expected 1 or more"),

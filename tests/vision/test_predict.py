@@ -331,6 +331,10 @@ def test_wrong_paths_are_one_line_and_exit_with_1(
     (tmp_path / "text.png").write_text("no picture")
     save_picture(tmp_path / "whole.png")
     for arguments, complaint in (
+        (
+            ["nowhere", "nowhere.png"],
+            "nowhere: no such file or folder; expected a folder that finetune or export wrote",
+        ),
         ([str(checkpoint), "nowhere.png"], "nowhere.png: no such file or folder; expected pictures"),
         ([str(checkpoint), str(tmp_path / "empty")], "no pictures in there"),
         ([str(checkpoint), str(tmp_path / "text.png")], "none of 1 pictures can be read"),
