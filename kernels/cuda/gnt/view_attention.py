@@ -7,7 +7,8 @@ those of the kernel for CPUs (`shiftadd3d.kernels.pack.gnt.view_attention`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -42,7 +43,7 @@ def build(target: CudaTarget, width: int, hidden: int) -> T.PrimFunc:
 
     P is the number of points, V the number of views of each, and R their product. Blocks: points along x.
     """
-    both, threads = width + hidden, _threads(width, hidden)
+    threads = _threads(width, hidden)
     with T.function("view_attention") as function:
         P, R, V = T.scalars("P", "R", "V")
         query, views = T.tensor("query", (P, width), "float32"), T.tensor("views", (R, width), "float32")
@@ -53,70 +54,104 @@ def build(target: CudaTarget, width: int, hidden: int) -> T.PrimFunc:
         )
         out = T.tensor("out", (P, width), "float32")
         points_of_block = T.truncdiv(T.int32(_ROWS), V)
-        with grid((P + (points_of_block - 1)) // points_of_block, threads=threads) as (block, thread):
-            xs = shared(_ROWS, width)  # views, then what is pooled of them
-            position, query_out, row_out = shared(_ROWS, hidden), shared(_ROWS, hidden), shared(_ROWS, both)
-            sums, total, largest, shares, pooled = (
-                Tile(thread, threads // (_ROWS // DOWN)),
-                *(local(1) for _ in range(4)),
-            )
-            first = T.bind(block * points_of_block)
+        with grid((P + (points_of_block - 1)) // points_of_block, threads=threads) as (number, thread):
+            block = _Block(thread, threads, width, hidden)
+            first = T.bind(number * points_of_block)
             points = T.bind(T.min(points_of_block, P - first))
-            rows, each = T.bind(points * V), partial(shared_out, thread, threads)
-
-            def add(count: Index, start: Expr, product: Callable[[Expr], Expr]) -> Expr:
-                """``start + sum of product(k)``."""
-                total[0] = start
-                with T.serial(count) as k:
-                    total[0] = total[0] + product(k)
-                return total[0]
-
-            with each(_ROWS * width) as at:
-                row, c = at // width, at % width
-                x = views[first * V + T.min(row, rows - 1), c]
-                xs[row, c] = T.select(row < rows, x, T.float32(0))
-            with each(_ROWS * hidden) as at:
+            rows = T.bind(points * V)
+            block.read(views, first * V, rows)
+            with block.each(_ROWS * hidden) as at:
                 row, h = at // hidden, at % hidden
                 pair, point = first * V + T.min(row, rows - 1), first + T.min(row, points - 1)
-                position[row, h] = relu(add(4, w_position[4, h], lambda j: ray_diff[pair, j] * w_position[j, h]))
-                query_out[row, h] = add(width, b_query[h], lambda k: query[point, k] * w_query[k, h])
-            sums.fill(lambda column: b_row[T.min(column, both - 1)])
-            _add_rows(sums, xs, w_row)
-            _add_rows(sums, position, w_row.below(width))
-
-            def keep(row: Expr, column: Expr, x: Expr, _: Expr) -> None:
-                with T.when(column < both):
-                    row_out[row, column] = x
-
-            sums.each(keep)
-            # The scores' hidden layer overwrites that of the positions.
-            with each(_ROWS * hidden) as at:
+                ahead = block.add(4, w_position[4, h], lambda j: ray_diff[pair, j] * w_position[j, h])
+                block.position[row, h] = relu(ahead)
+                block.query[row, h] = block.add(width, b_query[h], lambda k: query[point, k] * w_query[k, h])
+            block.multiply(w_row, b_row)
+            with block.each(_ROWS * hidden) as at:  # the scores' hidden layer overwrites that of the positions
                 row, h = at // hidden, at % hidden
-                position[row, h] = relu(row_out[row, width + h] + query_out[T.truncdiv(row, V), h])
-            with T.serial((_ROWS * width + (threads - 1)) // threads) as turn:
-                at = T.bind(turn * threads + thread)
-                with T.when(at < points * width):
-                    row, c = at // width * V, at % width
-                    largest[0], shares[0], pooled[0] = T.float32(-3.0e38), T.float32(0), T.float32(0)
-                    with T.serial(V) as v:
-                        score = add(hidden, T.float32(0), lambda h: position[row + v, h] * w_score[h, c])
-                        seen = T.bind(mask[first * V + row + v] != T.number("uint8", 0))
-                        total[0] = T.select(seen, score, T.float32(-1e9))
-                        # The sums so far are relative to the largest score so far. Make them relative to this one.
-                        with T.when(total[0] > largest[0]):
-                            for summed in (shares, pooled):
-                                summed[0] = summed[0] * T.exp(largest[0] - total[0])
-                            largest[0] = total[0]
-                        total[0] = T.exp(total[0] - largest[0])
-                        shares[0] = shares[0] + total[0]
-                        pooled[0] = pooled[0] + total[0] * row_out[row + v, c]
-                    xs[at // width, c] = pooled[0] / shares[0]
-            with T.serial((_ROWS * width + (threads - 1)) // threads) as turn:
-                at = T.bind(turn * threads + thread)
-                with T.when(at < points * width):
-                    point, c = at // width, at % width
-                    out[first + point, c] = add(width, b_out[c], lambda k: xs[point, k] * w_out[k, c])
+                sums = block.row[row, width + h] + block.query[T.truncdiv(row, V), h]
+                block.position[row, h] = relu(sums)
+            with block.each_pooled(points) as (point, c):
+                block.pool(point, c, w_score, lambda row, v: mask[first * V + row + v], V)
+            with block.each_pooled(points) as (point, c):
+                pooled = block.views
+                out[first + point, c] = block.add(width, b_out[c], lambda k: pooled[point, k] * w_out[k, c])
     return function.get()
+
+
+class _Block:
+    """The memory of a block, and what its threads do with it. Rows are (point, view) pairs.
+
+    Attributes:
+        views: [_ROWS, C], later what is pooled of them: [points, C].
+        position: [_ROWS, H], the hidden layer of the positions, later that of the scores.
+        query: [points, H], the products of the queries.
+        row: [_ROWS, C + H], the products of the rows.
+    """
+
+    def __init__(self, thread: Expr, threads: int, width: int, hidden: int) -> None:
+        self._thread, self._threads, self._width, self._hidden = thread, threads, width, hidden
+        self.views = shared(_ROWS, width)
+        self.position, self.query = shared(_ROWS, hidden), shared(_ROWS, hidden)
+        self.row = shared(_ROWS, width + hidden)
+        self._sums = Tile(thread, threads // (_ROWS // DOWN))
+        self._total, self._largest, self._shares, self._pooled = (local(1) for _ in range(4))
+        self.each = partial(shared_out, thread, threads)
+
+    @contextmanager
+    def each_pooled(self, points: Expr) -> Iterator[tuple[Expr, Expr]]:
+        """A loop over the channels of the block's points that its threads share; yields the point and the channel."""
+        with T.serial((_ROWS * self._width + (self._threads - 1)) // self._threads) as turn:
+            at = T.bind(turn * self._threads + self._thread)
+            with T.when(at < points * self._width):
+                yield at // self._width, at % self._width
+
+    def add(self, count: Index, start: Expr, product: Callable[[Expr], Expr]) -> Expr:
+        """``start + sum of product(k)``."""
+        total = self._total
+        total[0] = start
+        with T.serial(count) as k:
+            total[0] = total[0] + product(k)
+        return total[0]
+
+    def read(self, views: Buffer, start: Expr, rows: Expr) -> None:
+        """Read so many rows of the views from `start` on; the others are zero."""
+        with self.each(_ROWS * self._width) as at:
+            row, c = at // self._width, at % self._width
+            x = views[start + T.min(row, rows - 1), c]
+            self.views[row, c] = T.select(row < rows, x, T.float32(0))
+
+    def multiply(self, weight: Buffer, bias: Buffer) -> None:
+        """The products of the rows."""
+        both = self._width + self._hidden
+        self._sums.fill(lambda column: bias[T.min(column, both - 1)])
+        _add_rows(self._sums, self.views, weight)
+        _add_rows(self._sums, self.position, weight.below(self._width))
+
+        def keep(row: Expr, column: Expr, x: Expr, _: Expr) -> None:
+            with T.when(column < both):
+                self.row[row, column] = x
+
+        self._sums.each(keep)
+
+    def pool(self, point: Expr, c: Expr, w_score: Buffer, mask: Callable[[Expr, Expr], Expr], V: Expr) -> None:
+        """Sum the views of a point up, weighted by the softmax of their scores, in one channel."""
+        total, largest, shares, pooled = self._total, self._largest, self._shares, self._pooled
+        row = point * V
+        largest[0], shares[0], pooled[0] = T.float32(-3.0e38), T.float32(0), T.float32(0)
+        with T.serial(V) as v:
+            score = self.add(self._hidden, T.float32(0), lambda h: self.position[row + v, h] * w_score[h, c])
+            seen = T.bind(mask(row, v) != T.number("uint8", 0))
+            total[0] = T.select(seen, score, T.float32(-1e9))
+            # The sums so far are relative to the largest score so far. Make them relative to this one.
+            with T.when(total[0] > largest[0]):
+                for summed in (shares, pooled):
+                    summed[0] = summed[0] * T.exp(largest[0] - total[0])
+                largest[0] = total[0]
+            total[0] = T.exp(total[0] - largest[0])
+            shares[0] = shares[0] + total[0]
+            pooled[0] = pooled[0] + total[0] * self.row[row + v, c]
+        self.views[point, c] = pooled[0] / shares[0]
 
 
 def _add_rows(sums: Tile, x: Buffer, weight: Buffer) -> None:
