@@ -110,7 +110,8 @@ def speed_table() -> str:
         if facts.get("held"):  # no CPU that anybody has
             continue
         cells: dict[str, list[dict[str, float]]] = {}
-        for row in sorted(facts["rows"], key=lambda row: row["threads"]):
+        one_picture = [row for row in facts["rows"] if row["batch"] == 1]  # the page of peers has larger batches
+        for row in sorted(one_picture, key=lambda row: row["threads"]):
             cells.setdefault(peers.pictures_of(row), []).append(row["ms"])
         for pictures, times in cells.items():
             ours = [ms[PEERS_FORM] for ms in times]
