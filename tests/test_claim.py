@@ -94,8 +94,8 @@ def test_a_process_that_ends_well_leaves_no_trace(tmp_path: Path):
 @pytest.mark.parametrize(
     "verb",
     [
-        ["export", "nowhere", "--out"],
-        ["predict", "nowhere", "nothing.png", "--out"],
+        ["export", "OUT", "--out"],
+        ["predict", "OUT", "nothing.png", "--out"],
         ["finetune", "--output-dir", "OUT", "--name"],
     ],
     ids=lambda verb: verb[0],

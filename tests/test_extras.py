@@ -70,9 +70,9 @@ def without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
     ("args", "missing", "complaint"),
     [
         (["finetune"], "timm", "this needs timm, which is not installed: pip install 'shiftadd3d[vision]'"),
-        (["evaluate", "run"], "matplotlib", "this needs matplotlib, which is not installed: pip install"),
-        (["predict", "run", "a.jpg"], "sklearn", "this needs scikit-learn, which is not installed: pip install"),
-        (["export", "run", "--out", "x"], "timm", "this needs timm, which is not installed: pip install"),
+        (["evaluate", "."], "matplotlib", "this needs matplotlib, which is not installed: pip install"),
+        (["predict", ".", "a.jpg"], "sklearn", "this needs scikit-learn, which is not installed: pip install"),
+        (["export", ".", "--out", "x"], "timm", "this needs timm, which is not installed: pip install"),
         (["demo"], "nerfstudio", "this needs nerfstudio, which is not installed: pip install 'shiftadd3d[nerf]'"),
         (["profile", "resnet18"], "timm", "resnet18, a name of timm's, needs timm, which is not installed: pip"),
     ],

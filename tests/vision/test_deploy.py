@@ -203,7 +203,7 @@ def test_options_that_do_not_fit_are_told_in_one_line(made: Path, trained: Path,
         assert cli.main(command) == 1
         assert re.search(line, capsys.readouterr().err)
     dense = tmp_path / "dense"
-    config = replace(load(trained).classifier_config, recipe=None)
+    config = replace(load(trained).classifier_config, recipe=None, model_args=SHALLOW | {"num_heads": 4})
     save_classifier(dense, create_classifier(config).state_dict(), config)
     assert cli.main(["export", str(dense), "--formats", "so", *out]) == 1
     expected = "--formats so: it cannot be compiled: .* is an? Attention, with heads that are no whole vectors"

@@ -162,7 +162,7 @@ def test_without_weights_a_default_training_starts_from_random_ones_and_says_so(
 
 
 def test_pictures_without_a_preset_get_pretrained_weights_and_random_ones_only_as_a_fallback(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     def verb(*args: str) -> tuple[FinetuneSettings, FinetuneSettings | None]:
         made = cli.Finetune.with_defaults(args)
@@ -190,5 +190,6 @@ def test_pictures_without_a_preset_get_pretrained_weights_and_random_ones_only_a
     chosen, fallback = verb()
     assert chosen.image_size == 16 and not chosen.pretrained and fallback is None  # the digits
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert verb("--data", "x")[0].image_size == 224
-    assert verb("--data", "x", "--device", "cpu")[0].image_size == 112
+    assert verb("--data", str(tmp_path))[0].image_size == 224
+    assert verb("--data", "x")[0].image_size == 112  # which is not there, so nobody looks for a GPU
+    assert verb("--data", str(tmp_path), "--device", "cpu")[0].image_size == 112

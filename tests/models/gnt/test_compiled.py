@@ -23,7 +23,9 @@ from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.kernels.runtime.kernel import KERNELS
 from shiftadd3d.kernels.runtime.targets import current
 from shiftadd3d.kernels.whole import background, executable
-from shiftadd3d.kernels.whole.gnt.blocks import VIEW_ATTENTION
+from shiftadd3d.kernels.whole.gnt.blocks import ViewBlockSpec
+from shiftadd3d.kernels.whole.gnt.perceptrons import PerceptronsSpec
+from shiftadd3d.kernels.whole.gnt.rays import ViewsSpec
 from shiftadd3d.models.gnt import GNTModel, SourceViews
 from shiftadd3d.models.gnt.compiled import programs_of
 from shiftadd3d.models.gnt.projection import Silhouettes
@@ -145,7 +147,7 @@ def test_experts_whose_weights_are_bfloat16_are_multiplied_so(config) -> None:
 
     def forms() -> set[str]:
         calls = programs_of(model, "fast")["coarse"].calls
-        return {form for call in calls if "experts" in dict(call.spec) for form, _ in dict(call.spec)["experts"]}
+        return {form for call in calls if isinstance(call.asked, PerceptronsSpec) for form, _ in call.asked.experts}
 
     assert forms() == {"bfloat16", "float32"}, "weights would be rounded"
     for mixture in mixtures:
@@ -160,7 +162,7 @@ def test_views_are_embedded_in_tiles_where_no_weight_is_rounded(config) -> None:
 
     def in_tiles(exactness: str, other_linear: str = "shift") -> bool:
         calls = programs_of(make(config, "add+shift", other_linear, feature_dim=32), exactness)["coarse"].calls
-        [found] = {spec["tiles"] for spec in (dict(call.spec) for call in calls) if "tiles" in spec}
+        [found] = {call.asked.tiles for call in calls if isinstance(call.asked, ViewsSpec)}
         return found
 
     assert in_tiles("fast") and in_tiles("int8")
@@ -180,7 +182,7 @@ def test_view_attention_takes_the_integers_that_kernels_take_without_vnni(
 
         def forms(exactness: str) -> set[str]:
             calls = programs_of(model, exactness)["coarse"].calls
-            return {dict(call.spec)["form"] for call in calls if call.function is VIEW_ATTENTION}
+            return {call.asked.form for call in calls if isinstance(call.asked, ViewBlockSpec)}
 
         assert forms("int8") == {"int16"}
         assert forms("fast") == forms("exact") == forms("safe") == {"float32"}, "weights are too coarse"
