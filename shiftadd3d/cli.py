@@ -1,6 +1,6 @@
 """Transformer NeRFs and vision transformers whose multiplications become shifts, adds and a mixture of experts.
 
-Exit codes: 0 done, 1 failed, 2 wrong arguments.
+Exit codes: 0 done, 1 failed, 2 unknown or missing arguments, 130 interrupted.
 """
 
 # A verb is a dataclass: its docstring and its fields' docstrings are the help, `run` does the work. Nothing heavy is

@@ -33,7 +33,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]):
         cli.main(["--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    assert "Exit codes: 0 done, 1 failed, 2 wrong arguments." in text
+    assert "Exit codes: 0 done, 1 failed, 2 unknown or missing arguments, 130 interrupted." in text
     for verb in cli.VERBS:
         assert f"• {verb} " in text
 
@@ -237,13 +237,15 @@ def test_a_signal_that_ends_a_process_says_so_and_does_what_ctrl_c_does(
         time.sleep(60)
 
     monkeypatch.setattr(cli.Info, "run", work)
-    before = signal.signal(signal.SIGINT, sigint)
+    handlers = {signal.SIGINT: sigint, number: signal.SIG_DFL}  # under nohup, SIGHUP would be ignored
+    before = {one: signal.signal(one, handler) for one, handler in handlers.items()}
     try:
         assert cli.main(["info"]) == 130
+        assert signal.getsignal(number) is signal.SIG_DFL
     finally:
-        signal.signal(signal.SIGINT, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
     assert capsys.readouterr().err == f"{name} came: ending as after Ctrl-C\ninterrupted\n"
-    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")

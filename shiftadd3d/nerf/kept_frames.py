@@ -48,11 +48,11 @@ class KeptFrames:
         of: the fingerprint of the frames.
 
     Raises:
-        UserError: the folder holds something else, or cannot be written to.
+        UserError: the folder holds something else, or cannot be read.
     """
 
     def __init__(self, folder: Path, of: str) -> None:
-        self._folder, self._note = folder, folder / "fingerprint.txt"
+        self._folder, self._note, self._of = folder, folder / "fingerprint.txt", of
         try:
             if folder.is_dir() and any(folder.iterdir()) and not self._note.is_file():
                 raise UserError(
@@ -60,8 +60,6 @@ class KeptFrames:
                 )
             if not self._note.is_file() or self._note.read_text(encoding="utf-8") != of:
                 self.remove()
-                folder.mkdir(parents=True, exist_ok=True)
-                self._note.write_text(of, encoding="utf-8")
         except OSError as error:
             raise self._unwritable(error) from None
         self.count = next(number for number in itertools.count() if not self._path(number).is_file())
@@ -72,10 +70,13 @@ class KeptFrames:
             yield imageio.imread(self._path(number))
 
     def add(self, frame: UInt8[np.ndarray, "h w 3"]) -> None:
-        """Keep the next frame, whole or not at all."""
+        """Keep the next frame, whole or not at all. The first one makes the folder."""
         path = self._path(self.count)
         unfinished = path.with_suffix(".unfinished")
         try:
+            if self.count == 0:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._note.write_text(self._of, encoding="utf-8")
             imageio.imwrite(unfinished, frame, format="PNG")  # type: ignore[call-overload]
             unfinished.replace(path)
         except OSError as error:

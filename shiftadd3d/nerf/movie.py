@@ -287,6 +287,17 @@ def _show(facts: dict[str, Any], method: PretrainedMethod, out: Path, options: M
         _say(f"  {shlex.join(words)}  # {what}")
 
 
+def _words(options: MovieOptions, *names: str) -> list[str]:
+    """The words of a command for those options that are not as by default."""
+    words: list[str] = []
+    for name in names:
+        value = getattr(options, name)
+        if value != getattr(MovieOptions(), name):
+            values = [f"{value:g}"] if isinstance(value, float) else [value] if isinstance(value, str | int) else value
+            words += [f"--{name}", *map(str, values)]
+    return words
+
+
 def _next_commands(
     facts: dict[str, Any], method: PretrainedMethod, out: Path, options: MovieOptions
 ) -> Iterator[tuple[list[str], str]]:
@@ -295,14 +306,15 @@ def _next_commands(
     trained, elsewhere = (
         str(out.with_name(f"{_stem(out)}-{name}{out.suffix if is_video(out) else ''}")) for name in ("trained", path)
     )
+    alike = _words(options, "size", "frames", "fps", "outputs", "numerics")
     if run is None:
-        yield ["shiftadd3d", "movie", scene, "--out", elsewhere, "--path", path], "another path"
-        yield ["shiftadd3d", "movie", scene, "--out", trained, "--minutes", "10"], "train on the scene first"
+        yield ["shiftadd3d", "movie", scene, "--out", elsewhere, "--path", path, *alike], "another path"
+        yield ["shiftadd3d", "movie", scene, "--out", trained, "--minutes", "10", *alike], "train on the scene first"
         train_on = ["ns-train", method.name, "--data", scene]
         yield train_on, "train on, and look around in the browser meanwhile"
     else:
         render = ["shiftadd3d", "render", "--load-config", run, "--views", "train", "--path", path, "--out", elsewhere]
-        yield render, "another path"
+        yield [*render, *_words(options, "frames", "fps", "outputs")], "another path"
         yield ["ns-viewer", "--load-config", run], "look around in the browser"
         checkpoints = str(Path(run).parent / method.training().relative_model_dir)
         yield ["ns-train", method.name, "--load-dir", checkpoints, "--data", scene], "train on"

@@ -67,7 +67,7 @@ def scene_near_far(
             found, source = near_far_from_cameras(bank), "the cameras' positions"
         near = found[0] if near is None else near
         far = found[1] if far is None else far
-        CONSOLE.log(f"Near {near:.4g}, far {far:.4g}, from {source}")
+        CONSOLE.print(f"Near {near:.4g}, far {far:.4g}, from {source}")
     check_near_far(near, far)
     return float(near), float(far)
 

@@ -29,7 +29,7 @@ from shiftadd3d.kernels import numerics
 from shiftadd3d.nerf import movie as module
 from shiftadd3d.nerf import timed_training
 from shiftadd3d.nerf.kept_frames import KeptFrames, fingerprint
-from shiftadd3d.nerf.movie_options import default_out
+from shiftadd3d.nerf.movie_options import MovieOptions, default_out
 from shiftadd3d.nerf.pretrained import open_scene
 from shiftadd3d.nerf.runs import load_run
 from shiftadd3d.nerf.smooth_path import smooth_path
@@ -422,9 +422,19 @@ def test_frames_of_another_movie_are_not_used_again(tiny_scene: Path, tmp_path: 
 
     folder = tmp_path / "a.unfinished"
     kept = KeptFrames(folder, first)
+    assert not folder.exists(), "there is no frame to keep yet"
     kept.add(frame)
     assert KeptFrames(folder, first).count == 1
-    assert KeptFrames(folder, others.pop()).count == 0 and not list(folder.glob("*.png"))
+    assert KeptFrames(folder, others.pop()).count == 0 and not folder.exists()
+
+
+def test_commands_to_go_on_with_have_the_same_options(tmp_path: Path):
+    options = MovieOptions(size=160, frames=8, fps=12.5, outputs=("rgb", "depth"))
+    facts: dict = {"scene": "scene", "run": None}
+    commands = module._next_commands(facts, pretrained.shiftadd_gnt_tiny, tmp_path / "a.mp4", options)
+    another, trained, _ = (shlex.join(words) for words, _ in commands)
+    for command in (another, trained):
+        assert "--size 160 --frames 8 --fps 12.5 --outputs rgb depth" in command and "--numerics" not in command
 
 
 def test_a_folder_of_other_things_is_not_used_for_frames(tmp_path: Path):
