@@ -324,6 +324,8 @@ class Rounding:
     """Folder for the JSON file."""
 
     def __call__(self) -> None:
+        from rich.console import Console
+
         from shiftadd3d.vision.evaluate import evaluate_classifier
         from shiftadd3d.vision.export import export_classifier
 
@@ -331,11 +333,17 @@ class Rounding:
         folder = trained_folder(self.data, self.model, self.seed)
         trained = folder / f"{self.recipe}-stage2" / "best"
         if not trained.exists():
-            raise UserError(f"no {trained}; run `python benchmarks/classification.py train` with these arguments first")
+            raise UserError(
+                f"no {trained}; first run `python benchmarks/classification.py train` with these arguments, and a "
+                "recipe of two stages"
+            )
         packed = folder / f"{self.recipe}-packed"
         export_classifier(trained, packed, formats=["packed"])
         pictures = DataSettings(find_pictures(self.data), val_fraction=settings.val_fraction)
-        measured = {kind: evaluate_classifier(packed / "packed", pictures, numerics=kind) for kind in ROUNDINGS}
+        console = Console()
+        measured = {
+            kind: evaluate_classifier(packed / "packed", pictures, numerics=kind, console=console) for kind in ROUNDINGS
+        }
         if not all(facts["compiled"] for facts in measured.values()):
             raise UserError(f"{packed}: some numerics could not be compiled; expected an executable for each of them")
         words = ["--data", self.data, "--model", self.model, "--recipe", self.recipe, "--seed", str(self.seed)]
