@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +56,17 @@ def one_seed() -> None:
     random.seed(0)
     np.random.seed(0)  # nerfstudio draws from it
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def one_target() -> Iterator[None]:
+    """A test that leaves kernels of another CPU to those after it fails; which ones come after it is chance."""
+    yield
+    targets = sys.modules.get("shiftadd3d.kernels.runtime.targets")
+    if targets is not None and targets.current.cache_info().currsize:
+        left = targets.current()
+        targets.current.cache_clear()
+        assert left is targets.current(), f"the test leaves {left.name} as the target"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -186,9 +186,17 @@ class Kernel(DeviceKernel[CpuTarget]):
             found = bundle.find(**self.identity(target, **spec))
             return None if found is None else found.file
 
+        def compile() -> Executable:
+            try:
+                return self.compile(target, **spec)
+            except ImportError as error:
+                if os.environ.get(bundle.ENVIRONMENT_VARIABLE) is None:
+                    raise
+                raise ImportError(f"the bundle has no such kernel for {target.name}, and to compile it: {error}") from error
+
         library = obtain(
             self.entry(target, **spec),
-            compile=lambda: self.compile(target, **spec),
+            compile=compile,
             link=lambda executable, library: link(executable.mod, library),
             trial=lambda library: self.trial(library[self.name], **spec),
             facts={"kernel": self.name, "target": target.name, "spec": spec},

@@ -106,6 +106,18 @@ def test_a_kernel_has_to_pass_its_trial_where_it_is_run(copy: Path, monkeypatch:
         DEPTHWISE_CONV.load(targets.current(), **SPEC)
 
 
+def test_without_tvm_what_the_bundle_lacks_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    def compile(*args: Any, **spec: Any) -> None:
+        raise ModuleNotFoundError("No module named 'tvm'")
+
+    edit_manifest(copy, libraries=[])
+    monkeypatch.setattr(Kernel, "compile", compile)
+    target = targets.current()
+    expected = f"the bundle has no such kernel for {target.name}, and to compile it: No module named 'tvm'"
+    with pytest.raises(ImportError, match=expected):
+        DEPTHWISE_CONV.load(target, **SPEC)
+
+
 def test_a_damaged_library_is_not_loaded(copy: Path):
     (library,) = copy.glob("depthwise_conv-*.so")
     library.write_bytes(library.read_bytes()[:-1])

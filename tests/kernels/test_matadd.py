@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import re
 import threading
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -403,8 +404,8 @@ def test_contrast_is_one_for_each_head():
 # Other machines
 
 
-def test_the_smallest_target_computes_the_same(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(targets.ENVIRONMENT_VARIABLE, "generic")
+def test_the_smallest_target_computes_the_same(on_target: Callable[[str], None]):
+    on_target("generic")
     q, k, v = problem(2, 3, widths=(20, 13))
     assert_sums_agree(add_attention(q, k, v), add_attention_twin(q, k, v), terms=70)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -218,8 +219,8 @@ def test_what_does_not_go_together_is_named(change: dict, complaint: str):
         shift_mlp(**dict(zip(names, (x, *layers), strict=True)) | change)
 
 
-def test_the_smallest_target_computes_the_same(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(targets.ENVIRONMENT_VARIABLE, "generic")
+def test_the_smallest_target_computes_the_same(on_target: Callable[[str], None]):
+    on_target("generic")
     x, layers = problem(33)
     torch.testing.assert_close(shift_mlp(x, *layers), shift_mlp_twin(x, *layers), rtol=1e-5, atol=1e-5)
 
