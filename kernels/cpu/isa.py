@@ -188,9 +188,14 @@ class Isa:
         """The largest lane of a vector of int32."""
         return T.intrinsic("int32", f"vector.reduce.smax.v{self.lanes}i32", x)
 
-    def sign_bits(self, x: Expr) -> Expr:
-        """The signs of 8 lanes as the bits of an int32 (AVX)."""
-        return T.intrinsic("int32", "x86.avx.movmsk.ps.256", T.reinterpret("float32x8", x))
+    @staticmethod
+    def codes(x: Expr, lanes: int) -> list[Expr]:
+        """The signs of a vector, a byte (uint8) of 8 lanes each: bits are set for either zero, not for NaN (AVX)."""
+        yes, no = (T.broadcast(T.int32(value), lanes) for value in (-1, 0))
+        signs = T.bind(T.select(x >= T.broadcast(T.float32(0), lanes), yes, no))
+        eights = [T.shuffle([signs], range(i, i + 8)) for i in range(0, lanes, 8)] if lanes > 8 else [signs]
+        masks = (T.intrinsic("int32", "x86.avx.movmsk.ps.256", T.reinterpret("float32x8", some)) for some in eights)
+        return [T.cast(mask, "uint8") for mask in masks]
 
     @staticmethod
     def prefetch(address: Expr) -> None:

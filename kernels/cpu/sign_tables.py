@@ -31,6 +31,7 @@ _TABLE_BYTES = 32 * 1024  # of all tables that one pass over a block of tokens u
 TOKENS = 32  # whose codes are kept between passes
 _AHEAD = 64  # tokens to fetch in advance: the hardware does not foresee two alternating streams
 _LINE = 64  # bytes of a cache line
+_WIDEST = 8  # bytes of codes whose bits are counted at a time
 
 
 class Share(NamedTuple):
@@ -133,23 +134,15 @@ class Tables:
         for start, width in self.pieces(count)[whole:]:
             emit(start, width)
 
-    def read_codes(self, x: Buffer, begin: Expr, count: Expr, packed: Buffer, counts: _Counts | None = None) -> None:
-        """Pack the codes of `count` tokens of x [tokens, width] from `begin` on into `packed` [tokens, bytes]."""
+    def read_codes(self, x: Buffer, begin: Expr, count: Expr, packed: Buffer) -> Buffer:
+        """The codes [tokens, bytes] of `count` tokens of x [tokens, width] from `begin` on, which `packed` has room
+        for."""
+        if self.codes == "uint8":
+            return x.below(begin)
 
         def read(byte: Index, width: int) -> None:
-            eight, where = T.ramp(0, 8), T.ramp(byte * 8, 8)
-            total = T.alloc(8, align=32)
-            if counts:
-                total[eight] = counts.of_column[where]
             with T.serial(count) as token:
-                code = T.bind(self._code(x.part(begin + token), byte, width))
-                packed[token, byte] = code
-                if counts:
-                    spread = T.broadcast(T.cast(code, "int32"), 8) >> T.ramp(T.int32(0), 8)
-                    bits = T.cast(spread & T.broadcast(T.int32(1), 8), "float32x8")
-                    total[eight] = total[eight] + bits * T.broadcast(counts.weight(begin + token), 8)
-            if counts:
-                counts.of_column[where] = total[eight]
+                packed[token, byte] = T.bind(self._code(x.part(begin + token), byte, width))
 
         whole, rest = divmod(self.features, 8)
         if whole:
@@ -157,24 +150,21 @@ class Tables:
                 read(byte, 8)
         if rest:
             read(whole, rest)
+        return packed
 
     def _code(self, token: Buffer, byte: Index, width: int) -> Expr:
         """One byte of a token's codes (uint8)."""
         isa = self.isa
-        if self.codes == "uint8":
-            return token[byte]
         if width == 8 and "avx2" in isa.target.flags:
-            negative, nothing = T.broadcast(T.int32(-1), 8), T.broadcast(T.int32(0), 8)
-            signs = T.select(isa.read(token, 8 * byte, 8) >= splat(0, 8), negative, nothing)
-            return T.cast(isa.sign_bits(signs), "uint8")
+            return isa.codes(isa.read(token, 8 * byte, 8), 8)[0]
         code = T.int32(0)
         for i in range(width):
             code = code | (T.cast(isa.read(token, 8 * byte + i, 1) >= T.float32(0), "int32") << i)
         return T.cast(code, "uint8")
 
-    def entries(self, packed: Buffer, token: Expr, byte: Expr) -> list[Expr]:
+    def entries(self, codes: Buffer, token: Expr, byte: Expr) -> list[Expr]:
         """Which of the 16 sums of two tables a byte of a token's codes selects (int32)."""
-        code = T.bind(T.cast(packed[token, byte], "int32"))
+        code = T.bind(T.cast(codes[token, byte], "int32"))
         return [T.bind(code & T.int32(_ENTRIES - 1)), T.bind(code >> T.int32(_GROUP))]
 
     def fetch(self, row: Buffer, elements: int) -> None:
@@ -184,11 +174,46 @@ class Tables:
             self.isa.prefetch(row.address(start))
 
 
-class _Counts(NamedTuple):
-    """How many tokens have each column's bit set; each token counts ``weight(token)`` times."""
+class _Counts:
+    """How many keys there are, and how many have each column's bit set, as code that counts them."""
 
-    of_column: Buffer  # [bytes * 8] float32
-    weight: Callable[[Expr], Expr]
+    def __init__(self, tables: Tables) -> None:
+        self._bytes = tables.bytes
+        self.of_column, self.keys = T.alloc(8 * self._bytes), T.alloc(1, align=4)
+        self._bit = T.alloc(8 * _WIDEST, dtype="uint8")  # that each column of some bytes has
+        with T.serial(8 * _WIDEST) as column:
+            self._bit[column] = T.cast(T.int32(1) << T.cast(column % 8, "int32"), "uint8")
+        with T.serial(self._bytes) as byte:
+            self.of_column[T.ramp(byte * 8, 8)] = splat(0, 8)
+        self.keys[0] = T.float32(0)
+
+    def add(self, codes: Buffer, seen: Buffer | None, count: Expr) -> None:
+        """Count a block of keys, of codes [count, bytes], that are `seen`."""
+        if seen is None:
+            self.keys[0] = self.keys[0] + T.cast(count, "float32")
+        else:
+            with T.serial(count) as token:
+                self.keys[0] = self.keys[0] + T.cast(seen[token], "float32")
+        start = 0
+        for width in (_WIDEST, *(_WIDEST >> i for i in range(1, 4))):
+            while start + width <= self._bytes:
+                self._add_bytes(codes, seen, count, start, width)
+                start += width
+
+    def _add_bytes(self, codes: Buffer, seen: Buffer | None, count: Expr, start: int, width: int) -> None:
+        """Count in some bytes of the codes. A count of a block fits into a byte."""
+        lanes = 8 * width
+        one, all_lanes = T.number("uint8", 1), T.ramp(0, lanes)
+        nothing, ones = T.alloc(lanes, dtype="uint8"), T.alloc(lanes, dtype="uint8")
+        nothing[all_lanes] = ones[all_lanes] = T.broadcast(T.number("uint8", 0), lanes)
+        with T.serial(count) as token:
+            some = T.bind(codes[token, T.at(start, width)])
+            spread = T.broadcast(some, 8) if width == 1 else T.shuffle([some] * 8, [i // 8 for i in range(lanes)])
+            weight = T.broadcast(one if seen is None else seen[token], lanes)
+            is_set = (spread & self._bit[all_lanes]) != nothing[all_lanes]
+            ones[all_lanes] = ones[all_lanes] + T.select(is_set, weight, nothing[all_lanes])
+        here = T.ramp(8 * start, lanes)
+        self.of_column[here] = self.of_column[here] + T.cast(ones[all_lanes], f"float32x{lanes}")
 
 
 def emit_sums(
@@ -211,21 +236,15 @@ def emit_sums(
     keys, values, outcome = share.of(k), share.of(v), share.of(state).part(share.part)
     seen = None if mask is None else share.of(mask)
     sums, packed = tables.allocate(), T.alloc(TOKENS, tables.bytes, dtype="uint8")
-    counts = _Counts(T.alloc(tables.bytes * 8), lambda token: _weight(seen, token))
-    present = T.alloc(1, align=4)
+    counts = _Counts(tables) if complete else None
 
     with T.serial(sums.shape[0]) as table, T.serial(_ENTRIES) as entry, T.serial(tables.chunk // lanes) as vector:
         sums[table, entry, T.ramp(vector * lanes, lanes)] = splat(0, lanes)
-    if complete:
-        present[0] = T.float32(0)
-        with T.serial(tables.bytes) as byte:
-            counts.of_column[T.ramp(byte * 8, 8)] = splat(0, 8)
 
     def block(begin: Expr, count: Expr) -> None:
-        tables.read_codes(keys, begin, count, packed, counts if complete else None)
-        if complete:
-            with T.serial(count) as token:
-                present[0] = present[0] + counts.weight(begin + token)
+        codes = tables.read_codes(keys, begin, count, packed)
+        if counts is not None:
+            counts.add(codes, None if seen is None else seen.below(begin), count)
 
         def add(table: Index, column: Index, chunk: int) -> None:
             with T.serial(count) as token:
@@ -236,7 +255,7 @@ def emit_sums(
                 if seen is not None:
                     bytes_ = T.select(seen[begin + token] == T.number("uint8", 0), T.int32(0), bytes_)
                 with T.serial(bytes_) as byte:
-                    for half, entry in enumerate(tables.entries(packed, token, byte)):
+                    for half, entry in enumerate(tables.entries(codes, token, byte)):
                         row = sums.part(table + byte * 2 + half, entry)
                         for start, width in tables.pieces(chunk):
                             value = tables.isa.read(values.part(begin + token), column + start, width)
@@ -246,15 +265,11 @@ def emit_sums(
 
     share.each_block(block)
     tables.each_chunk(partial(_take_apart, tables, sums, low, outcome, complete))
-    if complete:
+    if counts is not None:
         with T.serial(features) as feature:
             ones = counts.of_column[feature]
-            outcome[feature, columns] = ones + low * (present[0] - ones)
-        outcome[features, columns] = present[0]
-
-
-def _weight(seen: Buffer | None, token: Expr) -> Expr:
-    return T.float32(1) if seen is None else T.cast(seen[token], "float32")
+            outcome[feature, columns] = ones + low * (counts.keys[0] - ones)
+        outcome[features, columns] = counts.keys[0]
 
 
 def _take_apart(
@@ -335,10 +350,10 @@ class Products:
             tables.each_group(row_sums)
 
         def block(begin: Expr, count: Expr) -> None:
-            tables.read_codes(self._queries, begin, count, self._packed)
+            codes = tables.read_codes(self._queries, begin, count, self._packed)
             if self._scale is not None:
-                self._sum_rows(count)
-            tables.each_chunk(partial(self._look_up, begin, count))
+                self._sum_rows(codes, count)
+            tables.each_chunk(partial(self._look_up, codes, begin, count))
 
         self._share.each_block(block)
 
@@ -405,17 +420,17 @@ class Products:
             x = x * splat(contrast, width) + means
         return T.bind(x * splat(1.0 if self._scale is None else self._scale, width))
 
-    def _sum_rows(self, count: Expr) -> None:
+    def _sum_rows(self, codes: Buffer, count: Expr) -> None:
         """The row sums of a block of tokens."""
         with T.serial(count) as token:
             self._row_sum[0] = T.float32(0)
             with T.serial(self._tables.bytes) as byte:
-                entries = enumerate(self._tables.entries(self._packed, token, byte))
+                entries = enumerate(self._tables.entries(codes, token, byte))
                 both = [self._row_sums[byte * 2 + i, entry] for i, entry in entries]
                 self._row_sum[0] = self._row_sum[0] + T.total(both)
             self._factors[token] = T.float32(1) / T.max(self._row_sum[0], T.float32(LEAST_ROW_SUM))
 
-    def _look_up(self, begin: Expr, count: Expr, table: Index, column: Index, chunk: int) -> None:
+    def _look_up(self, codes: Buffer, begin: Expr, count: Expr, table: Index, column: Index, chunk: int) -> None:
         """A chunk of the outcome of a block of tokens."""
         tables, sums = self._tables, self._accumulators
         pieces = [(start, width, T.at(start, width)) for start, width in tables.pieces(chunk)]
@@ -424,7 +439,7 @@ class Products:
             for _, width, here in pieces:
                 sums[here] = splat(0, width)
             with T.serial(tables.bytes) as byte:
-                entries = tables.entries(self._packed, token, byte)
+                entries = tables.entries(codes, token, byte)
                 for _, _, here in pieces:
                     both = [self._sums[table + byte * 2 + i, entry, here] for i, entry in enumerate(entries)]
                     sums[here] = sums[here] + T.total(both)

@@ -192,7 +192,9 @@ class Kernel(DeviceKernel[CpuTarget]):
             except ImportError as error:
                 if os.environ.get(bundle.ENVIRONMENT_VARIABLE) is None:
                     raise
-                raise ImportError(f"the bundle has no such kernel for {target.name}, and to compile it: {error}") from error
+                raise ImportError(
+                    f"the bundle has no such kernel for {target.name}, and to compile it: {error}"
+                ) from error
 
         library = obtain(
             self.entry(target, **spec),

@@ -153,7 +153,8 @@ class Ends:
         norm: of x, if any.
         added: [rows, outputs], to be added to the outcome, if any.
         control: see `Program`.
-        y: [rows, outputs].
+        y: [rows, outputs], those behind the ones of which only signs are kept.
+        signs: [rows, bytes] uint8, if there are any of those.
     """
 
     x: Buffer
@@ -161,16 +162,23 @@ class Ends:
     added: Buffer | None
     control: Buffer
     y: Buffer
+    signs: Buffer | None = None
 
     @classmethod
-    def arguments(cls, source: Source, outputs: Expr, *, residual: bool) -> Ends:
-        """The last arguments of a function, and its source: what is added, control, y."""
+    def arguments(cls, source: Source, outputs: Expr, *, residual: bool, signs: bool = False) -> Ends:
+        """The last arguments of a function, and its source: what is added, control, signs, y."""
         batch, tokens, _ = source.x.shape
         added = T.argument("added", (batch, tokens, outputs)) if residual else None
         control = control_argument()
-        y = T.argument("y", (batch, tokens, outputs))
-        x, y, added = rows_of(source.x), rows_of(y), None if added is None else rows_of(added)
-        return cls(x, source.norm, added, control, y)
+        kept = T.argument("signs", (batch, tokens, *T.sizes(1)), "uint8") if signs else None
+        y = T.argument("y", (batch, tokens, *T.sizes(1)) if signs else (batch, tokens, outputs))
+        x, y, *others = (None if one is None else rows_of(one) for one in (source.x, y, added, kept))
+        return cls(x, source.norm, others[0], control, y, others[1])
+
+    @property
+    def signed(self) -> Expr:
+        """Of how many outputs only signs are kept."""
+        return T.int64(0) if self.signs is None else held(self.signs.shape[1] * 8)
 
     def load(self, isa: Isa, top: Expr) -> tuple[Load, Callable[[Expr, Expr], None] | None]:
         """`load` and `before_rows` of `ShiftProduct.stage`, of the rows from `top` on, normalised."""
@@ -180,9 +188,23 @@ class Ends:
     def store(self, top: Expr) -> Store:
         """What stores outcomes of the rows from `top` on, after the addition."""
 
+        signed = self.signed
+
         def store(row: Index, column: Index, value: Expr, count: int) -> None:
-            at = top + row, T.at(column, count)
+            at = top + row, T.at(column if self.signs is None else column - signed, count)
             self.y[at] = value if self.added is None else value + self.added[at]
+
+        return store
+
+    def store_signs(self, isa: Isa, top: Expr) -> Store:
+        """What stores signs of outcomes of the rows from `top` on. Panels have all columns."""
+        assert self.signs is not None
+        rows = self.signs
+
+        def store(row: Index, column: Index, value: Expr, count: int) -> None:
+            if count > 1:
+                for i, code in enumerate(isa.codes(value, count)):
+                    rows[top + row, T.truncdiv(column, T.int64(8)) + i] = code
 
         return store
 
@@ -200,18 +222,21 @@ def block_of(rows: Expr, longest: int, tile: int, threads: Expr, fewest: int = 4
     return held(even_blocks(rows, longest, tile, threads, _held_min, _held_max, fewest))
 
 
+_BESIDE_ROWS = 0.1  # what a tile takes beside its rows, in rows
+
+
 def tiles_of(target: CpuTarget, form: Form, longest: int, tokens: int | str) -> tuple[int, int]:
     """Rows of a product's tile, and `longest` as a multiple of them, for pictures of so many tokens.
 
     A picture's last tile takes as long as a whole one, so it should lack few rows: 7 x 7 tokens are four tiles of 13
-    rows, or five of 12. AVX-512 has registers for both.
+    rows, or five of 12, and 197 tokens are 18 tiles of 11 rows. AVX-512 has registers for all of these.
     """
     rows, _ = tile_shape(target, form)
     if isinstance(tokens, int) and not form.startswith("bfloat16"):
         if tokens == 1:
             rows = 4
         elif target.has_avx512:
-            rows = min((rows, rows + 1), key=lambda some: -(-tokens // some) * some)
+            rows = min((rows, rows + 1, rows - 1), key=lambda some: -(-tokens // some) * (some + _BESIDE_ROWS))
     return rows, max(rows, longest // rows * rows)
 
 

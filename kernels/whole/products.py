@@ -23,6 +23,7 @@ from shiftadd3d.kernels.cpu.trials import Draw, check_within
 from shiftadd3d.kernels.pack.whole import Format, LinearWeights, code_panels
 from shiftadd3d.kernels.reference import activations
 from shiftadd3d.kernels.reference.activations import Activation
+from shiftadd3d.kernels.reference.matadd import decode_signs
 from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled
@@ -126,20 +127,23 @@ class Linear(NamedTuple):
     around: Around
     inputs: int
     tokens: int | str  # of a picture
+    signs: bool = False  # whether of the first outputs only signs are kept
 
 
 class LinearSpec(NamedTuple):
     kind: Kind
     around: Around
+    signs: bool
     narrow: int  # inputs, or 0 if there may be any number
     tile: int
     longest: int
 
 
 def _build_linear(target: CpuTarget, spec: LinearSpec) -> T.PrimFunc:
-    """The function ``(x, norm's weight and bias, layer's weights, what is added, control, y)``.
+    """The function ``(x, norm's weight and bias, layer's weights, what is added, control, signs, y)``.
 
-    x [B, N, inputs], y and what is added [B, N, outputs].
+    x [B, N, inputs], y and what is added [B, N, outputs]. With signs [B, N, bytes] of the first outputs, whole panels,
+    y has the others.
     """
     around, isa, product = spec.around, Isa(target), spec.kind.product(target)
     product.rows = spec.tile
@@ -148,7 +152,7 @@ def _build_linear(target: CpuTarget, spec: LinearSpec) -> T.PrimFunc:
         inputs = T.int64(spec.narrow) if spec.narrow else inputs
         source = Source.argument(batch, tokens, inputs, around.eps)
         weights = weights_argument(product, "", spec.kind.terms, inputs, outputs)
-        ends = Ends.arguments(source, outputs, residual=around.residual)
+        ends = Ends.arguments(source, outputs, residual=around.residual, signs=spec.signs)
         rows, threads = held(batch * tokens), threads_of(ends.control)
         block = block_of(rows, spec.longest, product.rows, threads)
         blocks = held((rows + block - 1) // block)
@@ -164,6 +168,10 @@ def _build_linear(target: CpuTarget, spec: LinearSpec) -> T.PrimFunc:
             load, before_rows = ends.load(isa, top)
             product.stage(scratch, height, inputs, load, ends.control, before_rows)
             apply = product.activation(around.activation)
+            if spec.signs:
+                middle = held(T.max(first, T.min(last, T.truncdiv(ends.signed, T.int64(product.columns)))))
+                product.panels(scratch, height, weights, first, middle, apply, ends.store_signs(isa, top))
+                first = middle
             product.panels(scratch, height, weights, first, last, apply, ends.store(top))
             product.release()
     return function.get()
@@ -174,21 +182,30 @@ def _resolve_linear(target: CpuTarget, exactness: Exactness, asked: Linear) -> L
     # Of so few, each that is taken at a time counts.
     narrow = asked.inputs if asked.inputs <= _NARROW and asked.inputs % target.lanes == 0 else 0
     longest = longest_block(target, kind.form, asked.inputs, BLOCK_BYTES)
-    return LinearSpec(kind, asked.around, narrow, *tiles_of(target, kind.form, longest, asked.tokens))
+    return LinearSpec(kind, asked.around, asked.signs, narrow, *tiles_of(target, kind.form, longest, asked.tokens))
 
 
 def _try_linear(function: Compiled, spec: LinearSpec) -> None:
     """Odd sizes with tails on every side, more than one block of inputs and of rows."""
-    kind, around, narrow, _, longest = spec
+    kind, around, has_signs, narrow, _, longest = spec
     rows, columns = tile_shape(targets.current(), kind.form)
-    draw, inputs, outputs = Draw(), narrow or 16 * 36 + 5, columns + 3
+    draw, inputs, outputs = Draw(), narrow or 16 * 36 + 5, 2 * columns + 3
     layer, matrix = random_layer(draw, inputs, outputs, kind.weights)
     x, added = draw.normal(3, longest // 2 + rows + 1, inputs), draw.normal(3, longest // 2 + rows + 1, outputs)
     norm, residual = RandomNorm(draw, inputs, around.eps), [added] if around.residual else []
-    y, normal = outcome_of(function, [x, *norm.tensors, *tensors_of(layer), *residual], *added.shape), norm(x)
+    signed = columns if has_signs else 0
+    codes = [torch.empty(*added.shape[:2], signed // 8, dtype=torch.uint8)] if has_signs else []
+    given = [x, *norm.tensors, *tensors_of(layer), *residual]
+    y = outcome_of(function, given, *added.shape[:2], outputs - signed, others=codes)
+    normal = norm(x)
     expected = sum(residual, activations.apply(around.activation, F.linear(normal, matrix, layer.bias)))
     bound = error_of(kind.form, kind.bits, normal, matrix) * (1.2 if around.activation == "gelu" else 1)
-    check_within(y, expected, bound + (1 + layer.bias.abs() + added.abs()) * 1e-5)
+    bound += (1 + layer.bias.abs() + added.abs()) * 1e-5
+    check_within(y, expected[..., signed:], bound[..., signed:])
+    for some in codes:
+        is_set = decode_signs(some, "pm1", signed, torch.float32) > 0
+        certain = expected[..., :signed].abs() > bound[..., :signed]
+        assert torch.equal(is_set & certain, (expected[..., :signed] > 0) & certain), "signs are wrong"
 
 
 LINEAR = Function("linear", _build_linear, _try_linear, _resolve_linear)
@@ -214,6 +231,23 @@ def linear(
     return program.call(LINEAR, arguments, (*x.shape[:-1], layer.outputs), asked)
 
 
+def linear_with_signs(
+    program: Program, x: Value, layer: LinearWeights, signed: int, norm: NormWeights | None = None
+) -> tuple[Value, Value]:
+    """`linear` of which only the signs are kept of the first outputs: [B, N, signed / 8] uint8, and the others."""
+    asked = Linear(layer.format, Around.of(norm, "none", None), layer.inputs, x.shape[1], signs=True)
+    arguments, lead = [x, *norm_values(program, norm), *weight_values(program, layer)], x.shape[:-1]
+    outcomes = [((*lead, signed // 8), "uint8"), ((*lead, layer.outputs - signed), "float32")]
+    signs, others = program.call_for(LINEAR, arguments, outcomes, asked)
+    return signs, others
+
+
+def keeps_signs(signed: int) -> bool:
+    """Whether `linear_with_signs` takes so many outputs: whole panels, on CPUs with AVX2."""
+    target = targets.current()
+    return "avx2" in target.flags and signed % (2 * target.lanes) == 0
+
+
 def norm_values(program: Program, norm: NormWeights | None) -> list[Value]:
     return [] if norm is None else [program.weight(tensor) for tensor in norm[:2]]
 
@@ -228,18 +262,22 @@ class Perceptron(NamedTuple):
     around: Around
     inputs: int
     hidden: int
+    tokens: int | str  # of a picture
 
 
 class PerceptronSpec(NamedTuple):
     kind: Kind
     around: Around
+    tile: int
     longest: int
 
 
 def _build_perceptron(target: CpuTarget, spec: PerceptronSpec) -> T.PrimFunc:
     """The function ``(x, norm's weight and bias, weights of both layers, what is added, control, y)``; see `linear`."""
-    kind, around, longest = spec
+    kind, around, tile, longest = spec
     isa, products = Isa(target), [kind.product(target) for _ in range(2)]
+    for product in products:
+        product.rows = tile
     with T.function("perceptron") as function:
         batch, tokens, inputs, hidden, outputs = T.sizes(5)
         source = Source.argument(batch, tokens, inputs, around.eps)
@@ -261,11 +299,12 @@ def _build_perceptron(target: CpuTarget, spec: PerceptronSpec) -> T.PrimFunc:
 def _resolve_perceptron(target: CpuTarget, exactness: Exactness, asked: Perceptron) -> PerceptronSpec:
     kind = Kind.of(target, exactness, asked.weights)
     floats = asked.inputs + (1 if kind.form == "float32" else 2) * asked.hidden
-    return PerceptronSpec(kind, asked.around, longest_block(target, kind.form, floats, PERCEPTRON_BYTES))
+    longest = longest_block(target, kind.form, floats, PERCEPTRON_BYTES)
+    return PerceptronSpec(kind, asked.around, *tiles_of(target, kind.form, longest, asked.tokens))
 
 
 def _try_perceptron(function: Compiled, spec: PerceptronSpec) -> None:
-    (form, bits, _), around, longest = spec
+    (form, bits, _), around, _, longest = spec
     rows, columns = tile_shape(targets.current(), form)
     draw = Draw()
     widths = (columns + 3, 16 * 36 + 5, columns + 7)
@@ -298,7 +337,7 @@ def perceptron(
     """``second(activation(first(norm(x)))) + residual``, of two layers of one format."""
     values = [value for layer in (first, second) for value in weight_values(program, layer)]
     arguments = [x, *norm_values(program, norm), *values, *([residual] if residual else [])]
-    asked = Perceptron(first.format, Around.of(norm, activation, residual), first.inputs, first.outputs)
+    asked = Perceptron(first.format, Around.of(norm, activation, residual), first.inputs, first.outputs, x.shape[1])
     return program.call(PERCEPTRON, arguments, (*x.shape[:-1], second.outputs), asked)
 
 

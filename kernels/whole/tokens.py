@@ -20,7 +20,7 @@ from shiftadd3d.kernels.cpu.trials import Draw, check_within
 from shiftadd3d.kernels.pack.whole import Format, LinearWeights
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.depthwise import depthwise_conv_twin
-from shiftadd3d.kernels.reference.matadd import LOW, Codes, add_attention_twin
+from shiftadd3d.kernels.reference.matadd import LOW, Codes, add_attention_twin, pack_signs
 from shiftadd3d.kernels.runtime import tir as T
 from shiftadd3d.kernels.runtime.kernel import Compiled
 from shiftadd3d.kernels.runtime.targets import CpuTarget
@@ -166,23 +166,28 @@ _MOST_PARTS = 16  # that the tokens of a head are split into
 class AttentionSpec(NamedTuple):
     features: int  # of a head's queries and keys
     columns: int  # of its values
-    parts: int  # tensors that hold queries, keys and values
+    codes: str  # what queries and keys are: float32, or uint8, their signs packed
+    parts: str  # tensors that hold queries, keys and values: "qkv", "q kv", "q k v", or "qk v"
     low: float  # what zeros of the codes count as
 
 
 def _build_attention(target: CpuTarget, spec: AttentionSpec) -> T.PrimFunc:
     """The function ``(q, k and v, contrast, control, y)``.
 
-    q [B, N, H * features], k [B, M, H * features] and v [B, M, H * columns] lie side by side in one tensor, or the last
-    two do, or none, which are 1, 2 or 3 `parts`. contrast [H], y [B, N, H * columns].
+    q [B, N, H * features], k [B, M, H * features] and v [B, M, H * columns] lie side by side in one tensor, or some do,
+    or none. Signs of q and k have H * features / 8 bytes. contrast [H], y [B, N, H * columns].
     """
-    features, columns, parts, low = spec
-    of_queries, of_keys = (Tables(target, "float32", features, columns) for _ in range(2))
+    features, columns, codes, parts, low = spec
+    of_queries, of_keys = (Tables(target, codes, features, columns) for _ in range(2))
     with T.function("attention") as function:
-        batch, heads, queries, keys, of_q, of_k, of_v = T.sizes(7)
-        q = T.argument("q", (batch, queries, of_q))
-        k = q if parts == 1 else T.argument("k", (batch, keys, of_k))
-        v = k if parts < 3 else T.argument("v", (batch, keys, of_v))
+        batch, heads, queries, keys = T.sizes(4)
+        widths, places = {"q": of_queries.width, "k": of_keys.width, "v": columns}, {}
+        for names in parts.split():
+            shape = batch, queries if "q" in names else keys, *T.sizes(1)
+            tensor, start = T.argument(names, shape, "float32" if "v" in names else codes), T.int64(0)
+            for name in names:
+                places[name] = tensor, start
+                start = start + heads * widths[name]
         contrast = T.argument("contrast", (heads,))
         control = control_argument()
         y = T.argument("y", (batch, queries, heads * columns))
@@ -193,10 +198,7 @@ def _build_attention(target: CpuTarget, spec: AttentionSpec) -> T.PrimFunc:
             strides = (tokens * row, T.int64(width), row, T.int64(1))
             return x.view(batch, heads, tokens, width, strides=strides, start=start)
 
-        width = heads * features
-        q_heads = by_heads(q, T.int64(0), features)
-        k_heads = by_heads(k, width if parts == 1 else T.int64(0), features)
-        v_heads = by_heads(v, (width + width, width, T.int64(0))[parts - 1], columns)
+        q_heads, k_heads, v_heads = (by_heads(*places[name], widths[name]) for name in "qkv")
         out = by_heads(y, T.int64(0), columns)
         pairs = held(batch * heads)
 
@@ -206,7 +208,7 @@ def _build_attention(target: CpuTarget, spec: AttentionSpec) -> T.PrimFunc:
             few = T.int64(0) + tokens < 2 * TOKENS
             return held(T.select(T.either(enough, few), T.int64(1), T.min(threads, T.int64(_MOST_PARTS))))
 
-        key_parts, query_parts = parts_of(k.shape[1]), parts_of(queries)
+        key_parts, query_parts = parts_of(k_heads.shape[2]), parts_of(queries)
         # Memory whose size the function computes is more than TVM can follow.
         whole = T.alloc(batch, heads, _MOST_PARTS, features + 1, columns + 1)
         state = Buffer(whole.data, (batch, heads, key_parts, *whole.shape[3:]), whole.dtype)
@@ -219,12 +221,14 @@ def _build_attention(target: CpuTarget, spec: AttentionSpec) -> T.PrimFunc:
 
 
 def _try_attention(function: Compiled, spec: AttentionSpec) -> None:
-    features, columns, parts, low = spec
-    draw, heads, keys = Draw(), 3, 70 if parts == 1 else 45
+    features, columns, kept, parts, low = spec
+    draw, heads, keys = Draw(), 3, 45 if parts.startswith("q ") else 70
     q, k = draw.normal(2, heads, 70, features), draw.normal(2, heads, keys, features)
     v, contrast = draw.normal(2, heads, keys, columns), draw.normal(heads).abs()
-    rows = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
-    given = [*rows[: parts - 1], torch.cat(rows[parts - 1 :], -1)]
+    rows = dict(zip("qkv", (x.transpose(1, 2).flatten(2) for x in (q, k, v)), strict=True))
+    if kept == "uint8":
+        rows.update({name: pack_signs(rows[name]) for name in "qk"})
+    given = [torch.cat([rows[name] for name in names], -1) for names in parts.split()]
     y = outcome_of(function, [*(x.contiguous() for x in given), contrast], 2, 70, heads * columns)
     codes: Codes = next(name for name, lowest in LOW.items() if lowest == low)
     expected = add_attention_twin(q, k, v, None, codes, features, contrast).transpose(1, 2).flatten(2)
@@ -241,12 +245,13 @@ def attention(
 
     Args:
         parts: queries [B, N, H * features], keys [B, M, H * features] and values [B, M, H * columns]; those of one
-            tensor side by side are one.
+            tensor side by side are one. Of queries and keys signs do, uint8, in tensors without values.
         contrast: [H].
         low: what zeros of the codes count as.
     """
-    shape = (*parts[0].shape[:2], len(contrast) * columns)
-    asked = AttentionSpec(features, columns, len(parts), low)
+    shape, codes = (*parts[0].shape[:2], len(contrast) * columns), parts[0].dtype
+    together = {1: "qkv", 2: "q kv" if codes == "float32" else "qk v", 3: "q k v"}
+    asked = AttentionSpec(features, columns, codes, together[len(parts)], low)
     return program.call(ATTENTION, [*parts, program.weight(contrast)], shape, asked)
 
 

@@ -15,10 +15,12 @@ from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.kernels.runtime.kernel import Compiled
 
 
-def outcome_of(function: Compiled, given: Sequence[Tensor], *shape: int, threads: int = 2) -> Tensor:
-    """What a compiled function makes of tensors: float32 of a shape."""
+def outcome_of(
+    function: Compiled, given: Sequence[Tensor], *shape: int, threads: int = 2, others: Sequence[Tensor] = ()
+) -> Tensor:
+    """What a compiled function makes of tensors: float32 of a shape. Outcomes before that one go into `others`."""
     control, y = torch.tensor([0, threads], dtype=torch.int32), torch.empty(shape)
-    function(*given, control, y)
+    function(*given, control, *others, y)
     assert control[0] == 0, "it found an activation that it cannot express"
     return y
 

@@ -343,7 +343,7 @@ def _emit_attention(
     e: Emission, layer: ViTAddAttention, x: Value, *, norm: NormWeights | None, residual: Value, grid: tuple[int, int]
 ) -> Value:
     _check_attention(e, layer)
-    qkv = e.project([layer.q_fc, layer.k_fc, layer.v_fc], x, norm)
+    qkv = e.queries_keys_values(layer, x, norm)
     out = e.attention(layer, qkv)
     if layer.dwconv is not None:
         out = grid_convolution(e, layer.dwconv, qkv[-1], grid, out)
@@ -410,16 +410,16 @@ def _emit_spatial_reduction(
     if layer.pool is not None or layer.act is not None:
         raise e.refusal(layer, "with pooling")
     if layer.sr is None or layer.norm is None:
-        qkv = e.project([layer.q_fc, layer.k_fc, layer.v_fc], x, norm)
+        qkv = e.queries_keys_values(layer, x, norm)
         out = e.attention(layer, qkv)
         if layer.dwconv is not None:
             out = grid_convolution(e, layer.dwconv, qkv[-1], grid, out)
         return e.linear(layer.out_fc, out, None, residual)
     reduced, coarse = e.convolution(layer.sr, x, grid, False, norm, e.norm(layer.norm))
-    kv = e.project([layer.k_fc, layer.v_fc], reduced)
-    out = e.attention(layer, [e.linear(layer.q_fc, x, norm), *kv])
+    qkv = e.queries_keys_values(layer, x, norm, reduced)
+    out = e.attention(layer, qkv)
     if layer.dwconv is not None:
-        local = grid_convolution(e, layer.dwconv, kv[-1], coarse)
+        local = grid_convolution(e, layer.dwconv, qkv[-1], coarse)
         out = grids.spread(e.program, out, local, coarse, grid)
     return e.linear(layer.out_fc, out, None, residual)
 

@@ -149,19 +149,43 @@ class Emission:
             return self.emit(layer, x, norm=norm, residual=residual)
         return products.linear(self.program, x, self.weights(layer), norm=norm, residual=residual)
 
-    def project(self, layers: Sequence[nn.Module], x: Value, norm: NormWeights | None = None) -> list[Value]:
-        """The outcomes of linear layers with one input, side by side in one tensor if one product can make them."""
+    def queries_keys_values(
+        self, module: AddAttention, x: Value, norm: NormWeights | None, context: Value | None = None
+    ) -> list[Value]:
+        """The projections for `attention`, of queries and keys signs alone if products can keep just those.
+
+        Those of one input lie side by side in one tensor if one product can make them.
+
+        Args:
+            context: what keys and values are projections of, if not of x after the norm.
+        """
+        q, k, v = module.q_fc, module.k_fc, module.v_fc
+        taken = [([q, k, v], x, norm)] if context is None else [([q], x, norm), ([k, v], context, None)]
+        joint = [self._side_by_side(layers) for layers, *_ in taken]
+        signed = [sum(_width(layer) for layer in layers if layer is not v) for layers, *_ in taken]
+        whole = _width(q) // module.num_heads % 8 == 0 and all(map(products.keeps_signs, signed))
+        parts: list[Value] = []
+        for (layers, source, before), weights, columns in zip(taken, joint, signed, strict=True):
+            if weights is None:
+                parts += [self.linear(layer, source, before) for layer in layers]
+            elif whole and None not in joint:
+                some = products.linear_with_signs(self.program, source, weights, columns, before)
+                parts += some if layers[-1] is v else some[:1]
+            else:
+                parts.append(products.linear(self.program, source, weights, norm=before))
+        return parts
+
+    def _side_by_side(self, layers: Sequence[nn.Module]) -> LinearWeights | None:
+        """Linear layers as one; None if one product cannot make all."""
         if any(isinstance(layer, FrozenMoE) for layer in layers):
-            return [self.linear(layer, x, norm) for layer in layers]
+            return None
         packed = [self.weights(layer) for layer in layers]
         if len({(one.bits, one.terms) for one in packed}) > 1:
-            return [self.linear(layer, x, norm) for layer in layers]
+            return None
         if packed[0].terms:
-            joint = side_by_side(packed)
-        else:
-            weight = torch.cat([cast(nn.Linear, layer).weight.detach() for layer in layers])
-            joint = self._ordinary(weight, torch.cat([one.bias for one in packed]))
-        return [products.linear(self.program, x, joint, norm=norm)]
+            return side_by_side(packed)
+        weight = torch.cat([cast(nn.Linear, layer).weight.detach() for layer in layers])
+        return self._ordinary(weight, torch.cat([one.bias for one in packed]))
 
     def perceptron(
         self,

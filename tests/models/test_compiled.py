@@ -22,7 +22,9 @@ import shiftadd3d
 from bounds import assert_within, network_bound
 from shiftadd3d import UserError
 from shiftadd3d.kernels import numerics
+from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.kernels.whole import background, executable
+from shiftadd3d.kernels.whole.tokens import AttentionSpec
 from shiftadd3d.nn import CompiledModel, MoE, Recipe, freeze_, recipe, register_emitter, reparameterize_
 
 pytest.importorskip("tvm")
@@ -138,6 +140,32 @@ def test_pyramids_compute_what_they_did(given: Recipe) -> None:
         y = compiled_quietly(model, x[:1], "exact")(x)
     reference = exactly(model, x)
     assert_within(y, reference, 4 * network_bound(model, float(reference.abs().max()) + 1))
+
+
+def attentions_of(compiled: CompiledModel) -> list[tuple[str, str]]:
+    return [
+        (call.asked.codes, call.asked.parts)
+        for call in compiled._program.calls
+        if isinstance(call.asked, AttentionSpec)
+    ]
+
+
+def test_of_queries_and_keys_no_more_than_signs_are_kept() -> None:
+    if "avx2" not in targets.current().flags:
+        pytest.skip("signs are kept with the help of AVX2")
+    x = torch.randn(2, 3, 32, 32)
+    vit, pyramid = frozen_vit(embed_dim=64, num_heads=2, qkv_bias=True), frozen_pvt(embed_dims=(32, 64))
+    assert attentions_of(compiled_quietly(vit, x)) == [("uint8", "qk v")] * 2
+    assert attentions_of(compiled_quietly(pyramid, x)) == [("uint8", "q k v"), ("uint8", "qk v")]
+    reference = exactly(pyramid, x)
+    with torch.inference_mode():
+        y = compiled_quietly(pyramid, x, "exact")(x)
+    assert_within(y, reference, 4 * network_bound(pyramid, float(reference.abs().max()) + 1))
+
+
+def test_heads_that_are_no_whole_bytes_of_signs_keep_numbers() -> None:
+    model = frozen_vit(embed_dim=64, num_heads=16, qkv_bias=True)
+    assert attentions_of(compiled_quietly(model, torch.randn(2, 3, 32, 32))) == [("float32", "qkv")] * 2
 
 
 @pytest.mark.parametrize("exactness", ["fast", "int8"])
@@ -391,7 +419,9 @@ def test_what_fails_in_the_background_leaves_the_frozen_model(empty_cache: Path,
 HALF_LINKED = """
 import pickle, sys, time
 sys.path[:] = pickle.load(sys.stdin.buffer)
+from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.kernels.whole import background, executable
+from shiftadd3d.kernels.whole.tokens import AttentionSpec
 
 def link(_, library):
     library.write_bytes(b"half")
