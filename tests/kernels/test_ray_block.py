@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +17,7 @@ from shiftadd3d.kernels.pack.gnt.ray_block import panels, ray_block_of_panels
 from shiftadd3d.kernels.pack.panel import lanes_on
 from shiftadd3d.kernels.pack.shift import panel_form, panel_forms, panels_of_forms
 from shiftadd3d.kernels.reference.gnt.ray_block import (
-    ATTENTIONS,
+    Attention,
     random_block,
     ray_block_twin,
     samples_of_certain_codes,
@@ -24,6 +26,7 @@ from shiftadd3d.kernels.runtime import targets
 from shiftadd3d.models.gnt.transformer import RayTransformer
 from shiftadd3d.nn import AddAttention
 
+ATTENTIONS = get_args(Attention)
 SIZES = {"rays": 4, "samples": 9, "width": 16, "heads": 2, "hidden": 0, "kernel": 0}
 
 

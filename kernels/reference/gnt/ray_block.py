@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,6 @@ from shiftadd3d.kernels.reference.layers import Layer, linear
 from shiftadd3d.kernels.reference.trials import Draw
 
 Attention = Literal["softmax", "pm1", "01"]
-ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
 
 #: The layers of the weights and biases of `ray_block`, in this order. Without a perceptron, the last three are left
 #: out. A layer without a bias has None.
