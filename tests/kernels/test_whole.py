@@ -34,7 +34,7 @@ from shiftadd3d.kernels.whole.gnt.rays import SWEEP, VIEWS, SweepSpec, ViewsSpec
 from shiftadd3d.kernels.whole.gnt.samples import AROUND, SamplesSpec
 from shiftadd3d.kernels.whole.grids import CONVOLUTION, SPREAD, Convolution, Window
 from shiftadd3d.kernels.whole.mixtures import MIXTURE, Mixture
-from shiftadd3d.kernels.whole.parts import Around
+from shiftadd3d.kernels.whole.parts import Around, tiles_of
 from shiftadd3d.kernels.whole.products import LINEAR, PERCEPTRON, Linear, Perceptron, linear
 from shiftadd3d.kernels.whole.program import AnyFunction, Program
 from shiftadd3d.kernels.whole.softmax import SOFTMAX_ATTENTION, SoftmaxSpec
@@ -120,6 +120,25 @@ GNT_CASES: list[tuple[AnyFunction, Any]] = [
 ]
 
 OTHERS = ("avx512_vnni", "generic")
+
+
+@pytest.mark.parametrize(
+    ("target", "tokens", "rows"),
+    [
+        ("avx512", 197, 11),
+        ("avx512", 49, 13),
+        ("avx512", 196, 11),
+        ("avx512", 784, 12),
+        ("avx512", 1, 4),
+        ("avx512", "tokens", 12),
+        ("avx2", 197, 6),
+    ],
+)
+def test_tiles_fit_a_pictures_rows(target: str, tokens: int | str, rows: int) -> None:
+    tile, longest = tiles_of(targets.find(target), "int8", 384, tokens)
+    assert tile == rows
+    assert 384 - rows < longest <= 384
+    assert longest % rows == 0
 
 
 @pytest.mark.parametrize("target", ["amx", "avx2", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
