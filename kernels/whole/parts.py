@@ -173,7 +173,7 @@ class Ends:
         kept = T.argument("signs", (batch, tokens, *T.sizes(1)), "uint8") if signs else None
         y = T.argument("y", (batch, tokens, *T.sizes(1)) if signs else (batch, tokens, outputs))
         x, y, *others = (None if one is None else rows_of(one) for one in (source.x, y, added, kept))
-        return cls(x, source.norm, others[0], control, y, others[1])
+        return cls(x, source.norm, others[0], control, y, others[1])  # pyright: ignore[reportArgumentType]
 
     @property
     def signed(self) -> Expr:

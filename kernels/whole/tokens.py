@@ -1,5 +1,8 @@
 """What happens to tokens: pictures become some, and they attend to each other, look around, and are pooled."""
 
+# A place of queries, keys or values is a tensor and where they begin in it, which the checker takes for a tuple of any.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import math
