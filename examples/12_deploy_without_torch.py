@@ -19,6 +19,8 @@ from PIL import Image, ImageOps
 if len(sys.argv) != 3:
     sys.exit("usage: python 12_deploy_without_torch.py DIR/so PICTURE")
 folder = Path(sys.argv[1]).resolve()
+if not (folder / "executable.json").is_file():
+    sys.exit(f"{folder} has no executable.json: name the folder that `shiftadd3d export --formats so` wrote")
 about = json.loads((folder / "executable.json").read_text(encoding="utf-8"))
 lacking = set(about["cpu"]) - set(Path("/proc/cpuinfo").read_text().split())
 if lacking:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import os
 import shlex
 import signal
 import sys
@@ -678,7 +679,9 @@ class CheckKernels(Verb):
     def run(self) -> None:
         """Build what the cache does not hold, run everything on small problems."""
         from shiftadd3d.kernels import manage
+        from shiftadd3d.kernels.runtime import bundle
 
+        bundle.runtime()  # which refuses a bundle that cannot be used, though the cache may have all kernels
         manage.check_kernels(self.names, self.json, self.target)
 
 
@@ -1103,7 +1106,20 @@ def main(args: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: With 0 after printing help, with 2 for wrong arguments.
     """
-    args = sys.argv[1:] if args is None else list(args)
+    try:
+        code = _run(sys.argv[1:] if args is None else list(args))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has closed it, as `head` does. What is left of it must not fail at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _CLOSED_PIPE
+    return code
+
+
+_CLOSED_PIPE = 128 + 13  # as of a process that SIGPIPE has ended
+
+
+def _run(args: list[str]) -> int:
     app = tyro.extras.SubcommandApp()
     for name, verb_class in VERBS.items():
         app.command(name=name)(verb_class)

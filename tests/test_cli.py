@@ -224,6 +224,25 @@ def test_an_interrupt_prints_one_line_and_exits_with_130(
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_output_that_nobody_reads_ends_the_command_in_silence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def print_to_a_closed_pipe(self: cli.Info) -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w") as pipe:
+            pipe.write("something")
+
+    monkeypatch.setattr(cli.Info, "run", print_to_a_closed_pipe)
+    with capsys.disabled():  # what is the process's own output is left to nobody
+        kept = os.dup(1)
+        try:
+            assert cli.main(["info"]) == 141
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signals")
 @pytest.mark.parametrize("sigint", [signal.default_int_handler, signal.SIG_IGN])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])

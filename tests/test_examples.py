@@ -51,6 +51,14 @@ def test_an_example_that_needs_a_file_says_so(name: str, repository: Path, monke
         runpy.run_path(str(script), run_name="__main__")
 
 
+def test_deployment_names_a_folder_that_is_none(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("tvm_ffi")
+    script = repository / "examples" / "12_deploy_without_torch.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path), "photo.jpg"])
+    with pytest.raises(SystemExit, match=f"^{tmp_path} has no executable.json: name the folder"):
+        runpy.run_path(str(script), run_name="__main__")
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs(
     name: str,

@@ -118,6 +118,14 @@ def test_without_tvm_what_the_bundle_lacks_is_named(copy: Path, monkeypatch: pyt
         DEPTHWISE_CONV.load(target, **SPEC)
 
 
+def test_a_check_refuses_a_bundle_that_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("SHIFTADD3D_BUNDLE", str(tmp_path / "nowhere"))
+    assert cli.main(["kernels", "check", "depthwise_conv"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'nowhere'} is no bundle of kernels")
+
+
 def test_a_damaged_library_is_not_loaded(copy: Path):
     (library,) = copy.glob("depthwise_conv-*.so")
     library.write_bytes(library.read_bytes()[:-1])
