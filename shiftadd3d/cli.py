@@ -1097,6 +1097,9 @@ def _command(args: Sequence[str]) -> str:
     return " ".join(["shiftadd3d", *words[:length]])
 
 
+_CLOSED_PIPE = 128 + 13  # as of a process that SIGPIPE has ended
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
@@ -1116,10 +1119,8 @@ def main(args: Sequence[str] | None = None) -> int:
     return code
 
 
-_CLOSED_PIPE = 128 + 13  # as of a process that SIGPIPE has ended
-
-
 def _run(args: list[str]) -> int:
+    """`main`, for output that somebody reads."""
     app = tyro.extras.SubcommandApp()
     for name, verb_class in VERBS.items():
         app.command(name=name)(verb_class)
