@@ -6,11 +6,14 @@ photo to photo. Blending such photos makes blotches, and a plane sweep finds no 
 
 from __future__ import annotations
 
+import math
+
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 #: Rows and columns of the surface points that views are compared at.
-GRID = (60, 80)
+GRID = (30, 40)
 #: Colours below count as this: their logarithms are noise.
 _DARKEST = 0.02
 #: The largest factor, as a logarithm: more is taken for a mistake.
@@ -35,12 +38,11 @@ def exposure_gains(
     share = mask.to(logs).unsqueeze(-1)
     compared = mask & (mask.sum(dim=1, keepdim=True) >= 2)
     gains = logs.new_zeros(logs.shape[1:])
+    told = (compared.sum(dim=0) >= _FEWEST).unsqueeze(-1)
     for _ in range(_ROUNDS):
         rest = logs - gains
         apart = rest - (rest * share).sum(dim=1, keepdim=True) / share.sum(dim=1, keepdim=True).clamp(min=1.0)
-        for view in range(len(gains)):
-            points = compared[:, view]
-            if int(points.sum()) >= _FEWEST:
-                gains[view] += apart[points, view].median(dim=0).values
-        gains -= gains.mean(dim=0)
+        middle = apart.masked_fill(~compared.unsqueeze(-1), math.nan).nanmedian(dim=0).values
+        gains = gains + torch.where(told, middle, 0.0)
+        gains = gains - gains.mean(dim=0)
     return gains.clamp(-_LARGEST, _LARGEST)

@@ -80,7 +80,7 @@ def read_photo(path: Path, size: tuple[int, int] | None = None, scale: float = 1
     Args:
         path: the file.
         size: (width, height) of its camera; see `photo_header`.
-        scale: of the picture that is returned, as nerfstudio scales (both sides rounded down).
+        scale: of the picture that is returned, as nerfstudio scales cameras (see `scaled_size`).
 
     Raises:
         UserError: a pixel format whose numbers have no scale (floats, 32 bits) or are no such colours.
@@ -95,7 +95,7 @@ def read_photo(path: Path, size: tuple[int, int] | None = None, scale: float = 1
         else:
             image = image.convert("RGBA" if _has_alpha(image) else "RGB")
     if scale != 1.0:
-        image = image.resize(_scaled(image.size, scale), resample=Image.Resampling.BILINEAR)
+        image = image.resize(scaled_size(image.size, scale), resample=Image.Resampling.BILINEAR)
     return np.array(image)
 
 
@@ -165,8 +165,14 @@ def _names(modes: Mapping[str, str]) -> str:
     return ", ".join(dict.fromkeys(modes.values()))
 
 
-def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    return int(size[0] * scale), int(size[1] * scale)
+def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Both sides scaled and rounded down, in the float32 of nerfstudio's cameras.
+
+    With the same numbers in float64, as nerfstudio's own dataset has them, a picture of 1920 pixels scaled to 252 has
+    one pixel more than its camera.
+    """
+    width, height = (np.float32(side) * np.float32(scale) for side in size)
+    return int(width), int(height)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -249,7 +255,7 @@ def unlit_border(cameras: Cameras, paths: Sequence[Path], scale: float = 1.0) ->
     unlit = circle & np.isin(labels, np.unique(labels[~circle]))
     if not unlit.any():
         return None
-    return np.array(Image.fromarray(unlit).resize(_scaled(size, scale), resample=Image.Resampling.NEAREST))
+    return np.array(Image.fromarray(unlit).resize(scaled_size(size, scale), resample=Image.Resampling.NEAREST))
 
 
 # --------------------------------------------------------------------------------------------------------------------

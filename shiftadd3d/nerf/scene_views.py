@@ -20,7 +20,10 @@ from shiftadd3d.nerf.source_bank import SourceBank
 def scale_to(outputs: DataparserOutputs, max_side: int | None) -> float:
     """What the sides of all views are multiplied by so that none has more pixels than `max_side`; at most 1."""
     longest = int(max(outputs.cameras.width.max(), outputs.cameras.height.max()))
-    return 1.0 if max_side is None else min(1.0, max_side / longest)
+    if max_side is None or max_side >= longest:
+        return 1.0
+    # A little more, as cameras round float32 products down, and half of these lie just below `max_side`.
+    return max_side / longest * (1.0 + 2.0**-22)
 
 
 def all_photos(outputs: DataparserOutputs, scale: float, cut_out: bool) -> PhotoDataset:

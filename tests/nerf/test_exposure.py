@@ -35,6 +35,14 @@ def test_views_that_share_no_points_stay_as_they_are():
     assert not exposure_gains(colors, mask).any()
 
 
+def test_a_view_that_shares_too_few_points_stays_as_it_is():
+    colors, mask = shown(torch.tensor([[0.3], [-0.3], [0.4]]).expand(3, 3))
+    mask[20:, 2] = False
+    gains = exposure_gains(colors, mask)
+    assert float(gains[0, 0] - gains[1, 0]) > 0.5
+    torch.testing.assert_close(gains[2], -(gains[0] + gains[1]), atol=1e-6, rtol=0.0)
+
+
 def test_what_is_more_than_an_exposure_is_bounded_and_black_is_finite():
     colors, mask = shown(torch.tensor([[2.0], [-2.0]]).expand(2, 3))
     assert float(exposure_gains(colors, mask).abs().max()) == 0.5

@@ -11,12 +11,13 @@ from PIL import Image
 
 pytest.importorskip("nerfstudio")
 
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 
 from shiftadd3d import UserError
 from shiftadd3d.nerf.datamanager import GNTDataManager, GNTDataManagerConfig
 from shiftadd3d.nerf.dataparsers import AutoDataParserConfig
-from shiftadd3d.nerf.photos import PhotoDataset, is_cut_out, photo_header, read_mask, read_photo
+from shiftadd3d.nerf.photos import PhotoDataset, is_cut_out, photo_header, read_mask, read_photo, scaled_size
 
 ORIENTATION = 0x0112
 RNG = np.random.default_rng(0)
@@ -55,6 +56,14 @@ def edit_scene(scene, **changes):
 
 
 # Photos
+
+
+def test_a_scaled_photo_is_as_large_as_its_scaled_camera():
+    for side in range(20, 400):
+        for part in (0.5, 1 / 3, 30 / 44, 63 / side, 252 / 1920):
+            cameras = Cameras(torch.eye(4)[None, :3], 50.0, 50.0, 10.0, 10.0, width=side, height=2 * side)
+            cameras.rescale_output_resolution(part)
+            assert scaled_size((side, 2 * side), part) == (int(cameras.width), int(cameras.height))
 
 
 def test_a_palette_is_read_by_its_colours(tmp_path):

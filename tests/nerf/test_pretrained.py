@@ -77,6 +77,16 @@ def test_views_are_shrunk_to_the_longest_side_asked_for(scene):
     assert (opened.bank.width, opened.bank.height) == (48, 36)
 
 
+@pytest.mark.parametrize("size", [(44, 33), (33, 44), (38, 30)])
+@pytest.mark.parametrize("longest", [26, 27, 30])
+def test_shrunk_views_are_as_large_as_their_cameras(write_scene, tmp_path, size, longest):
+    # 44 * (30 / 44) is 30 in float64, and a little less in the float32 of cameras.
+    opened = open_scene(METHODS["gnt-tiny"], write_scene["nerfstudio"](tmp_path, size=size), max_side=longest)
+    cameras = opened.views.cameras
+    assert int(torch.maximum(cameras.width, cameras.height).max()) == longest
+    assert (opened.bank.width, opened.bank.height) == (int(cameras.width[0]), int(cameras.height[0]))
+
+
 def test_the_methods_configuration_stays_as_it_is(scene):
     before = copy.deepcopy(METHODS["gnt-tiny"].model)
     open_scene(METHODS["gnt-tiny"], scene, max_side=48)
