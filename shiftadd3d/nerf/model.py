@@ -29,6 +29,7 @@ from shiftadd3d._errors import UserError
 from shiftadd3d.kernels import Numerics, get_numerics
 from shiftadd3d.models.gnt import Cameras as PinholeCameras
 from shiftadd3d.models.gnt import GNTConfig, GNTModel, SourceViews
+from shiftadd3d.models.gnt.compiled import CompiledGNT
 from shiftadd3d.models.gnt.presets import SHIFTADD_RECIPE, gnt_recipe, may_change
 from shiftadd3d.models.gnt.projection import Silhouettes, sample_sources
 from shiftadd3d.nerf import exposure
@@ -106,6 +107,9 @@ class GNTNerfModelConfig(ModelConfig):
 #: How many views from all around say where an object is not, beside a ray's sources, in rendering. Each costs one
 #: look-up of a single channel at every depth of the proposal.
 _FURTHER_SILHOUETTES = 18
+#: How many chunks of rays an executable is given at once. It works through them some hundreds at a time itself, so this
+#: costs little memory. Between two calls of it, Python computes on one thread.
+_CHUNKS_OF_AN_EXECUTABLE = 4
 
 
 def method_recipe(config: GNTNerfModelConfig, latencies: tuple[float, float] | None) -> Recipe:
@@ -412,7 +416,8 @@ class GNTNerfModel(Model):
         near, far = self.near_far.expand(height, width, 2).unbind(dim=-1)
         length = ray_bundle.metadata["directions_norm"]
         rays = (ray_bundle.origins, ray_bundle.directions, length, near[..., None], far[..., None])
-        rows = max(1, self.config.eval_num_rays_per_chunk // width)
+        chunks = _CHUNKS_OF_AN_EXECUTABLE if isinstance(self._network(), CompiledGNT) else 1
+        rows = max(1, chunks * self.config.eval_num_rays_per_chunk // width)
         parts = [
             self._render(sources, *(x.flatten(0, 1) for x in some[:3]), *(x.flatten() for x in some[3:]), columns=width)
             for some in zip(*(x.to(self.device).split(rows) for x in rays), strict=True)

@@ -13,7 +13,7 @@ import torch
 from shiftadd3d.kernels.cpu.forms.base import ShiftProduct
 from shiftadd3d.kernels.cpu.forms.panels import AnyForm
 from shiftadd3d.kernels.pack.gnt.view_attention import shift_forms
-from shiftadd3d.kernels.pack.shift import panel_forms
+from shiftadd3d.kernels.pack.shift import GRANULE, panel_forms
 from shiftadd3d.kernels.pack.whole import Format, code_panels, ordinary, shifts
 from shiftadd3d.kernels.reference import power_of_two
 from shiftadd3d.kernels.runtime import targets
@@ -102,9 +102,9 @@ MIXED = PerceptronsSpec(32, EXPERTS, "relu", gated=True, eps=1e-6)
 GNT_CASES: list[tuple[AnyFunction, Any]] = [
     (SWEEP, SweepSpec(channels=8, hidden=32)),
     (SWEEP, SweepSpec(channels=5, hidden=12)),
-    (VIEWS, ViewsSpec(36, hidden=32, width=32, with_moments=True, tiles=False)),
-    (VIEWS, ViewsSpec(13, hidden=16, width=16, with_moments=False, tiles=False)),
-    (VIEWS, ViewsSpec(36, hidden=32, width=32, with_moments=True, tiles=True)),
+    (VIEWS, ViewsSpec(36, hidden=32, width=32, with_moments=True, form="float32")),
+    (VIEWS, ViewsSpec(13, hidden=16, width=16, with_moments=False, form="float32")),
+    (VIEWS, ViewsSpec(36, hidden=32, width=32, with_moments=True, form="bfloat16")),
     (VIEW_ATTENTION, ViewBlockSpec(32, hidden=4, form="float32", eps=1e-6, packed=False)),
     (VIEW_ATTENTION, ViewBlockSpec(32, hidden=4, form="bfloat16", eps=1e-6, packed=True)),
     (RAY_BLOCK, RAYS),
@@ -160,11 +160,12 @@ def test_functions_of_gnts_compute_what_torch_does(function: AnyFunction, spec: 
     here = targets.current()
     if function is POSITION and not here.has_fma:
         pytest.skip("sines take fused multiply-adds")
-    takes_tiles = getattr(spec, "tiles", False) or getattr(spec, "packed", False)
+    takes_tiles = getattr(spec, "tiles", False) or getattr(spec, "form", "") == "bfloat16"
     if takes_tiles and not here.has_amx:
         pytest.skip("no matrix tiles")
     try_compiled(function, spec)
-    for form in () if takes_tiles else shift_forms(here) if function is VIEW_ATTENTION else panel_forms(here):
+    one_form = takes_tiles or (function is VIEWS and spec.hidden % GRANULE)
+    for form in () if one_form else shift_forms(here) if function is VIEW_ATTENTION else panel_forms(here):
         if function is PERCEPTRONS:
             first, *others = spec.experts
             try_compiled(function, spec._replace(experts=(first, *((form, hidden) for _, hidden in others))))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shiftadd3d.kernels.cpu.blocks import copy_row
+from shiftadd3d.kernels.cpu.forms.panels import AnyForm, PanelProduct, panel_product
 from shiftadd3d.kernels.cpu.gnt.tiles import ROWS, WORDS, Tiles, copy_words, unit
 from shiftadd3d.kernels.cpu.isa import Isa
 from shiftadd3d.kernels.cpu.tile import ROW_PADDING, product
@@ -37,7 +38,7 @@ def _build(target: CpuTarget, *, inputs: int, hidden: int, width: int, with_mome
         points_of_block = T.bind(T.int64(_ROWS) // V)
         blocks = T.bind((P + points_of_block - 1) // points_of_block)
         with T.parallel((blocks + _BLOCKS_A_TASK - 1) // _BLOCKS_A_TASK) as task:
-            block_of_views = Embedding(isa, layers, _ROWS, _ROWS)
+            block_of_views = Embedding(target, layers, _ROWS, _ROWS)
             with T.serial(T.min(T.int64(_BLOCKS_A_TASK), blocks - task * _BLOCKS_A_TASK)) as block:
                 first = T.bind((task * _BLOCKS_A_TASK + block) * points_of_block)
                 points = T.bind(T.min(points_of_block, P - first))
@@ -74,15 +75,29 @@ class Embedding:
 
     Args:
         rows, points: the largest numbers of (point, view) rows and of points.
+        form: of both layers' products.
+        shifts: panels of both layers, of `shift_sizes`; none for float32.
 
     Attributes:
         shown: [rows, inputs], padded to whole vectors with zeros. The caller writes the values of the views here.
         seen: [rows]. The caller writes 1 here if the view sees the point, else 0.
     """
 
-    def __init__(self, isa: Isa, layers: Layers, rows: Index, points: Index) -> None:
-        self._isa, self._layers = isa, layers
+    def __init__(
+        self,
+        target: CpuTarget,
+        layers: Layers,
+        rows: Index,
+        points: Index,
+        form: AnyForm = "float32",
+        shifts: Sequence[Buffer] = (),
+    ) -> None:
+        isa = self._isa = Isa(target)
+        self._layers, self._shifts = layers, shifts
         long, room = isa.padded(layers.inputs), rows + ROW_PADDING
+        self._product = None if form == "float32" else panel_product(target, form)
+        if self._product is not None:
+            self._staged = [self._product.staged(rows, inputs) for inputs in (long, layers.hidden)]
         self.shown, self.seen = T.alloc(room, long), T.alloc(room)
         self._activation = T.alloc(room, isa.padded(layers.hidden))
         self._embedded = T.alloc(room, isa.padded(layers.width))
@@ -99,22 +114,46 @@ class Embedding:
         """
         isa, layers, embedded = self._isa, self._layers, self._embedded
         rows = T.bind(points * V)
-        first = layers.inputs, self.shown, layers.first
-        product(isa, rows, self._activation.extent(1), layers.first_bias, [first], self._activation, isa.relu)
-        second = layers.hidden, self._activation, layers.second
-        product(isa, rows, embedded.extent(1), layers.second_bias, [second], embedded)
+        if self._product is None:
+            first = layers.inputs, self.shown, layers.first
+            product(isa, rows, self._activation.extent(1), layers.first_bias, [first], self._activation, isa.relu)
+            second = layers.hidden, self._activation, layers.second
+            product(isa, rows, embedded.extent(1), layers.second_bias, [second], embedded)
+        else:
+            self._multiply(self._product, rows)
         with T.serial(rows) as r:
             copy_row(isa, embedded.part(r), embedding.part(r), layers.width)
         with T.serial(points) as p:
             self._queries.start(p, embedded, V)
         self._queries.emit(points, V, self.shown, self.seen, query)
 
+    def finish(self, control: Buffer) -> None:
+        """Emit the last code of a task: it sets `control[0]` if integers cannot express a value."""
+        if self._product is not None:
+            self._product.finish(control)
+
+    def _multiply(self, product: PanelProduct, rows: Expr) -> None:
+        """Both layers, with activations as integers."""
+        isa, layers, last = self._isa, self._layers, rows - 1
+
+        def keep(r: Expr, c: int, x: Expr) -> None:
+            self._activation[r, isa.at(c)] = isa.relu(x)
+
+        def leave(r: Expr, c: int, x: Expr) -> None:
+            self._embedded[r, isa.at(c)] = x
+
+        biases = layers.first_bias, layers.second_bias
+        given = (self.shown, biases[0], keep), (self._activation, biases[1], leave)
+        for (inputs, bias, sink), staged, panel in zip(given, self._staged, self._shifts, strict=True):
+            product.stage(staged, rows, lambda r, c, inputs=inputs: inputs[T.min(r, last), isa.at(c)])
+            product.multiply(rows, staged, panel, bias, sink)
+
 
 class EmbeddingInTiles:
     """`Embedding` in matrix tiles, in bfloat16. Values come in another order, and results are packed.
 
     Args:
-        shifts: panels of both layers, of `tile_sizes`.
+        shifts: panels of both layers, of `shift_sizes`.
 
     Attributes:
         shown: [rows, *]: features, colour, validity, zeros. The caller writes the values of the views here.
@@ -215,9 +254,12 @@ class _Queries:
             copy_row(isa, queries.part(p), query.part(p), layers.width)
 
 
-def tile_sizes(inputs: int, hidden: int, width: int) -> list[tuple[int, int]]:
-    """Inputs and outputs of the panels for matrix tiles. Inputs are features, colour, validity and zeros."""
-    return [(inputs - 4 + 2 * WORDS, hidden), (hidden, width)]
+def shift_sizes(isa: Isa, inputs: int, hidden: int, width: int, form: AnyForm) -> list[tuple[int, int]]:
+    """Inputs and outputs of the panels of both layers. The first layer's inputs end with zeros."""
+    if form == "float32":
+        return []
+    first = inputs - 4 + 2 * WORDS if form == "bfloat16" else isa.padded(inputs)
+    return [(first, hidden), (hidden, width)]
 
 
 def _largest(isa: Isa, embedded: Buffer, row: Expr, V: Expr, out: Buffer) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shiftadd3d.kernels.cpu.blocks import copy_row
-from shiftadd3d.kernels.cpu.forms.panels import error_bound, panel_arguments
+from shiftadd3d.kernels.cpu.forms.panels import AnyForm, error_bound, panel_arguments
 from shiftadd3d.kernels.cpu.gnt import plane_sweep, view_embedding
 from shiftadd3d.kernels.cpu.gnt.gather import Lookup, Places, Views
 from shiftadd3d.kernels.cpu.isa import Isa
@@ -18,7 +18,8 @@ from shiftadd3d.kernels.cpu.trials import Draw
 from shiftadd3d.kernels.pack.gnt import plane_sweep as pack_plane_sweep
 from shiftadd3d.kernels.pack.gnt import view_embedding as pack_view_embedding
 from shiftadd3d.kernels.pack.gnt.gather import beside_validity, pixels_of
-from shiftadd3d.kernels.pack.shift import GRANULE, WholeWeights, shift_panel
+from shiftadd3d.kernels.pack.panel import filled, padded
+from shiftadd3d.kernels.pack.shift import GRANULE, PanelForm, WholeWeights, shift_panel
 from shiftadd3d.kernels.reference.gnt.gather import VALID, Scene, point_samples_twin
 from shiftadd3d.kernels.reference.gnt.plane_sweep import plane_sweep_twin, random_sweep
 from shiftadd3d.kernels.reference.gnt.view_embedding import random_views, view_embedding_twin
@@ -179,7 +180,7 @@ class ViewsSpec(NamedTuple):
         inputs: numbers of a view's value, with the validity.
         hidden, width: units of the embedding's layers.
         with_moments: whether queries begin with statistics of the views.
-        tiles: whether matrix tiles compute the embedding. Then values and embedding are packed, and pixels follow the
+        form: of the embedding's products. With ``"bfloat16"``, values and embedding are packed, and pixels follow the
             mask.
     """
 
@@ -187,18 +188,19 @@ class ViewsSpec(NamedTuple):
     hidden: int
     width: int
     with_moments: bool
-    tiles: bool
+    form: AnyForm
 
 
 def _build_views(target: CpuTarget, spec: ViewsSpec) -> T.PrimFunc:
     """The function ``(Rays, panels, control, values, ray_diff, mask, embedding, query)``."""
-    isa, (inputs, hidden, width, with_moments, tiles) = Isa(target), spec
+    isa, (inputs, hidden, width, with_moments, form) = Isa(target), spec
+    tiles = form == "bfloat16"
     with T.function("views") as function:
         R, S, V = T.sizes(3)
         of_rays, scene = _rays_argument(R, S), Views.of_pixels(V)
         layers = view_embedding.Layers.argument(isa, inputs, hidden, width, with_moments=with_moments)
-        sizes = view_embedding.tile_sizes(inputs, hidden, width) if tiles else []
-        shifts = panel_arguments("bfloat16", sizes)
+        sizes = view_embedding.shift_sizes(isa, inputs, hidden, width, form)
+        shifts = [] if form == "float32" else panel_arguments(form, sizes)
         control = control_argument()
         shape, dtype, numbers = (R, S, V), "int32" if tiles else "float32", 2 if tiles else 1
         values = T.argument("values", (*shape, (inputs - 4) // 2 if tiles else inputs), dtype)
@@ -215,7 +217,7 @@ def _build_views(target: CpuTarget, spec: ViewsSpec) -> T.PrimFunc:
             if tiles:
                 block = view_embedding.EmbeddingInTiles(target, layers, rows, isa.lanes, shifts)
             else:
-                block = view_embedding.Embedding(isa, layers, rows, isa.lanes)
+                block = view_embedding.Embedding(target, layers, rows, isa.lanes, form, shifts)
             seen = _Seen(isa, lookup, block.shown, block.seen, inputs, features_first=tiles)
             left = T.bind(T.min(T.int64(span), points - task * span))
             with T.serial((left + (isa.lanes - 1)) // isa.lanes) as number:
@@ -233,8 +235,7 @@ def _build_views(target: CpuTarget, spec: ViewsSpec) -> T.PrimFunc:
                     with T.serial(count * V) as i:
                         copy_row(isa, block.shown.part(i), values.part(row + i), inputs)
                     block.emit(count, V, embedding.below(row), query.below(first))
-            if isinstance(block, view_embedding.EmbeddingInTiles):
-                block.finish(control)
+            block.finish(control)
     return function.get()
 
 
@@ -290,17 +291,18 @@ class _Seen:
 
 
 def _try_views(function: Compiled, spec: ViewsSpec) -> None:
-    inputs, hidden, width, with_moments, tiles = spec
+    inputs, hidden, width, with_moments, form = spec
+    tiles = form == "bfloat16"
     scene, _ = random_sweep(0, rays=5, samples=7, views=3, channels=inputs - 7, hidden=4, with_valid=True)
     directions, depths, scene = _on_rays(scene)
     sizes = {"inputs": inputs - 1, "hidden": hidden, "width": width}
     _, _, weights, biases = random_views(0, points=1, views=1, **sizes, with_moments=with_moments)
     shifts: list[Tensor] = []
-    if tiles:
+    if form != "float32":
         draw = Draw()
         layers = [draw.whole(inputs - 1, hidden), draw.whole(hidden, width)]
         weights[:2] = [layer.integers * layer.unit[:, None] for layer in layers]
-        shifts = embedding_tiles(layers)
+        shifts = embedding_shifts(layers, form, current().lanes)
     shape, numbers, dtype = (5, 7, 3), 2 if tiles else 1, torch.int32 if tiles else torch.float32
     values = torch.empty(*shape, (inputs - 4) // 2 if tiles else inputs, dtype=dtype)
     ray_diff, mask, pixels = torch.empty(*shape, 4), torch.empty(shape, dtype=torch.bool), torch.empty(*shape, 4)
@@ -310,17 +312,18 @@ def _try_views(function: Compiled, spec: ViewsSpec) -> None:
     outcome = values, ray_diff, mask.view(torch.uint8), *beside, embedding, query
     function(*_tensors(scene, directions, depths), *packed, *shifts, control, *outcome)
     assert control[0] == 0, "it found an activation that it cannot express"
-    error = error_bound("bfloat16") if tiles else 0.0
+    error = 0.0 if form == "float32" else error_bound(form)
     if tiles:
         values, embedding = (x.view(torch.bfloat16).float() for x in (values, embedding))
         values = torch.cat([pixels, values], dim=-1)
     shown, expected = values[..., [0, 1, 2, *range(4, inputs)]], point_samples_twin(*scene)
-    torch.testing.assert_close(shown, expected[0], rtol=1e-3, atol=1e-3 + error * float(expected[0].abs().max()))
+    rounding = error * float(expected[0].abs().max()) if tiles else 0.0
+    torch.testing.assert_close(shown, expected[0], rtol=1e-3, atol=1e-3 + rounding)
     for out, one in zip((ray_diff, mask), expected[1:], strict=True):
         torch.testing.assert_close(out, one, rtol=1e-3, atol=1e-3)
     shown = expected[0] if tiles else shown
     expected = view_embedding_twin(shown, mask, weights, biases)
-    if tiles:  # of both layers, of what the second makes of the first one's, and of the outcome
+    if error:  # of both layers, of what the second makes of the first one's, and of the outcome
         most = [shown.abs().max(), F.relu(F.linear(shown, weights[0], biases[0])).max()]
         sums = [weight.abs().sum(1).max() for weight in weights[:2]]
         error *= float((1.01 * most[0] * sums[0] + most[1]) * sums[1] + expected[0].abs().max())
@@ -337,7 +340,7 @@ def embedding_panels(
     """`pack.gnt.view_embedding.panels` for values with the validity after the colour.
 
     Args:
-        features_first: whether the colour comes after the features, as for `embedding_tiles`.
+        features_first: whether the colour comes after the features, as for `embedding_shifts` of ``"bfloat16"``.
     """
     inputs, where = weights[0].shape[1], _color_at(weights[0].shape[1], features_first=features_first)
     groups = ((where,), (), (where, inputs + where))
@@ -358,38 +361,43 @@ def _in_order(weight: Tensor, color: int) -> Tensor:
     return weight if color == 0 else torch.cat([weight[:, 3:], weight[:, :3]], dim=1)
 
 
-def embedding_tiles(layers: Sequence[WholeWeights]) -> list[Tensor]:
-    """The panels of both layers for matrix tiles; an empty list if the sizes do not fit."""
+def embedding_shifts(layers: Sequence[WholeWeights], form: PanelForm, lanes: int) -> list[Tensor]:
+    """The panels of both layers in a form, of `view_embedding.shift_sizes`; an empty list if the sizes do not fit."""
     first, second = layers
     inputs = first.integers.shape[1]
     if any(size % GRANULE for size in (inputs - 3, *second.integers.shape)):
         return []
-    color = _color_at(inputs, features_first=True)
+    color = _color_at(inputs, features_first=form == "bfloat16")
     integers = beside_validity(_in_order(first.integers, color), (color,))
-    integers = F.pad(integers, (0, -integers.shape[1] % GRANULE))
-    return [shift_panel(layer, "bfloat16") for layer in (first._replace(integers=integers), second)]
+    integers = filled(integers, padded(integers.shape[1], GRANULE if form == "bfloat16" else lanes))
+    return [shift_panel(layer, form) for layer in (first._replace(integers=integers), second)]
 
 
 def views(
-    program: Program, rays: Rays, panels: pack_view_embedding.Panels, width: int, tiles: Sequence[Tensor] = ()
+    program: Program,
+    rays: Rays,
+    panels: pack_view_embedding.Panels,
+    width: int,
+    form: AnyForm = "float32",
+    shifts: Sequence[Tensor] = (),
 ) -> tuple[Shown, Value, Value]:
     """The values of the views at samples, their embeddings [R, S, V, width], and the first queries [R, S, width].
 
     Args:
-        panels: the outcome of `embedding_panels`; with tiles, features come first.
-        tiles: the outcome of `embedding_tiles`. With it, values and embeddings [R, S, V, width / 2] are packed. Without
-            it, products are in float32.
+        panels: the outcome of `embedding_panels`; for ``"bfloat16"``, features come first.
+        form: of the embedding's products. With ``"bfloat16"``, values and embeddings [R, S, V, width / 2] are packed.
+        shifts: the outcome of `embedding_shifts` for any form but float32.
     """
     inputs, hidden = panels.first.shape[0], panels.second.shape[0]
     shape, samples = (*rays.samples, rays.centers.shape[0]), rays.samples
     outcomes: list[tuple[tuple[Dim, ...], str]] = [((*shape, 4), "float32"), (shape, "uint8")]
-    if tiles:
+    if form == "bfloat16":
         outcomes = [((*shape, (inputs - 4) // 2), "int32"), *outcomes, ((*shape, 4), "float32")]
         outcomes += [((*shape, width // 2), "int32")]
     else:
         outcomes = [((*shape, inputs), "float32"), *outcomes, ((*shape, width), "float32")]
     outcomes.append(((*samples, width), "float32"))
-    asked = ViewsSpec(inputs, hidden, width, bool(panels.moments.numel()), bool(tiles))
-    arguments = [*rays, *map(program.weight, (*panels, *tiles))]
+    asked = ViewsSpec(inputs, hidden, width, bool(panels.moments.numel()), form)
+    arguments = [*rays, *map(program.weight, (*panels, *shifts))]
     *shown, embedding, query = program.call_for(VIEWS, arguments, outcomes, asked)
     return Shown(*shown), embedding, query

@@ -19,7 +19,7 @@ from shiftadd3d.kernels.pack.gnt import position_layer as pack_position_layer
 from shiftadd3d.kernels.pack.gnt import ray_block as pack_ray_block
 from shiftadd3d.kernels.pack.gnt import view_attention as pack_view_attention
 from shiftadd3d.kernels.pack.gnt.gather import pixels_of
-from shiftadd3d.kernels.pack.shift import WholeWeights, as_bfloat16, panel_form
+from shiftadd3d.kernels.pack.shift import WholeWeights, as_bfloat16, in_int16, panel_form
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS
 from shiftadd3d.kernels.runtime import kernel
@@ -157,7 +157,7 @@ def _perceptron(e: Emission, module: nn.Module, form: AnyForm) -> Perceptron:
         weights, biases = weights_and_biases(layers)
     except UserError as error:
         raise e.refusal(module, str(error)) from None
-    whole = _whole([*layers.values()], weights, form)
+    whole, form = _whole_or_rounded([*layers.values()], weights, form)
     made = None if whole is None else shift_perceptron_of(whole, biases, form)
     return made or perceptron_of(weights, biases, current().lanes)
 
@@ -168,6 +168,16 @@ def _whole(layers: Sequence[nn.Module], weights: Sequence[Tensor], form: AnyForm
         return None
     found = whole_layers(layers)
     return as_bfloat16(weights) if found is None and form == "bfloat16" else found
+
+
+def _whole_or_rounded(
+    layers: Sequence[nn.Module], weights: Sequence[Tensor], form: AnyForm
+) -> tuple[list[WholeWeights] | None, AnyForm]:
+    """`_whole` and the form. Bytes would round ordinary weights too much: these get integers of 16 bits."""
+    whole = _whole(layers, weights, form)
+    if whole is None and form == "int8":
+        return [in_int16(weight) for weight in weights], "int16"
+    return whole, form
 
 
 def _emit_position_layer(e: Emission, layer: FrozenPositionLayer, x: Value, *, rays: Rays, canonical: bool) -> Value:
@@ -203,9 +213,9 @@ def _network(e: Emission, net: GNT, form: AnyForm, view_form: AnyForm, *, channe
         raise e.refusal(net, f"of {width} channels, which are no whole vectors")
     of_rays, routed = Rays.inputs(e.program, channels), list[Value]()
     layers, tiles = net.embedding_layers(), _tiles_of(net, form)
-    embedding_tiles, color_tiles = tiles or ([], None)
+    embedding_form, shifts = (form, tiles[0]) if tiles else _integers_of(net, form)
     panels = rays.embedding_panels(*_all(layers), current().lanes, features_first=tiles is not None)
-    shown, embedding, x = rays.views(e.program, of_rays, panels, width, embedding_tiles)
+    shown, embedding, x = rays.views(e.program, of_rays, panels, width, embedding_form, shifts)
     for i, (of_views, of_ray) in enumerate(zip(net.view_crosstrans, net.view_selftrans, strict=True)):
         x = e.emit(of_views, x, shown=shown, embedding=embedding, form=form, view_form=view_form, routed=routed)
         if i % 2 == 0:
@@ -213,7 +223,7 @@ def _network(e: Emission, net: GNT, form: AnyForm, view_form: AnyForm, *, channe
         x = e.emit(of_ray, x, form=form, routed=routed)
     gain, shift, eps = _norm(e, net.norm)
     blending = *_all(color_head.blend_layers()), color_head.scales(), current().lanes
-    blend = head.blend_panels(*blending, tiles=color_tiles)
+    blend = head.blend_panels(*blending, tiles=tiles[1] if tiles else None)
     weight, bias = (color_head.regressed_scale * x for x in (net.rgb_fc.weight, net.rgb_fc.bias))
     tensors = head.behind_norm(blend, weight, bias, gain, shift)
     e.program.output(*head.colors(e.program, x, shown, tensors, color_head.hidden, eps), *routed)
@@ -232,8 +242,19 @@ def _tiles_of(net: FrozenGNT, form: AnyForm) -> tuple[list[Tensor], Tensor] | No
     whole = [found for pair in zip(layers, weights, strict=True) for found in _whole(pair[:1], pair[1:], form) or ()]
     if len(whole) < len(layers) or not all(map(_takes_tiles, net.view_crosstrans)):
         return None
-    of_embedding, of_blend = rays.embedding_tiles(whole[:2]), head.color_tiles_of(whole[2])
+    of_embedding, of_blend = rays.embedding_shifts(whole[:2], form, current().lanes), head.color_tiles_of(whole[2])
     return None if not of_embedding or of_blend is None else (of_embedding, of_blend)
+
+
+def _integers_of(net: FrozenGNT, form: AnyForm) -> tuple[AnyForm, list[Tensor]]:
+    """The form of the embedding's products without matrix tiles, and its panels."""
+    layers = [*net.embedding_layers().values()][:2]
+    weights, _ = weights_and_biases({str(number): layer for number, layer in enumerate(layers)})
+    whole, found = _whole_or_rounded(layers, weights, form)
+    if whole is None or found in ("float32", "bfloat16"):
+        return "float32", []
+    shifts = rays.embedding_shifts(whole, found, current().lanes)
+    return (found, shifts) if shifts else ("float32", [])
 
 
 def _takes_tiles(block: nn.Module) -> bool:
