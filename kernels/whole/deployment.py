@@ -202,8 +202,9 @@ class Deployment:
 def _checked(folder: Path) -> dict[str, Any]:
     """What a folder says about itself, once all is as it was written and fits this machine."""
     damaged = f"{folder} is damaged, or not an executable that `shiftadd3d export` wrote"
+    reading = SUMS
     try:
-        lines = [line.split("  ", 1) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines()]
+        lines = [line.split("  ", 1) for line in (folder / reading).read_text(encoding="utf-8").splitlines()]
         sums = {name: digest for digest, name in lines}
         files = [folder / name for name in sums if Path(name).name == name]
         for path in (folder, folder / SUMS, *files):
@@ -211,7 +212,8 @@ def _checked(folder: Path) -> dict[str, Any]:
         changed = [file.name for file in files if _digest(file) != sums[file.name]]
         if len(files) != len(sums) or changed:
             raise UserError(f"{damaged}: {', '.join(changed) or SUMS} is not what was written")
-        about = json.loads((folder / ABOUT).read_bytes())
+        reading = ABOUT
+        about = json.loads((folder / reading).read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{damaged}: {Path(str(error.filename)).name} is missing") from None
     except OSError as error:
@@ -219,9 +221,9 @@ def _checked(folder: Path) -> dict[str, Any]:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{damaged}: {kernel.first_line(error)}") from None
+        raise UserError(f"{damaged}: {reading} cannot be read: {kernel.first_line(error)}") from None
     if not _is_whole(about, set(sums)):
-        raise UserError(damaged)
+        raise UserError(f"{damaged}: {ABOUT} does not say all that it should")
     if about.get("version") != _VERSION:
         raise UserError(f"{folder} is of format version {about.get('version')}; this shiftadd3d reads {_VERSION}")
     _refuse_other_machines(folder, about)
