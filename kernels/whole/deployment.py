@@ -7,7 +7,6 @@ run: open only a folder whose maker you trust. The digests guard against damage,
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -59,7 +58,7 @@ def write(folder: Path, program: Program, numerics: Numerics, about: Mapping[str
         facts = _facts(about, numerics, _copy_code(unfinished, program, numerics))
         _write_weights(unfinished, program.weights)
         _write_text(unfinished / ABOUT, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-        sums = {file.name: _digest(file) for file in sorted(unfinished.iterdir())}
+        sums = {file.name: cache.digest_of(file) for file in sorted(unfinished.iterdir())}
         _write_text(unfinished / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
         _take_place(unfinished, folder)
     except OSError as error:
@@ -143,10 +142,6 @@ def _write_text(file: Path, text: str) -> None:
     file.chmod(file.stat().st_mode & ~_OTHERS_WRITE)
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
 # Opening
 
 
@@ -209,7 +204,7 @@ def _checked(folder: Path) -> dict[str, Any]:
         files = [folder / name for name in sums if Path(name).name == name]
         for path in (folder, folder / SUMS, *files):
             _refuse_if_others_write(path)
-        changed = [file.name for file in files if _digest(file) != sums[file.name]]
+        changed = [file.name for file in files if cache.digest_of(file) != sums[file.name]]
         if len(files) != len(sums) or changed:
             raise UserError(f"{damaged}: {', '.join(changed) or SUMS} is not what was written")
         reading = ABOUT

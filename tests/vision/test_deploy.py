@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from shiftadd3d import UserError, cli
-from shiftadd3d.kernels.whole import deployment, executable
+from shiftadd3d.kernels.runtime.cache import digest_of
+from shiftadd3d.kernels.whole import executable
 from shiftadd3d.kernels.whole.deployment import ABOUT, SUMS
 from shiftadd3d.nn import recipe
 from shiftadd3d.vision.checkpoint import ClassifierConfig, create_classifier, load, save_classifier
@@ -73,7 +74,7 @@ def predicted(folder: Path, picture: Path) -> dict[str, float]:
 def seal(folder: Path) -> None:
     """Write the digests anew, as whoever may change the folder could."""
     files = sorted(file for file in folder.iterdir() if file.name != SUMS)
-    (folder / SUMS).write_text("".join(f"{deployment._digest(file)}  {file.name}\n" for file in files))
+    (folder / SUMS).write_text("".join(f"{digest_of(file)}  {file.name}\n" for file in files))
 
 
 def test_an_executable_predicts_what_the_packed_classifier_does(made: Path, picture: Path, monkeypatch) -> None:
