@@ -1,4 +1,4 @@
-"""The error that a person caused and can mend."""
+"""The error that a person caused and can mend, and words for its message."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,9 @@ class UserError(ValueError):
     The command line prints it as one line, ``error: ...``, without a traceback, and exits with 1. It is a `ValueError`,
     so library users can catch it as such.
     """
+
+
+def kind_of(thing: object) -> str:
+    """Its class with an article: ``a Linear``, ``an Attention``."""
+    name = type(thing).__name__
+    return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"

@@ -144,6 +144,11 @@ class Decoder(ABC):
         """
         raise NotImplementedError
 
+    def integers_of(self, bytes_: Expr) -> list[Expr]:
+        """The four int8 of each output that `store_words` is given, as vectors of int32."""
+        words = T.bind(T.reinterpret(self.isa.integers, bytes_))
+        return [(words << self.isa.splat_int(24 - 8 * i)) >> self.isa.splat_int(24) for i in range(4)]
+
     def _decode_copied(self, scratch: Scratch, weights: Weights, start: Expr, turn: Expr, count: Expr) -> None:
         """`decode`, by a copy of the codes: there may be fewer of them than a panel has."""
         first = T.bind(turn // self.passes * (self.block * self.bits // 8))

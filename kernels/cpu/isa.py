@@ -212,6 +212,10 @@ class Isa:
         order = [*range(0, self.lanes // 2, 2), *range(1, self.lanes // 2, 2)]
         return T.reinterpret(self.integers, T.shuffle([parts], order))
 
+    def pairs(self, low: Expr, high: Expr) -> Expr:
+        """Two vectors of int32 as int16, without saturation, a number of each in an int32."""
+        return (low & self.splat_int(0xFFFF)) | (high << self.splat_int(16))
+
     def _pack_int16(self, low: Expr, high: Expr) -> Expr:
         """Of each 128-bit part the numbers of `low`, then those of `high`."""
         return T.intrinsic(f"int16x{2 * self.lanes}", self._family + self._wide("packssdw"), low, high)

@@ -13,7 +13,6 @@ against attacks.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -27,7 +26,7 @@ from typing import TypedDict
 from shiftadd3d._claim import claimed
 from shiftadd3d._errors import UserError
 from shiftadd3d._report import write_json
-from shiftadd3d.kernels.runtime.cache import Record, version_of
+from shiftadd3d.kernels.runtime.cache import Record, digest_of, version_of
 
 ENVIRONMENT_VARIABLE = "SHIFTADD3D_BUNDLE"
 MANIFEST = "manifest.json"
@@ -92,8 +91,7 @@ class Bundle:
         for one in self.libraries:
             if one["identity"] == asked:
                 file = self.folder / one["file"]
-                content = file.read_bytes() if file.is_file() else b""
-                if hashlib.sha256(content).hexdigest() != one["sha256"]:
+                if not file.is_file() or digest_of(file) != one["sha256"]:
                     raise UserError(f"{file} is damaged or missing: build the bundle again")
                 return Packed(file, identity, one["facts"])
         return None
@@ -130,7 +128,7 @@ def write(folder: Path, libraries: list[Packed], tvm_runtime: Path | None) -> No
     with claimed(folder, "--out"):
         try:
             for one in libraries:
-                digest = hashlib.sha256(one.file.read_bytes()).hexdigest()
+                digest = digest_of(one.file)
                 name = f"{one.identity.get('kernel', one.identity['part'])}-{digest[:16]}{one.file.suffix}"
                 shutil.copyfile(one.file, folder / name)
                 rows.append({"file": name, "sha256": digest, "identity": dict(one.identity), "facts": one.facts})

@@ -55,6 +55,11 @@ def key(**facts: object) -> str:
     return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:32]
 
 
+def digest_of(file: Path) -> str:
+    """The SHA-256 of a file's content."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def version_of(distribution: str) -> str:
     """The version of an installed distribution, ``"none"`` where it is not installed."""
     try:
@@ -71,7 +76,7 @@ def find(entry: str, suffix: str = ".so") -> Path | None:
         return None
     library = place / f"{entry}-{record.get('sha256')}{suffix}"
     try:
-        if _is_private(library) and hashlib.sha256(library.read_bytes()).hexdigest() == record.get("sha256"):
+        if _is_private(library) and digest_of(library) == record.get("sha256"):
             os.utime(place / f"{entry}.json")
             return library
     except OSError:
@@ -91,7 +96,7 @@ def read_record(entry: str) -> Record | None:
 
 def store(entry: str, library: Path, facts: Mapping[str, object]) -> Path:
     """Move a library in the cache's folder into the cache, and record `facts` with it."""
-    digest = hashlib.sha256(library.read_bytes()).hexdigest()
+    digest = digest_of(library)
     final = folder() / f"{entry}-{digest}{library.suffix}"
     library.chmod(0o600)
     library.replace(final)

@@ -7,7 +7,6 @@ compares it with the reference on a small problem. `docs/kernels.md` shows one f
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import shutil
 import sys
@@ -16,12 +15,12 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from shiftadd3d._errors import UserError
 from shiftadd3d.kernels.runtime import bundle, cache, targets, threads
 from shiftadd3d.kernels.runtime.library import has_linker, install_launcher, link, load_library, versions
+from shiftadd3d.kernels.runtime.sources import sources_digest, text_of
 from shiftadd3d.kernels.runtime.targets import CpuTarget, CudaTarget
 from shiftadd3d.kernels.runtime.tir import PrimFunc
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from tvm.runtime import Executable
     from tvm_ffi import Module
 
-PACKAGE = __name__.rpartition(".runtime")[0]
 FAILURES = (AssertionError, ImportError, OSError, RuntimeError, UserError)
 """What keeps a kernel from being used without being a bug in Python: a trial that found a difference; TVM missing; the
 cache or the linker's files; TVM's errors (all of them are `RuntimeError`, as are the linker's, the CUDA driver's and
@@ -87,7 +85,7 @@ class DeviceKernel(ABC, Generic[Target]):
         self._functions: dict[tuple[object, ...], Compiled | None] = {}
         self.register()
         if file := getattr(sys.modules[build.__module__], "__file__", None):
-            _digest_of_text(Path(file))
+            text_of(Path(file))
 
     @abstractmethod
     def register(self) -> None:
@@ -151,7 +149,7 @@ class DeviceKernel(ABC, Generic[Target]):
 
     def sources_digest(self) -> str:
         """A digest of all source text of this package that it is built from."""
-        return sources_digest(sys.modules[self.build.__module__])
+        return sources_digest(self.build.__module__, __name__)
 
 
 class Kernel(DeviceKernel[CpuTarget]):
@@ -293,37 +291,6 @@ def _with_torch_threads(function: Compiled) -> Compiled:
         function(*args)
 
     return call
-
-
-@functools.cache
-def _digest_of_text(file: Path) -> bytes:
-    """The digest of a file at the first call, when the file is imported. Later changes of the file do not run here."""
-    return hashlib.sha256(file.read_bytes()).digest()
-
-
-for _file in Path(__file__).parents[1].rglob("*.py"):
-    _digest_of_text(_file)
-
-
-def sources_digest(*modules: ModuleType) -> str:
-    """A digest of the text of modules and of all modules of this package that they use."""
-    found: dict[str, ModuleType] = {}
-    waiting = [*modules, sys.modules[__name__]]
-    while waiting:
-        one = waiting.pop()
-        if one.__name__ in found or not (one in modules or one.__name__.startswith(PACKAGE)):
-            continue
-        found[one.__name__] = one
-        for name, value in vars(one).items():
-            if isinstance(value, ModuleType) and value.__name__ == f"{one.__name__}.{name}":
-                continue  # a package has its modules by name once anyone has imported them, here or elsewhere
-            used = value if isinstance(value, ModuleType) else sys.modules.get(getattr(value, "__module__", None) or "")
-            if used is not None:
-                waiting.append(used)
-    digest = hashlib.sha256()
-    for name in sorted(found):
-        digest.update(_digest_of_text(Path(str(found[name].__file__))))
-    return digest.hexdigest()
 
 
 _said: set[str] = set()

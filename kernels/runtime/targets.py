@@ -191,14 +191,10 @@ def current() -> CpuTarget:
     name = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if not name:
         return next(target for target in TARGETS if runs_here(target))
-    try:
-        target = find(name)
-    except UserError as error:
-        raise UserError(f"{ENVIRONMENT_VARIABLE}: {error}") from None
-    if isinstance(target, CudaTarget):
-        raise UserError(
-            f"{ENVIRONMENT_VARIABLE}: {name!r} is a target for GPUs, which needs no setting; expected one for CPUs"
-        )
+    target = next((target for target in TARGETS if target.name == name), None)
+    if target is None:
+        names = ", ".join(target.name for target in TARGETS)
+        raise UserError(f"{ENVIRONMENT_VARIABLE}: no target {name!r} for CPUs: expected one of {names}")
     if not runs_here(target):
         able = ", ".join(other.name for other in TARGETS if runs_here(other))
         missing = ", ".join(lacking(target.flags))

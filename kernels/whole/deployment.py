@@ -7,7 +7,6 @@ run: open only a folder whose maker you trust. The digests guard against damage,
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -59,7 +58,7 @@ def write(folder: Path, program: Program, numerics: Numerics, about: Mapping[str
         facts = _facts(about, numerics, _copy_code(unfinished, program, numerics))
         _write_weights(unfinished, program.weights)
         _write_text(unfinished / ABOUT, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-        sums = {file.name: _digest(file) for file in sorted(unfinished.iterdir())}
+        sums = {file.name: cache.digest_of(file) for file in sorted(unfinished.iterdir())}
         _write_text(unfinished / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
         _take_place(unfinished, folder)
     except OSError as error:
@@ -143,10 +142,6 @@ def _write_text(file: Path, text: str) -> None:
     file.chmod(file.stat().st_mode & ~_OTHERS_WRITE)
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
 # Opening
 
 
@@ -202,16 +197,18 @@ class Deployment:
 def _checked(folder: Path) -> dict[str, Any]:
     """What a folder says about itself, once all is as it was written and fits this machine."""
     damaged = f"{folder} is damaged, or not an executable that `shiftadd3d export` wrote"
+    reading = SUMS
     try:
-        lines = [line.split("  ", 1) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines()]
+        lines = [line.split("  ", 1) for line in (folder / reading).read_text(encoding="utf-8").splitlines()]
         sums = {name: digest for digest, name in lines}
         files = [folder / name for name in sums if Path(name).name == name]
         for path in (folder, folder / SUMS, *files):
             _refuse_if_others_write(path)
-        changed = [file.name for file in files if _digest(file) != sums[file.name]]
+        changed = [file.name for file in files if cache.digest_of(file) != sums[file.name]]
         if len(files) != len(sums) or changed:
             raise UserError(f"{damaged}: {', '.join(changed) or SUMS} is not what was written")
-        about = json.loads((folder / ABOUT).read_bytes())
+        reading = ABOUT
+        about = json.loads((folder / reading).read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{damaged}: {Path(str(error.filename)).name} is missing") from None
     except OSError as error:
@@ -219,9 +216,9 @@ def _checked(folder: Path) -> dict[str, Any]:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{damaged}: {kernel.first_line(error)}") from None
+        raise UserError(f"{damaged}: {reading} cannot be read: {kernel.first_line(error)}") from None
     if not _is_whole(about, set(sums)):
-        raise UserError(damaged)
+        raise UserError(f"{damaged}: {ABOUT} does not say all that it should")
     if about.get("version") != _VERSION:
         raise UserError(f"{folder} is of format version {about.get('version')}; this shiftadd3d reads {_VERSION}")
     _refuse_other_machines(folder, about)

@@ -6,7 +6,6 @@ small runtime library only. Libraries are kept as those of kernels are (see `shi
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,8 +67,7 @@ def entry(programs: Mapping[str, Program], exactness: Exactness) -> str:
 
 def _sources_digest(programs: Mapping[str, Program]) -> str:
     functions = {call.function for program in programs.values() for call in program.calls if call.function}
-    modules = {function.build.__module__ for function in functions}
-    return kernel.sources_digest(*(sys.modules[name] for name in (*sorted(modules), __name__)))
+    return kernel.sources_digest(*(function.build.__module__ for function in functions), __name__)
 
 
 _Specialised = tuple[AnyFunction, tuple[object, ...]]

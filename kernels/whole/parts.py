@@ -172,8 +172,9 @@ class Ends:
         control = control_argument()
         kept = T.argument("signs", (batch, tokens, *T.sizes(1)), "uint8") if signs else None
         y = T.argument("y", (batch, tokens, *T.sizes(1)) if signs else (batch, tokens, outputs))
-        x, y, *others = (None if one is None else rows_of(one) for one in (source.x, y, added, kept))
-        return cls(x, source.norm, others[0], control, y, others[1])  # pyright: ignore[reportArgumentType]
+        x, y = rows_of(source.x), rows_of(y)
+        added, kept = (None if one is None else rows_of(one) for one in (added, kept))
+        return cls(x, source.norm, added, control, y, kept)
 
     @property
     def signed(self) -> Expr:

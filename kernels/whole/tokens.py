@@ -1,8 +1,5 @@
 """What happens to tokens: pictures become some, and they attend to each other, look around, and are pooled."""
 
-# A place of queries, keys or values is a tensor and where they begin in it, which the checker takes for a tuple of any.
-# pyright: reportCallIssue=false
-
 from __future__ import annotations
 
 import math
@@ -184,7 +181,8 @@ def _build_attention(target: CpuTarget, spec: AttentionSpec) -> T.PrimFunc:
     of_queries, of_keys = (Tables(target, codes, features, columns) for _ in range(2))
     with T.function("attention") as function:
         batch, heads, queries, keys = T.sizes(4)
-        widths, places = {"q": of_queries.width, "k": of_keys.width, "v": columns}, {}
+        widths = {"q": of_queries.width, "k": of_keys.width, "v": columns}
+        places: dict[str, tuple[Buffer, Index]] = {}  # each in its tensor, and where it begins in a row
         for names in parts.split():
             shape = batch, queries if "q" in names else keys, *T.sizes(1)
             tensor, start = T.argument(names, shape, "float32" if "v" in names else codes), T.int64(0)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from shiftadd3d._errors import kind_of
+
 # Registries of hooks, all that torch has, and what their hooks are about.
 _HOOKS = {
     "_forward_pre_hooks": "hooks",
@@ -84,7 +86,7 @@ def foreign_to_linear(layer: nn.Linear | nn.Conv2d) -> str | None:
         return f"{', '.join(more)}, which would be lost; fold what it does into the weight first"
     weight: Any = layer._parameters.get("weight")
     if type(weight) is not nn.Parameter and not nn.parameter.is_lazy(weight):
-        return f"a weight that is a {type(weight).__name__}; turn it into an ordinary tensor first"
+        return f"a weight that is {kind_of(weight)}; turn it into an ordinary tensor first"
     return None
 
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from shiftadd3d._errors import UserError
+from shiftadd3d._errors import UserError, kind_of
 from shiftadd3d.kernels.pack.whole import LinearWeights, ordinary, shifts, side_by_side
 from shiftadd3d.kernels.reference.activations import Activation
 from shiftadd3d.kernels.reference.matadd import LOW
@@ -83,7 +83,7 @@ class Emission:
 
     def refusal(self, module: nn.Module, reason: str) -> Unserved:
         """The exception to raise for a module that cannot be part of a program."""
-        return Unserved(f"{self._names.get(module) or 'the model'} is a {type(module).__name__}, {reason}")
+        return Unserved(f"{self._names.get(module) or 'the model'} is {kind_of(module)}, {reason}")
 
     def check_unwatched(self, module: nn.Module) -> None:
         """Raise `Unserved` if hooks see or change the inputs or outputs of a module or of its parts."""
@@ -270,7 +270,7 @@ class Emission:
         if any(side[0] != side[1] for side in sides) or conv.dilation != (1, 1) or conv.groups != 1:
             raise self.refusal(conv, "which is not the same along both sides, dilated or in groups")
         if min(window.grid) < 1:
-            raise UserError(f"pictures are too small: a {type(conv).__name__} has no output for {size[0]} x {size[1]}")
+            raise UserError(f"pictures are too small: {kind_of(conv)} has no output for {size[0]} x {size[1]}")
         layer = self._convolution_weights(conv, window)
         y = grids.convolution(self.program, x, layer, window, before=before, behind=behind)
         return y, window.grid
@@ -606,7 +606,7 @@ def compile(
     if own is not None:
         return own(model, exactness, background)
     if example is None:
-        raise UserError(f"compiling a {type(model).__name__} needs an example input, such as a batch of pictures")
+        raise UserError(f"compiling {kind_of(model)} needs an example input, such as a batch of pictures")
     examples = [example] if isinstance(example, Tensor) else list(example)
     check_examples(examples)
     reason: str | None = None
@@ -642,7 +642,7 @@ def check_model(model: nn.Module) -> None:
     """Raise `UserError` unless a model can be compiled on its device and in its present state."""
     for name, module in model.named_modules():
         if isinstance(module, (ShiftLayer, MoE)) or (isinstance(module, Binarizer) and not module.frozen):
-            raise UserError(f"{name or 'the model'} is a {type(module).__name__}, not frozen; call freeze_ first")
+            raise UserError(f"{name or 'the model'} is {kind_of(module)}, not frozen; call freeze_ first")
     if model.training:
         raise UserError("the model is in training mode; expected one in evaluation: model.eval()")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

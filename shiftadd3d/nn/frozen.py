@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shiftadd3d._errors import UserError
+from shiftadd3d._errors import UserError, kind_of
 from shiftadd3d.kernels.pack.shift import WholeWeights, whole_weights
 from shiftadd3d.kernels.runtime.numerics import uses_kernels
 from shiftadd3d.nn.attachments import has_hooks, overridden_methods
@@ -132,7 +132,7 @@ def weights_and_biases(layers: Mapping[str, nn.Module]) -> tuple[list[Tensor], l
         elif type(layer) is nn.Linear or type(layer) is nn.LayerNorm:
             weights.append(layer.weight)
         else:
-            raise UserError(f"its {name} is a {type(layer).__name__}, which runs as it is written")
+            raise UserError(f"its {name} is {kind_of(layer)}, which runs as it is written")
         biases.append(layer.bias)
     return weights, biases
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.fx import Proxy
 
-from shiftadd3d._errors import UserError
+from shiftadd3d._errors import UserError, kind_of
 from shiftadd3d.kernels.ops.matshift import matshift
 from shiftadd3d.kernels.runtime.numerics import uses_kernels
 from shiftadd3d.kernels.runtime.recording import is_recorded
@@ -203,7 +203,7 @@ class ShiftLayer(nn.Module):
 
     def _refusal(self) -> str:
         return (
-            f"the weight of a {type(self).__name__} in mode PS is read-only: it is derived from shift and sign, which "
+            f"the weight of {kind_of(self)} in mode PS is read-only: it is derived from shift and sign, which "
             "can be written; weight.clone() is an ordinary tensor"
         )
 
@@ -596,7 +596,7 @@ class PackedShiftLayer(WithoutWeight):
 
     def _refusal(self) -> str:
         return (
-            f"the weight of a {type(self).__name__} is read-only: it is derived from codes; change weights before "
+            f"the weight of {kind_of(self)} is read-only: it is derived from codes; change weights before "
             "freeze_, weight.clone() is an ordinary tensor"
         )
 

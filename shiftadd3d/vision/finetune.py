@@ -182,7 +182,8 @@ def _check_folder(folder: Path, settings: FinetuneSettings, resume: bool, held: 
     if (folder / SETTINGS_FILE).exists():
         if not resume:
             raise UserError(
-                f"{folder} holds an earlier run: go on with it with --resume {folder}, or choose another --name"
+                f"{folder} holds an earlier run: go on with `shiftadd3d finetune --resume {folder}`, or choose another "
+                "--name"
             )
         before = read_settings(folder)
         changed = [name for name in _FIXED if getattr(before, name) != getattr(settings, name)]

@@ -21,7 +21,7 @@ import torch
 from shiftadd3d.kernels import get_numerics, manage, matshift, numerics, set_numerics
 from shiftadd3d.kernels.ops.define import TWINS
 from shiftadd3d.kernels.reference import power_of_two
-from shiftadd3d.kernels.runtime import cache, targets
+from shiftadd3d.kernels.runtime import cache, sources, targets
 from shiftadd3d.kernels.runtime import kernel as kernel_module
 from shiftadd3d.kernels.runtime.kernel import KERNELS, Kernel
 from shiftadd3d.kernels.runtime.numerics import NUMERICS
@@ -308,7 +308,7 @@ def test_code_is_kept_under_the_text_that_was_imported(tmp_path: Path, monkeypat
     before = edited.entry(targets.current())
     file.write_text(text + "# what is compiled now is still the code above\n")
     assert edited.entry(targets.current()) == before
-    kernel_module._digest_of_text.cache_clear()  # as in the next process
+    sources.text_of.cache_clear()  # as in the next process
     assert edited.entry(targets.current()) != before
     KERNELS.pop(name)
 

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from shiftadd3d import UserError, cli
-from shiftadd3d.kernels.whole import deployment, executable
+from shiftadd3d.kernels.runtime.cache import digest_of
+from shiftadd3d.kernels.whole import executable
 from shiftadd3d.kernels.whole.deployment import ABOUT, SUMS
 from shiftadd3d.nn import recipe
 from shiftadd3d.vision.checkpoint import ClassifierConfig, create_classifier, load, save_classifier
@@ -73,7 +74,7 @@ def predicted(folder: Path, picture: Path) -> dict[str, float]:
 def seal(folder: Path) -> None:
     """Write the digests anew, as whoever may change the folder could."""
     files = sorted(file for file in folder.iterdir() if file.name != SUMS)
-    (folder / SUMS).write_text("".join(f"{deployment._digest(file)}  {file.name}\n" for file in files))
+    (folder / SUMS).write_text("".join(f"{digest_of(file)}  {file.name}\n" for file in files))
 
 
 def test_an_executable_predicts_what_the_packed_classifier_does(made: Path, picture: Path, monkeypatch) -> None:
@@ -164,9 +165,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "altered": (lambda f: (f / ABOUT).write_text("{}"), r"executable\.json is not what was written"),
     "missing": (lambda f: (f / "safe.so").unlink(), r"safe\.so is missing"),
     "no digests": (lambda f: (f / SUMS).unlink(), r"SHA256SUMS is missing"),
-    "odd digests": (lambda f: (f / SUMS).write_text("what?\n"), "is damaged"),
+    "odd digests": (lambda f: (f / SUMS).write_text("what?\n"), "is damaged.*: SHA256SUMS cannot be read: "),
     "digests of files elsewhere": (lambda f: (f / SUMS).write_text("0  ../x\n"), "SHA256SUMS is not what was written"),
-    "no executable": (lambda f: ((f / ABOUT).write_text("[]"), seal(f)), "is damaged, or not an executable"),
+    "no executable": (lambda f: ((f / ABOUT).write_text("[]"), seal(f)), r"executable\.json does not say all that"),
+    "half a description": (lambda f: ((f / ABOUT).write_text('{"form'), seal(f)), r"executable\.json cannot be read: "),
     "a file for others": (lambda f: (f / "program.so").chmod(0o666), r"program\.so .*can be written to by others"),
     "a folder for others": (lambda f: f.chmod(0o777), r"so belongs to someone else, is a link, or can be written to"),
     "another CPU": (_describe(cpu=["avx2", "avx20"]), "is for another CPU: this one lacks avx20"),
@@ -206,7 +208,7 @@ def test_options_that_do_not_fit_are_told_in_one_line(made: Path, trained: Path,
     config = replace(load(trained).classifier_config, recipe=None, model_args=SHALLOW | {"num_heads": 4})
     save_classifier(dense, create_classifier(config).state_dict(), config)
     assert cli.main(["export", str(dense), "--formats", "so", *out]) == 1
-    expected = "--formats so: it cannot be compiled: .* is an? Attention, with heads that are no whole vectors"
+    expected = "--formats so: it cannot be compiled: .* is an Attention, with heads that are no whole vectors"
     assert re.search(expected, capsys.readouterr().err)
 
 

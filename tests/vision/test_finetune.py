@@ -105,7 +105,7 @@ def test_a_finished_run_can_be_gone_on_with_and_trains_nothing_again(run: Path, 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(run: Path):
     settings = read_settings(run)
-    with pytest.raises(UserError, match=r"holds an earlier run: go on with it with --resume .* or choose another"):
+    with pytest.raises(UserError, match=r"holds an earlier run: go on with `shiftadd3d finetune --resume .*`, or"):
         finetune(settings)
     with pytest.raises(UserError, match="was begun with other --image-size, --recipe; choose another --name"):
         finetune(replace(settings, image_size=32, recipe="moe"), resume=True)

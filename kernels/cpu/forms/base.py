@@ -111,11 +111,15 @@ class ShiftProduct(Decoder):
             before_rows: ``before_rows(first, count)`` emits what prepares rows that are loaded next, as many as a
                 vector has lanes or, of the last ones, fewer.
         """
+        self.before_staging()
         with self.isa.groups(rows) as (first, count):
             if before_rows is not None:
                 before_rows(first, count)
             self.stage_rows(scratch, first, count, inputs, load, flag)
         self.fill_up(scratch, rows)
+
+    def before_staging(self) -> None:
+        """Emit what `stage_rows` needs once for all rows."""
 
     def stage_rows(self, scratch: Scratch, first: Expr, count: Expr, inputs: Expr, load: Load, flag: Buffer) -> None:
         """`stage` of `count` rows, no more than a vector has lanes. Blocks of inputs are filled up with zeros as far as
@@ -287,6 +291,13 @@ class ShiftProduct(Decoder):
             multiply_add,
             self.unroll,
         )
+
+    def copy_panel(self, scratch: Scratch, weights: Weights, start: Expr, first: Expr, rows: Expr) -> None:
+        """`decode` of ordinary weights in panels ready made: copy so many rows of a panel, from the first one on."""
+        panel = weights.codes.part(T.bind(T.truncdiv(start, T.int64(self.columns))))
+        with T.serial(rows) as row:
+            for j in self.vectors:
+                scratch.panel[row, self.isa.at(j)] = panel[first + row, self.isa.at(j)]
 
     def add_earlier(self, scratch: Scratch, row: Expr, turn: Expr, sums: Tile) -> None:
         """Add to a tile the sums of earlier turns."""

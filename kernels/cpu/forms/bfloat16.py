@@ -80,7 +80,7 @@ class Bfloat16Product(ShiftProduct):
                 earlier = T.bind(scratch.panel[place, column])
                 low = self._sum(low << splat(16), earlier << splat(16)) >> splat(16)
                 high = self._sum(high << splat(16), earlier & splat(-65536)) >> splat(16)
-            scratch.panel[place, column] = (low & splat(0xFFFF)) | (high << splat(16))
+            scratch.panel[place, column] = self.isa.pairs(low, high)
 
     def _sum(self, a: Expr, b: Expr) -> Expr:
         """Bits of float32: the sum of two numbers, given as such bits, rounded to bfloat16."""

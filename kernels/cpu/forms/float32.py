@@ -46,10 +46,8 @@ class Float32Product(ShiftProduct):
 
     def store_words(self, scratch: Scratch, word: Expr, column: Expr, bytes_: Expr, scale: Expr | None) -> None:
         assert scale is not None
-        isa, words = self.isa, T.bind(T.reinterpret(self.isa.integers, bytes_))
-        for i in range(4):
-            integers = (words << isa.splat_int(24 - 8 * i)) >> isa.splat_int(24)
-            scratch.panel[word * 4 + i, column] = T.cast(integers, isa.floats) * scale
+        for i, integers in enumerate(self.integers_of(bytes_)):
+            scratch.panel[word * 4 + i, column] = T.cast(integers, self.isa.floats) * scale
 
     def store_weights(self, scratch: Scratch, codes: list[Expr], group: Expr, column: Expr, add: bool) -> None:
         unit = T.bind(scratch.units[column])
@@ -128,23 +126,18 @@ class OrdinaryProduct(Float32Product):
         with T.serial(count % lanes) as rest, T.serial(self.columns) as column:
             position = count // lanes * lanes + rest
             scratch.panel[position, column] = weight(column, first + position)
+        self._fill_up_panel(scratch, count)
+
+    def _fill_up_panel(self, scratch: Scratch, count: Expr) -> None:
+        """Put weights of zero behind those of `count` inputs, as far as `multiply` reads them."""
         with T.serial(-count % self.unroll) as rest:
             for j in self.vectors:
-                scratch.panel[count + rest, isa.at(j)] = isa.splat(0)
+                scratch.panel[count + rest, self.isa.at(j)] = self.isa.splat(0)
 
 
-class PanelProduct(Float32Product):
-    """A product with ordinary weights that lie in panels ready made, [panels, inputs, columns]."""
-
-    def __init__(self, target: CpuTarget) -> None:
-        super().__init__(target, "float32", bits=4, terms=1, dtype="float32")  # no codes are ever looked at
+class PanelProduct(OrdinaryProduct):
+    """The same, of weights that lie in panels ready made, [panels, inputs, columns]."""
 
     def decode(self, scratch: Scratch, weights: Weights, start: Expr, turn: Expr, count: Expr) -> None:
-        isa, first = self.isa, T.bind(turn * self.block)
-        panel = weights.codes.part(T.bind(T.truncdiv(start, T.int64(self.columns))))
-        with T.serial(count) as row:
-            for j in self.vectors:
-                scratch.panel[row, isa.at(j)] = panel[first + row, isa.at(j)]
-        with T.serial(-count % self.unroll) as rest:
-            for j in self.vectors:
-                scratch.panel[count + rest, isa.at(j)] = isa.splat(0)
+        self.copy_panel(scratch, weights, start, T.bind(turn * self.block), count)
+        self._fill_up_panel(scratch, count)

@@ -40,8 +40,7 @@ class Int16Product(ShiftProduct):
     def store_weights(self, scratch: Scratch, codes: list[Expr], group: Expr, column: Expr, add: bool) -> None:
         for k in range(0, GROUP, 2):
             low, high = (self.integer(code) for code in codes[k : k + 2])
-            pair = (low & self.isa.splat_int(0xFFFF)) | (high << self.isa.splat_int(16))
-            scratch.panel[group * (GROUP // 2) + k // 2, column] = pair
+            scratch.panel[group * (GROUP // 2) + k // 2, column] = self.isa.pairs(low, high)
 
     def expand_pairs(self, scratch: Scratch, count: Expr, load: Callable[[int, Expr], Expr]) -> None:
         # A table makes weights of codes, which then change places four bytes at a time, four channels by four words.
@@ -54,11 +53,9 @@ class Int16Product(ShiftProduct):
                         scratch.panel[step * words_of_step + 4 * number + i, T.ramp(column, 4)] = word
 
     def store_words(self, scratch: Scratch, word: Expr, column: Expr, bytes_: Expr, scale: Expr | None) -> None:
-        isa, words = self.isa, T.bind(T.reinterpret(self.isa.integers, bytes_))
-        integers = [(words << isa.splat_int(24 - 8 * i)) >> isa.splat_int(24) for i in range(4)]
+        integers = self.integers_of(bytes_)
         for i in (0, 2):
-            pair = (integers[i] & isa.splat_int(0xFFFF)) | (integers[i + 1] << isa.splat_int(16))
-            scratch.panel[word * 2 + i // 2, column] = pair
+            scratch.panel[word * 2 + i // 2, column] = self.isa.pairs(*integers[i : i + 2])
 
     def words(self, pairs: Expr) -> list[Expr]:
         """The weights of 16 bytes, pairs of codes, in vectors of four words."""
@@ -68,18 +65,9 @@ class Int16Product(ShiftProduct):
             for half in (0, 8)
         ]
 
-    def stage(
-        self,
-        scratch: Scratch,
-        rows: Expr,
-        inputs: Expr,
-        load: Load,
-        flag: Buffer,
-        before_rows: Callable[[Expr, Expr], None] | None = None,
-    ) -> None:
+    def before_staging(self) -> None:
         lanes = self.isa.lanes
         self._of_rows, self._factors = T.alloc(lanes, lanes, dtype="int32"), T.alloc(lanes)
-        super().stage(scratch, rows, inputs, load, flag, before_rows)
 
     def stage_rows(self, scratch: Scratch, first: Expr, count: Expr, inputs: Expr, load: Load, flag: Buffer) -> None:
         isa = self.isa
@@ -197,11 +185,7 @@ class OrdinaryInt16Product(Int16Product):
         return T.if_then_else(inside, weights.offset[output], T.float32(1)) * T.float32(1 / MOST_WEIGHT)
 
     def decode(self, scratch: Scratch, weights: Weights, start: Expr, turn: Expr, count: Expr) -> None:
-        isa, first = self.isa, T.bind(turn * (self.block // 2))
-        panel = weights.codes.part(T.bind(T.truncdiv(start, T.int64(self.columns))))
-        with T.serial((count + 1) // 2) as pair:
-            for j in self.vectors:
-                scratch.panel[pair, isa.at(j)] = panel[first + pair, isa.at(j)]
+        self.copy_panel(scratch, weights, start, T.bind(turn * (self.block // 2)), (count + 1) // 2)
 
 
 def linear_scale(isa: Isa, peaks: Expr, most: int) -> tuple[Expr, Expr]:

@@ -54,7 +54,7 @@ class _Ray:
         of_head: vectors along a head's values.
         layout: where queries, keys and values lie in a row of `projected`.
         size: channels of a head.
-        scale: the factor of the products of queries and keys.
+        softmax: whether attention is a softmax, or else linear.
         projected: [rows, layout.end]: queries, keys and values. In linear attention, queries and keys are codes.
         attended: [rows, heads * layout.head], for the outcome.
     """
@@ -64,11 +64,16 @@ class _Ray:
     layout: Layout
     heads: int
     size: int
-    scale: float
+    softmax: bool
     projected: Buffer
     attended: Buffer
     first: Expr
     S: Expr
+
+    @property
+    def scale(self) -> float:
+        """The factor of the products of queries and keys."""
+        return 1.0 / math.sqrt(self.size) if self.softmax else 1.0 / (math.pi * self.size)
 
     def query(self, j: Index, head: Index, i: Index) -> Expr:
         return self.projected[self.first + j, head * self.size + i]
@@ -179,7 +184,7 @@ class _Ray:
                         x = isa.fma(weight, self.value(to + distance, head, c), self.attended[place])
                         self.attended[place] = x
 
-    def first_weights(self, out: Buffer, *, softmax: bool) -> None:
+    def first_weights(self, out: Buffer) -> None:
         """Write the attention of the ray's first sample, averaged over the heads, to out [S]."""
         similarity, whole = T.alloc(self.S + self.isa.lanes), T.alloc(1, align=4)
         with T.serial(self.S) as j:
@@ -190,7 +195,7 @@ class _Ray:
                 with T.serial(self.size) as i:
                     similarity[j] = similarity[j] + self.query(0, head, i) * self.key(j, head, i)
                 similarity[j] = similarity[j] * T.float32(self.scale)
-            if softmax:
+            if self.softmax:
                 whole[0] = softmax_of_row(self.isa, similarity, self.S)
             else:
                 whole[0] = T.float32(0.0)
@@ -391,7 +396,6 @@ def emit(
     isa, layout, (N, _) = Isa(target), sizes.layout, x.shape
     width, heads = sizes.width, sizes.heads
     softmax, low = attention == "softmax", -1.0 if attention == "pm1" else 0.0
-    scale = 1.0 / math.sqrt(sizes.size) if softmax else 1.0 / (math.pi * sizes.size)
     rays_of_block = T.bind(T.max(T.int64(_ROWS) // S, T.int64(1)))
     rows_of_block = T.bind(rays_of_block * S)
     with T.parallel((N + rows_of_block - 1) // rows_of_block) as block:
@@ -400,10 +404,7 @@ def emit(
         room = rows_of_block + max(ROW_PADDING, forms.ROW_PADDING)
         normed, residual = (T.alloc(room, layout.keys) for _ in range(2))
         projected, attended = T.alloc(room, layout.end), T.alloc(room, heads * layout.head)
-        if form == "float32":
-            layers = _FloatLayers(isa, sizes, weights, rows_of_block)
-        else:
-            layers = _ShiftLayers(panel_product(target, form), sizes, weights, rows_of_block, *weights.shifts)
+        layers = _layers(target, form, sizes, weights, rows_of_block)
 
         def project(r: Index, c: int, sums: Expr) -> None:
             if not softmax and c < layout.values:
@@ -414,11 +415,11 @@ def emit(
         layers.project(rows, normed, project)
         with T.serial(rows // S) as ray:
             of_head = Isa(target, layout.lanes)
-            one = _Ray(isa, of_head, layout, heads, sizes.size, scale, projected, attended, ray * S, S)
+            one = _Ray(isa, of_head, layout, heads, sizes.size, softmax, projected, attended, ray * S, S)
             one.attend_softmax() if softmax else one.attend_linear()
             one.convolve(weights.conv, kernel)
             if first is not None:
-                one.first_weights(first.part(block * rays_of_block + ray), softmax=softmax)
+                one.first_weights(first.part(block * rays_of_block + ray))
         layers.leave(rows, attended, residual)
         with T.serial(rows) as r:
             add_row(isa, x.part(begin + r), residual.part(r), width)
@@ -428,6 +429,15 @@ def emit(
         with T.serial(rows) as r:
             copy_row(isa, residual.part(r), out.part(begin + r), width)
         layers.finish(flag)
+
+
+def _layers(
+    target: CpuTarget, form: AnyForm, sizes: Sizes, weights: Weights, most: Expr
+) -> _FloatLayers | _ShiftLayers:
+    """What emits the layers' products, for blocks of at most `most` rows."""
+    if form == "float32":
+        return _FloatLayers(Isa(target), sizes, weights, most)
+    return _ShiftLayers(panel_product(target, form), sizes, weights, most, *weights.shifts)
 
 
 def _head(attended: Buffer, weight: Buffer, layout: Layout, size: int, head: int) -> Term:

@@ -150,17 +150,18 @@ def build(target: CudaTarget, with_valid: bool, least_valid: float) -> T.PrimFun
             with T.serial((count + (_THREADS - 1)) // _THREADS) as turn:
                 at = T.bind(turn * _THREADS + thread)
                 own, channel = T.bind(T.truncdiv(at, width)), T.bind(T.truncmod(at, width))
-
-                def mixed(picture: Buffer, tap: int, pitch: Expr | int, channel: Expr) -> Expr:
-                    numbers = range(tap, tap + 4)
-                    return T.total([shares[i, own] * picture[indices[i, own] * pitch + channel] for i in numbers])
-
+                pixels = [(indices[tap, own], shares[tap, own]) for tap in range(8)]
                 with T.when(at < count), T.If(channel < 3):
                     with T.Then():
-                        values[first + own, channel] = mixed(images, 0, 3, channel)
+                        values[first + own, channel] = _interpolated(images, pixels[:4], 3, channel)
                     with T.Else():
-                        values[first + own, channel] = mixed(maps, 4, channels, channel - 3)
+                        values[first + own, channel] = _interpolated(maps, pixels[4:], channels, channel - 3)
     return function.get()
+
+
+def _interpolated(picture: Buffer, pixels: list[tuple[Expr, Expr]], pitch: Expr | int, channel: Expr) -> Expr:
+    """A channel of a picture with `pitch` channels, side by side, at the indices and with the weights of pixels."""
+    return T.total([share * picture[index * pitch + channel] for index, share in pixels])
 
 
 def run(function: CudaFunction, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from shiftadd3d._errors import UserError
+from shiftadd3d._errors import UserError, kind_of
 from shiftadd3d.kernels.ops.gnt.color_blend import color_blend
 from shiftadd3d.kernels.ops.gnt.gather import point_samples
 from shiftadd3d.kernels.ops.gnt.plane_sweep import plane_sweep
@@ -114,7 +114,7 @@ def _codes_and_convolution(attention: nn.Module) -> tuple[Attention, Tensor | No
         UserError: if the attention takes other codes than signs, or convolves otherwise than along the sequence.
     """
     if type(attention) is not AddAttention:
-        raise UserError(f"its attn is a {type(attention).__name__}, which runs as it is written")
+        raise UserError(f"its attn is {kind_of(attention)}, which runs as it is written")
     conv, query_code, key_code = attention.dwconv, attention.q_code, attention.k_code
     if type(query_code) is not SignBinarizer or not (key_code is None or type(key_code) is SignBinarizer):
         raise UserError("its attention takes other codes than signs")
@@ -123,7 +123,7 @@ def _codes_and_convolution(attention: nn.Module) -> tuple[Attention, Tensor | No
     if attention.log_contrast is not None:
         raise UserError("its attention has a contrast")
     if not (conv is None or type(conv) is TokenConv):
-        raise UserError(f"its attention has a {type(conv).__name__}, which runs as it is written")
+        raise UserError(f"its attention has {kind_of(conv)}, which runs as it is written")
     return query_code.codes, None if conv is None else conv.weight.flatten(1)
 
 
