@@ -74,7 +74,10 @@ def emit_layers(
             before_rows = None
             load, sink = product.isa.reader(hidden, lambda row: row), product.isa.writer(hidden, lambda row: row)
         panels = T.bind((weights.outputs + (product.columns - 1)) // product.columns)
-        product.panels(scratch, rows, weights, T.int64(0), panels, apply, sink)
+        # LLVM would compute the places of single outputs in vectors, and keep constants for that in registers that the
+        # product needs for its sums.
+        whole = isinstance(following, Float32Product)
+        product.panels(scratch, rows, weights, T.int64(0), panels, apply, sink, whole_tiles=whole)
         product.release()
 
 

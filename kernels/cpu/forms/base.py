@@ -144,18 +144,21 @@ class ShiftProduct(Decoder):
         last: Expr,
         apply: Callable[[Expr], Expr],
         store: Store,
+        *,
+        whole_tiles: bool = False,
     ) -> None:
         """Multiply `rows` staged rows by the weights of panels `first` to `last` - 1, and store the outputs.
 
         Args:
             apply: what becomes of a vector of outputs before it is stored, for instance its activation.
             store: ``store(row, output, value, count)`` stores `count` outputs, a vector, or a scalar if `count` is 1.
+            whole_tiles: whether `store` has room for rows and outputs beyond the last ones, up to the end of a tile.
         """
         turns = scratch.blocks * self.passes
         with T.serial(last - first) as step:
             start = T.bind((first + step) * self.columns)
             self._take_bias(scratch, weights, start)
-            outcome = _Outcome(self, scratch, rows, weights.outputs, start, apply, store)
+            outcome = _Outcome(self, scratch, rows, weights.outputs, start, apply, store, whole_tiles)
             with T.serial(turns) as turn:
                 block = T.bind(turn // self.passes)
                 count = T.bind(T.min(weights.inputs - block * self.block, T.int64(self.block)))
@@ -316,6 +319,7 @@ class _Outcome:
     start: Expr  # the panel's first output
     apply: Callable[[Expr], Expr]
     store: Store
+    whole_tiles: bool  # that `store` takes, rows and outputs beyond the last ones included
 
     def from_registers(self, sums: Tile, row: Expr, place: Expr, complete: Expr) -> None:
         """Store a tile's outputs, if its sums are complete; else keep them in `scratch.sums`.
@@ -325,15 +329,16 @@ class _Outcome:
             place: see `ShiftProduct.place_of_sums`.
         """
         isa, whole = self.product.isa, T.both(row + self.product.rows <= self.rows, self._has_all_columns)
-        with T.If(T.both(complete, whole)):
+        with T.If(complete if self.whole_tiles else T.both(complete, whole)):
             with T.Then():
                 for i, j, x in sums.vectors():
                     self.store(row + i, self.start + j, self._output(x, j), isa.lanes)
             with T.Else():
                 for i, j, x in sums.vectors():
                     self.scratch.sums[place + i, isa.at(j)] = x
-        with T.when(T.both(complete, T.negate(whole))):
-            self._from_memory(row, place, has_all_columns=False)
+        if not self.whole_tiles:
+            with T.when(T.both(complete, T.negate(whole))):
+                self._from_memory(row, place, has_all_columns=False)
 
     def from_memory(self, row: Expr, place: Expr, complete: Expr) -> None:
         """Store the outputs of a tile whose sums are in `scratch.sums`, if they are complete."""
