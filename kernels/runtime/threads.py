@@ -4,13 +4,14 @@ TVM has its own thread pool. It would compete with torch's OpenMP threads, which
 operation, for the same cores. It also pins its threads, never changes their number, and hangs in a forked child. So the
 function through which compiled code starts parallel work is replaced by one that uses the OpenMP runtime that torch has
 loaded. `torch.set_num_threads` then applies to kernels too, and every Python thread may call them. A forked child, in
-which the OpenMP team of its parent no longer exists, runs alone.
+which the OpenMP team of its parent no longer exists, runs alone. `in_team` starts Python functions in the same way.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,6 +99,11 @@ define i32 @__tvm_ffi_run_alone(ptr %self, ptr %args, i32 %count, ptr %result) {
 """
 
 
+_Task = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+_Launch = ctypes.CFUNCTYPE(ctypes.c_int, _Task, ctypes.c_void_p, ctypes.c_int)
+_installed: list[Callable[..., int]] = []  # the launcher, once there is one
+
+
 def install(launcher: Module) -> None:
     """Let all kernels that are loaded from now on start parallel work through `launcher`, the compiled module of the
     above.
@@ -107,10 +113,11 @@ def install(launcher: Module) -> None:
     import tvm_ffi.libinfo
 
     library = ctypes.CDLL(tvm_ffi.libinfo.find_libtvm_ffi())
-    address = ctypes.c_void_p(launcher["launch_address"]())
-    if library.TVMFFIEnvModRegisterContextSymbol(b"__TVMBackendParallelLaunch", address) != 0:
+    address: int = launcher["launch_address"]()
+    if library.TVMFFIEnvModRegisterContextSymbol(b"__TVMBackendParallelLaunch", ctypes.c_void_p(address)) != 0:
         raise RuntimeError("TVM's runtime refused the parallel launcher")
     os.register_at_fork(after_in_child=launcher["run_alone"])
+    _installed[:] = [_Launch(address)]
 
 
 def follow_torch() -> None:
@@ -120,3 +127,33 @@ def follow_torch() -> None:
     yet.
     """
     torch.get_num_threads()
+
+
+def in_team(work: Callable[[int], None]) -> None:
+    """Call ``work(member)`` on each of torch's threads at the same time. Kernels that it calls use that thread alone.
+
+    So threads wait for each other once, not behind each parallel loop of each kernel. Where kernels run in one thread,
+    as in a forked child, there is one member.
+
+    Args:
+        work: takes the number of the member: 0, 1, ... There are at most as many as torch has threads.
+
+    Raises:
+        BaseException: the first one that a member raised, once all have ended.
+    """
+    raised: list[BaseException] = []
+
+    def task(member: int, _group: int | None, _data: int | None) -> int:
+        try:
+            work(member)
+        except BaseException as error:  # C would drop it
+            raised.append(error)
+        return 0
+
+    follow_torch()
+    if _installed:
+        _installed[0](_Task(task), None, 0)
+    else:
+        task(0, None, None)
+    if raised:
+        raise raised[0]

@@ -23,11 +23,16 @@ class Executable:
     """Compiled programs, by the names that they were compiled under; call one with tensors, see `Program`."""
 
     def __init__(self, library: Any) -> None:
+        self._library = library
         self._machine = library["vm_load_executable"]()
         self._machine["vm_initialization"](_CPU, 0, _POOLED)
 
     def __getitem__(self, name: str) -> Any:
         return self._machine[name]
+
+    def another(self) -> Executable:
+        """The same programs, for another thread: those of one executable must not run at the same time."""
+        return Executable(self._library)
 
 
 def load(programs: Mapping[str, Program], exactness: Exactness) -> Executable:

@@ -62,11 +62,11 @@ class PanelProduct(ABC):
         return Staged(inputs, T.alloc(room, words, dtype="int32"), T.alloc(room))
 
     @abstractmethod
-    def stage(self, staged: Staged, rows: Index, source: Source) -> None:
-        """Stage rows. What the source gives for those beyond the last one counts: let it be that one again."""
+    def stage(self, staged: Staged, rows: Index, source: Source | Buffer) -> None:
+        """Stage rows. What a source gives for those beyond the last one counts: let it be that one again."""
 
     @abstractmethod
-    def multiply(self, rows: Index, staged: Staged, panel: Buffer, bias: Vectors | Buffer, sink: Sink) -> None:
+    def multiply(self, rows: Index, staged: Staged, panel: Buffer, bias: Vectors | Buffer, sink: Sink | Buffer) -> None:
         """``sink(r, c, bias(r, c) + sum over k of activation(r, k) * weight(k, c))`` for all vectors of columns."""
 
     def finish(self, flag: Buffer) -> None:
@@ -81,6 +81,23 @@ class PanelProduct(ABC):
     def bias_of(self, bias: Vectors | Buffer) -> Vectors:
         return bias if callable(bias) else lambda r, c: bias[self.isa.at(c)]
 
+    def source_of(self, source: Source | Buffer, rows: Index) -> Source:
+        """The first rows of a buffer as a source."""
+        if callable(source):
+            return source
+        last = rows - 1
+        return lambda r, c: source[T.min(r, last), self.isa.at(c)]
+
+    def sink_of(self, sink: Sink | Buffer) -> Sink:
+        """A buffer [rows, columns] as a sink."""
+        if callable(sink):
+            return sink
+
+        def store(r: Expr, c: int, x: Expr) -> None:
+            sink[r, self.isa.at(c)] = x
+
+        return store
+
 
 class IntegerProduct(PanelProduct):
     """Dot products of bytes or of 16-bit integers."""
@@ -90,8 +107,8 @@ class IntegerProduct(PanelProduct):
         self._most = 127 if form == "int8" else 32767
         self._peaks, self._factors = T.alloc(self.isa.lanes, self.isa.lanes, dtype="int32"), T.alloc(self.isa.lanes)
 
-    def stage(self, staged: Staged, rows: Index, source: Source) -> None:
-        isa = self.isa
+    def stage(self, staged: Staged, rows: Index, source: Source | Buffer) -> None:
+        isa, source = self.isa, self.source_of(source, rows)
         with T.serial((rows + (isa.lanes - 1)) // isa.lanes) as batch:
             top = T.bind(batch * isa.lanes)
             with T.serial(isa.lanes) as i:
@@ -120,8 +137,8 @@ class IntegerProduct(PanelProduct):
             return self.isa.to_int16(*integers)
         return self.isa.to_int8(integers) ^ self.isa.splat_int(-0x7F7F7F80)  # the sign bits turned: 128 is added
 
-    def multiply(self, rows: Index, staged: Staged, panel: Buffer, bias: Vectors | Buffer, sink: Sink) -> None:
-        isa, start = self.isa, 0
+    def multiply(self, rows: Index, staged: Staged, panel: Buffer, bias: Vectors | Buffer, sink: Sink | Buffer) -> None:
+        isa, start, sink = self.isa, 0, self.sink_of(sink)
         vectors, widest = panel.extent(1) // isa.lanes, 4 if isa.target.has_avx512 else 2
         while start < vectors:
             across = min(widest, vectors - start)
@@ -164,8 +181,8 @@ class TileProduct(PanelProduct):
         self.isa.configure_tiles()
         self._sums = T.alloc(32, 32)
 
-    def stage(self, staged: Staged, rows: Index, source: Source) -> None:
-        isa = self.isa
+    def stage(self, staged: Staged, rows: Index, source: Source | Buffer) -> None:
+        isa, source = self.isa, self.source_of(source, rows)
         largest = isa.register(0, integer=True)
         with T.serial((rows + 31) // 32 * 32) as row:
             for c in range(0, staged.inputs, 2 * isa.lanes):
@@ -175,8 +192,9 @@ class TileProduct(PanelProduct):
                 staged.words[row, isa.at(c // 2)] = isa.to_bfloat16(low, high)
         self._unfit.value = T.max(self._unfit.value, largest.value - isa.splat_int(HIGHEST - 1))
 
-    def multiply(self, rows: Index, staged: Staged, panel: Buffer, bias: Vectors | Buffer, sink: Sink) -> None:
+    def multiply(self, rows: Index, staged: Staged, panel: Buffer, bias: Vectors | Buffer, sink: Sink | Buffer) -> None:
         isa, of_column, sums, words = self.isa, self.bias_of(bias), self._sums, staged.inputs // 2
+        sink = self.sink_of(sink)
         pieces = range(0, panel.extent(0) - 1, words)
         parts = [(word, piece + word) for word in range(0, words, 16) for piece in pieces]
         with T.serial((rows + 31) // 32) as number:

@@ -266,12 +266,11 @@ class _ShiftLayers:
         self._product.multiply(rows, self._staged, self._panels[0], self._weights.projection_bias, sink)
 
     def leave(self, rows: Expr, attended: Buffer, out: Buffer) -> None:
-        isa, last = self._isa, rows - 1
-        self._product.stage(self._staged, rows, lambda r, c: attended[T.min(r, last), isa.at(c)])
-        self._product.multiply(rows, self._staged, self._panels[1], self._weights.out_bias, self._into(out))
+        self._product.stage(self._staged, rows, attended)
+        self._product.multiply(rows, self._staged, self._panels[1], self._weights.out_bias, out)
 
     def add_perceptron(self, rows: Expr, normed: Buffer, out: Buffer) -> None:
-        isa, last, weights, activation = self._isa, rows - 1, self._weights, self._activation
+        isa, weights, activation = self._isa, self._weights, self._activation
 
         def activate(r: Expr, c: int, x: Expr) -> None:
             activation[r, isa.at(c)] = isa.relu(x)
@@ -281,8 +280,8 @@ class _ShiftLayers:
 
         self._stage_normed(rows, normed, 1)
         self._product.multiply(rows, self._staged, self._panels[2], weights.first_bias, activate)
-        self._product.stage(self._staged_activation, rows, lambda r, c: activation[T.min(r, last), isa.at(c)])
-        self._product.multiply(rows, self._staged_activation, self._panels[3], before, self._into(out))
+        self._product.stage(self._staged_activation, rows, activation)
+        self._product.multiply(rows, self._staged_activation, self._panels[3], before, out)
 
     def finish(self, flag: Buffer) -> None:
         self._product.finish(flag)
@@ -294,12 +293,6 @@ class _ShiftLayers:
             return normed[T.min(r, last), isa.at(c)] * self._norms[norm, isa.at(c)]
 
         self._product.stage(self._staged, rows, scaled)
-
-    def _into(self, out: Buffer) -> Sink:
-        def store(r: Expr, c: int, x: Expr) -> None:
-            out[r, self._isa.at(c)] = x
-
-        return store
 
 
 class Sizes(NamedTuple):

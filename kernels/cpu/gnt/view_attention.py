@@ -221,30 +221,18 @@ class _Shifts:
 
     def add_views(self, rows: Expr, view: Scalars, sums: Buffer) -> None:
         """Add the views' products to the sums of rows."""
-        isa, last = self._isa, rows - 1
-
-        def keep(r: Expr, c: int, x: Expr) -> None:
-            self._keys[r, isa.at(c)] = x
-
-        def add(r: Expr, c: int, x: Expr) -> None:
-            sums[r, isa.at(c)] = x
-
+        isa = self._isa
         self.product.stage(self._staged, rows, lambda r, c: view(r, isa.at(c)))
         for key in self._key:
-            self.product.multiply(rows, self._staged, key, lambda r, c: isa.splat(0.0), keep)
-            self.product.stage(self._staged, rows, lambda r, c: self._keys[T.min(r, last), isa.at(c)])
-        self.product.multiply(rows, self._staged, self._row, lambda r, c: sums[r, isa.at(c)], add)
+            self.product.multiply(rows, self._staged, key, lambda r, c: isa.splat(0.0), self._keys)
+            self.product.stage(self._staged, rows, self._keys)
+        self.product.multiply(rows, self._staged, self._row, lambda r, c: sums[r, isa.at(c)], sums)
 
     def leave(self, points: Expr, pooled: Buffer, bias: Buffer, out: Buffer) -> None:
         """The output layer."""
-        isa, last = self._isa, points - 1
         staged = self.product.staged(points, self._width)
-
-        def store(r: Expr, c: int, x: Expr) -> None:
-            out[r, isa.at(c)] = x
-
-        self.product.stage(staged, points, lambda r, c: pooled[T.min(r, last), isa.at(c)])
-        self.product.multiply(points, staged, self._out, bias, store)
+        self.product.stage(staged, points, pooled)
+        self.product.multiply(points, staged, self._out, bias, out)
 
 
 def position(isa: Isa, ray_diff: Buffer, weight: Buffer, out: Buffer) -> None:

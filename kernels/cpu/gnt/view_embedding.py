@@ -134,19 +134,15 @@ class Embedding:
 
     def _multiply(self, product: PanelProduct, rows: Expr) -> None:
         """Both layers, with activations as integers."""
-        isa, layers, last = self._isa, self._layers, rows - 1
+        isa, layers, (shown, hidden), (first, second) = self._isa, self._layers, self._staged, self._shifts
 
         def keep(r: Expr, c: int, x: Expr) -> None:
             self._activation[r, isa.at(c)] = isa.relu(x)
 
-        def leave(r: Expr, c: int, x: Expr) -> None:
-            self._embedded[r, isa.at(c)] = x
-
-        biases = layers.first_bias, layers.second_bias
-        given = (self.shown, biases[0], keep), (self._activation, biases[1], leave)
-        for (inputs, bias, sink), staged, panel in zip(given, self._staged, self._shifts, strict=True):
-            product.stage(staged, rows, lambda r, c, inputs=inputs: inputs[T.min(r, last), isa.at(c)])
-            product.multiply(rows, staged, panel, bias, sink)
+        product.stage(shown, rows, self.shown)
+        product.multiply(rows, shown, first, layers.first_bias, keep)
+        product.stage(hidden, rows, self._activation)
+        product.multiply(rows, hidden, second, layers.second_bias, self._embedded)
 
 
 class EmbeddingInTiles:

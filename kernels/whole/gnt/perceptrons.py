@@ -118,18 +118,15 @@ class _ShiftLayers:
         self._activation = T.alloc(_ROWS + forms.ROW_PADDING, self._hidden)
 
     def emit(self, rows: Expr, tokens: Buffer, activation: Activation, out: Buffer) -> None:
-        isa, last, hidden = self._product.isa, rows - 1, self._activation
+        isa, hidden = self._product.isa, self._activation
 
         def keep(r: Expr, c: int, x: Expr) -> None:
             hidden[r, isa.at(c)] = activate(isa, activation, x)
 
-        def leave(r: Expr, c: int, x: Expr) -> None:
-            out[r, isa.at(c)] = x
-
-        self._product.stage(self._tokens, rows, lambda r, c: tokens[T.min(r, last), isa.at(c)])
+        self._product.stage(self._tokens, rows, tokens)
         self._product.multiply(rows, self._tokens, self._first, self._first_bias, keep)
-        self._product.stage(self._staged, rows, lambda r, c: hidden[T.min(r, last), isa.at(c)])
-        self._product.multiply(rows, self._staged, self._second, self._second_bias, leave)
+        self._product.stage(self._staged, rows, hidden)
+        self._product.multiply(rows, self._staged, self._second, self._second_bias, out)
 
     def finish(self, control: Buffer) -> None:
         self._product.finish(control)

@@ -25,7 +25,7 @@ from shiftadd3d.kernels.reference.gnt.view_attention import MAX_VIEWS
 from shiftadd3d.kernels.runtime import kernel
 from shiftadd3d.kernels.runtime.numerics import Numerics, uses_kernels
 from shiftadd3d.kernels.runtime.targets import current
-from shiftadd3d.kernels.runtime.threads import follow_torch
+from shiftadd3d.kernels.runtime.threads import follow_torch, in_team
 from shiftadd3d.kernels.whole import executable
 from shiftadd3d.kernels.whole.gnt import blocks, head, rays
 from shiftadd3d.kernels.whole.gnt.perceptrons import Perceptron, perceptron_of, perceptrons, shift_perceptron_of
@@ -59,8 +59,10 @@ from shiftadd3d.nn.compiled import (
 from shiftadd3d.nn.frozen import weights_and_biases, whole_layers
 from shiftadd3d.nn.mlp import activation_name
 
-_RAYS_OF_A_THREAD = 512
-"""Rays of a call, for each thread: few enough for memory, many enough for calls to cost nothing."""
+# Of the rays of a call: bytes of what the views show. Several functions read and write it, in a core's cache.
+_BYTES_OF_VIEWS = 768 * 1024
+# Enough rays for calls to cost little. Nothing of what views show leaves the function of the sweep.
+_FEWEST_RAYS, _RAYS_OF_A_SWEEP = 16, 512
 
 
 def _norm(e: Emission, module: nn.Module) -> NormWeights:
@@ -358,7 +360,8 @@ class CompiledGNT(Compiled, GNTModel):
             return super()._sweep(proposal, sources, origins, directions, planes)
         # A copy of the maps' first channels alone, which caches hold.
         maps = self._derived("maps", [sources.features[0]], partial(_first_channels, count=proposal.feature_dim))
-        found = self._call("sweep", sources, maps, origins, directions, planes)
+        given = maps, origins, directions, planes
+        found = self._call("sweep", sources, *given, rays_at_once=_RAYS_OF_A_SWEEP)
         if found is None:
             return super()._sweep(proposal, sources, origins, directions, planes)
         rgb, weights, seen = found
@@ -379,8 +382,8 @@ class CompiledGNT(Compiled, GNTModel):
         if board is not None:
             rays, columns = board
             name, given = "between", [*given, torch.empty(rays // columns, columns, dtype=torch.uint8)]
-        found = self._run(name, given, 1)
-        return in_torch() if found is None else found[0].view(-1, num_samples)
+        found = self._run(name, [given], 1)
+        return in_torch() if found is None else found[0][0].view(-1, num_samples)
 
     def _render(
         self, net: GNT, sources: SourceViews, origins: Tensor, directions: Tensor, depths: Tensor, feature_maps: Tensor
@@ -390,7 +393,10 @@ class CompiledGNT(Compiled, GNTModel):
         name = "coarse" if net is self.net_coarse else "fine"
         mixtures = [mixture for mixture in _mixtures(net) if mixture.keep_assignment]
         wanted = 3 + len(_mixtures(net)) if mixtures else 3
-        found = self._call(name, sources, feature_maps, origins, directions, depths, outcomes=wanted)
+        of_a_ray = 4 * len(sources.images) * depths.shape[1] * self.config.width
+        rays_at_once = max(_FEWEST_RAYS, _BYTES_OF_VIEWS // of_a_ray)
+        given = feature_maps, origins, directions, depths
+        found = self._call(name, sources, *given, rays_at_once=rays_at_once, outcomes=wanted)
         if found is None:
             return super()._render(net, sources, origins, directions, depths, feature_maps)
         rgb, weights, seen, *routed = found
@@ -414,9 +420,15 @@ class CompiledGNT(Compiled, GNTModel):
         return used and len(of_rays) > 0
 
     def _call(
-        self, name: str, sources: SourceViews, feature_maps: Tensor, *of_rays: Tensor, outcomes: int = 3
+        self,
+        name: str,
+        sources: SourceViews,
+        feature_maps: Tensor,
+        *of_rays: Tensor,
+        rays_at_once: int,
+        outcomes: int = 3,
     ) -> list[Tensor] | None:
-        """The first outcomes of a program, for as many rays at a time as caches hold; None where there is none yet."""
+        """The first outcomes of a program, for so many rays at a time; None where there is no executable yet."""
         views = (
             projection_matrices(sources.cameras),
             sources.cameras.camera_to_world[:, :3, 3],
@@ -424,14 +436,10 @@ class CompiledGNT(Compiled, GNTModel):
             feature_maps.permute(0, 2, 3, 1),
         )
         ready = [x.detach().contiguous() for x in views]
-        at_once = _RAYS_OF_A_THREAD * torch.get_num_threads()
-        chunks = zip(*(x.detach().contiguous().split(at_once) for x in of_rays), strict=True)
-        parts: list[list[Tensor]] = []
-        for chunk in chunks:
-            found = self._run(name, [*chunk, *ready], outcomes)
-            if found is None:
-                return None
-            parts.append(found)
+        chunks = zip(*(x.detach().contiguous().split(rays_at_once) for x in of_rays), strict=True)
+        parts = self._run(name, [[*chunk, *ready] for chunk in chunks], outcomes)
+        if parts is None:
+            return None
         return parts[0] if len(parts) == 1 else [torch.cat(some) for some in zip(*parts, strict=True)]
 
     def _derived(self, name: str, given: list[Tensor | None], make: Callable[..., Tensor]) -> Tensor:
@@ -441,16 +449,20 @@ class CompiledGNT(Compiled, GNTModel):
             known = self._of_views[name] = given, make(*given)
         return known[1]
 
-    def _run(self, name: str, inputs: Sequence[Tensor], outcomes: int) -> list[Tensor] | None:
-        """The first outcomes of one call; None where there is no executable yet."""
+    def _run(self, name: str, calls: Sequence[Sequence[Tensor]], outcomes: int) -> list[list[Tensor]] | None:
+        """The first outcomes of each call; None where there is no executable yet."""
         with self._lock:
             if not self._ready(self.numerics):
                 return None
-            outcome = self._executables[self.numerics].run(name, inputs, outcomes)
-            if outcome is None:
-                self.overflows += 1
-                outcome = self._executables["safe"].run(name, inputs, outcomes) if self._ready("safe") else None
-        return outcome
+            found = self._executables[self.numerics].run(name, calls, outcomes)
+            overflowed = [number for number, outcome in enumerate(found) if outcome is None]
+            self.overflows += len(overflowed)
+            if overflowed and self._ready("safe"):
+                again = self._executables["safe"].run(name, [calls[number] for number in overflowed], outcomes)
+                for number, outcome in zip(overflowed, again, strict=True):
+                    found[number] = outcome
+        known = [outcome for outcome in found if outcome is not None]
+        return known if len(known) == len(calls) else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_programs": {}, "_of_views": {}, "_found_in": {}}
@@ -464,15 +476,50 @@ class _Executables:
     """Programs ready to be called, with their weights."""
 
     def __init__(self, library: executable.Executable, programs: dict[str, Program]) -> None:
-        self._functions = {name: (library[name], executable.weights_of(one)) for name, one in programs.items()}
+        weights = {name: executable.weights_of(one) for name, one in programs.items()}
+        self._of_threads = [_OfThread(library, weights)]
+
+    def run(self, name: str, calls: Sequence[Sequence[Tensor]], outcomes: int) -> list[list[Tensor] | None]:
+        """The first outcomes of calls of one; None for a call that met an activation that it cannot express.
+
+        Args:
+            calls: the inputs of each. A thread that is done with one takes the next.
+        """
+        found: list[list[Tensor] | None] = [None] * len(calls)
+        threads = torch.get_num_threads()
+        if threads == 1 or len(calls) == 1:
+            follow_torch()
+            for number, inputs in enumerate(calls):
+                found[number] = self._of_threads[0].run(name, inputs, outcomes, threads)
+            return found
+        while len(self._of_threads) < threads:
+            self._of_threads.append(self._of_threads[0].another())
+        numbers = iter(range(len(calls)))
+
+        def work(member: int) -> None:
+            for number in numbers:
+                found[number] = self._of_threads[member].run(name, calls[number], outcomes, 1)
+
+        in_team(work)
+        return found
+
+
+class _OfThread:
+    """Programs with what one thread at a time may use of them."""
+
+    def __init__(self, library: executable.Executable, weights: dict[str, Any]) -> None:
+        self._library, self._weights = library, weights
+        self._functions = {name: library[name] for name in weights}
         self._control = executable.Control()
 
-    def run(self, name: str, inputs: Sequence[Tensor], outcomes: int) -> list[Tensor] | None:
-        """The first outcomes of one; None if it met an activation that it cannot express."""
-        function, weights = self._functions[name]
-        follow_torch()
-        self._control.reset(torch.get_num_threads())
-        outcome = function(*inputs, self._control.tensor, weights)
+    def another(self) -> _OfThread:
+        """The like for another thread."""
+        return _OfThread(self._library.another(), self._weights)
+
+    def run(self, name: str, inputs: Sequence[Tensor], outcomes: int, threads: int) -> list[Tensor] | None:
+        """The first outcomes of a program; None if it met an activation that it cannot express."""
+        self._control.reset(threads)
+        outcome = self._functions[name](*inputs, self._control.tensor, self._weights[name])
         if self._control.overflowed:
             return None
         return (

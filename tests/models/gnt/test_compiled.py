@@ -199,7 +199,8 @@ def test_several_calls_make_one_picture_and_threads_make_no_difference(config, v
     sources = views(model)
     compiled = compiled_quietly(model)
     whole = render(compiled, sources)
-    monkeypatch.setattr("shiftadd3d.models.gnt.compiled._RAYS_OF_A_THREAD", 7)
+    for limit, value in {"_BYTES_OF_VIEWS": 0, "_FEWEST_RAYS": 7, "_RAYS_OF_A_SWEEP": 7}.items():
+        monkeypatch.setattr(f"shiftadd3d.models.gnt.compiled.{limit}", value)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2):
