@@ -133,21 +133,26 @@ def scratch_file(suffix: str) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
+_CONDEMNED = "\nnot again"
+"""The end of a note, if its process must be the last one to run the code."""
+
+
 @contextlib.contextmanager
 def first_run(entry: str) -> Iterator[None]:
     """Guard the first run of new machine code, which may kill the process.
 
     Inside this context, a note in the cache names this process. If a later process finds the note of a process that has
-    ended, it knows that the code killed it.
+    ended, the code may have killed it, or a user, or a system without memory. So it tries once more.
 
     Raises:
-        RuntimeError: there is such a note.
+        RuntimeError: two processes have ended there.
     """
     note = folder() / f"{entry}.trial"
-    if note.is_file() and not _is_running(note):
-        raise RuntimeError(f"its code crashed an earlier process; to try again, remove {note.name} from {note.parent}")
+    ended = note.is_file() and not _is_running(note)
+    if ended and note.read_text().endswith(_CONDEMNED):
+        raise RuntimeError(f"its code crashed earlier processes; to try again, remove {note.name} from {note.parent}")
     with scratch_file(".trial") as written:  # nobody is to read half a note
-        written.write_text(f"{os.getpid()} {_surroundings()}")
+        written.write_text(f"{os.getpid()} {_surroundings()}{_CONDEMNED if ended else ''}")
         written.replace(note)
     try:
         yield
@@ -156,8 +161,8 @@ def first_run(entry: str) -> Iterator[None]:
 
 
 def condemn(entry: str) -> None:
-    """Let all later processes refuse to run this entry's code, as if it had killed a process."""
-    (folder() / f"{entry}.trial").write_text("")
+    """Let all later processes refuse to run this entry's code, as if it had killed two."""
+    (folder() / f"{entry}.trial").write_text(_CONDEMNED)
 
 
 def _surroundings() -> str:
@@ -172,7 +177,7 @@ def _surroundings() -> str:
 def _is_running(note: Path) -> bool:
     """Whether the process that wrote a note may be alive. Of those in other surroundings nobody knows."""
     try:
-        number, _, surroundings = note.read_text().partition(" ")
+        number, _, surroundings = note.read_text().removesuffix(_CONDEMNED).partition(" ")
         if surroundings and surroundings != _surroundings():
             return True
         os.kill(int(number), 0)

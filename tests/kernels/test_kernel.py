@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -345,24 +345,40 @@ class Packed(torch.nn.Module):
         return matshift(x, self.codes, self.offset)
 
 
+def kill_in_trial(entry: str) -> None:
+    """Another process begins to try an entry's code, and is killed."""
+    code = (
+        "import os, signal, sys; from shiftadd3d.kernels.runtime import cache\n"
+        "with cache.first_run(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, entry], check=False).returncode == -signal.SIGKILL
+
+
 @pytest.mark.twin_may_stand_in
-def test_a_kernel_that_killed_a_process_is_not_run_again(empty_cache: Path, new_kernel: Any):
+def test_a_kernel_that_killed_two_processes_is_not_run_again(empty_cache: Path, new_kernel: Any):
     kernel = new_kernel()
     kernel.function(factor=3)
     entry = kernel.entry(targets.current(), factor=4)
-    child = multiprocessing.get_context("spawn").Process(target=int)
-    child.start()
-    child.join()
-    (empty_cache / f"{entry}.trial").write_text(str(child.pid))
-    with pytest.warns(RuntimeWarning, match=r"crashed an earlier process; to try again, remove .*\.trial"):
+    for _ in range(2):
+        kill_in_trial(entry)
+    with pytest.warns(RuntimeWarning, match=r"crashed earlier processes; to try again, remove .*\.trial"):
         assert kernel.function(factor=4) is None
     (empty_cache / f"{entry}.trial").unlink()
     assert new_kernel(kernel.name).function(factor=4) is not None
 
 
+def test_a_process_that_was_killed_once_may_have_been_killed_by_others(empty_cache: Path, new_kernel: Any):
+    kernel = new_kernel()
+    entry = kernel.entry(targets.current(), factor=3)
+    kill_in_trial(entry)
+    assert (empty_cache / f"{entry}.trial").is_file()
+    apply(kernel.function(factor=3))
+    assert not (empty_cache / f"{entry}.trial").is_file()
+
+
 def test_without_a_c_compiler_kernels_work_and_are_not_kept(empty_cache: Path, new_kernel: Any, monkeypatch):
     kernel = new_kernel()
-    kernel.function(factor=4)  # the launcher is there now
+    kernel.function(factor=3)  # the launcher is there now
     monkeypatch.setenv("PATH", "")
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
