@@ -6,8 +6,8 @@
     python benchmarks/peers.py report
 
 The first installs what to compare with. The second writes docs/results/data/peers-SET.json, where SET are the
-instructions that our kernels use on this CPU, and the third rays-SET.json beside it. The last makes
-docs/results/peers.md from all of these files.
+instructions that our kernels use on this CPU, and the third rays-SET.json beside it. With `--instructions SET`, names
+are peers-SET-held.json and rays-SET-held.json. The last makes docs/results/peers.md from all of these files.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FILES = "peers-{}.json"
-"""One for each set of instructions that our kernels use (`shiftadd3d.kernels.runtime.targets`)."""
+"""One for each set of instructions that our kernels use (`shiftadd3d.kernels.runtime.targets`), and one for each that a
+CPU with more was held to."""
 RAYS_FILES = "rays-{}.json"
 """The like, of `benchmarks/peers_rays.py`."""
 EAGER = "torch, float32, eager"
@@ -92,7 +93,7 @@ class Measurement:
             options["--instructions"] = (self.instructions,)
         words = [word for name, values in options.items() for word in (name, *map(str, values))]
         write_result(
-            self.out / files.format(instructions),
+            self.out / name_of(files, instructions, held=self.instructions is not None),
             {
                 "rows": measured,
                 "rounds": self.rounds,
@@ -131,6 +132,11 @@ class Run(Measurement):
                         ms = measure(model, batch, threads, dense[batch], self.rounds)
                         rows.append({"model": model, "batch": batch, "threads": threads, "ms": ms})
         return rows
+
+
+def name_of(files: str, instructions: str, *, held: bool) -> str:
+    """The name of a file of results. What a CPU was held to must not replace what another CPU has measured."""
+    return files.format(f"{instructions}-held" if held else instructions)
 
 
 ONEDNN_LIMIT = "ONEDNN_MAX_CPU_ISA"
@@ -388,13 +394,15 @@ def render_report(results: list[dict[str, Any]], rays: list[dict[str, Any]], tem
     return template
 
 
+def heading_of(facts: dict[str, Any]) -> str:
+    """The instructions that our kernels used, and the CPU."""
+    held = ", held to these instructions" if facts.get("held") else ""
+    return f"**`{facts['instructions']}`**, {facts['machine']['cpu']}{held}"
+
+
 def by_machine(results: list[dict[str, Any]], tables: Callable[[dict[str, Any]], str]) -> str:
     """Tables of each machine, below its CPU and the instructions that our kernels use there."""
-    parts = [
-        f"**`{facts['instructions']}`**, {facts['machine']['cpu']}"
-        f"{', held to these instructions' if facts.get('held') else ''}\n\n{tables(facts)}"
-        for facts in results
-    ]
+    parts = [f"{heading_of(facts)}\n\n{tables(facts)}" for facts in results]
     return "\n\n".join(parts) or NOT_MEASURED
 
 

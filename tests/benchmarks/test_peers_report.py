@@ -33,10 +33,18 @@ def test_each_kind_of_machine_has_its_tables(benchmark, repository: Path):
     page = benchmark.render_report(results, [], "{{SUMMARY}}{{TABLES}}{{COMMANDS}}{{MACHINES}}")
     assert len(results) > 1
     for facts in results:
-        assert page.count(f"**`{facts['instructions']}`**, {facts['machine']['cpu']}") == 2
+        assert page.count(f"{benchmark.heading_of(facts)}\n\n") == 2
         assert facts["command"] in page
         for row in facts["rows"]:
             assert benchmark.full_table(row) in page
+
+
+def test_what_a_cpu_was_held_to_has_its_own_file_and_heading(benchmark):
+    names = {benchmark.name_of(benchmark.FILES, "avx2", held=held) for held in (False, True)}
+    assert names == {"peers-avx2.json", "peers-avx2-held.json"}
+    facts = {"instructions": "avx2", "machine": {"cpu": "A CPU"}}
+    assert benchmark.heading_of(facts) == "**`avx2`**, A CPU"
+    assert benchmark.heading_of({**facts, "held": True}) == "**`avx2`**, A CPU, held to these instructions"
 
 
 def test_what_no_machine_has_measured_is_said_so(benchmark):
