@@ -378,7 +378,7 @@ def test_a_process_that_was_killed_once_may_have_been_killed_by_others(empty_cac
 
 def test_without_a_c_compiler_kernels_work_and_are_not_kept(empty_cache: Path, new_kernel: Any, monkeypatch):
     kernel = new_kernel()
-    kernel.function(factor=3)  # the launcher is there now
+    kernel.function(factor=4)  # the launcher is there now
     monkeypatch.setenv("PATH", "")
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
